@@ -1,0 +1,72 @@
+"""An adapter → a standalone GGUF LoRA that llama.cpp hot-loads over any quantization of its base. Imports no torch.
+
+llama.cpp computes y = Wx + s · (α/r) · B(Ax) with one α for the whole file and r from each tensor, and α = 0 means no
+scaling. So every tensor's own scale goes into B, and α is r where all ranks are equal, else 0. The rows of B move as
+those of W do (DESIGN section 3).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from edgelora.architectures.names import gguf_row_order
+from edgelora.base.model import Base
+from edgelora.errors import ExportError
+from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY
+from edgelora.files.gguf import reserve
+from edgelora.peft.adapter import Adapter, LoraPair
+
+CERTIFICATE_BYTES = 2048
+LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
+
+
+def gguf_pairs(adapter: Adapter, base: Base) -> dict[str, LoraPair]:
+    """The adapter's pairs by GGUF tensor name, B in GGUF's row order, every scale in B."""
+    pairs = {}
+    for module, pair in adapter.pairs().items():
+        order = gguf_row_order(base.architecture, base.config, module)
+        b = pair.b if order is None else pair.b[order]
+        pairs[base.tensor_of(module)] = LoraPair(pair.a, b)
+    return pairs
+
+
+def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:
+    """Write the GGUF to `out` (a staged path), with a reserved place for the certificate.
+
+    Raises ExportError if a value does not fit into `dtype`.
+    """
+    pairs = gguf_pairs(adapter, base)
+    writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    ranks = {pair.rank for pair in pairs.values()}
+    # b is (α/r)·B already: α = r gives llama.cpp the factor 1, and where ranks differ α = 0 means "as it is"
+    writer.add_float32("adapter.lora.alpha", float(ranks.pop()) if len(ranks) == 1 else 0.0)
+    if adapter.contract is not None:
+        unsigned = adapter.contract.model_copy(update={"certificate": None})
+        writer.add_string(CONTRACT_KEY, unsigned.model_dump_json())
+        writer.add_string(CERTIFICATE_KEY, reserve(CERTIFICATE_BYTES))
+    for tensor, pair in pairs.items():
+        writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
+        writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _cast(values: np.ndarray, dtype: str, tensor: str) -> np.ndarray:
+    largest = float(np.abs(values).max())
+    if not largest <= LARGEST[dtype]:
+        raise ExportError(
+            what=f"{tensor}: a value of the adapter does not fit into {dtype}",
+            why=f"the largest is {largest:.3g}, {dtype} ends at {LARGEST[dtype]:.3g}",
+            fix="export with --type F32",
+        )
+    return np.ascontiguousarray(values, np.float16 if dtype == "F16" else np.float32)

@@ -1,0 +1,1 @@
+"""Open a base model: files → frozen weights → a decoder. `ggml` and `fingerprint` import no torch."""

@@ -1,0 +1,156 @@
+"""ggml's own kernels in-process: dequantize rows of blocks and quantize rows of floats, on all cores.
+
+A door to llama.cpp that never imports llama_cpp: it opens the libggml-base which llama-cpp-python ships. ctypes
+releases the GIL during a call, so rows are split over threads. Results are bit for bit ggml's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from edgelora.errors import BaseModelError, ExportError
+
+Type = GGMLQuantizationType
+
+# The C symbol of each quantized type. F32, F16 and BF16 need no kernel; Q8_1 and Q8_K never occur in a file.
+DEQUANTIZE = {
+    Type.Q4_0: "q4_0", Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_1: "q5_1", Type.Q8_0: "q8_0",
+    Type.Q2_K: "q2_K", Type.Q3_K: "q3_K", Type.Q4_K: "q4_K", Type.Q5_K: "q5_K", Type.Q6_K: "q6_K",
+    Type.IQ1_S: "iq1_s", Type.IQ1_M: "iq1_m", Type.IQ2_XXS: "iq2_xxs", Type.IQ2_XS: "iq2_xs", Type.IQ2_S: "iq2_s",
+    Type.IQ3_XXS: "iq3_xxs", Type.IQ3_S: "iq3_s", Type.IQ4_NL: "iq4_nl", Type.IQ4_XS: "iq4_xs",
+    Type.TQ1_0: "tq1_0", Type.TQ2_0: "tq2_0", Type.MXFP4: "mxfp4",
+}  # fmt: skip
+
+# Below this many floats a second thread costs more than it saves (waking it takes some 20 µs).
+ELEMENTS_PER_THREAD = 1 << 18
+
+
+def library_path() -> Path:
+    """Where libggml-base lies inside llama-cpp-python. Raises BaseModelError if it is not installed."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is not None and spec.submodule_search_locations:
+        folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
+        for name in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll"):
+            if (folder / name).exists():
+                return folder / name
+    raise BaseModelError(
+        what="libggml-base was not found",
+        why="it comes with llama-cpp-python, which is not installed in this environment",
+        fix="run `make quickstart`, or pip install llama-cpp-python==0.3.36",
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))
+
+
+@cache
+def _dequantizer(kind: Type) -> ctypes._NamedFuncPointer:
+    if kind not in DEQUANTIZE:
+        raise BaseModelError(
+            what=f"tensors of type {kind.name} cannot be read",
+            why="ggml has no code that turns this type into floats",
+            fix="use a file quantized to one of the usual types (Q4_0 … Q8_0, K-quants, IQ)",
+        )
+    function = _library()[f"dequantize_row_{DEQUANTIZE[kind]}"]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    function.restype = None
+    return function
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return ThreadPoolExecutor(max(1, cores), thread_name_prefix="ggml")
+
+
+def _split(n_rows: int, columns: int) -> list[tuple[int, int]]:
+    """Cut [0, n_rows) into at most one piece per core, none smaller than is worth a thread."""
+    pieces = max(1, min(_pool()._max_workers, n_rows * columns // ELEMENTS_PER_THREAD, n_rows))
+    edges = [n_rows * i // pieces for i in range(pieces + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _run(pieces: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
+    if len(pieces) == 1:
+        work(*pieces[0])
+    else:
+        list(_pool().map(lambda piece: work(*piece), pieces))
+
+
+def row_bytes(kind: Type, columns: int) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return columns // block * block_bytes
+
+
+def dequantize_into(address: int, blocks: np.ndarray, kind: Type, columns: int) -> None:
+    """Dequantize `blocks` (n_rows, bytes per row) uint8, C-contiguous, to float32 at `address` (n_rows * columns)."""
+    if not blocks.flags.c_contiguous or blocks.shape[1] != row_bytes(kind, columns):
+        raise ValueError(f"blocks of shape {blocks.shape} are not contiguous rows of {columns} {kind.name} weights")
+    function, source, stride = _dequantizer(kind), blocks.ctypes.data, blocks.shape[1]
+
+    def work(first: int, last: int) -> None:
+        function(source + first * stride, address + first * columns * 4, (last - first) * columns)
+
+    _run(_split(len(blocks), columns), work)
+
+
+def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:
+    """Rows of blocks, uint8 (n_rows, bytes per row), as float32 (n_rows, columns). F32, F16 and BF16 pass through."""
+    if kind == Type.F32:
+        return blocks.view(np.float32)
+    if kind == Type.F16:
+        return blocks.view(np.float16).astype(np.float32)
+    if kind == Type.BF16:
+        return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    out = np.empty((len(blocks), columns), np.float32)
+    dequantize_into(out.ctypes.data, blocks, kind, columns)
+    return out
+
+
+def quantize(weights: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
+    """Quantize float32 (n_rows, columns) to blocks, uint8 (n_rows, bytes per row), as llama-quantize does.
+
+    importance: float32 (columns,), the mean squared activation of each column, or None.
+    Raises ExportError if rows do not divide into blocks of `kind`.
+    """
+    n_rows, columns = weights.shape
+    if kind == Type.F32:
+        return np.ascontiguousarray(weights, np.float32).view(np.uint8)
+    if kind == Type.F16:
+        return weights.astype(np.float16).view(np.uint8)
+    block, _ = GGML_QUANT_SIZES[kind]
+    if columns % block:
+        raise ExportError(
+            what=f"rows of {columns} weights cannot become {kind.name}",
+            why=f"{kind.name} packs blocks of {block} weights and rows are never padded",
+            fix="choose a type with smaller blocks, such as Q8_0 or Q4_0",
+        )
+    function = _library().ggml_quantize_chunk
+    function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function.restype = ctypes.c_size_t
+    source = np.ascontiguousarray(weights, np.float32)
+    out = np.empty((n_rows, row_bytes(kind, columns)), np.uint8)
+    hint = None if importance is None else np.ascontiguousarray(importance, np.float32)
+
+    def work(first: int, last: int) -> None:
+        function(
+            int(kind), source.ctypes.data, out.ctypes.data, first * columns, last - first, columns,
+            None if hint is None else hint.ctypes.data,
+        )  # fmt: skip
+
+    _library().ggml_quantize_init(int(kind))  # tables of the IQ types; does nothing the second time
+    _run(_split(n_rows, columns), work)
+    return out

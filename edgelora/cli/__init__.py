@@ -1,0 +1,54 @@
+"""The command line: each command reads its arguments, calls one function and prints. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from edgelora.cli import evaluate, export, look, train
+from edgelora.cli.chat import chat
+from edgelora.cli.state import state
+from edgelora.errors import EdgeloraError
+
+app = typer.Typer(
+    name="edgelora",
+    help="Fine-tune a language model on your own machine, over the very GGUF file that llama.cpp will run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+app.command()(look.quickstart)
+app.command()(train.train)
+app.command()(export.export)
+app.command()(export.merge)
+app.command()(export.quantize)
+app.command(name="eval")(evaluate.evaluate)
+app.command()(chat)
+app.command()(look.doctor)
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the Python traceback of an error."),
+) -> None:
+    state.debug = debug
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code. An EdgeloraError prints three lines: what, why, fix."""
+    try:
+        app(arguments)
+    except SystemExit as e:  # typer's own: done, or wrong usage
+        return e.code if isinstance(e.code, int) else 1
+    except EdgeloraError as e:
+        if state.debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written under a final name", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,42 @@
+"""Arguments that several commands share, and how their text is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelora.errors import ConfigError
+
+Base = Annotated[Path, typer.Argument(help="The base model: a .gguf file, or a folder with one.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Where the result goes.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+Unverified = Annotated[
+    bool, typer.Option("--allow-unverified-base", help="Accept an adapter that does not name its base.")
+]
+
+
+def scaled(text: str) -> tuple[Path, float]:
+    """`folder:0.5` → (folder, 0.5); without a number the scale is 1."""
+    path, colon, scale = text.rpartition(":")
+    if colon:
+        try:
+            return Path(path), float(scale)
+        except ValueError:
+            pass
+    return Path(text), 1.0
+
+
+def named(text: str) -> tuple[str, Path]:
+    """`home=home.gguf` → (home, path); without a name the file's own is taken."""
+    name, equals, path = text.partition("=")
+    result = (name, Path(path)) if equals else (Path(text).stem, Path(text))
+    if not result[0] or not result[0].replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise ConfigError(
+            what=f"--adapter {text}: {result[0] or 'an empty text'} is no name for an adapter",
+            why="you type it in chat: letters, digits, '-', '_' and '.' are allowed",
+            fix="write --adapter NAME=FILE",
+        )
+    return result

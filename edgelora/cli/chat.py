@@ -1,0 +1,40 @@
+"""`edgelora chat`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from edgelora.cli.arguments import Base, Unverified, named
+
+
+def chat(
+    base: Base,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="A GGUF adapter, NAME=FILE; repeatable. The first one is on.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
+    context: Annotated[int, typer.Option(help="Room for the conversation, in tokens.")] = 2048,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    allow_unverified_base: Unverified = False,
+) -> None:
+    """Talk to a model and switch adapters while you do: /adapter NAME [scale], /adapters, /base, /reset, /quit.
+
+    Example: `edgelora chat base.gguf --adapter home=home.gguf --adapter poet=poet.gguf`
+    """
+    from edgelora.base.model import open_base
+    from runtime.chat import Chat, Settings, talk
+    from runtime.engine import Engine
+
+    opened = open_base(base)
+    _ = opened.template  # a base without one is refused before it is loaded
+    adapters = [named(text) for text in adapter or []]
+    with Engine(opened, n_ctx=context) as engine:
+        for name, path in adapters:
+            engine.load(name, path, allow_unverified=allow_unverified_base)
+        if adapters:
+            engine.use({adapters[0][0]: 1.0})
+        talk(Chat(engine, Settings(system, temperature, max_tokens, seed)))

@@ -1,0 +1,84 @@
+"""What machine this is and what follows from it. Each choice is returned with its reason; nothing is measured here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision and why it was taken; printed once and kept with the result."""
+
+    value: str
+    why: str
+
+
+def choose_device() -> Choice:
+    """Where training runs. This version computes on the CPU only and says so when a GPU is there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Choice(
+            "cpu", f"{torch.cuda.get_device_name()} is there, but block kernels are written for the CPU so far"
+        )
+    if torch.backends.mps.is_available():
+        return Choice("cpu", "an Apple GPU is there, but block kernels are written for the CPU so far")
+    return Choice("cpu", "no GPU that torch can use")
+
+
+def choose_dtype() -> Choice:
+    """The number format of matrix products in training."""
+    return Choice("float32", "bfloat16 needs special units (AMX) to be faster on a CPU, and costs precision")
+
+
+def choose_base_dtype(asked: str, quant: str) -> Choice:
+    """How the frozen weights are held while training."""
+    if asked == "blocks":
+        return Choice("blocks", f"asked for; the file's own {quant} weights are dequantized on use")
+    return Choice("blocks", f"training sees the very {quant} weights that llama.cpp will run, in their size")
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once where Linux tells."""
+    usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+    pairs = set()
+    for cpu in usable:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        try:
+            pairs.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
+        except OSError:
+            pairs.add((str(cpu), ""))
+    return max(1, len(pairs))
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that new work can take without swapping, or None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def processor_name() -> str:
+    """The CPU's name for reports."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,57 @@
+"""The one exception tree: every error a user can cause says what happened, why, and what to do."""
+
+from __future__ import annotations
+
+
+class EdgeloraError(Exception):
+    """A fault with three lines: *what* happened, *why*, and the *fix*. The command line prints just these."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix = what, why, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+    def __reduce__(self) -> tuple[type[EdgeloraError], tuple[str, str, str]]:
+        return type(self), (self.what, self.why, self.fix)
+
+
+class ConfigError(EdgeloraError):
+    """A setting that cannot be, or settings that contradict each other."""
+
+
+class FileFormatError(EdgeloraError):
+    """A GGUF, safetensors or JSON file that is not what it claims to be."""
+
+
+class OutputError(EdgeloraError):
+    """A result that cannot be written where it was asked for."""
+
+
+class BaseModelError(EdgeloraError):
+    """A base model that cannot be opened."""
+
+
+class DataError(EdgeloraError):
+    """Training or evaluation data that cannot be used."""
+
+
+class AdapterError(EdgeloraError):
+    """An adapter that does not fit, or is not whole."""
+
+
+class ExportError(EdgeloraError):
+    """A conversion that failed or would run wrongly."""
+
+
+class CertificateError(ExportError):
+    """An exported file that does not compute what the torch model computes."""
+
+    exit_code = 3
+
+
+class EngineError(EdgeloraError):
+    """llama.cpp refused something, or a handle was used after its end."""

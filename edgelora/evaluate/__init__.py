@@ -1,0 +1,1 @@
+"""Scores and reports. Asks for callables and Protocols; knows neither torch nor llama.cpp."""

@@ -1,0 +1,61 @@
+"""How far two models' next-token distributions are apart on the same tokens: KL divergence and top-1 agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+ROWS = 16  # positions compared at once: float64 over a large vocabulary is large
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """KL(reference ‖ candidate) in nats over `n_tokens` positions, and the share of equal most-likely tokens.
+
+    `worst_flip_nats`: the most that the reference loses in log p where the candidate prefers another token; near 0 the
+    two were as good as tied.
+    """
+
+    n_tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_max: float
+    same_top: float
+    worst_flip_nats: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return {k: round(v, 8) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(n, V) float64 log-probabilities."""
+    z = logits.astype(np.float64)
+    z -= z.max(-1, keepdims=True)
+    z -= np.log(np.exp(z).sum(-1, keepdims=True))
+    return z
+
+
+def fidelity(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Fidelity:
+    """Compare (reference, candidate) logits, each (n, V), row group by row group; keeps one group in memory."""
+    kl: list[np.ndarray] = []
+    lost: list[np.ndarray] = []
+    for reference, candidate in pairs:
+        for first in range(0, len(reference), ROWS):
+            p, q = log_softmax(reference[first : first + ROWS]), log_softmax(candidate[first : first + ROWS])
+            kl.append((np.exp(p) * (p - q)).sum(-1))
+        chosen = np.take_along_axis(reference, candidate.argmax(-1)[:, None], -1)[:, 0]
+        lost.append(reference.max(-1) - chosen)
+    values, flips = np.concatenate(kl), np.concatenate(lost)
+    return Fidelity(
+        n_tokens=len(values),
+        kl_mean=float(values.mean()),
+        kl_median=float(np.median(values)),
+        kl_p99=float(np.percentile(values, 99)),
+        kl_max=float(values.max()),
+        same_top=float((flips == 0).mean()),
+        worst_flip_nats=float(flips.max()),
+    )

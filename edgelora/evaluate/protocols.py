@@ -1,0 +1,45 @@
+"""What a score needs from whoever runs the model: `runtime` and `base` provide it, `evaluate` only asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edgelora.progress import OnProgress, silent
+
+
+@dataclass(frozen=True)
+class Question:
+    """`prompt` ids to answer, and the `reference` ids that the answer is scored against (with its end-of-turn)."""
+
+    prompt: Sequence[int]
+    reference: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The greedy answer without its end, and −log p (nats) of each reference token after the prompt."""
+
+    tokens: list[int]
+    nll: np.ndarray
+
+
+class Scorer(Protocol):
+    """A model that answers and scores."""
+
+    def answer(
+        self, questions: Sequence[Question], max_tokens: int, on_progress: OnProgress = silent
+    ) -> list[Answer]: ...
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of a few repeats, in tokens per second."""
+
+    prompt_tokens_per_s: float
+    generation_tokens_per_s: float
+    load_seconds: float
+    peak_bytes: int

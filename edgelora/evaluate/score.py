@@ -1,0 +1,105 @@
+"""Held-out loss and exact match of a model on a task, for the whole set and for each of its groups."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgelora.data.conversation import Conversation
+from edgelora.data.encode import encode_conversation, encode_prompt
+from edgelora.data.template import ChatTemplate
+from edgelora.data.tokenizer import Tokenizer
+from edgelora.errors import DataError
+from edgelora.evaluate.protocols import Question, Scorer
+from edgelora.progress import OnProgress, silent
+
+SPARE_TOKENS = 16  # an answer may run this much longer than the longest reference before it is cut
+BOOTSTRAP_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Score:
+    """`exact` of `n_rows` answers equal the reference; `nll_nats` is summed over `n_tokens` answer tokens."""
+
+    n_rows: int
+    exact: int
+    n_tokens: int
+    nll_nats: float
+    exact_interval: tuple[float, float]
+
+    @property
+    def exact_match(self) -> float:
+        return self.exact / self.n_rows
+
+    @property
+    def loss(self) -> float:
+        """Mean −log p of an answer token, in nats."""
+        return self.nll_nats / self.n_tokens
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of all rows, that of each group, and every answer (for reading)."""
+
+    all: Score
+    groups: dict[str, Score]
+    answers: list[str]
+
+
+def questions(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[Question]:
+    """Each row's prompt and its last assistant turn as the reference.
+
+    Raises DataError if the template writes a conversation otherwise than its beginning.
+    """
+    out = []
+    for number, conversation in enumerate(conversations, 1):
+        prompt = encode_prompt(conversation.prompt, tokenizer, template)
+        example = encode_conversation(conversation, tokenizer, template)
+        whole = example.input_ids.tolist()
+        last = int(example.loss_mask.nonzero()[0][-1]) + 1
+        if whole[: len(prompt)] != prompt or last <= len(prompt):
+            raise DataError(
+                what=f"row {number}: its prompt is not how the whole conversation begins",
+                why="the chat template rewrites earlier turns, so an answer cannot be scored after its prompt",
+                fix="use single-turn rows for evaluation with this base",
+            )
+        out.append(Question(prompt, whole[len(prompt) : last]))
+    return out
+
+
+def score(
+    scorer: Scorer,
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    on_progress: OnProgress = silent,
+) -> Scored:
+    """Answer every row greedily and score its reference. Exact match compares whole answers, white space trimmed."""
+    asked = questions(conversations, tokenizer, template)
+    longest = max(len(q.reference) for q in asked)
+    answers = scorer.answer(asked, longest + SPARE_TOKENS, on_progress)
+    texts = [tokenizer.decode(a.tokens).strip() for a in answers]
+    right = [text == c.answer.strip() for text, c in zip(texts, conversations, strict=True)]
+    groups: dict[str, list[int]] = {}
+    for i, conversation in enumerate(conversations):
+        if conversation.group is not None:
+            groups.setdefault(conversation.group, []).append(i)
+
+    def part(rows: Sequence[int]) -> Score:
+        return Score(
+            n_rows=len(rows),
+            exact=sum(right[i] for i in rows),
+            n_tokens=sum(len(answers[i].nll) for i in rows),
+            nll_nats=float(sum(answers[i].nll.sum() for i in rows)),
+            exact_interval=bootstrap([right[i] for i in rows]),
+        )
+
+    return Scored(part(range(len(right))), {name: part(rows) for name, rows in groups.items()}, texts)
+
+
+def bootstrap(right: Sequence[bool], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a share by resampling rows (percentile bootstrap, Efron 1979)."""
+    draw, n = random.Random(seed), len(right)
+    shares = sorted(sum(draw.choices(right, k=n)) / n for _ in range(BOOTSTRAP_DRAWS))
+    return shares[int(0.025 * BOOTSTRAP_DRAWS)], shares[int(0.975 * BOOTSTRAP_DRAWS) - 1]

@@ -1,0 +1,95 @@
+"""What must be true of a GGUF adapter before llama.cpp sees it: llama.cpp aborts or reads wild memory otherwise.
+
+Takes the base's tensors as plain shapes, so it knows nothing of how a base is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType, GGUFValueType
+
+from edgelora.errors import AdapterError
+from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract
+from edgelora.files.gguf import GGUFFile
+
+Type = GGMLQuantizationType
+ALLOWED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: None, Type.Q8_0: None}
+MAX_FAULTS_SHOWN = 8
+
+
+def check_adapter(path: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> GGUFFile:
+    """Open the adapter at `path` and check it against a base: its architecture and tensor shapes (rows, columns).
+
+    Raises AdapterError with all its faults at once, FileFormatError if it is no GGUF file.
+    """
+    file = GGUFFile(path)
+    faults = _key_faults(file, architecture) + _tensor_faults(file, shapes)
+    if faults:
+        more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
+        raise AdapterError(
+            what=f"{path}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + more,
+            why="llama.cpp would crash on it or answer wrongly: it belongs to another base, or is no LoRA adapter",
+            fix="use an adapter that `edgelora export` made for this base",
+        )
+    return file
+
+
+def contract_of(file: GGUFFile) -> Contract | None:
+    """The contract inside a GGUF we wrote; None for one made elsewhere."""
+    text = file.get(CONTRACT_KEY, str)
+    return None if text is None else read_contract(text, str(file.path))
+
+
+def _key_faults(file: GGUFFile, architecture: str) -> list[str]:
+    wanted = {"general.type": "adapter", "general.architecture": architecture, "adapter.type": "lora"}
+    faults = []
+    for key, value in wanted.items():
+        found = file.metadata.get(key)
+        if found is None or found.type != GGUFValueType.STRING or found.data != value:
+            faults.append(f"{key} is {'missing' if found is None else repr(found.data)}, expected {value!r}")
+    alpha = file.metadata.get("adapter.lora.alpha")
+    if alpha is None or alpha.type != GGUFValueType.FLOAT32 or not np.isfinite(alpha.data):
+        faults.append(f"adapter.lora.alpha is {'missing' if alpha is None else alpha.data}, expected a finite float32")
+    tokens = file.metadata.get("adapter.alora.invocation_tokens")
+    if tokens is not None and tokens.item != GGUFValueType.UINT32:
+        faults.append("adapter.alora.invocation_tokens is not an array of uint32")
+    return faults
+
+
+def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    faults = [] if file.tensors else ["it holds no tensors"]
+    for name, info in file.tensors.items():
+        target, _, half = name.rpartition(".")
+        other = f"{target}.{'lora_b' if half == 'lora_a' else 'lora_a'}"
+        base = shapes.get(target)
+        if half not in ("lora_a", "lora_b") or base is None:
+            faults.append(f"{name} has no counterpart in the base")
+        elif len(base) != 2 or target == "token_embd.weight":
+            faults.append(f"{name}: llama.cpp cannot adapt this tensor of the base")
+        elif other not in file.tensors:
+            faults.append(f"{name} stands without its other half")
+        elif len(info.shape) != 2 or len(file.tensors[other].shape) != 2:
+            faults.append(f"{name} has {len(info.shape)} dimensions, expected 2")
+        elif info.type not in ALLOWED:
+            faults.append(f"{name} is stored as {info.type.name}, expected F32, F16, BF16 or Q8_0")
+        elif half == "lora_a" and (info.shape[1] != base[1] or info.shape[0] != file.tensors[other].shape[1]):
+            faults.append(f"{name} is {info.shape}, expected (r, {base[1]}) with B's r {file.tensors[other].shape[1]}")
+        elif half == "lora_b" and info.shape[0] != base[0]:
+            faults.append(f"{name} is {info.shape}, expected ({base[0]}, r)")
+        elif not _finite(file, name, info.type):
+            faults.append(f"{name} holds NaN or infinite values")
+    return faults
+
+
+def _finite(file: GGUFFile, name: str, kind: Type) -> bool:
+    rows = file.rows(name)
+    if kind == Type.BF16:
+        return bool(np.all((rows.view(np.uint16) & 0x7F80) != 0x7F80))
+    if kind == Type.Q8_0:
+        scales = rows.reshape(-1, 34)[:, :2].copy().view(np.float16)
+        return bool(np.isfinite(scales).all())
+    dtype = ALLOWED[kind]
+    return dtype is not None and bool(np.isfinite(rows.view(dtype)).all())

@@ -1,0 +1,96 @@
+"""Nothing half-written ever stands under its final name: write beside, fsync, rename, fsync the folder.
+
+Knows nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgelora.errors import OutputError
+
+STAGE_PREFIX = ".edgelora-"
+
+
+def refuse_existing(path: Path, overwrite: bool = False) -> None:
+    """Raise OutputError if something stands at `path`; ask before the work, not after it."""
+    if path.exists() and not overwrite:
+        kind = "folder" if path.is_dir() else "file"
+        raise OutputError(
+            what=f"{path}: this {kind} exists already",
+            why="edgelora does not overwrite what it did not just make",
+            fix="choose another name, delete it, or pass --overwrite",
+        )
+
+
+@contextmanager
+def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
+
+    The block creates the file (or fills the folder, which exists when `folder` is true). On any error the
+    temporary is removed and `path` is as it was. Raises OutputError if `path` exists and `overwrite` is false,
+    or if the folder cannot be written.
+    """
+    refuse_existing(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{path.name}-", dir=path.parent))
+    except OSError as e:
+        raise OutputError(
+            what=f"{path}: cannot write here ({e.strerror})",
+            why="the folder is missing, read-only or full",
+            fix="choose a folder you may write to",
+        ) from e
+    draft = room / path.name
+    try:
+        if folder:
+            draft.mkdir()
+        yield draft
+        for file in sorted(draft.rglob("*")) if folder else [draft]:
+            if file.is_file():
+                _fsync(file)
+        if folder:
+            _fsync(draft)
+        _replace(draft, path, room)
+        _fsync(path.parent)
+    except OSError as e:
+        raise OutputError(
+            what=f"{path}: could not be written ({e.strerror})",
+            why="the disk refused; what stood there before is untouched",
+            fix="free some space or choose another disk, then run the command again",
+        ) from e
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _replace(draft: Path, path: Path, room: Path) -> None:
+    # a folder cannot be renamed over a full one: move the old one aside first, and back if the second rename fails
+    if path.is_dir():
+        aside = room / "replaced"
+        path.rename(aside)
+        try:
+            draft.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+    else:
+        draft.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
+    """Write `text` as UTF-8 to `path` in one step."""
+    with staged(path, overwrite=overwrite) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,133 @@
+"""The contract that travels with every artefact: which base it belongs to, how it was made, what it scored.
+
+It stands in `edgelora.json` beside an adapter and under `edgelora.*` keys inside every GGUF we write. Comparing two
+fingerprints happens here; making one needs the weights and happens in `base/fingerprint.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgelora.errors import AdapterError
+
+FILE_NAME = "edgelora.json"
+CONTRACT_KEY = "edgelora.contract"
+CERTIFICATE_KEY = "edgelora.certificate"
+LINEAGE_KEY = "edgelora.lineage"
+
+# How far the row norms of one base may differ (root mean square of the relative differences) once quantized.
+# Measured on SmolLM2-135M against its Q4_1: F16 1e-4, Q8_0 4e-4, Q4_K_M 3e-3, Q4_0 6e-3, Q2_K 6e-3 (its 576 columns
+# keep it from true K-quants, which cost more); each with a wide margin, since the norms and lineage are exact.
+SKETCH_TOLERANCE = {"F32": 2e-3, "F16": 2e-3, "BF16": 5e-3, "Q8_0": 5e-3, "Q6_K": 1e-2}
+SKETCH_TOLERANCE_LOW_BITS = 0.15
+
+
+class Fingerprint(BaseModel):
+    """What stays the same when a base is quantized, and differs for every other base and for its own merges."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: dict[str, Any]
+    vocabulary_sha256: str
+    norms_sha256: str
+    sketch: str = Field(description="base64 of float16: norms of 64 seeded rows for each layer")
+    lineage: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """Twelve letters that name this base (not the quantization) in messages and reports."""
+        exact = [self.config, self.vocabulary_sha256, self.norms_sha256, list(self.lineage)]
+        return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:12]
+
+    def row_norms(self) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(self.sketch), np.float16).astype(np.float32)
+
+
+class BaseFile(BaseModel):
+    """The very file an adapter was trained over: its name and quantization (the gain belongs to that one)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    quant: str
+    sha256: str
+
+
+class Contract(BaseModel):
+    """Everything a later step must know about an adapter or a merged model."""
+
+    version: str
+    base: Fingerprint
+    base_file: BaseFile
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    eog_ids: tuple[int, ...]
+    method: str
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    certificate: dict[str, Any] | None = None
+
+
+def differences(wanted: Fingerprint, found: Fingerprint, quant: str) -> list[str]:
+    """Why `found` (a base stored as `quant`) is not the base `wanted`; empty if it is."""
+    faults = [
+        f"{key} is {found.config.get(key)}, expected {value}"
+        for key, value in wanted.config.items()
+        if found.config.get(key) != value
+    ]
+    if wanted.vocabulary_sha256 != found.vocabulary_sha256:
+        faults.append("the vocabulary is another one")
+    if wanted.norms_sha256 != found.norms_sha256:
+        faults.append("the norm weights are others")
+    if wanted.lineage != found.lineage:
+        merged = "has been merged with an adapter" if found.lineage else "is the original, not the merged model"
+        faults.append(f"the file {merged}")
+    a, b = wanted.row_norms(), found.row_norms()
+    if a.shape != b.shape:
+        faults.append("the weight sketch has another size")
+    else:
+        distance = float(np.sqrt(np.mean(np.square((b - a) / np.maximum(np.abs(a), 1e-3)))))
+        if not distance <= SKETCH_TOLERANCE.get(quant, SKETCH_TOLERANCE_LOW_BITS):
+            faults.append(f"the weights differ by {distance:.1%}, more than {quant} explains")
+    return faults
+
+
+def require_same_base(contract: Contract, found: Fingerprint, quant: str, adapter: str, base: str) -> None:
+    """Raise AdapterError, naming every difference, if `contract` was made on another base than `found`."""
+    faults = differences(contract.base, found, quant)
+    if faults:
+        raise AdapterError(
+            what=f"{adapter} does not belong to {base}: " + "; ".join(faults),
+            why=f"it was trained on {contract.base_file.name} ({contract.base.short}), this base is {found.short}",
+            fix=f"use {contract.base_file.name} or another quantization of it, or train again on this base",
+        )
+
+
+def read_contract(text: str, where: str) -> Contract:
+    """Parse a contract. Raises AdapterError that names every fault of it."""
+    try:
+        return Contract.model_validate_json(text)
+    except ValidationError as e:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc'])) or 'text'}: {f['msg']}" for f in e.errors()[:5])
+        raise AdapterError(
+            what=f"{where}: the contract cannot be read ({faults})",
+            why="the file was edited or cut short, or a newer edgelora wrote it",
+            fix="export the adapter again, or update edgelora",
+        ) from e
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

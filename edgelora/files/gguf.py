@@ -1,0 +1,293 @@
+"""Read a GGUF file without trusting it: every count, size and offset is checked against the file's length.
+
+gguf-py reads what we wrote; this reads what strangers wrote, before gguf-py or llama.cpp see it. Tensor data stays
+memory-mapped. Strings of an array are kept as one buffer with offsets, so a vocabulary is not 100,000 objects.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from edgelora.errors import FileFormatError
+
+MAGIC = b"GGUF"
+MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last one is zero
+MAX_KEY_BYTES = 65_535
+MAX_DIMS = 4
+
+SCALARS = {
+    GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "<u1",
+    GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file. `shape` is in numpy's order (rows first); `offset` counts from the file's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    offset: int
+    size_bytes: int
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+class Strings(Sequence[str]):
+    """An array of strings inside a file: one buffer, decoded one by one and only on demand."""
+
+    def __init__(self, buffer: memoryview, starts: np.ndarray, ends: np.ndarray) -> None:
+        self._buffer, self._starts, self._ends = buffer, starts, ends
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self.raw(i).decode("utf-8", "replace")
+
+    def raw(self, i: int) -> bytes:
+        """The bytes of one string as they stand in the file."""
+        return bytes(self._buffer[self._starts[i] : self._ends[i]])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value with the type it was stored with, and for arrays that of its elements.
+
+    `end` is the file's byte behind it: `fill_reserved` writes in front of that.
+    """
+
+    type: GGUFValueType
+    data: Any
+    item: GGUFValueType | None = None
+    end: int = 0
+
+
+class GGUFFile:
+    """An open, checked GGUF file: `metadata` by key, `tensors` by name, `rows(name)` for the mapped blocks.
+
+    Raises FileFormatError for anything that is not a whole, well-formed GGUF v2/v3 file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as f:
+                self.size_bytes = os.fstat(f.fileno()).st_size
+                if self.size_bytes < 24:
+                    raise self._fault("the file is shorter than a GGUF header")
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except IsADirectoryError as e:
+            raise self._fault("this is a folder, not a file") from e
+        except FileNotFoundError as e:
+            raise FileFormatError(
+                what=f"{self.path}: no such file", why="the path does not exist", fix="check the spelling of the path"
+            ) from e
+        except OSError as e:
+            raise self._fault(f"cannot be read ({e.strerror})") from e
+        self._buffer = memoryview(self._map)
+        self._at = 0
+        self.metadata: dict[str, Value] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._read_header()
+
+    # -- what others ask ------------------------------------------------------------------------------------------
+
+    def get(self, key: str, expected: type, default: Any = None) -> Any:
+        """The value of `key` if it has the Python type `expected` (int, float, bool, str, list); else a typed error.
+
+        A missing key gives `default`. Arrays come as numpy arrays or `Strings`.
+        """
+        value = self.metadata.get(key)
+        if value is None:
+            return default
+        data = value.data
+        right = {
+            int: isinstance(data, int) and not isinstance(data, bool),
+            float: isinstance(data, int | float) and not isinstance(data, bool),
+            bool: isinstance(data, bool),
+            str: isinstance(data, str),
+            list: isinstance(data, np.ndarray | Strings),
+        }[expected]
+        if not right:
+            raise self._fault(f"metadata {key} is a {value.type.name}, expected {expected.__name__}")
+        return data
+
+    def rows(self, name: str) -> np.ndarray:
+        """The blocks of a tensor as uint8 (n_rows, bytes per row), mapped, not copied."""
+        info = self.tensors[name]
+        flat = np.frombuffer(self._buffer, np.uint8, info.size_bytes, info.offset)
+        n_rows = info.elements // info.shape[-1] if info.elements else 0
+        return flat.reshape(max(n_rows, 1), -1)
+
+    @cached_property
+    def architecture(self) -> str:
+        return str(self.get("general.architecture", str, ""))
+
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def _fault(self, why: str) -> FileFormatError:
+        return FileFormatError(
+            what=f"{self.path}: not a usable GGUF file", why=why, fix="download or export the file again"
+        )
+
+    def _take(self, n: int) -> memoryview:
+        if n > self.size_bytes - self._at:
+            raise self._fault(f"it ends at byte {self.size_bytes}, in the middle of its header")
+        self._at += n
+        return self._buffer[self._at - n : self._at]
+
+    def _number(self, fmt: str) -> int:
+        return int(struct.unpack(fmt, self._take(struct.calcsize(fmt)))[0])
+
+    def _string(self, limit: int) -> str:
+        n = self._number("<Q")
+        if n > limit:
+            raise self._fault(f"a name of {n} bytes (at most {limit} are allowed)")
+        try:
+            return bytes(self._take(n)).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise self._fault("a name or text that is not UTF-8") from e
+
+    def _read_header(self) -> None:
+        if bytes(self._take(4)) != MAGIC:
+            raise self._fault("it does not begin with the letters GGUF")
+        version = self._number("<I")
+        if version not in (2, 3):
+            raise self._fault(f"GGUF version {version} (2 and 3 are known; big-endian files are not)")
+        n_tensors, n_keys = self._number("<Q"), self._number("<Q")
+        # the smallest entry: key 8 + type 4 + value 1; name 8 + dims 4 + one dimension 8 + type 4 + offset 8
+        if n_keys * 13 + n_tensors * 32 > self.size_bytes:
+            raise self._fault(f"it claims {n_keys} keys and {n_tensors} tensors, more than its length can hold")
+        for _ in range(n_keys):
+            key = self._string(MAX_KEY_BYTES)
+            if key in self.metadata:
+                raise self._fault(f"the key {key} stands in it twice")
+            self.metadata[key] = self._value(self._value_type())
+        self._read_tensors(n_tensors)
+
+    def _value_type(self) -> GGUFValueType:
+        raw = self._number("<I")
+        try:
+            return GGUFValueType(raw)
+        except ValueError as e:
+            raise self._fault(f"a value of unknown type {raw}") from e
+
+    def _value(self, kind: GGUFValueType) -> Value:
+        if kind == GGUFValueType.STRING:
+            text = self._string(self.size_bytes)
+            return Value(kind, text, end=self._at)
+        if kind == GGUFValueType.ARRAY:
+            return self._array()
+        code = np.dtype(SCALARS[kind])
+        data = np.frombuffer(self._take(code.itemsize), code)[0].item()
+        return Value(kind, bool(data) if kind == GGUFValueType.BOOL else data)
+
+    def _array(self) -> Value:
+        item, n = self._value_type(), self._number("<Q")
+        if item == GGUFValueType.ARRAY:
+            raise self._fault("an array of arrays, which llama.cpp does not read")
+        if item != GGUFValueType.STRING:
+            code = np.dtype(SCALARS[item])
+            if n > (self.size_bytes - self._at) // code.itemsize:
+                raise self._fault(f"an array of {n} elements, more than the file can hold")
+            return Value(GGUFValueType.ARRAY, np.frombuffer(self._take(n * code.itemsize), code), item)
+        if n > (self.size_bytes - self._at) // 8:
+            raise self._fault(f"an array of {n} strings, more than the file can hold")
+        starts, ends = np.empty(n, np.int64), np.empty(n, np.int64)
+        read, at, end, buffer = struct.Struct("<Q").unpack_from, self._at, self.size_bytes, self._buffer
+        for i in range(n):
+            if at + 8 > end:
+                raise self._fault("it ends inside an array of strings")
+            length = read(buffer, at)[0]
+            at += 8
+            if length > end - at:
+                raise self._fault("a string that runs past the end of the file")
+            starts[i] = at
+            at += length
+            ends[i] = at
+        self._at = at
+        return Value(GGUFValueType.ARRAY, Strings(buffer, starts, ends), item)
+
+    def _read_tensors(self, n_tensors: int) -> None:
+        alignment = self.get("general.alignment", int, 32)
+        if not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            raise self._fault(f"general.alignment is {alignment}, not a power of two from 8 to 65536")
+        found: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]] = []
+        for _ in range(n_tensors):
+            name = self._string(MAX_NAME_BYTES)
+            n_dims = self._number("<I")
+            if not 1 <= n_dims <= MAX_DIMS:
+                raise self._fault(f"tensor {name} has {n_dims} dimensions (1 to {MAX_DIMS} are allowed)")
+            shape = tuple(self._number("<Q") for _ in range(n_dims))[::-1]
+            raw = self._number("<I")
+            if raw not in GGMLQuantizationType._value2member_map_:
+                raise self._fault(f"tensor {name} has the unknown type {raw}")
+            found.append((name, shape, GGMLQuantizationType(raw), self._number("<Q")))
+        data_start = -(-self._at // alignment) * alignment
+        expected = 0
+        for name, shape, kind, offset in found:
+            if name in self.tensors:
+                raise self._fault(f"the tensor {name} stands in it twice")
+            size = self._tensor_bytes(name, shape, kind)
+            if offset != expected:
+                raise self._fault(f"tensor {name} begins at {offset}, expected {expected}: overlapping or out of order")
+            if data_start + offset + size > self.size_bytes:
+                raise self._fault(f"tensor {name} ends past the end of the file: it was cut short")
+            self.tensors[name] = TensorInfo(name, shape, kind, data_start + offset, size)
+            expected = -(-(offset + size) // alignment) * alignment
+
+    def _tensor_bytes(self, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+        elements = 1
+        for n in shape:
+            elements *= n
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if min(shape) < 1 or elements > self.size_bytes * 64:
+            raise self._fault(f"tensor {name} has the impossible shape {shape}")
+        if shape[-1] % block:
+            raise self._fault(f"tensor {name}: rows of {shape[-1]} do not divide into {kind.name} blocks of {block}")
+        return elements // block * block_bytes
+
+
+def reserve(n_bytes: int) -> str:
+    """A text of spaces to be replaced by `fill_reserved` once what belongs there is known."""
+    return " " * n_bytes
+
+
+def fill_reserved(path: Path, key: str, text: str) -> None:
+    """Replace the reserved value of `key` in the GGUF at `path` by `text`, in place; the file keeps its size.
+
+    Raises ValueError if the key is missing or the text does not fit: both are our own faults, not a user's.
+    """
+    value = GGUFFile(path).metadata[key]
+    room, raw = len(value.data.encode()), text.encode()
+    if value.type != GGUFValueType.STRING or len(raw) > room:
+        raise ValueError(f"{key}: {len(raw)} bytes do not fit into the {room} reserved")
+    with path.open("r+b") as f:
+        f.seek(value.end - room)
+        f.write(raw.ljust(room))
+        f.flush()
+        os.fsync(f.fileno())

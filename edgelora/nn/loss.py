@@ -1,0 +1,64 @@
+"""Cross-entropy straight from hidden states, so that T x vocabulary logits never exist (cf. arXiv:2410.10989)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgelora.nn.linear import Weight
+
+POSITIONS = 128  # rows of logits alive at once: 128 x 49,152 floats are 24 MiB
+VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
+
+
+def _slices(n_rows: int) -> list[tuple[int, int]]:
+    return [(first, min(first + VOCABULARY_ROWS, n_rows)) for first in range(0, n_rows, VOCABULARY_ROWS)]
+
+
+def logits(hidden: Tensor, head: Weight) -> Tensor:
+    """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time."""
+    out = hidden.new_empty(len(hidden), head.shape[0])
+    for first, last in _slices(head.shape[0]):
+        torch.mm(hidden, head.rows(first, last).T, out=out[:, first:last])
+    return out
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:
+    """(P, V) → (P, 1) without a second (P, V) in memory."""
+    top = z.amax(-1, keepdim=True)
+    total = torch.zeros_like(top)
+    for first, last in _slices(z.shape[1]):
+        total += (z[:, first:last] - top).exp_().sum(-1, keepdim=True)
+    return top + total.log()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of −log p(label) over positions: hidden (P, d), a frozen head (V, d), labels (P,) → (loss, nll (P,)).
+
+    The gradient is computed in the forward pass, POSITIONS at a time, and only scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Weight, labels: Tensor) -> tuple[Tensor, Tensor]:
+        nll = hidden.new_empty(len(hidden))
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(hidden), POSITIONS):
+            part = slice(first, first + POSITIONS)
+            z = logits(hidden[part], head)
+            label = labels[part, None]
+            log_sum = _log_sum_exp(z)
+            nll[part] = (log_sum - z.gather(1, label)).squeeze(1)
+            if d_hidden is not None:
+                z.sub_(log_sum).exp_().scatter_add_(1, label, -torch.ones_like(log_sum))  # p − onehot
+                for row, last in _slices(head.shape[0]):
+                    d_hidden[part].addmm_(z[:, row:last], head.rows(row, last))
+        ctx.save_for_backward(d_hidden)
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (d_hidden,) = ctx.saved_tensors
+        return d_hidden * grads[0], None, None

@@ -1,0 +1,144 @@
+"""An adapter on disk: exactly PEFT's two files, plus `edgelora.json`. Imports no torch: merging starts without it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from edgelora.architectures import ModelConfig
+from edgelora.architectures.names import hf_modules
+from edgelora.errors import AdapterError
+from edgelora.files.atomic import staged
+from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.safetensors import read_floats
+
+CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """`a` (r, d_in) and `b` (d_out, r) float32 with every scale already in `b`: ΔW = b @ a."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter. `tensors` has, for each HF module, the method's own tensors by their PEFT names."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, np.ndarray]]
+    contract: Contract | None = None
+
+    def pairs(self) -> dict[str, LoraPair]:
+        """Each module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B."""
+        out = {}
+        for module, parts in self.tensors.items():
+            rank = len(parts["lora_A"])
+            alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
+            scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+            out[module] = LoraPair(parts["lora_A"].astype(np.float32), parts["lora_B"].astype(np.float32) * scale)
+        return out
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule: a pattern names the end of a module's path."""
+    return next((v for k, v in patterns.items() if module == k or module.endswith(f".{k}")), default)
+
+
+def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
+    """Write the folder `path` in one step."""
+    flat = {
+        f"{PREFIX}{module}.{part}.weight": np.ascontiguousarray(value)
+        for module, parts in adapter.tensors.items()
+        for part, value in parts.items()
+    }
+    with staged(path, folder=True, overwrite=overwrite) as draft:
+        save_file(flat, draft / TENSORS, metadata={"format": "pt"})
+        (draft / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+        if adapter.contract is not None:
+            (draft / FILE_NAME).write_text(adapter.contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(path: Path, config: ModelConfig) -> Adapter:
+    """Read a LoRA adapter in PEFT's format and check that it fits a model of `config`, every fault at once."""
+    if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
+        raise AdapterError(
+            what=f"{path}: no adapter here",
+            why=f"an adapter is a folder with {CONFIG} and {TENSORS}",
+            fix="pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
+        )
+    try:
+        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise AdapterError(
+            what=f"{path / CONFIG}: cannot be read ({e})",
+            why="the file was edited or cut short",
+            fix="train or download the adapter again",
+        ) from e
+    flat = read_floats(path / TENSORS)
+    tensors: dict[str, dict[str, np.ndarray]] = {}
+    faults = _settings_faults(settings)
+    for name, value in flat.items():
+        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if part not in ("lora_A", "lora_B") or not name.startswith(PREFIX):
+            faults.append(f"{name} is no part of a plain LoRA")
+        else:
+            tensors.setdefault(module, {})[part] = value
+    faults += _tensor_faults(tensors, config)
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise AdapterError(
+            what=f"{path}: " + "; ".join(faults[:8]) + more,
+            why="the adapter was trained on another base model, by another method, or is damaged",
+            fix="pass the base it was trained on, or train again on this one",
+        )
+    contract_file = path / FILE_NAME
+    contract = None
+    if contract_file.exists():
+        contract = read_contract(contract_file.read_text(encoding="utf-8"), str(contract_file))
+    return Adapter(settings, tensors, contract)
+
+
+def _settings_faults(settings: Any) -> list[str]:
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        return [f"{CONFIG} is not that of a LoRA"]
+    faults = [f"{key} is set" for key in ("use_dora", "modules_to_save", "trainable_token_indices", "megatron_config")
+              if settings.get(key)]  # fmt: skip
+    if settings.get("bias", "none") != "none":
+        faults.append("it has biases")
+    alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not np.isfinite(alpha):
+        faults.append(f"lora_alpha is {alpha}")
+    return faults
+
+
+def _tensor_faults(tensors: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> list[str]:
+    shapes = hf_modules(config)
+    faults = [] if tensors else ["it holds no LoRA tensors"]
+    for module, parts in tensors.items():
+        if module not in shapes:
+            faults.append(f"{module} is no linear layer of this model")
+            continue
+        a, b = parts.get("lora_A"), parts.get("lora_B")
+        if a is None or b is None:
+            faults.append(f"{module}: lora_{'A' if a is None else 'B'} is missing")
+            continue
+        d_out, d_in = shapes[module]
+        rank = a.shape[0] if a.ndim == 2 else 0
+        if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
+            faults.append(f"{module}: lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")
+        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+            faults.append(f"{module}: it holds NaN or infinite values")
+    return faults

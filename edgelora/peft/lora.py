@@ -1,0 +1,32 @@
+"""LoRA on a built model (arXiv:2106.09685): y = x Wᵀ + α/r (x Aᵀ) Bᵀ, with A random and B zero at the start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edgelora.nn.linear import LoraLinear, Weight
+
+
+class LoraDelta(nn.Module):
+    """The trainable half: lora_A (r, d_in), lora_B (d_out, r), float32."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        return LoraLinear.apply(x, weight, self.lora_A, self.lora_B, self.scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"lora_A": self.lora_A.detach(), "lora_B": self.lora_B.detach()}
+
+
+def fresh(shape: tuple[int, int], rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
+    """A new delta for a weight (d_out, d_in): A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT), B zero."""
+    d_out, d_in = shape
+    bound = 1 / math.sqrt(d_in)
+    a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+    return LoraDelta(a, torch.zeros(d_out, rank), alpha / rank)

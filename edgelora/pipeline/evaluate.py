@@ -1,0 +1,54 @@
+"""One cell of a report: a file, with or without a live adapter, on a task. Runs in a child for true memory figures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelora.base.model import open_base
+from edgelora.child import run_in_child
+from edgelora.data.conversation import read_conversations
+from edgelora.device import peak_memory_bytes
+from edgelora.evaluate.protocols import Speed
+from edgelora.evaluate.report import Row
+from edgelora.evaluate.score import questions, score
+from edgelora.progress import OnProgress, silent
+
+SIDE_BY_SIDE = 8  # questions in one decode
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to measure: a GGUF model, an adapter over it (or none) and the rows to answer."""
+
+    name: str
+    model: Path
+    data: Path
+    adapter: Path | None = None
+    scale: float = 1.0
+    allow_unverified: bool = False
+
+
+def evaluate(cell: Cell, on_progress: OnProgress = silent) -> Row:
+    """Answer and score every row of `cell.data`, and measure speed and memory."""
+    return run_in_child(_evaluate, cell, on_progress=on_progress)
+
+
+def _evaluate(cell: Cell, on_progress: OnProgress) -> Row:
+    from runtime.engine import Engine
+
+    base = open_base(cell.model)
+    rows = read_conversations(cell.data)
+    asked = questions(rows, base.tokenizer, base.template)
+    room = 64 + max(len(q.prompt) + 2 * len(q.reference) for q in asked)
+    start = time.perf_counter()
+    with Engine(base, n_ctx=-(-room // 256) * 256, n_sequences=SIDE_BY_SIDE) as engine:
+        if cell.adapter is not None:
+            engine.load("adapter", cell.adapter, allow_unverified=cell.allow_unverified)
+            engine.use({"adapter": cell.scale})
+        loaded = time.perf_counter() - start
+        scored = score(engine, rows, base.tokenizer, base.template, on_progress)
+        prompt, single = engine.speed()
+    size = cell.model.stat().st_size + (cell.adapter.stat().st_size if cell.adapter else 0)
+    return Row(cell.name, size, scored, Speed(prompt, single, loaded, peak_memory_bytes()))

@@ -1,0 +1,110 @@
+"""One training run: base + rows → an adapter folder with its contract. What can be refused is refused first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import Base, open_base
+from edgelora.config import TrainConfig
+from edgelora.data.conversation import read_conversations
+from edgelora.data.encode import Example, encode_all
+from edgelora.device import Choice, choose_base_dtype, choose_device, choose_dtype, peak_memory_bytes, physical_cores
+from edgelora.files.atomic import refuse_existing
+from edgelora.files.contract import Contract, sha256_file
+from edgelora.peft.adapter import Adapter, write_adapter
+from edgelora.peft.inject import collect, inject
+from edgelora.progress import OnProgress, silent
+from edgelora.training.loop import Result, train
+from edgelora.versions import versions
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run ended in."""
+
+    out: Path
+    result: Result
+    choices: dict[str, Choice]
+    n_rows: int
+    n_steps: int
+    seconds: float
+    peak_bytes: int
+
+
+def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
+    """Train and write the adapter to config.out (PEFT's format and `edgelora.json`).
+
+    Raises EdgeloraError for every fault of the input before the first step; writes nothing unless the run ends well.
+    """
+    started = time.perf_counter()
+    refuse_existing(config.out, config.overwrite)
+    base = open_base(config.base)
+    examples = _read(config.data, base, config)
+    held_out = _read(config.valid, base, config) if config.valid else []
+    choices = {
+        "device": choose_device(),
+        "dtype": choose_dtype(),
+        "base_dtype": choose_base_dtype(config.base_dtype, base.quant),
+    }
+    torch.set_num_threads(physical_cores())
+    decoder = build_decoder(base)
+    parameters = inject(decoder, config.method, config.rank, config.alpha, config.seed)
+    result = train(decoder, parameters, examples, held_out, config, on_progress, peak_memory_bytes)
+    run = Run(
+        config.out, result, choices, len(examples), len(result.losses), time.perf_counter() - started,
+        peak_memory_bytes(),
+    )  # fmt: skip
+    adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), _contract(config, base, run))
+    write_adapter(config.out, adapter, overwrite=config.overwrite)
+    return run
+
+
+def _read(path: Path, base: Base, config: TrainConfig) -> list[Example]:
+    return encode_all(read_conversations(path), base.tokenizer, base.template, config.max_length)
+
+
+def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict[str, object]:
+    """What PEFT's adapter_config.json says of this adapter."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.path),
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules}),
+        "bias": "none",
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+
+
+def _contract(config: TrainConfig, base: Base, run: Run) -> Contract:
+    """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
+    settings = config.model_dump(mode="json", exclude={"base", "data", "valid", "out", "overwrite", "method"})
+    return Contract(
+        version=versions()["edgelora"],
+        base=base.fingerprint,
+        base_file=base.base_file,
+        tokenizer_sha256=base.tokenizer.sha256,
+        chat_template_sha256=base.template_sha256,
+        eog_ids=base.tokenizer.eog_ids,
+        method=config.method,
+        training={
+            **settings,
+            "data": {"name": config.data.name, "rows": run.n_rows, "sha256": sha256_file(config.data)},
+            "choices": {name: asdict(choice) for name, choice in run.choices.items()},
+            "steps": run.n_steps,
+            "seconds": round(run.seconds, 1),
+            "peak_bytes": run.peak_bytes,
+            "tokens_per_s": round(run.result.tokens_per_s, 1),
+        },
+        evaluation={"held_out_loss_torch": run.result.held_out_loss, "last_loss": run.result.losses[-1]},
+        versions=versions(),
+    )

@@ -1,0 +1,215 @@
+"""The only file that touches llama_cpp's ctypes: models, contexts, adapters. Every C answer is checked.
+
+Each handle has one owner and one way to die (`close`); a closed handle raises EngineError. Nothing here knows prompts,
+adapters' names or what may be reused: that is `engine.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llama_cpp as C
+import numpy as np
+
+from edgelora.errors import EngineError
+
+UBATCH_TOKENS = 512  # one shape for every run: over a quantized base the numbers depend on it (DESIGN section 3)
+
+_last_words: deque[str] = deque(maxlen=8)
+
+
+@C.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    if level in (3, 4):  # warnings and errors
+        _last_words.append(text.decode("utf-8", "replace").strip())
+
+
+C.llama_log_set(_on_log, ctypes.c_void_p(0))
+C.llama_backend_init()
+
+
+def _refused(what: str, fix: str) -> EngineError:
+    return EngineError(what=what, why=" | ".join(_last_words) or "llama.cpp gave no reason", fix=fix)
+
+
+class Model:
+    """A loaded GGUF model: weights and vocabulary."""
+
+    def __init__(self, path: Path, *, vocabulary_only: bool = False) -> None:
+        _last_words.clear()
+        params = C.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        self._handle = C.llama_model_load_from_file(str(path).encode(), params)
+        if not self._handle:
+            raise _refused(
+                f"{path}: llama.cpp cannot load it", "check the file with `edgelora doctor`, or export again"
+            )
+        self._vocabulary = C.llama_model_get_vocab(self._handle)
+        self.n_vocab = int(C.llama_vocab_n_tokens(self._vocabulary))
+        self.n_ctx_train = int(C.llama_model_n_ctx_train(self._handle))
+
+    @property
+    def handle(self) -> object:
+        if self._handle is None:
+            raise EngineError(what="a closed model was used", why="close() frees its weights", fix="open it again")
+        return self._handle
+
+    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        """Text → ids as llama.cpp sees it, no BOS added."""
+        raw = text.encode()
+        out = (C.llama_token * (len(raw) + 8))()
+        n = C.llama_tokenize(self._vocabulary, raw, len(raw), out, len(out), False, parse_special)
+        if n < 0:
+            raise _refused("llama.cpp could not tokenize a text", "check that the text is valid")
+        return list(out[:n])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; empty for control tokens."""
+        out = ctypes.create_string_buffer(256)
+        n = C.llama_token_to_piece(self._vocabulary, token, out, len(out), 0, False)
+        return out.raw[: max(n, 0)]
+
+    def ends_generation(self, token: int) -> bool:
+        return bool(C.llama_vocab_is_eog(self._vocabulary, token))
+
+    def close(self) -> None:
+        """Free the model. Contexts must be closed before; adapters die with it."""
+        if self._handle is not None:
+            C.llama_model_free(self._handle)
+            self._handle = None
+
+
+class Lora:
+    """A loaded GGUF adapter of one model. The file must have passed `files.adapter_check`."""
+
+    def __init__(self, model: Model, path: Path) -> None:
+        _last_words.clear()
+        self.model = model
+        self._handle = C.llama_adapter_lora_init(model.handle, str(path).encode())
+        if not self._handle:  # a failed load is a NULL pointer object, never None
+            raise _refused(f"{path}: llama.cpp cannot load this adapter", "export it again for this base")
+
+    @property
+    def handle(self) -> object:
+        if self._handle is None:
+            raise EngineError(what="a closed adapter was used", why="close() frees it", fix="load it again")
+        return self._handle
+
+    def close(self) -> None:
+        """Free the adapter. It must not be set on any context; a closed model has freed it already."""
+        if self._handle is not None and self.model._handle is not None:
+            C.llama_adapter_lora_free(self._handle)
+        self._handle = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One token of a decode: which sequence, at which position, and whether its logits are wanted."""
+
+    token: int
+    position: int
+    sequence: int
+    wanted: bool
+
+
+class Context:
+    """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each."""
+
+    def __init__(self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048) -> None:
+        _last_words.clear()
+        params = C.llama_context_default_params()
+        params.n_ctx = n_ctx * n_sequences
+        params.n_batch = self.n_batch = max(n_batch, 32)
+        params.n_ubatch = UBATCH_TOKENS
+        params.n_seq_max = n_sequences
+        params.n_threads = params.n_threads_batch = threads
+        params.no_perf = True
+        params.kv_unified = False
+        self.model, self.n_ctx, self.n_sequences = model, n_ctx, n_sequences
+        self._handle = C.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise _refused(
+                f"llama.cpp cannot make a context of {n_ctx} x {n_sequences} tokens", "ask for a smaller context"
+            )
+        self._memory = C.llama_get_memory(self._handle)
+        self._batch = C.llama_batch_init(self.n_batch, 0, 1)
+
+    @property
+    def handle(self) -> object:
+        if self._handle is None:
+            raise EngineError(what="a closed context was used", why="close() frees it", fix="open a new one")
+        return self._handle
+
+    def set_threads(self, threads: int) -> None:
+        C.llama_set_n_threads(self.handle, threads, threads)
+
+    def set_adapters(self, adapters: Sequence[tuple[Lora, float]]) -> None:
+        """Replace the whole set. It does not touch the KV: what may be reused is the caller's business."""
+        n = len(adapters)
+        if n:
+            pointers = (C.llama_adapter_lora_p_ctypes * n)(*[lora.handle for lora, _ in adapters])
+            scales = (ctypes.c_float * n)(*[scale for _, scale in adapters])
+            code = C.llama_set_adapters_lora(self.handle, pointers, n, scales)
+        else:
+            code = C.llama_set_adapters_lora(self.handle, None, 0, None)
+        if code != 0:
+            raise _refused("llama.cpp did not accept the set of adapters", "load them again")
+
+    def clear(self) -> None:
+        """Forget everything computed, in every sequence."""
+        _ = self.handle
+        C.llama_memory_clear(self._memory, True)
+
+    def forget(self, sequence: int, position: int) -> None:
+        """Forget `sequence` from `position` on."""
+        _ = self.handle
+        if not C.llama_memory_seq_rm(self._memory, sequence, position, -1):
+            raise _refused("llama.cpp could not drop a part of a sequence", "start the conversation anew")
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold all that `source` holds. (A partial copy between sequences would abort the process.)"""
+        _ = self.handle
+        C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def decode(self, entries: Sequence[Entry]) -> np.ndarray:
+        """Evaluate tokens; returns float32 (n wanted, V), a view that the next decode overwrites."""
+        if not 0 < len(entries) <= self.n_batch:
+            raise EngineError(
+                what=f"{len(entries)} tokens in one decode",
+                why=f"this context takes 1 to {self.n_batch}",
+                fix="send the prompt in smaller pieces",
+            )
+        batch, n_wanted = self._batch, 0
+        batch.n_tokens = len(entries)
+        for i, entry in enumerate(entries):
+            batch.token[i], batch.pos[i] = entry.token, entry.position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, entry.sequence
+            batch.logits[i] = entry.wanted
+            n_wanted += entry.wanted
+        code = C.llama_decode(self.handle, batch)
+        if code == 1:
+            raise EngineError(
+                what="the context is full",
+                why=f"each conversation has room for {self.n_ctx} tokens",
+                fix="start anew (/reset), or open with a larger --context",
+            )
+        if code != 0:
+            raise _refused(f"llama.cpp could not evaluate {len(entries)} tokens (code {code})", "start anew")
+        if not n_wanted:
+            return np.empty((0, self.model.n_vocab), np.float32)
+        return np.ctypeslib.as_array(C.llama_get_logits(self.handle), shape=(n_wanted, self.model.n_vocab))
+
+    def close(self) -> None:
+        if self._handle is not None:
+            C.llama_batch_free(self._batch)
+            C.llama_free(self._handle)
+            self._handle = None
+
+
+def system_info() -> str:
+    """What llama.cpp was built with: AVX2, AVX512, Metal, CUDA …"""
+    return str(C.llama_print_system_info().decode())

@@ -1,0 +1,299 @@
+"""One base, adapters by name, and what was computed under one adapter never answers for another.
+
+Every state kept in the KV belongs to a key: the digests and scales of the active adapters. A change of the key forgets
+everything; under the same key the longest common prefix of the tokens is reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from edgelora.base.model import Base
+from edgelora.device import Choice
+from edgelora.errors import AdapterError, EngineError
+from edgelora.evaluate.protocols import Answer, Question
+from edgelora.files.adapter_check import check_adapter, contract_of
+from edgelora.files.contract import require_same_base, sha256_file
+from edgelora.progress import OnProgress, Pace, Progress, silent
+from runtime.bench import prompt_and_generation_speed
+from runtime.binding import Context, Entry, Lora, Model
+from runtime.threads import choose_threads
+
+MAX_SCALE = 16.0
+
+Key = frozenset[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in memory; its digest, not its name, decides what may be reused."""
+
+    lora: Lora
+    digest: str
+    path: Path
+
+
+class _Slot:
+    """One question in work: its prompt, then its answer token by token, then its reference in one piece."""
+
+    def __init__(self, number: int, question: Question, shared: int) -> None:
+        self.number, self.question = number, question
+        self.tokens: list[int] = []
+        self.nll: list[float] = []
+        self.rewind = self.finished = self._scoring = False
+        self.due, self._position = list(question.prompt[shared:]), shared
+
+    @property
+    def n_wanted(self) -> int:
+        return len(self.due) if self._scoring else 1
+
+    def entries(self, sequence: int) -> list[Entry]:
+        """What the next decode must evaluate: all rows are wanted of a reference, else only the last."""
+        last = len(self.due) - 1
+        return [
+            Entry(token, self._position + i, sequence, self._scoring or i == last) for i, token in enumerate(self.due)
+        ]
+
+    def advance(self, rows: Sequence[np.ndarray], max_tokens: int, ends: Callable[[int], bool]) -> None:
+        """Take in the logits of the wanted entries and decide what is due next."""
+        reference = self.question.reference
+        self._position += len(self.due)
+        self.rewind = False
+        if self._scoring:
+            self.nll += [_nll(z, label) for z, label in zip(rows, reference[1:], strict=True)]
+            self.finished = True
+            return
+        if not self.nll and reference:
+            self.nll.append(_nll(rows[0], reference[0]))
+        token = int(rows[0].argmax())
+        if not ends(token):
+            self.tokens.append(token)
+        if ends(token) or len(self.tokens) >= max_tokens:
+            self._scoring, self.finished = True, len(reference) < 2
+            self.rewind, self.due, self._position = True, list(reference[:-1]), len(self.question.prompt)
+        else:
+            self.due = [token]
+
+
+def _nll(z: np.ndarray, label: int) -> float:
+    top = z.max()
+    return float(np.log(np.exp(z - top).sum()) + top - z[label])
+
+
+class Engine:
+    """A base model open in llama.cpp. Not safe to call from several threads at once.
+
+    `n_ctx` is the room of one conversation in tokens, `n_sequences` how many questions are answered side by side
+    (0: none, for streaming alone).
+    """
+
+    def __init__(self, base: Base, *, n_ctx: int = 2048, n_sequences: int = 0, threads: int | None = None) -> None:
+        self.base = base
+        self.model = Model(base.path)
+        n_batch = min(2048, n_ctx * max(n_sequences, 1))
+        # one sequence more: 0 keeps what is shared, and streams
+        self._context = Context(
+            self.model, n_ctx=n_ctx, n_sequences=n_sequences + 1, threads=threads or 1, n_batch=n_batch
+        )
+        self._loaded: dict[str, Loaded] = {}
+        self._active: dict[str, float] = {}
+        self._cached: list[int] = []  # what sequence 0 holds, under the active key
+        self.threads = Choice(str(threads), "asked for") if threads else choose_threads(self._context)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._context.close()
+        self.model.close()
+        self._loaded.clear()
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> dict[str, Loaded]:
+        return dict(self._loaded)
+
+    @property
+    def active(self) -> dict[str, float]:
+        return dict(self._active)
+
+    def load(self, name: str, path: Path, *, allow_unverified: bool = False) -> None:
+        """Load the GGUF adapter at `path` as `name`, in place of an older one of that name.
+
+        Raises AdapterError if it is damaged, or was trained on another base, or (unless allowed) does not say on which.
+        """
+        shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
+        file = check_adapter(path, self.base.architecture.gguf_name, shapes)
+        contract = contract_of(file)
+        if contract is not None:
+            require_same_base(contract, self.base.fingerprint, self.base.quant, str(path), str(self.base.path))
+        elif not allow_unverified:
+            raise AdapterError(
+                what=f"{path}: it does not say which base it belongs to",
+                why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
+                fix="pass --allow-unverified-base if you know that it was trained on this base",
+            )
+        fresh = Loaded(Lora(self.model, path), sha256_file(path), path)
+        if name in self._loaded:
+            self.unload(name)
+        self._loaded[name] = fresh
+
+    def unload(self, name: str) -> None:
+        """Free the adapter `name`; if it is active, the others stay active."""
+        loaded = self._find(name)
+        if name in self._active:
+            self.use({k: v for k, v in self._active.items() if k != name})
+        del self._loaded[name]
+        loaded.lora.close()
+
+    def use(self, adapters: Mapping[str, float]) -> None:
+        """Answer with these adapters at these scales from now on ({} is the base; scale 0 is not attached)."""
+        for name, scale in adapters.items():
+            self._find(name)
+            if not abs(scale) <= MAX_SCALE:
+                raise EngineError(
+                    what=f"scale {scale} for {name}",
+                    why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
+                    fix="use a scale around 1",
+                )
+        wanted = {name: scale for name, scale in adapters.items() if scale}
+        if self._key(wanted) != self._key(self._active):
+            self._context.set_adapters([(self._loaded[name].lora, scale) for name, scale in wanted.items()])
+            self._forget()
+        self._active = wanted
+
+    def _find(self, name: str) -> Loaded:
+        if name not in self._loaded:
+            raise AdapterError(
+                what=f"no adapter named {name}",
+                why=f"loaded are: {', '.join(self._loaded) or 'none'}",
+                fix="load it first: --adapter NAME=FILE",
+            )
+        return self._loaded[name]
+
+    def _key(self, adapters: Mapping[str, float]) -> Key:
+        return frozenset((self._loaded[name].digest, scale) for name, scale in adapters.items())
+
+    def _forget(self) -> None:
+        self._context.clear()
+        self._cached = []
+
+    def speed(self) -> tuple[float, float]:
+        """Prompt and generation tokens/s with the active adapters."""
+        self._forget()
+        return prompt_and_generation_speed(self._context, self.model.n_vocab)
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 (all wanted, V): what follows the positions `wanted` of each sequence, evaluated cold and together.
+
+        At most `n_sequences` + 1 sequences.
+        """
+        self._forget()
+        entries = [
+            Entry(token, i, number, i in chosen)
+            for number, (ids, chosen) in enumerate(zip(sequences, map(set, wanted), strict=True))
+            for i, token in enumerate(ids)
+        ]
+        rows = [self._context.decode(part).copy() for part in self._cut(entries)]
+        self._forget()
+        return np.concatenate(rows)
+
+    def _cut(self, entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
+        for first in range(0, len(entries), self._context.n_batch):
+            yield entries[first : first + self._context.n_batch]
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    def answer(self, questions: Sequence[Question], max_tokens: int, on_progress: OnProgress = silent) -> list[Answer]:
+        """Answer each question greedily, and score its reference; up to `n_sequences` are in work at once.
+
+        A prompt is evaluated once: after the answer its KV serves the reference. The tokens that all prompts begin
+        with are evaluated once for all.
+        """
+        self._forget()
+        shared = self._share_prefix([q.prompt for q in questions])
+        done: dict[int, Answer] = {}
+        pace = Pace(len(questions))
+        waiting = list(enumerate(questions))[::-1]
+        slots: dict[int, _Slot] = {}
+        while waiting or slots:
+            room = self._context.n_batch - sum(len(slot.due) for slot in slots.values())
+            for seq in range(1, self._context.n_sequences):
+                if seq not in slots and waiting and len(waiting[-1][1].prompt) <= room:
+                    number, question = waiting.pop()
+                    self._require_room(len(question.prompt) + max(max_tokens, len(question.reference)))
+                    self._context.copy(0, seq)
+                    slots[seq] = _Slot(number, question, shared)
+                    room -= len(slots[seq].due)
+            entries = [entry for seq, slot in slots.items() for entry in slot.entries(seq)]
+            rows = iter(self._context.decode(entries))
+            for seq, slot in list(slots.items()):
+                slot.advance([next(rows) for _ in range(slot.n_wanted)], max_tokens, self.model.ends_generation)
+                if slot.rewind:
+                    self._context.forget(seq, len(slot.question.prompt))
+                if slot.finished:
+                    self._context.forget(seq, 0)
+                    done[slot.number] = Answer(slot.tokens, np.array(slot.nll))
+                    del slots[seq]
+                    speed, eta = pace.step(len(slot.tokens))
+                    on_progress(Progress("score", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
+        self._forget()
+        return [done[i] for i in range(len(questions))]
+
+    def _share_prefix(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Evaluate in sequence 0 what all prompts begin with (always leaving each a token of its own)."""
+        shared = 0
+        while all(len(p) > shared + 1 and p[shared] == prompts[0][shared] for p in prompts):
+            shared += 1
+        for part in self._cut([Entry(token, i, 0, False) for i, token in enumerate(prompts[0][:shared])]):
+            self._context.decode(part)
+        return shared
+
+    def stream(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
+        """Answer `prompt` token by token in sequence 0, reusing what it shares with the last call under this key.
+
+        temperature 0 is greedy; else tokens are drawn from softmax(logits / temperature) under `seed`.
+        """
+        self._require_room(len(prompt) + 1)
+        draw = np.random.default_rng(seed)
+        shared = 0
+        while shared < min(len(self._cached), len(prompt) - 1) and self._cached[shared] == prompt[shared]:
+            shared += 1
+        self._context.forget(0, shared)
+        del self._cached[shared:]
+        entries = [Entry(t, i, 0, i == len(prompt) - 1) for i, t in enumerate(prompt)][shared:]
+        for _ in range(min(max_tokens, self._context.n_ctx - len(prompt))):
+            for part in self._cut(entries):
+                z = self._context.decode(part)
+                self._cached += [e.token for e in part]
+            token = _pick(z[-1], temperature, draw)
+            if self.model.ends_generation(token):
+                return
+            yield token
+            entries = [Entry(token, len(self._cached), 0, True)]
+
+    def _require_room(self, tokens: int) -> None:
+        if tokens > self._context.n_ctx:
+            raise EngineError(
+                what=f"a prompt that needs {tokens} tokens",
+                why=f"this engine was opened with room for {self._context.n_ctx}",
+                fix=f"open it with --context {tokens}, or shorten the conversation",
+            )
+
+
+def _pick(z: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
+    if temperature <= 0:
+        return int(z.argmax())
+    # Gumbel's trick: the argmax of logits / T + noise is a sample of the softmax
+    return int((z / temperature + draw.gumbel(size=len(z))).argmax())

@@ -1,0 +1,191 @@
+"""Models small enough to build in a moment, and the real one where it is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from edgelora.architectures import ARCHITECTURES, ModelConfig
+from edgelora.architectures.names import gguf_module, gguf_row_order, hf_modules
+from edgelora.base import ggml
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> tuple[list[str], list[str]]:
+    """512 tokens and their merges: byte-level BPE trained on the example commands, SmolLM's pre-tokenizer."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    texts = [message["content"] for row in rows for message in json.loads(row)["messages"]]
+    bpe.train_from_iterator(texts, trainer)
+    model = json.loads(bpe.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    return tokens, [" ".join(pair) for pair in model["merges"]]
+
+
+def tiny_config(tied: bool = True) -> ModelConfig:
+    """256 wide (K-quants need rows of 256), two layers, four query heads on two key-value heads."""
+    return ModelConfig(
+        model_type="llama",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=tied,
+    )
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A seeded model: its file, and the very weights (HF names and row order, float32) that the file decodes to."""
+
+    path: Path
+    config: ModelConfig
+    weights: dict[str, np.ndarray]
+
+
+def seeded_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(seed)
+    d, vocab = config.hidden_size, config.vocab_size
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return draw.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
+
+    weights = {"model.embed_tokens": draw.normal(0, 0.1, (vocab, d)).astype(np.float32)}
+    weights |= {module: matrix(*shape) for module, shape in hf_modules(config).items()}
+    norms = ["model.norm"]
+    for i in range(config.num_hidden_layers):
+        norms += [f"model.layers.{i}.input_layernorm", f"model.layers.{i}.post_attention_layernorm"]
+    weights |= {name: draw.uniform(0.8, 1.2, d).astype(np.float32) for name in norms}
+    if not config.tie_word_embeddings:
+        weights["lm_head"] = matrix(vocab, d)
+    return weights
+
+
+def write_tiny(
+    path: Path,
+    vocabulary: tuple[list[str], list[str]],
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    *,
+    seed: int = 0,
+    tied: bool = True,
+    template: str | None = TEMPLATE,
+) -> TinyModel:
+    """Write a llama GGUF with seeded weights, its matrices stored as `kind`."""
+    config, architecture = tiny_config(tied), ARCHITECTURES["llama"]
+    tokens, merges = vocabulary
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("model")
+    writer.add_file_type(
+        LlamaFileType[{"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_M"}.get(kind.name, f"MOSTLY_{kind.name}")]
+    )
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if t in SPECIAL else TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    if template is not None:
+        writer.add_chat_template(template)
+    weights = {}
+    for module, weight in seeded_weights(config, seed).items():
+        stored, type_ = weight, GGMLQuantizationType.F32
+        if weight.ndim == 2:
+            blocks, type_ = ggml.quantize(weight, kind), kind
+            weight = ggml.dequantize(blocks, kind, weight.shape[1])
+            order = gguf_row_order(architecture, config, module)
+            stored = blocks if order is None else blocks[order]
+        weights[module] = weight
+        name = f"{gguf_module(architecture, config, module)}.weight"
+        writer.add_tensor(name, stored, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return TinyModel(path, config, weights)
+
+
+@pytest.fixture(scope="session")
+def make_tiny(
+    tmp_path_factory: pytest.TempPathFactory, vocabulary: tuple[list[str], list[str]]
+) -> Callable[..., TinyModel]:
+    """`make_tiny(kind, seed=…, tied=…, template=…)`, each model written once for the session."""
+    made: dict[object, TinyModel] = {}
+
+    def make(kind: GGMLQuantizationType = GGMLQuantizationType.F32, **options: object) -> TinyModel:
+        key = (kind, *sorted(options.items(), key=str))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny")
+            made[key] = write_tiny(folder / f"tiny-{kind.name}.gguf", vocabulary, kind, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
+    """The F32 model."""
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The real model of the quickstart. Skips, with the reason, where the package that carries it is missing."""
+    from edgelora.errors import EdgeloraError
+    from edgelora.pipeline.quickstart import default_base
+
+    try:
+        return default_base()
+    except EdgeloraError as e:
+        pytest.skip(f"{e.what}: {e.fix}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets and tokenizer cases that are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no shared data at {SHARED_DATA}")
+    return SHARED_DATA
