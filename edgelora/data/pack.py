@@ -1,4 +1,4 @@
-"""Examples → packed rows of tokens: no padding, positions restart with each example, attention stays inside it."""
+"""Examples → packed rows of tokens: no padding, attention stays inside an example, a shared beginning is kept once."""
 
 from __future__ import annotations
 
@@ -14,30 +14,52 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One packed row. `labels[t]` is the id that must follow token t, or IGNORE where nothing is learned."""
+    """One packed row: a prefix that all its examples begin with, computed once, then the rest of each example.
+
+    `labels[t]` is the id that must follow token t, or IGNORE where nothing is learned. `n_tokens` counts the tokens of
+    the examples, the shared ones once for each.
+    """
 
     input_ids: np.ndarray  # (T,)
     positions: np.ndarray  # (T,)
-    segment_starts: tuple[int, ...]  # n + 1 borders, from 0 to T
+    prefix: int
+    segment_starts: tuple[int, ...]  # n + 1 borders, from `prefix` to T
     labels: np.ndarray  # (T,)
+    n_tokens: int
 
     @property
     def n_loss_tokens(self) -> int:
         return int(np.count_nonzero(self.labels != IGNORE))
 
 
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens all examples begin with, before the position from which any of them learns.
+
+    Exact: what such a token computes depends on the tokens before it alone, and its gradients are sums over examples.
+    """
+    limit = min(int(np.argmax(e.loss_mask)) - 1 for e in examples)
+    first = examples[0].input_ids
+    for e in examples[1:]:
+        differing = np.flatnonzero(e.input_ids[:limit] != first[:limit])
+        limit = int(differing[0]) if len(differing) else limit
+    return max(limit, 0) if len(examples) > 1 else 0
+
+
 def pack(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end in one row."""
-    labels = []
+    """Lay examples end to end in one row, after what they all begin with."""
+    prefix = shared_prefix(examples)
+    labels = [np.full(prefix, IGNORE)]
     for e in examples:
         following = np.where(e.loss_mask[1:], e.input_ids[1:], IGNORE)
-        labels.append(np.append(following, IGNORE))
-    starts = np.cumsum([0, *(len(e) for e in examples)])
+        labels.append(np.append(following, IGNORE)[prefix:])
+    starts = prefix + np.cumsum([0, *(len(e) - prefix for e in examples)])
     return Batch(
-        input_ids=np.concatenate([e.input_ids for e in examples]),
-        positions=np.concatenate([np.arange(len(e)) for e in examples]),
+        input_ids=np.concatenate([examples[0].input_ids[:prefix], *(e.input_ids[prefix:] for e in examples)]),
+        positions=np.concatenate([np.arange(prefix), *(np.arange(prefix, len(e)) for e in examples)]),
+        prefix=prefix,
         segment_starts=tuple(int(s) for s in starts),
         labels=np.concatenate(labels),
+        n_tokens=sum(len(e) for e in examples),
     )
 
 
@@ -46,14 +68,15 @@ def best_fit(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
 
     An example longer than `max_tokens` gets a row of its own. Deterministic.
     """
+    prefix = shared_prefix(examples)
     rows: list[list[Example]] = []
     free: list[int] = []
     for example in sorted(examples, key=len, reverse=True):
-        fits = [i for i, room in enumerate(free) if room >= len(example)]
+        fits = [i for i, room in enumerate(free) if room >= len(example) - prefix]
         if fits:
             best = min(fits, key=lambda i: free[i])
             rows[best].append(example)
-            free[best] -= len(example)
+            free[best] -= len(example) - prefix
         else:
             rows.append([example])
             free.append(max_tokens - len(example))

@@ -44,33 +44,52 @@ def _probabilities(q: Tensor, k: Tensor, n: int, scale: float) -> Tensor:
     return scores.softmax(-1)
 
 
+def _keys(x: Tensor, prefix: int, begin: int, last: int) -> Tensor:
+    """What a tile may look at, (KV, m, d): the shared prefix and its own segment up to `last`."""
+    own = x[begin:last]
+    return (torch.cat([x[:prefix], own]) if begin >= prefix > 0 else own).transpose(0, 1)
+
+
 class SegmentAttention(torch.autograd.Function):
-    """q (T, H, d), k and v (T, KV, d), `starts` the n + 1 segment borders from 0 to T → (T, H, d)."""
+    """q (T, H, d), k and v (T, KV, d) → (T, H, d).
+
+    Tokens [0, prefix) are what all segments begin with; `starts` are the n + 1 borders of the segments, from `prefix`
+    to T. A segment sees the prefix and itself, causally; the prefix sees itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int = 0) -> Tensor:
+        borders = [0, *starts] if prefix else starts
         ctx.save_for_backward(q, k, v)
-        ctx.starts, ctx.scale = starts, q.shape[-1] ** -0.5
+        ctx.borders, ctx.prefix, ctx.scale = borders, prefix, q.shape[-1] ** -0.5
         out = torch.empty_like(q)
-        for begin, first, last in _tiles(starts):
-            keys, values = k[begin:last].transpose(0, 1), v[begin:last].transpose(0, 1)  # (KV, m, d)
+        for begin, first, last in _tiles(borders):
+            keys, values = _keys(k, prefix, begin, last), _keys(v, prefix, begin, last)
             p = _probabilities(_group(q[first:last], k.shape[1]), keys, last - first, ctx.scale)
             out[first:last] = _ungroup(torch.bmm(p, values), last - first)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         (d_out,) = grads
         q, k, v = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for begin, first, last in _tiles(ctx.starts):
+        for begin, first, last in _tiles(ctx.borders):
             n, kv_heads = last - first, k.shape[1]
-            keys, values = k[begin:last].transpose(0, 1), v[begin:last].transpose(0, 1)
+            keys, values = _keys(k, ctx.prefix, begin, last), _keys(v, ctx.prefix, begin, last)
             queries, d_rows = _group(q[first:last], kv_heads), _group(d_out[first:last], kv_heads)
             p = _probabilities(queries, keys, n, ctx.scale)  # (KV, G * n, m)
-            dv[begin:last] += torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1)
+            _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), begin, last)
             ds = torch.bmm(d_rows, values.transpose(1, 2)).mul_(p)
             ds.sub_(p.mul_(ds.sum(-1, keepdim=True))).mul_(ctx.scale)
             dq[first:last] = _ungroup(torch.bmm(ds, keys), n)
-            dk[begin:last] += torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1)
-        return dq, dk, dv, None
+            _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), begin, last)
+        return dq, dk, dv, None, None
+
+
+def _add(total: Tensor, part: Tensor, begin: int, last: int) -> None:
+    """Add the gradient of `_keys` to where its rows came from: the last are the segment's own, the others the prefix's."""
+    own = last - begin
+    total[begin:last] += part[-own:]
+    if len(part) > own:
+        total[: len(part) - own] += part[:-own]

@@ -54,9 +54,11 @@ class Attention(nn.Module):
             Linear(frozen.linears[f"{prefix}.{name}_proj"]) for name in "qkvo"
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int], prefix: int) -> Tensor:
         q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = SegmentAttention.apply(Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v, starts)  # (T, H, d)
+        out = SegmentAttention.apply(
+            Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v, starts, prefix
+        )  # (T, H, d)
         return self.o_proj(out.flatten(1))
 
 
@@ -82,10 +84,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Norm(frozen.norms[f"{prefix}.post_attention_layernorm"], config.rms_norm_eps)
         self.mlp = MLP(frozen, f"{prefix}.mlp")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int]) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int], prefix: int) -> Tensor:
         normed = self.input_layernorm(x)
         with recomputed(normed, partial(self.input_layernorm.plain, x.detach())):
-            x = x + self.self_attn(normed, cos, sin, starts)
+            x = x + self.self_attn(normed, cos, sin, starts, prefix)
         normed = self.post_attention_layernorm(x)
         with recomputed(normed, partial(self.post_attention_layernorm.plain, x.detach())):
             return x + self.mlp(normed)
@@ -110,12 +112,15 @@ class Decoder(nn.Module):
     def linears(self) -> dict[str, Linear]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
-    def forward(self, input_ids: Tensor, positions: Tensor, segment_starts: list[int]) -> Tensor:
-        """Final hidden states float32 (T, d) of a packed row: ids (T,), positions (T,), n + 1 segment borders."""
+    def forward(self, input_ids: Tensor, positions: Tensor, segment_starts: list[int], prefix: int = 0) -> Tensor:
+        """Final hidden states float32 (T, d) of a packed row: ids (T,), positions (T,), n + 1 segment borders.
+
+        The first `prefix` tokens are what every segment begins with (see `data/pack.py`).
+        """
         x = self.embedding.gather(input_ids)
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         for layer in self.model.layers:
-            x = layer(x, cos, sin, segment_starts)
+            x = layer(x, cos, sin, segment_starts, prefix)
         return self.model.norm(x)
 
     @torch.no_grad()

@@ -161,11 +161,11 @@ def _certify(
             for group in groups:
                 batch = pack(group)
                 tokens, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
-                hidden = decoder(tokens, positions, list(batch.segment_starts))
+                hidden = decoder(tokens, positions, list(batch.segment_starts), batch.prefix)
                 reference = logits(hidden[torch.from_numpy(batch.labels != IGNORE)], decoder.head).numpy()
                 wanted = [(e.loss_mask.nonzero()[0] - 1).tolist() for e in group]  # what predicts the learned tokens
                 yield reference, engine.logits([e.input_ids.tolist() for e in group], wanted)
-                speed, eta = pace.step(len(tokens))
+                speed, eta = pace.step(batch.n_tokens)
                 on_progress(Progress("check", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
 
         floor = fidelity(pairs())

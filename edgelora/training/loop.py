@@ -30,7 +30,8 @@ class Result:
 
 def batch_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
     """Sum of −log p over the tokens of `batch` that are learned."""
-    hidden = decoder(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions), list(batch.segment_starts))
+    ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
+    hidden = decoder(ids, positions, list(batch.segment_starts), batch.prefix)
     labels = torch.from_numpy(batch.labels)
     learned = labels != IGNORE
     loss, _ = LinearCrossEntropy.apply(hidden[learned], decoder.head, labels[learned])
@@ -90,7 +91,7 @@ def train(
                 fix=f"try --learning-rate {config.learning_rate / 5:g}",
             )
         losses.append(loss)
-        speed, eta = pace.step(sum(len(b.input_ids) for b in batches))
+        speed, eta = pace.step(sum(b.n_tokens for b in batches))
         on_progress(Progress(
             "train", number + 1, total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
             peak_bytes=peak_bytes(),
