@@ -1,0 +1,104 @@
+"""Chat as a person sees it: through a real terminal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pexpect
+import pytest
+from test_export import make_adapter
+
+from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.base.model import open_base
+from edgelora.errors import EdgeloraError
+from runtime.chat import Chat, Settings
+from runtime.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    folder, base = tmp_path_factory.mktemp("chat"), open_base(tiny.path)
+    for seed, name in enumerate(("home", "poet")):
+        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
+    return folder
+
+
+@pytest.fixture
+def chat(tiny, files):
+    with Engine(open_base(tiny.path), n_ctx=256, threads=1) as engine:
+        for name in ("home", "poet"):
+            engine.load(name, files / f"{name}.gguf")
+        yield Chat(engine, Settings(max_tokens=8))
+
+
+def test_a_conversation_on_a_terminal(tiny, files):
+    terminal = pexpect.spawn(
+        sys.executable,
+        ["-m", "edgelora", "chat", str(tiny.path), "--adapter", f"home={files / 'home.gguf'}", "--adapter",
+         f"poet={files / 'poet.gguf'}", "--max-tokens", "8"],
+        timeout=30, encoding="utf-8", dimensions=(24, 200),
+    )  # fmt: skip
+    terminal.expect("answering with home")
+    terminal.expect_exact("> ")
+    for line, answer in (
+        ("/adapters", r"\* home at 1"),
+        ("/adapter poet 0.5", "answering with poet at 0.5"),
+        ("/adapters", r"\* poet at 0.5"),
+        ("/adapter nobody", "no adapter named nobody"),
+        ("/adapter poet loud", "loud is no number"),
+        ("/what", "no such command"),
+        ("/base", "answering with the base alone"),
+        ("/reset", "the conversation starts anew"),
+    ):
+        terminal.sendline(line)
+        terminal.expect(answer)
+        terminal.expect_exact("> ")
+    terminal.sendline("hello")
+    terminal.expect_exact("> ")
+    terminal.sendintr()
+    terminal.expect("/quit ends the chat")
+    terminal.sendline("/quit")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
+
+
+def test_answers_do_not_depend_on_what_was_switched_before(chat):
+    def ask(**active):
+        chat.command("/reset")
+        chat.engine.use(active)
+        return "".join(chat.ask("turn on the lamp"))
+
+    fresh = {name: ask(**{name: 1.0}) for name in ("home", "poet")} | {"base": ask()}
+    assert len(set(fresh.values())) == 3
+    assert ask(home=1.0) == fresh["home"]
+    assert ask() == fresh["base"]
+    assert ask(poet=1.0) == fresh["poet"]
+
+
+def test_a_turn_is_kept_and_a_failed_one_is_not(chat):
+    answer = "".join(chat.ask("hello"))
+    assert [m.role for m in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1].content == answer
+    before = list(chat.messages)
+    with pytest.raises(EdgeloraError, match="tokens"):
+        list(chat.ask("lamp " * 400))
+    assert chat.messages == before
+
+
+def test_an_answer_broken_off_keeps_what_was_said(chat):
+    answer = chat.ask("hello")
+    first = next(answer)
+    answer.close()
+    assert chat.messages[-1].content == first
+
+
+def test_input_from_a_pipe(tiny):
+    done = subprocess.run(
+        [sys.executable, "-m", "edgelora", "chat", str(tiny.path), "--max-tokens", "4"],
+        input="/adapters\nhello\n", capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no adapters are loaded" in done.stdout
+    assert done.stderr == ""

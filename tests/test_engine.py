@@ -1,0 +1,285 @@
+"""The engine: whatever was switched before, an answer is that of a cold run under the same adapter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from test_export import make_adapter
+
+from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.data.encode import Example, encode_conversation
+from edgelora.errors import AdapterError, EdgeloraError, EngineError
+from edgelora.evaluate.protocols import Answer, Question
+from edgelora.evaluate.score import bootstrap, score
+from edgelora.pipeline.export import DEFAULT_CHECK
+from runtime.binding import Model
+from runtime.engine import Engine
+
+NAMES = ("one", "two", "three")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny, tmp_path_factory):
+    """Three strong adapters over the F32 model (over float weights a warm and a cold run agree token for token)."""
+    folder, base = tmp_path_factory.mktemp("adapters"), open_base(tiny.path)
+    for seed, name in enumerate(NAMES):
+        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
+    return {name: folder / f"{name}.gguf" for name in NAMES}
+
+
+@pytest.fixture
+def engine(tiny, adapters):
+    with Engine(open_base(tiny.path), n_ctx=256, n_sequences=4, threads=1) as engine:
+        for name, path in adapters.items():
+            engine.load(name, path)
+        yield engine
+
+
+def cold(tiny, adapters, active, prompt, n=6):
+    with Engine(open_base(tiny.path), n_ctx=256, threads=1) as engine:
+        for name in active:
+            engine.load(name, adapters[name])
+        engine.use(active)
+        return list(engine.stream(prompt, n, 0, 0))
+
+
+def random_walk(engine, tiny, adapters, steps):
+    """Random switches, blends and reloads over prompts that begin alike; counts answers unlike a cold run's."""
+    draw = random.Random(0)
+    settings = [{}, {"one": 1.0}, {"two": 1.0}, {"one": 0.5}, {"one": 1.0, "three": -0.7}]
+    prompts = [[*range(5, 30)], [*range(5, 25), 99, 98], [*range(5, 30), 40, 41, 42]]
+    expected = {}
+    wrong = 0
+    for _ in range(steps):
+        i, j = draw.randrange(len(settings)), draw.randrange(len(prompts))
+        if (i, j) not in expected:
+            expected[i, j] = cold(tiny, adapters, settings[i], prompts[j])
+        if draw.random() < 0.2:
+            engine.load("two", adapters["two"])
+        engine.use(settings[i])
+        wrong += list(engine.stream(prompts[j], 6, 0, 0)) != expected[i, j]
+    assert len({tuple(v) for v in expected.values()}) > 5  # the settings do answer differently
+    return wrong
+
+
+def test_no_state_of_one_adapter_answers_for_another(engine, tiny, adapters):
+    assert random_walk(engine, tiny, adapters, 150) == 0
+
+
+def test_the_walk_notices_when_nothing_is_forgotten(engine, tiny, adapters, monkeypatch):
+    """The control: without forgetting at a switch, as llama-cpp-python reuses its prefix, answers are wrong."""
+    monkeypatch.setattr(Engine, "_forget", lambda _: None)
+    assert random_walk(engine, tiny, adapters, 60) > 0
+
+
+def test_the_same_name_with_new_bytes_is_a_new_adapter(engine, tiny, adapters):
+    prompt = [*range(5, 30)]
+    engine.use({"one": 1.0})
+    first = list(engine.stream(prompt, 6, 0, 0))
+    engine.load("one", adapters["two"])
+    engine.use({"one": 1.0})
+    assert list(engine.stream(prompt, 6, 0, 0)) == cold(tiny, adapters, {"two": 1.0}, prompt) != first
+
+
+def test_scale_zero_is_the_base(engine, tiny, adapters):
+    engine.use({"one": 0.0})
+    assert engine.active == {}
+    assert list(engine.stream([5, 6, 7], 6, 0, 0)) == cold(tiny, adapters, {}, [5, 6, 7])
+
+
+def test_what_was_computed_is_reused_under_the_same_key(engine, monkeypatch):
+    seen = []
+    decode = engine._context.decode
+    monkeypatch.setattr(engine._context, "decode", lambda entries: seen.append(len(entries)) or decode(entries))
+    list(engine.stream([*range(5, 35)], 2, 0, 0))
+    list(engine.stream([*range(5, 35), 40, 41], 1, 0, 0))
+    assert seen == [30, 1, 2]  # the second prompt is 30 tokens that are there and two that are not
+
+
+def test_unloading_frees_the_name_and_the_others_stay(engine):
+    engine.use({"one": 1.0, "two": 0.5})
+    engine.unload("one")
+    assert engine.active == {"two": 0.5}
+    with pytest.raises(AdapterError, match="no adapter named one"):
+        engine.use({"one": 1.0})
+
+
+@pytest.mark.parametrize("scale", [17.0, -17.0, float("nan"), float("inf")])
+def test_scales_beyond_reason_are_refused(engine, scale):
+    with pytest.raises(EngineError, match="scale"):
+        engine.use({"one": scale})
+
+
+def test_answers_and_scores_of_many_questions_are_those_of_one_at_a_time(engine):
+    draw = np.random.default_rng(0)
+    shared = [1, 9, 9, 9]
+    questions = [
+        Question([*shared, *draw.integers(3, 500, n).tolist()], draw.integers(3, 500, n % 4 + 1).tolist())
+        for n in (5, 1, 9, 3, 12, 7, 2, 4, 6)
+    ]
+    together = engine.answer(questions, 5)
+    for question, found in zip(questions, together, strict=True):
+        (alone,) = engine.answer([question], 5)
+        assert found.tokens == alone.tokens
+        np.testing.assert_allclose(found.nll, alone.nll, atol=1e-3)
+
+
+def test_the_score_of_a_reference_is_its_log_probability_in_torch(engine, tiny):
+    base = open_base(tiny.path)
+    example: Example = encode_conversation(DEFAULT_CHECK[0], base.tokenizer, base.template)
+    ids, first = example.input_ids, int(np.argmax(example.loss_mask))
+    last = int(example.loss_mask.nonzero()[0][-1]) + 1
+    (found,) = engine.answer([Question(ids[:first].tolist(), ids[first:last].tolist())], 3)
+    log_p = build_decoder(base).logits(torch.from_numpy(ids)).log_softmax(-1)
+    wanted = [-float(log_p[i - 1, ids[i]]) for i in range(first, last)]
+    np.testing.assert_allclose(found.nll, wanted, atol=0.03)  # the KV is F16
+
+
+def test_scoring_tells_the_groups_apart(tiny):
+    class Parrot:
+        """Answers every question with its reference, but the first."""
+
+        def answer(self, questions, max_tokens, _):
+            assert max_tokens > max(len(q.reference) for q in questions)
+            return [
+                Answer([] if i == 0 else list(q.reference[:-1]), np.ones(len(q.reference)))
+                for i, q in enumerate(questions)
+            ]
+
+    base = open_base(tiny.path)
+    rows = [replace(row, group="new" if i % 2 else "known") for i, row in enumerate(DEFAULT_CHECK)]
+    found = score(Parrot(), rows, base.tokenizer, base.template)
+    assert (found.all.exact, found.groups["known"].exact, found.groups["new"].exact) == (7, 3, 4)
+    assert found.all.loss == 1.0
+
+
+def test_the_interval_covers_the_share_and_narrows_with_rows():
+    low, high = bootstrap([True] * 9 + [False])
+    wide, narrow = high - low, np.diff(bootstrap(([True] * 9 + [False]) * 40))[0]
+    assert low <= 0.9 <= high
+    assert narrow < wide / 3
+
+
+def test_temperature_draws_and_the_seed_repeats(engine):
+    prompt = [*range(5, 20)]
+    draws = [tuple(engine.stream(prompt, 12, 2.0, seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_prompt_longer_than_the_context_is_refused(engine):
+    with pytest.raises(EngineError, match="300 tokens"):
+        list(engine.stream([5] * 299, 1, 0, 0))
+
+
+def test_the_context_may_be_filled_to_the_brim(engine):
+    assert len(list(engine.stream([5] * 250, 100, 1.0, 3))) <= 6
+
+
+def test_closed_handles_say_so(tiny):
+    engine = Engine(open_base(tiny.path), n_ctx=64, threads=1)
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        list(engine.stream([5, 6], 1, 0, 0))
+    model = Model(tiny.path, vocabulary_only=True)
+    model.close()
+    with pytest.raises(EngineError, match="closed"):
+        _ = model.handle
+
+
+def test_a_foreign_adapter_must_be_allowed(tiny, tmp_path, engine):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base)
+    write_adapter_gguf(tmp_path / "f.gguf", type(adapter)(adapter.config, adapter.tensors), base, "f")
+    with pytest.raises(AdapterError, match="does not say which base"):
+        engine.load("f", tmp_path / "f.gguf")
+    engine.load("f", tmp_path / "f.gguf", allow_unverified=True)
+
+
+def test_an_adapter_of_another_base_is_refused(make_tiny, adapters):
+    with (
+        Engine(open_base(make_tiny(seed=7).path), n_ctx=64, threads=1) as engine,
+        pytest.raises(AdapterError, match="does not belong to"),
+    ):
+        engine.load("one", adapters["one"])
+
+
+def write_foreign(path, tensors, alpha=("float32", 4.0), **strings):
+    writer = gguf.GGUFWriter(path, strings.pop("architecture", "llama"))
+    for key, value in {"general.type": "adapter", "adapter.type": "lora", **strings}.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_uint32(key, value)
+    if alpha:
+        getattr(writer, f"add_{alpha[0]}")("adapter.lora.alpha", alpha[1])
+    for name, value in tensors.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def pair(name, rank=4, rows=256, columns=256, dtype=np.float32, value=0.01):
+    return {
+        f"{name}.lora_a": np.full((rank, columns), value, dtype),
+        f"{name}.lora_b": np.full((rows, rank), value, dtype),
+    }
+
+
+Q = "blk.0.attn_q.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options", "named"),
+    [
+        (pair(Q), {"alpha": ("uint32", 4)}, "adapter.lora.alpha"),
+        (pair(Q), {"alpha": ("float64", 4.0)}, "adapter.lora.alpha"),
+        (pair(Q), {"alpha": None}, "adapter.lora.alpha is missing"),
+        (pair(Q), {"alpha": ("float32", float("nan"))}, "adapter.lora.alpha"),
+        (pair(Q), {"general.type": 3}, "general.type"),
+        (pair(Q), {"general.type": "model"}, "general.type"),
+        (pair(Q), {"adapter.type": "dora"}, "adapter.type"),
+        (pair(Q), {"architecture": "qwen2"}, "general.architecture"),
+        (pair(Q, dtype=np.int32, value=1), {}, "I32"),
+        (pair(Q, dtype=np.float64), {}, "F64"),
+        (pair(Q, value=np.nan), {}, "NaN"),
+        (pair(Q, value=np.inf), {}, "NaN or infinite"),
+        (pair(Q, columns=128), {}, "expected (r, 256)"),
+        (pair(Q, rows=128), {}, "expected (256, r)"),
+        (pair("token_embd.weight", rows=512), {}, "cannot adapt"),
+        (pair("output.weight", rows=512), {}, "no counterpart"),
+        (pair("blk.7.attn_q.weight"), {}, "no counterpart"),
+        (pair("output_norm.weight", rows=1), {}, "cannot adapt"),
+        ({f"{Q}.lora_a": np.zeros((4, 256), np.float32)}, {}, "without its other half"),
+        ({k: v[None] for k, v in pair(Q).items()}, {}, "3 dimensions"),
+        ({}, {}, "no tensors"),
+    ],
+)
+def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, options, named):
+    write_foreign(tmp_path / "bad.gguf", tensors, **options)
+    with pytest.raises(AdapterError) as error:
+        engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
+    assert named in error.value.what
+    assert list(engine.stream([5, 6, 7], 2, 0, 0))  # and the engine is alive
+
+
+def test_a_truncated_adapter_is_refused(engine, adapters, tmp_path):
+    whole = adapters["one"].read_bytes()
+    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.gguf").write_bytes(whole[:length])
+        with pytest.raises(EdgeloraError):
+            engine.load("cut", tmp_path / "cut.gguf")
+
+
+def test_a_file_llama_cpp_cannot_load_is_a_typed_error(tmp_path):
+    (tmp_path / "not.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(EngineError, match="cannot load"):
+        Model(tmp_path / "not.gguf")

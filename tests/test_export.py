@@ -1,0 +1,251 @@
+"""Adapters and merges as GGUF: llama.cpp computes with them what torch computes."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+
+from converters.adapter_to_gguf import gguf_pairs, write_adapter_gguf
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.errors import AdapterError, CertificateError, ExportError, OutputError
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract
+from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
+from edgelora.peft.inject import attach
+from edgelora.pipeline.export import export
+from edgelora.pipeline.merge import merge, quantize
+from runtime.engine import Engine
+
+IDS = [[*range(3, 60)], [*range(100, 180)]]
+
+
+def make_adapter(base, rank=4, alpha=8.0, seed=0, strength=0.05, **config) -> Adapter:
+    """An adapter with random A and B on every linear layer; `config` overrides PEFT's settings."""
+    draw = np.random.default_rng(seed)
+    tensors = {
+        f"model.layers.{i}.{name}": {
+            "lora_A": draw.normal(0, d_in**-0.5, (rank, d_in)).astype(np.float32),
+            "lora_B": draw.normal(0, strength, (d_out, rank)).astype(np.float32),
+        }
+        for i in range(base.config.num_hidden_layers)
+        for name, (d_out, d_in) in base.config.linears.items()
+    }
+    contract = Contract(
+        version="test", base=base.fingerprint, base_file=BaseFile(name=base.path.name, quant=base.quant, sha256="0"),
+        tokenizer_sha256=base.tokenizer.sha256, chat_template_sha256=base.template_sha256,
+        eog_ids=base.tokenizer.eog_ids, method="lora",
+    )  # fmt: skip
+    return Adapter({"peft_type": "LORA", "r": rank, "lora_alpha": alpha, **config}, tensors, contract)
+
+
+def torch_logits(base, adapter=None) -> np.ndarray:
+    decoder = build_decoder(base)
+    attach(decoder, adapter)
+    return np.concatenate([decoder.logits(torch.tensor(ids)).numpy() for ids in IDS])
+
+
+def llama_logits(path, adapter=None, scale=1.0) -> np.ndarray:
+    with Engine(open_base(path), n_ctx=256, n_sequences=2, threads=2) as engine:
+        if adapter is not None:
+            engine.load("a", adapter)
+            engine.use({"a": scale})
+        return np.concatenate([engine.logits([ids], [list(range(len(ids)))]) for ids in IDS])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 32.0, "down_proj": 2.0}},
+        {"rank": 3, "alpha": 1.0},
+    ],
+    ids=["lora", "rslora", "alpha_pattern", "odd rank"],
+)
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_llama_cpp_computes_the_adapter_as_torch_does(tiny, tmp_path, settings, dtype):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base, **settings)
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", dtype)
+    ours, theirs = torch_logits(base, adapter), llama_logits(tiny.path, tmp_path / "a.gguf")
+    found = fidelity([(ours, theirs)])
+    assert found.kl_mean <= 1e-5
+    assert found.worst_flip_nats <= 0.01
+    assert fidelity([(torch_logits(base), theirs)]).kl_mean > 100 * found.kl_mean  # the adapter does something
+
+
+def test_ranks_may_differ_from_tensor_to_tensor(tiny, tmp_path):
+    base = open_base(tiny.path)
+    four, two = make_adapter(base, rank=4), make_adapter(base, rank=2)
+    tensors = {m: (four if "attn" in m else two).tensors[m] for m in four.tensors}
+    adapter = Adapter(four.config, tensors, four.contract)
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F32")
+    assert GGUFFile(tmp_path / "a.gguf").get("adapter.lora.alpha", float) == 0  # "as it is"
+    assert fidelity([(torch_logits(base, adapter), llama_logits(tiny.path, tmp_path / "a.gguf"))]).kl_mean <= 1e-5
+
+
+def test_the_file_is_what_llama_cpp_documents(tiny, tmp_path):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base, rank=4)
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "mine", "F16")
+    file = GGUFFile(tmp_path / "a.gguf")
+    assert [file.metadata[k].data for k in ("general.type", "general.architecture", "adapter.type")] == [
+        "adapter", "llama", "lora",
+    ]  # fmt: skip
+    assert file.metadata["adapter.lora.alpha"].type.name == "FLOAT32"
+    assert file.metadata["adapter.lora.alpha"].data == 4.0  # α = r: llama.cpp's own factor becomes 1
+    a, b = file.tensors["blk.0.attn_q.weight.lora_a"], file.tensors["blk.0.attn_q.weight.lora_b"]
+    assert (a.shape, b.shape, a.type) == ((4, 256), (256, 4), Type.F16)
+    wanted = adapter.pairs()["model.layers.0.mlp.up_proj"].b  # not permuted, scale 8/4 folded in
+    np.testing.assert_array_equal(file.rows("blk.0.ffn_up.weight.lora_b").view(np.float16), wanted.astype(np.float16))
+
+
+def test_a_wrong_rotary_permutation_cannot_pass(tiny, make_tiny, tmp_path, monkeypatch):
+    """It is invisible in shapes: over a float base and over a quantized one only the certificate sees it."""
+    monkeypatch.setattr("converters.adapter_to_gguf.gguf_row_order", lambda *_: None)
+    for model in (tiny, make_tiny(Type.Q8_0)):
+        base = open_base(model.path)
+        write_adapter(tmp_path / model.path.stem, make_adapter(base, strength=0.3))
+        out = tmp_path / f"{model.path.stem}.gguf"
+        with pytest.raises(CertificateError) as error:
+            export(model.path, tmp_path / model.path.stem, out)
+        assert error.value.exit_code == 3
+        assert not out.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-F32", "tiny-Q8_0"]
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0, Type.Q4_K])
+def test_export_certifies_and_signs(make_tiny, tmp_path, kind):
+    model = make_tiny(kind)
+    base = open_base(model.path)
+    write_adapter(tmp_path / "mine", make_adapter(base))
+    certificate = export(model.path, tmp_path / "mine", tmp_path / "mine.gguf")
+    assert certificate.passed
+    assert certificate.equal_ids == certificate.n_prompts == 8
+    inside = json.loads(GGUFFile(tmp_path / "mine.gguf").get(CERTIFICATE_KEY, str))
+    assert inside == certificate.as_dict()
+    assert read_adapter(tmp_path / "mine", base.config).contract.certificate == inside
+    if kind in (Type.F32, Type.F16):
+        assert certificate.adapter.kl_mean <= 1e-4
+
+
+def test_export_refuses_another_base_and_an_existing_file(make_tiny, tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    other = make_tiny(seed=7)
+    with pytest.raises(AdapterError, match="does not belong to"):
+        export(other.path, tmp_path / "mine", tmp_path / "mine.gguf")
+    (tmp_path / "there.gguf").write_bytes(b"kept")
+    with pytest.raises(OutputError, match="exists already"):
+        export(tiny.path, tmp_path / "mine", tmp_path / "there.gguf")
+    assert (tmp_path / "there.gguf").read_bytes() == b"kept"
+
+
+def test_an_adapter_without_a_contract_must_be_allowed(tiny, tmp_path):
+    adapter = make_adapter(open_base(tiny.path))
+    write_adapter(tmp_path / "foreign", Adapter(adapter.config, adapter.tensors))
+    with pytest.raises(AdapterError, match="does not say which base"):
+        export(tiny.path, tmp_path / "foreign", tmp_path / "f.gguf")
+    assert export(tiny.path, tmp_path / "foreign", tmp_path / "f.gguf", allow_unverified=True).passed
+
+
+def test_a_value_too_large_for_f16_is_named(tiny, tmp_path):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base)
+    adapter.tensors["model.layers.1.mlp.up_proj"]["lora_B"][0, 0] = 1e6
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up"):
+        write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F16")
+
+
+def test_merged_is_unmerged(tiny, tmp_path):
+    base = open_base(tiny.path)
+    write_adapter(tmp_path / "mine", make_adapter(base))
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    found = fidelity([(torch_logits(base, make_adapter(base)), llama_logits(tmp_path / "merged.gguf"))])
+    assert found.kl_mean <= 1e-4  # weights rounded to F16 once
+
+
+def test_two_adapters_merge_at_their_scales(tiny, tmp_path):
+    base = open_base(tiny.path)
+    one, two = make_adapter(base, seed=1), make_adapter(base, seed=2)
+    for name, adapter in (("one", one), ("two", two)):
+        write_adapter(tmp_path / name, adapter)
+    merge(tiny.path, [(tmp_path / "one", 1.0), (tmp_path / "two", -0.5)], tmp_path / "merged.gguf")
+    merged = open_base(tmp_path / "merged.gguf")
+    module = "model.layers.1.self_attn.k_proj"
+    tensor = base.tensor_of(module)
+    w = base.file.rows(tensor).view(np.float32)
+    a, b = gguf_pairs(one, base)[tensor], gguf_pairs(two, base)[tensor]
+    wanted = (w + a.b @ a.a - 0.5 * (b.b @ b.a)).astype(np.float16)
+    np.testing.assert_allclose(merged.file.rows(tensor).view(np.float16), wanted, atol=2e-3)
+    assert len(merged.fingerprint.lineage) == 2
+
+
+def test_a_merged_model_is_another_base(tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    with pytest.raises(AdapterError, match="has been merged with an adapter"):
+        export(tmp_path / "merged.gguf", tmp_path / "mine", tmp_path / "a.gguf")
+
+
+def test_merging_keeps_metadata_tokenizer_and_template(tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    before, after = GGUFFile(tiny.path), GGUFFile(tmp_path / "merged.gguf")
+    for key, value in before.metadata.items():
+        if key != "general.file_type":
+            found = after.metadata[key]
+            assert (found.type, found.item) == (value.type, value.item), key
+            assert list(np.atleast_1d(list(found.data) if value.item else found.data)) == list(
+                np.atleast_1d(list(value.data) if value.item else value.data)
+            ), key
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M"])
+def test_merging_to_a_quantization_is_merging_and_quantizing(tiny, tmp_path, quant):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "half.gguf")
+    quantize(tmp_path / "half.gguf", tmp_path / "two.gguf", quant)
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "one.gguf", quant=quant)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert open_base(tmp_path / "one.gguf").quant == quant
+    assert not list(tmp_path.glob(".edgelora-*"))
+
+
+def test_merging_a_quantized_trained_adapter_back_warns(make_tiny, tmp_path):
+    model = make_tiny(Type.Q4_0)
+    write_adapter(tmp_path / "mine", make_adapter(open_base(model.path)))
+    assert merge(model.path, [(tmp_path / "mine", 1.0)], tmp_path / "q4.gguf", quant="Q4_0").notes
+    assert not merge(model.path, [(tmp_path / "mine", 1.0)], tmp_path / "q8.gguf", quant="Q8_0").notes
+
+
+def test_a_merged_weight_beyond_f16_is_named(tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    with pytest.raises(ExportError, match="does not fit into F16"):
+        merge(tiny.path, [(tmp_path / "mine", 1e9)], tmp_path / "merged.gguf")
+    assert not (tmp_path / "merged.gguf").exists()
+
+
+def test_quantizing_a_quantized_file_is_refused(make_tiny, tmp_path):
+    with pytest.raises(OutputError, match="Q8_0 already"):
+        quantize(make_tiny(Type.Q8_0).path, tmp_path / "out.gguf", "Q4_0")
+
+
+def test_a_failing_quantizer_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("converters.quantize.parse_type", lambda _: 9999)
+    monkeypatch.setattr("edgelora.pipeline.merge.parse_type", lambda _: 9999)
+    with pytest.raises(ExportError, match="could not quantize"):
+        quantize(tiny.path, tmp_path / "out.gguf", "Q4_0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gguf_py_reads_what_we_write(tiny, tmp_path):
+    base = open_base(tiny.path)
+    write_adapter_gguf(tmp_path / "a.gguf", make_adapter(base), base, "a")
+    assert len(gguf.GGUFReader(tmp_path / "a.gguf").tensors) == 2 * 7 * 2
