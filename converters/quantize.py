@@ -1,19 +1,19 @@
 """A GGUF → a smaller GGUF through llama.cpp's own quantizer, in a child process of ours.
 
-`llama_model_quantize` chooses the type of each tensor and aborts the process on some faults; the child keeps that
-away from the caller. It is this module run as a program; its progress is llama.cpp's own log.
+`llama_model_quantize` chooses the type of each tensor, and aborts the process on some faults: the child keeps that away
+from the caller. Its progress is llama.cpp's own log.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
-import subprocess
-import sys
 from collections import deque
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
+from edgelora.child import run_in_child
 from edgelora.errors import ConfigError, ExportError
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
@@ -44,37 +44,32 @@ def parse_type(name: str) -> LlamaFileType:
 
 def write_quantized(source: Path, out: Path, name: str, threads: int, on_progress: OnProgress = silent) -> None:
     """Quantize `source` to `out` (a staged path) as type `name`. Raises ExportError with llama.cpp's last words."""
-    kind = parse_type(name)
-    command = [sys.executable, "-P", "-m", "converters.quantize", str(source), str(out), str(int(kind)), str(threads)]
+    run_in_child(_quantize, source, out, name.upper(), int(parse_type(name)), threads, on_progress=on_progress)
+
+
+def _quantize(source: Path, out: Path, name: str, kind: int, threads: int, on_progress: OnProgress) -> None:
+    import llama_cpp
+
     last: deque[str] = deque(maxlen=5)
-    pace: Pace | None = None
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
-        assert child.stderr is not None
-        for line in child.stderr:
-            if match := _TENSOR_LINE.match(line):
-                pace = pace or Pace(int(match[2]))
-                pace.done = int(match[1]) - 1
-                _, eta = pace.step(0)
-                on_progress(Progress(f"quantize {name}", pace.done, pace.total, eta_s=eta))
-            elif line.strip(" .\n"):
-                last.append(line.strip())
-    if child.returncode != 0:
+    pace = Pace(0)
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def on_log(_level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        line = text.decode("utf-8", "replace")
+        if match := _TENSOR_LINE.match(line):
+            pace.total, pace.done = int(match[2]), int(match[1]) - 1
+            _, eta = pace.step(0)
+            on_progress(Progress(f"quantize {name}", pace.done, pace.total, eta_s=eta))
+        elif line.strip(" .\n"):
+            last.append(line.strip())
+
+    llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = kind, threads
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params))
+    if code != 0:
         raise ExportError(
-            what=f"{source}: llama.cpp could not quantize it to {name} (exit {child.returncode})",
+            what=f"{source}: llama.cpp could not quantize it to {name} (code {code})",
             why=" | ".join(last) or "it said nothing",
             fix="check that the input is a whole F16, BF16 or F32 model and that the disk has room",
         )
-
-
-def _main(source: str, out: str, ftype: str, threads: str) -> int:
-    import ctypes
-
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = int(ftype), int(threads)
-    return int(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params)))
-
-
-if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))

@@ -88,7 +88,7 @@ class SegmentAttention(torch.autograd.Function):
 
 
 def _add(total: Tensor, part: Tensor, begin: int, last: int) -> None:
-    """Add the gradient of `_keys` to where its rows came from: the last are the segment's own, the others the prefix's."""
+    """Add the gradient of `_keys` to where its rows came from: the last are the segment's, the others the prefix's."""
     own = last - begin
     total[begin:last] += part[-own:]
     if len(part) > own:

@@ -10,19 +10,36 @@ import torch
 from torch import Tensor
 
 
+class _Recipe:
+    """How to make a tensor that several backward steps in a row ask for: made for the first, dropped after the last."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._value: Tensor | None = None
+        self._asked = self.users = 0
+
+    def get(self) -> Tensor:
+        value = self._make() if self._value is None else self._value
+        self._asked += 1
+        self._value = value if self._asked % self.users else None
+        return value
+
+
 def recomputed(value: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
     """Whatever saves `value` for its backward inside this block saves `make` instead, which must give it again.
 
     Everything that `make` holds stays alive in place of `value`, so it pays where those tensors are saved anyway.
     """
-
     # autograd keeps the hooks as long as the graph: they must not hold `value` itself
-    address, shape = value.data_ptr(), value.shape
+    address, shape, recipe = value.data_ptr(), value.shape, _Recipe(make)
 
     def pack(saved: Tensor) -> Any:
-        return make if saved.data_ptr() == address and saved.shape == shape else saved
+        if saved.data_ptr() != address or saved.shape != shape:
+            return saved
+        recipe.users += 1
+        return recipe
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed()
+        return packed.get() if isinstance(packed, _Recipe) else packed
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

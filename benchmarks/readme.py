@@ -1,0 +1,47 @@
+"""Write the generated parts of README.md: the list of commands, and the table of the last recorded quickstart.
+
+    python benchmarks/readme.py
+
+`benchmarks/results/quickstart.json` and `.md` are what `python benchmarks/quickstart.py` recorded.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commands() -> str:
+    """One line for each command: its name and the first line of its help."""
+    from edgelora.cli import app
+
+    lines = []
+    for command in app.registered_commands:
+        assert command.callback is not None
+        text = (command.callback.__doc__ or "").strip().splitlines()
+        example = next(line for line in text if line.startswith("Example: "))
+        name = command.name or command.callback.__name__
+        lines.append(f"| `{name}` | {text[0]} | {example.removeprefix('Example: ')} |")
+    return "\n".join(["| command | what it does | example |", "|---|---|---|", *lines])
+
+
+def table() -> str:
+    """The recorded report, without its title."""
+    text = (ROOT / "benchmarks" / "results" / "quickstart.md").read_text(encoding="utf-8")
+    return text.split("\n", 1)[1].strip()
+
+
+def generated(readme: str) -> str:
+    """README's text with its generated parts made anew."""
+    for name, text in (("commands", commands()), ("quickstart", table())):
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        readme, n = re.subn(pattern, lambda m, text=text: m[1] + text + m[2], readme, flags=re.S)
+        assert n == 1, name
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(generated(path.read_text(encoding="utf-8")), encoding="utf-8")

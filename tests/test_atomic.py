@@ -1,0 +1,244 @@
+"""What stands under a final name is whole, whatever fails; and a child process answers like a call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+
+from edgelora.child import run_in_child
+from edgelora.errors import CertificateError, EngineError, OutputError
+from edgelora.files.atomic import refuse_existing, staged, write_text
+from edgelora.progress import OnProgress, Progress
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below `folder` and its bytes: what must not change, and what must not be left behind."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_file(path: Path, *, overwrite: bool = True) -> None:
+    with staged(path, overwrite=overwrite) as draft:
+        draft.write_bytes(b"new")
+
+
+def write_folder(path: Path, *, overwrite: bool = True) -> None:
+    with staged(path, folder=True, overwrite=overwrite) as draft:
+        (draft / "a").write_bytes(b"new")
+        (draft / "deep").mkdir()
+        (draft / "deep" / "b").write_bytes(b"new too")
+
+
+# what is written, the tree before and the tree after
+CASES = {
+    "new file": (write_file, {}, {"out": b"new"}),
+    "over a file": (write_file, {"out": b"old"}, {"out": b"new"}),
+    "new folder": (write_folder, {}, {"out/a": b"new", "out/deep/b": b"new too"}),
+    "over a folder": (
+        write_folder, {"out/a": b"old", "out/gone": b"x"}, {"out/a": b"new", "out/deep/b": b"new too"},
+    ),
+}  # fmt: skip
+
+
+def lay(folder: Path, files: dict[str, bytes]) -> None:
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(raw)
+
+
+class Disk:
+    """Counts the calls that make a file durable (fsync, rename, replace); the n-th raises, or all from then on."""
+
+    def __init__(self, monkeypatch, *, fail_at=0, for_good=False, error=None) -> None:
+        self.calls, self.fail_at, self.for_good = 0, fail_at, for_good
+        self.error = error or OSError(28, "No space left on device")
+        for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace")):
+            monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, real):
+        def call(*args):
+            self.calls += 1
+            if self.calls == self.fail_at or (self.for_good and self.calls > self.fail_at > 0):
+                raise self.error
+            return real(*args)
+
+        return call
+
+
+def n_calls(write, folder: Path) -> int:
+    """How many such calls a write makes that goes well."""
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        write(folder / "out")
+    return disk.calls
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_whole(tmp_path, case):
+    write, before, after = CASES[case]
+    lay(tmp_path, before)
+    write(tmp_path / "out")
+    assert tree(tmp_path) == after
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_failure_of_the_disk_leaves_what_stood_there(tmp_path, case):
+    write, before, after = CASES[case]
+    lay(tmp_path / "good", before)
+    for at in range(1, n_calls(write, tmp_path / "good") + 1):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        lay(folder, before)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fail_at=at)
+            left = after  # no error: then the new one stands there, whole
+            try:
+                write(folder / "out")
+            except OutputError:
+                left = before
+        assert tree(folder) == left, f"call {at}"
+        assert [p.name for p in folder.iterdir()] == ["out"] * bool(left), f"call {at}"
+
+
+def test_every_file_and_both_folders_are_synced(tmp_path, monkeypatch):
+    synced: list[int] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.fstat(fd).st_ino), real(fd)))
+    out = tmp_path / "out"
+    write_folder(out)
+    assert synced == [p.stat().st_ino for p in (out / "a", out / "deep" / "b", out, tmp_path)]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("for_good", [False, True])
+def test_the_old_folder_is_never_deleted_before_the_new_one_stands(tmp_path, monkeypatch, error, for_good):
+    lay(tmp_path, {"out/a": b"old"})
+    calls = n_calls(write_folder, tmp_path / "elsewhere")  # three files and folders, the rename, the folder above
+    Disk(monkeypatch, fail_at=calls, for_good=for_good, error=error)  # moved aside already
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write_folder(tmp_path / "out")
+    assert b"old" in tree(tmp_path).values()
+
+
+def test_nothing_stands_under_the_name_before_the_end(tmp_path):
+    with staged(tmp_path / "out") as draft:
+        draft.write_bytes(b"half")
+        assert not (tmp_path / "out").exists()
+        assert draft.parent.parent == tmp_path  # the same disk: the last step is a rename
+
+
+def fail_within(path: Path, error: BaseException, folder: bool) -> None:
+    with staged(path, folder=folder) as draft:
+        (draft / "part" if folder else draft).write_bytes(b"half")
+        raise error
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), OSError(28, "No space left")], ids=repr)
+def test_a_failure_in_the_block_leaves_nothing(tmp_path, error, folder):
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        fail_within(tmp_path / "out", error, folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
+    with pytest.raises(OutputError, match="could not be written"), staged(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_parent_is_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "out", "text\n")
+    assert tree(tmp_path) == {"a/b/out": b"text\n"}
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    write_file(tmp_path / "out")
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_text_is_utf8_with_unix_line_ends(tmp_path):
+    write_text(tmp_path / "out", "ä\nb\r\n")
+    assert (tmp_path / "out").read_bytes() == b"\xc3\xa4\nb\r\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_exists_is_refused_before_the_work(tmp_path, kind):
+    path = tmp_path / "out"
+    path.mkdir() if kind == "folder" else path.write_bytes(b"old")
+    with pytest.raises(OutputError) as caught, staged(path):
+        pytest.fail("the block ran")
+    assert str(caught.value) == (
+        f"{path}: this {kind} exists already\n"
+        "  why: edgelora does not overwrite what it did not just make\n"
+        "  fix: choose another name, delete it, or pass --overwrite"
+    )
+    refuse_existing(path, overwrite=True)
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OutputError, match="cannot write here") as caught:
+        write_file(tmp_path / "file" / "out")
+    assert caught.value.fix == "choose a folder you may write to"
+    assert tree(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_one_may_not_write_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="cannot write here"):
+        write_file(tmp_path / "out")
+    tmp_path.chmod(0o700)
+
+
+# -- a child process: the functions below run in it ---------------------------------------------------------------
+
+
+def add(a: int, b: int, on_progress: OnProgress) -> int:
+    for step in range(2):
+        on_progress(Progress("add", step + 1, 2, loss=0.5))
+    return a + b
+
+
+def refuse(what: str, _: OnProgress) -> None:
+    raise CertificateError(what, "the reason", "the way out")
+
+
+def die(number: int, _: OnProgress) -> None:
+    os.kill(os.getpid(), number)
+
+
+def own_id(_: OnProgress) -> int:
+    return os.getpid()
+
+
+def test_a_child_returns_and_tells_its_progress():
+    heard: list[Progress] = []
+    assert run_in_child(add, 2, 3, on_progress=heard.append) == 5
+    assert heard == [Progress("add", 1, 2, loss=0.5), Progress("add", 2, 2, loss=0.5)]
+
+
+def test_a_child_is_another_process():
+    assert run_in_child(own_id) != os.getpid()
+
+
+def test_a_childs_error_comes_back_as_it_was():
+    with pytest.raises(CertificateError) as caught:
+        run_in_child(refuse, "what happened")
+    assert type(caught.value) is CertificateError
+    assert str(caught.value) == "what happened\n  why: the reason\n  fix: the way out"
+    assert caught.value.exit_code == 3
+
+
+def test_a_killed_child_is_an_error_that_names_the_signal():
+    with pytest.raises(EngineError) as caught:
+        run_in_child(die, signal.SIGKILL)
+    assert caught.value.what == "the child process of die ended without an answer (SIGKILL)"
+    assert caught.value.why
+    assert caught.value.fix

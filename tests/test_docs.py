@@ -1,0 +1,99 @@
+"""The documentation says what is: generated parts are fresh, paths exist, worked examples work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+from edgelora.architectures import ARCHITECTURES
+from edgelora.base.model import open_base
+from edgelora.data import conversation
+from edgelora.data.conversation import Conversation, DataFormat, Message, read_conversations
+from edgelora.evaluate import report
+from edgelora.evaluate.protocols import Speed
+from edgelora.evaluate.report import COLUMNS, Column, Row, as_json, cells
+from edgelora.evaluate.score import Score, Scored
+from edgelora.peft import inject as injecting
+from edgelora.peft.methods import METHODS
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def a_row(name="x", **speed) -> Row:
+    score = Score(10, 9, 100, 20.0, (0.7, 1.0))
+    measured = Speed(100.0, 50.0, 0.5, 10**8)
+    return Row(name, 10**8, Scored(score, {"known": score}, []), replace(measured, **speed))
+
+
+def test_generated_parts_of_the_readme_are_fresh():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.generated(README) == README, "run: python benchmarks/readme.py"
+
+
+def test_the_recorded_quickstart_met_its_targets():
+    found = json.loads((ROOT / "benchmarks" / "results" / "quickstart-targets.json").read_text(encoding="utf-8"))
+    assert len(found) == 6
+    assert [row["what"] for row in found if not row["met"]] == []
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_named_paths_exist(text):
+    paths = re.findall(r"`?((?:edgelora|converters|runtime|tests|benchmarks|examples)/[\w/]+(?:\.\w+)?)`?", text)
+    missing = [p for p in paths if not (ROOT / p).exists()]
+    assert paths
+    assert not missing
+
+
+def test_each_worked_example_has_at_most_four_steps():
+    sections = re.split(r"^## ", CONTRIBUTING, flags=re.M)
+    adding = [s for s in sections if s.startswith("Adding")]
+    assert [s.splitlines()[0] for s in adding] == [
+        "Adding an architecture", "Adding a PEFT method", "Adding a data format", "Adding a report column",
+    ]  # fmt: skip
+    assert all(1 <= len(re.findall(r"^\d\. ", s, flags=re.M)) <= 4 for s in adding)
+
+
+def test_adding_an_architecture_is_a_row(tiny, monkeypatch):
+    mine = replace(ARCHITECTURES["llama"], model_type="mine")
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    monkeypatch.setitem(ARCHITECTURES, "mine", mine)
+    assert open_base(tiny.path).architecture is mine
+
+
+def test_adding_a_method_is_a_row(tiny, monkeypatch):
+    from edgelora.base.decoder import build_decoder
+
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["lora"], name="mine"))
+    assert injecting.inject(build_decoder(open_base(tiny.path)), "mine", 2, 4.0, seed=0)
+
+
+def test_adding_a_data_format_is_a_row(tmp_path, monkeypatch):
+    def parse(row):
+        return Conversation((Message("user", row["question"]), Message("assistant", row["answer"])))
+
+    monkeypatch.setitem(conversation.DATA_FORMATS, "faq", DataFormat("question", parse))
+    (tmp_path / "faq.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n', encoding="utf-8")
+    assert read_conversations(tmp_path / "faq.jsonl")[0].answer == "2"
+
+
+def test_adding_a_report_column_is_a_row(monkeypatch):
+    mine = Column("load_s", "load", lambda r: r.speed.load_seconds, lambda x: f"{x:.1f} s")
+    monkeypatch.setattr(report, "COLUMNS", (*COLUMNS, mine))
+    titles, body = cells([a_row(load_seconds=1.25)])
+    assert (titles[-1], body[0][-1]) == ("load", "1.2 s")
+    assert as_json([a_row()])[0]["load_s"] == 0.5
+
+
+def test_a_column_without_values_is_left_out_and_a_missing_one_is_a_dash():
+    plain = replace(a_row(), scored=Scored(a_row().scored.all, {}, []))
+    assert "known wordings" not in cells([plain])[0]
+    titles, body = cells([a_row(), plain])
+    assert body[1][titles.index("known wordings")] == "–"

@@ -1,0 +1,198 @@
+"""DESIGN's rules about imports: one direction, three doors to llama.cpp, and no torch where none is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSES = ("edgelora", "converters", "runtime")
+
+# THE TABLE, from the roof down: what each room may import. Every entry names rooms further down.
+MAY_IMPORT: dict[str, set[str]] = {
+    "__main__": {"cli"},
+    "cli": {"pipeline", "runtime", "training", "base", "evaluate", "config", "progress", "errors"},
+    "pipeline": {
+        "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
+        "child", "home", "device", "versions", "config", "progress", "errors",
+    },
+    "converters": {"peft", "base", "architectures", "files", "progress", "errors"},
+    "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
+    "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
+    "training": {
+        "peft", "base", "nn", "data", "files", "device", "versions", "config", "progress", "errors",
+    },
+    "peft": {"nn", "architectures", "files", "errors"},
+    "base": {"nn", "architectures", "data", "files", "errors"},
+    "nn": {"architectures"},
+    "architectures": {"files", "errors"},
+    "evaluate": {"data", "progress", "errors"},
+    "data": {"files", "errors"},
+    "files": {"errors"},
+    "child": {"progress", "errors"},
+    "home": {"errors"},
+    "device": set(),
+    "versions": set(),
+    "config": set(),
+    "progress": set(),
+    "errors": set(),
+}  # fmt: skip
+HEIGHT = {room: -i for i, room in enumerate(MAY_IMPORT)}
+NEVER_LLAMA = [room for room in MAY_IMPORT if room not in ("runtime", "converters")]
+
+
+def sources() -> list[Path]:
+    return sorted(path for house in HOUSES for path in (ROOT / house).rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """`edgelora.data.encode` → data; `converters.merge` → converters."""
+    house, _, rest = module.partition(".")
+    return rest.partition(".")[0] or house if house == "edgelora" else house
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only: path = import name"
+            assert node.module is not None
+            # `from edgelora import x` may name a room, or something of the package itself
+            rooms = [f"edgelora.{a.name}" for a in node.names if node.module == "edgelora" and a.name in MAY_IMPORT]
+            yield from rooms or [node.module]
+
+
+def edges() -> Iterator[tuple[Path, str, str]]:
+    """(file, its room, a room of ours that it imports)."""
+    for path in sources():
+        room = room_of(module_of(path))
+        for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if name.partition(".")[0] in HOUSES and room_of(name) != room:
+                yield path, room, room_of(name)
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter that does not look into the current folder."""
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=60, check=False
+    )
+
+
+def test_the_table_names_every_room():
+    assert {room_of(module_of(path)) for path in sources()} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_the_table_points_one_way(room):
+    assert all(HEIGHT[other] < HEIGHT[room] for other in MAY_IMPORT[room])
+
+
+def test_imports_keep_to_the_table():
+    strangers = [f"{path.relative_to(ROOT)} imports {other}" for path, room, other in edges()
+                 if other not in MAY_IMPORT[room]]  # fmt: skip
+    assert strangers == []
+
+
+def test_converters_and_runtime_do_not_know_each_other():
+    assert not {(room, other) for _, room, other in edges()} & {("converters", "runtime"), ("runtime", "converters")}
+
+
+def test_only_the_roof_imports_converters_and_runtime():
+    assert {room for _, room, other in edges() if other in ("converters", "runtime")} <= {"cli", "pipeline"}
+
+
+def test_nobody_imports_the_roof():
+    assert {(room, other) for _, room, other in edges() if other in ("cli", "pipeline")} == {
+        ("__main__", "cli"), ("cli", "pipeline"),
+    }  # fmt: skip
+
+
+def test_llama_cpp_has_two_python_doors():
+    def opens(tree: ast.AST) -> bool:
+        return any(name.partition(".")[0] == "llama_cpp" for name in imports(tree))
+
+    trees = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
+    assert {path for path, tree in trees.items() if opens(tree)} == {"runtime/binding.py", "converters/quantize.py"}
+    # the second is the program that the child runs; importing the module must not load llama.cpp into the caller
+    parts = [node for node in trees["converters/quantize.py"].body if opens(node)]
+    assert [part.name for part in parts if isinstance(part, ast.FunctionDef)] == ["_main"]
+    assert len(parts) == 1
+
+
+def light_modules() -> list[str]:
+    """What must start without torch: running, merging, judging and everything below them."""
+    single = ["edgelora", "edgelora.base.ggml", "edgelora.base.model", "edgelora.base.fingerprint"]
+    single += ["edgelora.peft.adapter", *(f"edgelora.{p.stem}" for p in (ROOT / "edgelora").glob("[a-z]*.py"))]
+    rooms = [f"edgelora/{room}" for room in ("architectures", "data", "evaluate", "files")]
+    whole = [module_of(p) for folder in (*rooms, "converters", "runtime") for p in (ROOT / folder).glob("*.py")]
+    return sorted({*single, *whole})
+
+
+IMPORT_ALL = """
+import importlib, sys
+forbidden, *names = sys.argv[1:]
+for name in names:
+    importlib.import_module(name)
+    if forbidden in sys.modules:
+        sys.exit(f"{name} imports {forbidden}")
+"""
+
+
+@pytest.mark.parametrize("forbidden", ["torch", "llama_cpp"])
+def test_light_modules_stay_light(forbidden):
+    names = [n for n in light_modules() if forbidden == "torch" or not n.startswith("runtime")]
+    done = python(IMPORT_ALL, forbidden, *names)
+    assert done.returncode == 0, done.stderr
+
+
+HELP = """
+import sys
+from edgelora.cli import run
+code = run(sys.argv[1:])
+sys.exit(code or " ".join({"torch", "llama_cpp", "numpy"} & set(sys.modules)) or 0)
+"""
+
+
+@pytest.mark.parametrize("command", [[], ["doctor"], ["train"]])
+def test_help_imports_nothing_heavy(command):
+    done = python(HELP, *command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage" in done.stdout
+
+
+def test_pyproject_lists_the_packages_on_disk():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({module_of(path.parent / "__init__.py") for path in sources()})
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in sources()}), ids=lambda p: p.name)
+def test_no_package_is_empty(folder):
+    assert (folder / "__init__.py").exists()
+    assert [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+
+
+def test_the_current_folder_is_never_imported_from(tmp_path):
+    # doctor imports torch, and runtime in a child process
+    for name in ("torch.py", "runtime/__init__.py", "converters/__init__.py", "llama_cpp.py", "typer.py"):
+        decoy = tmp_path / name
+        decoy.parent.mkdir(exist_ok=True)
+        decoy.write_text("import pathlib\npathlib.Path(__file__).with_suffix('.taken').touch()\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "edgelora", "doctor"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "built with" in done.stdout
+    assert list(tmp_path.rglob("*.taken")) == []

@@ -1,0 +1,208 @@
+"""The layers' hand-written backward passes against finite differences, and their forwards against plain torch."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from edgelora.base.weights import Dense
+from edgelora.nn import attention, loss
+from edgelora.nn.attention import SegmentAttention
+from edgelora.nn.layers import RMSNorm, Rotary, SwiGLU, rotary_tables, swiglu
+from edgelora.nn.linear import FrozenLinear, LoraLinear
+from edgelora.nn.loss import LinearCrossEntropy
+from edgelora.nn.recompute import recomputed
+
+STARTS = [0, 5, 6, 11]  # three segments, one of them a single token
+
+
+class Exact:
+    """A `Weight` that keeps its float64 values everywhere, so that gradcheck can see small differences."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.size_bytes = values, tuple(values.shape), values.nbytes
+
+    def dequantize(self, dtype=torch.float64):
+        return self.values.to(dtype)
+
+    def rows(self, first, last):
+        return self.values[first:last]
+
+
+def draw(*shape, seed=0, dtype=torch.float64, grad=False):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return values.requires_grad_(grad)
+
+
+def gradcheck(function, *inputs):
+    return torch.autograd.gradcheck(function, inputs, atol=1e-6, rtol=1e-5)
+
+
+def per_segment(q, k, v, starts):
+    """The oracle: F.scaled_dot_product_attention on each segment alone. q (T, H, d), k and v (T, KV, d)."""
+    parts = []
+    for first, last in itertools.pairwise(starts):
+        heads = (x[first:last].transpose(0, 1) for x in (q, k, v))  # each (H or KV, n, d)
+        parts.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def plain_rms_norm(x, w, eps):
+    return F.rms_norm(x, x.shape[-1:], w, eps)
+
+
+# -- forwards against torch and transformers ----------------------------------------------------------------------
+
+
+def test_rms_norm_is_that_of_torch():
+    x, w = draw(4, 6), draw(6, seed=1)
+    torch.testing.assert_close(RMSNorm.apply(x, w, 1e-5), plain_rms_norm(x, w, 1e-5))
+
+
+def test_rotary_is_that_of_transformers():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, head_dim=16, rope_theta=10000.0)
+    positions = torch.tensor([0, 1, 2, 0, 1, 300])
+    x = draw(6, 2, 16, dtype=torch.float32)  # (T, H, d)
+    cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
+    theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)  # (1, H, T, d)
+    ours = Rotary.apply(x, *rotary_tables(positions, 16, 10000.0))
+    torch.testing.assert_close(ours, theirs[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
+
+
+def test_swiglu_is_silu_times_up():
+    gate, up = draw(3, 5), draw(3, 5, seed=1)
+    torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("starts", [[0, 11], STARTS])
+def test_attention_is_that_of_torch_in_each_segment(monkeypatch, tile, kv_heads, starts):
+    monkeypatch.setattr(attention, "QUERY_TILE", tile)
+    q, k, v = draw(11, 4, 6), draw(11, kv_heads, 6, seed=1), draw(11, kv_heads, 6, seed=2)
+    torch.testing.assert_close(SegmentAttention.apply(q, k, v, starts), per_segment(q, k, v, starts))
+
+
+@pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
+def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks):
+    monkeypatch.setattr(loss, "POSITIONS", chunks[0])
+    monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
+    hidden, head = draw(5, 4, grad=True), draw(7, 4, seed=1)
+    labels = torch.tensor([0, 6, 3, 3, 2])  # the first and the last row of the head, and one twice
+    ours, nll = LinearCrossEntropy.apply(hidden, Exact(head), labels)
+    expected = F.cross_entropy(hidden @ head.T, labels, reduction="none")
+    torch.testing.assert_close(nll, expected)
+    torch.testing.assert_close(ours, expected.sum())
+    found, wanted = (torch.autograd.grad(x, hidden)[0] for x in (ours, expected.sum()))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_linear_cross_entropy_survives_logits_that_overflow_exp():
+    hidden, head = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])  # logits 1000 and -1000
+    total, nll = LinearCrossEntropy.apply(hidden, Dense(head), torch.tensor([1]))
+    assert nll.tolist() == [2000.0]  # log(e^1000 + e^-1000) - (-1000)
+    assert total == 2000.0
+
+
+def test_logits_are_those_of_the_whole_head(monkeypatch):
+    monkeypatch.setattr(loss, "VOCABULARY_ROWS", 3)
+    hidden, head = draw(2, 4, dtype=torch.float32), draw(7, 4, seed=1, dtype=torch.float32)
+    torch.testing.assert_close(loss.logits(hidden, Dense(head)), hidden @ head.T)
+
+
+# -- backwards against finite differences -------------------------------------------------------------------------
+
+
+def test_gradient_of_rms_norm():
+    w = draw(6, seed=1)
+    assert gradcheck(lambda x: RMSNorm.apply(x, w, 1e-5), draw(4, 6, grad=True))
+
+
+def test_gradient_of_rotary():
+    cos, sin = (table.double() for table in rotary_tables(torch.tensor([0, 3, 70]), 6, 10000.0))
+    assert gradcheck(lambda x: Rotary.apply(x, cos, sin), draw(3, 2, 6, grad=True))
+
+
+def test_gradient_of_swiglu():
+    assert gradcheck(SwiGLU.apply, draw(3, 5, grad=True), draw(3, 5, seed=1, grad=True))
+
+
+@pytest.mark.parametrize("tile", [2, 256])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_gradient_of_attention(monkeypatch, tile, kv_heads):
+    monkeypatch.setattr(attention, "QUERY_TILE", tile)
+    q, k, v = draw(11, 4, 3, grad=True), draw(11, kv_heads, 3, seed=1, grad=True), draw(11, kv_heads, 3, seed=2)
+    assert gradcheck(lambda *qkv: SegmentAttention.apply(*qkv, STARTS), q, k, v.requires_grad_())
+
+
+@pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
+def test_gradient_of_linear_cross_entropy(monkeypatch, chunks):
+    monkeypatch.setattr(loss, "POSITIONS", chunks[0])
+    monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
+    head, labels = Exact(draw(7, 4, seed=1)), torch.tensor([0, 6, 3, 3, 2])
+    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels)[0], draw(5, 4, grad=True))
+
+
+def test_gradient_of_frozen_linear():
+    weight = Dense(draw(3, 4, seed=1))
+    assert gradcheck(lambda x: FrozenLinear.apply(x, weight), draw(5, 4, grad=True))
+
+
+def test_gradient_of_lora_linear():
+    weight = Dense(draw(3, 4, seed=1))
+    x, a, b = draw(5, 4, grad=True), draw(2, 4, seed=2, grad=True), draw(3, 2, seed=3, grad=True)
+    assert gradcheck(lambda x, a, b: LoraLinear.apply(x, weight, a, b, 1.7), x, a, b)
+
+
+def test_lora_linear_is_the_sum_of_both_paths():
+    x, w, a, b = draw(5, 4), draw(3, 4, seed=1), draw(2, 4, seed=2), draw(3, 2, seed=3)
+    torch.testing.assert_close(LoraLinear.apply(x, Dense(w), a, b, 1.7), x @ (w + 1.7 * b @ a).T)
+
+
+# -- recomputed -------------------------------------------------------------------------------------------------------
+
+
+def gradients(make_block):
+    """Gradients through silu(gate) · up @ w, whose product needs the hidden value again, and a life sign of it."""
+    gate, up, w = draw(4, 4, grad=True), draw(4, 4, seed=1, grad=True), draw(4, 4, seed=2, grad=True)
+    hidden = SwiGLU.apply(gate, up)
+    with make_block(hidden, partial(swiglu, gate.detach(), up.detach())):
+        out = hidden @ w
+    alive = weakref.ref(hidden)
+    del hidden
+    kept = alive() is not None
+    return torch.autograd.grad(out.square().sum(), (gate, up, w)), kept
+
+
+def plain(value, make):  # noqa: ARG001
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def test_recomputed_gives_identical_gradients_and_lets_the_value_go():
+    expected, kept = gradients(plain)
+    assert kept  # else the next line could not fail
+    found, kept = gradients(recomputed)
+    assert not kept
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_recomputed_leaves_other_tensors_of_the_same_shape_alone():
+    value, other, w = draw(4, 4), draw(4, 4, seed=1), draw(4, 4, seed=2, grad=True)
+    with recomputed(value, lambda: pytest.fail("not the value that was saved")):
+        out = (other @ w).sum()
+    torch.testing.assert_close(torch.autograd.grad(out, w)[0], other.T @ torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_recomputed_tells_a_square_value_from_its_transpose():
+    value, w = draw(4, 4), draw(4, 4, seed=1, grad=True)
+    with recomputed(value, value.clone):
+        out = (value.T @ w).sum()
+    torch.testing.assert_close(torch.autograd.grad(out, w)[0], value @ torch.ones(4, 4, dtype=torch.float64))
