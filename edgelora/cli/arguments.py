@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +21,20 @@ Unverified = Annotated[
 
 def scaled(text: str) -> tuple[Path, float]:
     """`folder:0.5` → (folder, 0.5); without a number the scale is 1."""
-    path, colon, scale = text.rpartition(":")
-    if colon:
-        try:
-            return Path(path), float(scale)
-        except ValueError:
-            pass
-    return Path(text), 1.0
+    path, colon, number = text.rpartition(":")
+    try:
+        scale = float(number) if colon else None
+    except ValueError:
+        scale = None
+    if scale is None:
+        return Path(text), 1.0
+    if not math.isfinite(scale):
+        raise ConfigError(
+            what=f"--adapter {text}: {number} is no scale",
+            why="it multiplies the adapter's weights",
+            fix="write a number, such as FOLDER:0.5",
+        )
+    return Path(path), scale
 
 
 def named(text: str) -> tuple[str, Path]:

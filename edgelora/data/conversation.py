@@ -45,6 +45,8 @@ def parse_chat(row: Mapping[str, Any]) -> Conversation:
     for m in messages:
         if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
             raise ValueError(f"every message needs a `role` ({', '.join(ROLES)}) and a text `content`")
+        if any("\ud800" <= c <= "\udfff" for c in m["content"]):
+            raise ValueError("half of a surrogate pair (\\ud83d …) in a `content`: no text, and no tokenizer reads it")
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ValueError("no assistant turn to learn: the last message must be a non-empty one by `assistant`")
     group = row.get("group")
@@ -80,7 +82,7 @@ def _parse_line(line: str) -> Conversation:
 def read_conversations(path: Path) -> list[Conversation]:
     """Read a JSONL file, a conversation a line. Raises DataError with up to 20 broken lines at once."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
     except UnicodeDecodeError as e:
         raise DataError(
             what=f"{path}: not a text file in UTF-8", why=str(e.reason), fix="convert the file to UTF-8"

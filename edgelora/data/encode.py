@@ -40,7 +40,7 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, templa
     rendered = template.render(conversation.messages)
     learn = [s for s in rendered.spans if conversation.messages[s.message].role == "assistant"]
     pieces = list(_pieces(rendered, tokenizer))
-    mask = [any(s.start <= start and end <= s.end for s in learn) for _, start, end in pieces]
+    mask = [any(_belongs(rendered.text, start, end, s) for s in learn) for _, start, end in pieces]
     for span in learn:
         if (end_of_turn := _end_of_turn(pieces, span, tokenizer)) is not None:
             mask[end_of_turn] = True
@@ -90,6 +90,11 @@ def _text(text: str, start: int, end: int, tokenizer: Tokenizer) -> Iterator[tup
         encoded = tokenizer.encode(text[start:end])
         for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
             yield token, start + first, start + last
+
+
+def _belongs(text: str, start: int, end: int, span: Span) -> bool:
+    """Whether a token says something of `span`, and besides it at most the blank that stands before it."""
+    return start < span.end and span.start < end and not (text[start : span.start] + text[span.end : end]).strip()
 
 
 def _end_of_turn(pieces: list[tuple[int, int, int]], span: Span, tokenizer: Tokenizer) -> int | None:

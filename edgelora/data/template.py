@@ -51,7 +51,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as e:
+        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as e:
             raise _fault(f"the chat template does not parse: {e}") from e
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> Rendered:
@@ -75,7 +75,9 @@ class ChatTemplate:
                 size += len(part)
                 if size > MAX_RENDERED_CHARACTERS:
                     raise _fault(f"the chat template wrote more than {MAX_RENDERED_CHARACTERS} characters")
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as e:
+        except DataError:
+            raise
+        except Exception as e:  # a template is a stranger's program: it can raise anything
             raise _fault(f"the chat template refused a conversation: {e}") from e
         return "".join(parts)
 
@@ -101,12 +103,16 @@ def _unmark(text: str) -> Rendered:
                 opened[number] = size
             elif number in opened:
                 spans.append(Span(number, opened.pop(number), size))
+            else:
+                raise _fault("the chat template shows only a part of a message")
             at += 2
             continue
-        end = min((i for i in (text.find(OPEN, at), text.find(CLOSE, at)) if i > at), default=len(text))
+        end = min((i for i in (text.find(OPEN, at + 1), text.find(CLOSE, at + 1)) if i > at), default=len(text))
         out.append(text[at:end])
         size += end - at
         at = end
+    if opened:
+        raise _fault("the chat template shows only a part of a message")
     return Rendered("".join(out), tuple(spans))
 
 

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from edgelora.errors import BaseModelError
-from edgelora.files.gguf import GGUFFile
+from edgelora.files.gguf import GGUFFile, Strings
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -27,11 +28,14 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
 }
 
-# Besides the ids its keys name, llama.cpp ends generation at tokens with these texts, and makes them control tokens.
+# Besides the ids its keys name, llama.cpp ends generation at tokens with these texts, and makes them control tokens:
+# ends of a turn or text, then the padding, repository and file separators of fill-in-the-middle models.
 END_OF_GENERATION_TEXTS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+    "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>",
+    "<reponame>", "<|file_sep|>",
 })  # fmt: skip
 
 
@@ -115,18 +119,33 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
             why="training on other token ids than llama.cpp will see would teach the wrong thing",
             fix=f"use a base with byte-level BPE and one of the pre-tokenizers {', '.join(PRE_TOKENIZERS)}",
         )
-    tokens = list(file.get("tokenizer.ggml.tokens", list, ()))
-    types = [int(t) for t in file.get("tokenizer.ggml.token_type", list, ())]
-    merges = list(file.get("tokenizer.ggml.merges", list, ()))
-    if not tokens or len(types) != len(tokens) or any(" " not in m for m in merges):
-        raise BaseModelError(
-            what=f"{file.path}: its vocabulary is not whole ({len(tokens)} tokens, {len(types)} types)",
-            why="tokens, their types and the merges must fit together",
-            fix="download or convert the model again",
-        )
+    tokens, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+    types = file.get("tokenizer.ggml.token_type", list)
+    types = types.tolist() if isinstance(types, np.ndarray) and types.dtype.kind in "iu" else []
+    known = set(tokens)
+    fitting = all({left, right, left + right} <= known for left, _, right in (m.partition(" ") for m in merges))
+    if not tokens or not len(known) == len(types) == len(tokens) or not fitting:
+        raise _broken(file, f"{len(tokens)} tokens, {len(known)} different ones, {len(types)} types")
     ids = {}
     for name in ("bos", "eos", "eot", "eom", "unknown", "padding", "fim_pad", "fim_rep", "fim_sep"):
         value = file.get(f"tokenizer.ggml.{name}_token_id", int)
         if value is not None and 0 <= value < len(tokens):
             ids[name] = value
-    return Tokenizer(tokens, types, merges, pre, ids, bool(file.get("tokenizer.ggml.add_bos_token", bool, False)))
+    add_bos = bool(file.get("tokenizer.ggml.add_bos_token", bool, False))
+    return Tokenizer(tokens, types, merges, pre, ids, add_bos)
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    """The texts of an array, none where the key is missing. Raises BaseModelError for any other array."""
+    value = file.get(key, list, ())
+    if len(value) and not isinstance(value, Strings):
+        raise _broken(file, f"{key} holds no texts")
+    return list(value)
+
+
+def _broken(file: GGUFFile, fault: str) -> BaseModelError:
+    return BaseModelError(
+        what=f"{file.path}: its vocabulary is not whole ({fault})",
+        why="tokens (each one once), their types and the merges must fit together",
+        fix="download or convert the model again",
+    )

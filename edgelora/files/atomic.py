@@ -5,6 +5,7 @@ Knows nothing of what is written.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from edgelora.errors import OutputError
 
+REPLACED = "replaced"
 STAGE_PREFIX = ".edgelora-"
 
 
@@ -57,7 +59,8 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
         if folder:
             _fsync(draft)
         _replace(draft, path, room)
-        _fsync(path.parent)
+        with contextlib.suppress(OSError):  # it stands there whole already; some disks cannot sync a folder
+            _fsync(path.parent)
     except OSError as e:
         raise OutputError(
             what=f"{path}: could not be written ({e.strerror})",
@@ -65,17 +68,18 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
             fix="free some space or choose another disk, then run the command again",
         ) from e
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        if path.exists() or not (room / REPLACED).exists():  # else the only copy of what stood there is in `room`
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def _replace(draft: Path, path: Path, room: Path) -> None:
     # a folder cannot be renamed over a full one: move the old one aside first, and back if the second rename fails
     if path.is_dir():
-        aside = room / "replaced"
+        aside = room / REPLACED
         path.rename(aside)
         try:
             draft.rename(path)
-        except OSError:
+        except BaseException:
             aside.rename(path)
             raise
     else:

@@ -1,0 +1,243 @@
+"""The command line: help with an example, and three lines for whatever a user gets wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import gguf
+import numpy as np
+import pytest
+import typer
+
+from edgelora.architectures.names import hf_modules
+from edgelora.base.model import open_base
+from edgelora.cli import app, run
+from edgelora.cli.arguments import named, scaled
+from edgelora.errors import AdapterError, ConfigError, DataError
+from edgelora.files.contract import Contract
+from edgelora.peft.adapter import Adapter, write_adapter
+
+COMMANDS = sorted(typer.main.get_command(app).commands)
+ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def write_lora(folder: Path, base_path: Path) -> Path:
+    """An adapter of rank 2 on one layer, with the contract of its base."""
+    base = open_base(base_path)
+    contract = Contract(
+        version="0", base=base.fingerprint, base_file=base.base_file, tokenizer_sha256=base.tokenizer.sha256,
+        chat_template_sha256=base.template_sha256, eog_ids=base.tokenizer.eog_ids, method="lora",
+    )  # fmt: skip
+    d_out, d_in = hf_modules(base.config)[MODULE]
+    tensors = {MODULE: {"lora_A": np.ones((2, d_in), np.float32), "lora_B": np.ones((d_out, 2), np.float32)}}
+    write_adapter(folder, Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2.0}, tensors, contract))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny, make_tiny) -> SimpleNamespace:
+    """Good and bad inputs by name."""
+    room = tmp_path_factory.mktemp("inputs")
+    at = SimpleNamespace(room=room, base=tiny.path, missing=room / "missing", here=room / "here")
+    at.nothing = room / "nothing"
+    at.nothing.mkdir()
+    at.here.write_bytes(b"mine")
+    at.rows, at.broken, at.empty, at.mute = (room / f"{n}.jsonl" for n in ("rows", "broken", "empty", "mute"))
+    at.rows.write_text(ROW * 4, encoding="utf-8")
+    at.broken.write_text(ROW + "{\n" + ROW + "[]\n", encoding="utf-8")
+    at.empty.write_text("\n", encoding="utf-8")
+    at.mute.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
+    at.stranger = room / "stranger.gguf"
+    writer = gguf.GGUFWriter(at.stranger, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    at.text = room / "text.gguf"
+    at.text.write_text("not a model " * 10, encoding="utf-8")
+    at.adapter = write_lora(room / "adapter", tiny.path)
+    at.other = write_lora(room / "other", make_tiny(seed=1).path)
+    at.unsigned = Path(shutil.copytree(at.adapter, room / "unsigned"))
+    (at.unsigned / "edgelora.json").unlink()
+    return at
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def called(files: SimpleNamespace, folder: Path, line: str) -> list[str]:
+    """`train {base} {rows} --out {out}` with the paths of `files` in it, and an `out` of its own."""
+    return [word.format(**vars(files), out=folder / "out") for word in line.split()]
+
+
+# -- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command(capsys):
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr()
+    assert [name for name in COMMANDS if f" {name} " not in shown.out] == []
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example(capsys, name):
+    assert run([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Example:" in shown
+    assert f"edgelora {name}" in shown.split("Example:")[1]
+
+
+def test_no_command_at_all_is_help(capsys):
+    assert run([]) == 2
+    assert "Usage" in "".join(capsys.readouterr())
+
+
+# -- three lines --------------------------------------------------------------------------------------------------
+
+# a command line → what the first line says of it
+REFUSED = {
+    "train {missing} {rows} --out {out}": "no such file",
+    "train {nothing} {rows} --out {out}": "no models in this folder",
+    "train {text} {rows} --out {out}": "not a usable GGUF file",
+    "train {stranger} {rows} --out {out}": "a model of the architecture mamba",
+    "train {base} {broken} --out {out}": "broken.jsonl: 2 broken lines",
+    "train {base} {empty} --out {out}": "empty.jsonl: no rows in it",
+    "train {base} {mute} --out {out}": "mute.jsonl: 1 broken line",
+    "train {base} {missing} --out {out}": "cannot be read",
+    "train {base} {nothing} --out {out}": "cannot be read",
+    "train {base} {rows} --out {out} --valid {broken}": "broken.jsonl: 2 broken lines",
+    "train {base} {rows} --out {here}": "this file exists already",
+    "train {base} {rows} --out {nothing}": "this folder exists already",
+    "train {base} {rows} --out {out} --learning-rate -1": "--learning-rate: Input should be greater than 0",
+    "train {base} {rows} --out {out} --rank 0 --epochs -1": "--rank: Input should be greater than or equal to 1; --ep",
+    "train {base} {rows} --out {out} --learning-rate nan": "--learning-rate",
+    "train {base} {rows} --out {out} --alpha inf": "--alpha",
+    "train {base} {rows} --out {out} --epochs inf": "--epochs",
+    "train {base} {rows} --out {out} --base-dtype int3": "--base-dtype",
+    "train {base} {rows} --out {out} --max-length 8": "4 rows are longer than 8 tokens",
+    "export {missing} {adapter} --out {out}": "no such file",
+    "export {base} {missing} --out {out}": "no adapter here",
+    "export {base} {nothing} --out {out}": "no adapter here",
+    "export {base} {rows} --out {out}": "no adapter here",
+    "export {base} {other} --out {out}": "does not belong to",
+    "export {base} {unsigned} --out {out}": "it does not say which base it belongs to",
+    "export {base} {adapter} --out {here}": "this file exists already",
+    "export {base} {adapter} --out {out} --type Q8_0": "--type Q8_0",
+    "export {base} {adapter} --out {out} --data {broken}": "broken.jsonl: 2 broken lines",
+    "merge {missing} --adapter {adapter} --out {out}": "no such file",
+    "merge {base} --adapter {missing}:0.5 --out {out}": "no adapter here",
+    "merge {base} --adapter {other} --out {out}": "does not belong to",
+    "merge {base} --adapter {adapter} --to Q9_K --out {out}": "Q9_K: no such quantization type",
+    "merge {base} --adapter {adapter} --out {here}": "this file exists already",
+    "quantize {missing} {out} Q4_K_M": "no such file",
+    "quantize {stranger} {out} Q4_K_M": "a model of the architecture mamba",
+    "quantize {base} {out} Q9_K": "Q9_K: no such quantization type",
+    "quantize {base} {here} Q4_K_M": "this file exists already",
+    "eval {missing} --data {rows}": "no such file",
+    "eval {base} --data {broken}": "broken.jsonl: 2 broken lines",
+    "eval {base} --data {rows} --adapter {missing}": "no such file",
+    "chat {missing}": "no such file",
+    "chat {nothing}": "no models in this folder",
+    "chat {base} --adapter a/b={missing}": "a/b is no name for an adapter",
+    "chat {base} --adapter a={missing}": "no such file",
+    "chat {base} --adapter a={text}": "not a usable GGUF file",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_wrong_input_is_three_lines_on_stderr(capsys, files, tmp_path, line):
+    before = tree(files.room)
+    assert run(called(files, tmp_path, line)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    what, *more, why, fix = shown.err.splitlines()
+    assert what.startswith("error: ")
+    assert REFUSED[line] in what
+    assert why.startswith("  why: ")
+    assert fix.startswith("  fix: ")
+    assert all(".jsonl:" in fault for fault in more)  # the broken lines of a file, each on a line of its own
+    assert "Traceback" not in shown.err
+    assert tree(files.room) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no-such-command", "train", "train {base} {rows}", "train {base} {rows} --out {out} --rank many",
+        "train {base} {rows} --out {out} --no-such-option", "merge {base} --out {out}", "quantize {base} {out}",
+        "eval {base}", "chat",
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_exit_code_2(capsys, files, tmp_path, line):
+    assert run(called(files, tmp_path, line)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Usage" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_debug_raises(files, tmp_path):
+    with pytest.raises(DataError):
+        run(called(files, tmp_path, "--debug train {base} {broken} --out {out}"))
+
+
+def test_debug_is_off_again_in_the_next_call(capsys, files, tmp_path):
+    with pytest.raises(AdapterError):
+        run(called(files, tmp_path, "--debug export {base} {missing} --out {out}"))
+    assert run(called(files, tmp_path, "export {base} {missing} --out {out}")) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# -- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("adapters/mine", ("adapters/mine", 1.0)),
+        ("adapters/mine:0.5", ("adapters/mine", 0.5)),
+        ("adapters/mine:-1", ("adapters/mine", -1.0)),
+        ("adapters/mine:1e-3", ("adapters/mine", 1e-3)),
+        ("adapters/mine:", ("adapters/mine:", 1.0)),
+        ("a:b", ("a:b", 1.0)),
+        ("a:b:2", ("a:b", 2.0)),
+        (r"C:\adapters\mine", (r"C:\adapters\mine", 1.0)),
+    ],
+)
+def test_scaled(text, expected):
+    assert scaled(text) == (Path(expected[0]), expected[1])
+
+
+@pytest.mark.parametrize("text", ["mine:nan", "mine:inf", "mine:-inf"])
+def test_a_scale_must_be_finite(text):
+    with pytest.raises(ConfigError) as caught:
+        scaled(text)
+    assert text in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("home=a/home.gguf", ("home", "a/home.gguf")),
+        ("a/home.gguf", ("home", "a/home.gguf")),
+        ("v1.2_x-y=f", ("v1.2_x-y", "f")),
+        ("x=a=b.gguf", ("x", "a=b.gguf")),
+        ("größe=f", ("größe", "f")),
+    ],
+)
+def test_named(text, expected):
+    assert named(text) == (expected[0], Path(expected[1]))
+
+
+@pytest.mark.parametrize("text", ["", "=f", "two words=f", "a/b=f", "-=f", "x:1=f", "a/two words.gguf"])
+def test_a_name_one_can_type_in_chat(text):
+    with pytest.raises(ConfigError) as caught:
+        named(text)
+    assert caught.value.what.startswith(f"--adapter {text}: ")
+    assert caught.value.fix == "write --adapter NAME=FILE"
