@@ -1,9 +1,10 @@
-"""Draw a report's table on the terminal."""
+"""Draw a report's table on the terminal; it stays whole at 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -11,10 +12,10 @@ from edgelora.evaluate.report import Row, cells
 
 
 def draw(rows: Sequence[Row]) -> None:
-    titles, body = cells(rows)
-    table = Table(*titles, header_style="bold")
+    titles, body = cells(rows, short=True)
+    table = Table(*titles, header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for line in body:
         table.add_row(*line)
     Console().print(table)

@@ -22,10 +22,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, its value for a row (None where it has none), and how that is written."""
+    """A column: its title (and a short one for terminals), its value for a row or None, and how that is written."""
 
     key: str
     title: str
+    short: str
     value: Callable[[Row], float | None]
     write: Callable[[float], str]
 
@@ -34,26 +35,29 @@ def _percent(share: float) -> str:
     return f"{share:.0%}"
 
 
+def _whole(number: float) -> str:
+    return f"{number:.0f}"
+
+
 def _group(name: str) -> Callable[[Row], float | None]:
     return lambda row: row.scored.groups[name].exact_match if name in row.scored.groups else None
 
 
 COLUMNS: tuple[Column, ...] = (
-    Column("size_mb", "size on disk", lambda r: r.size_bytes / 1e6, lambda x: f"{x:.1f} MB"),
-    Column("exact_match", "exact match", lambda r: r.scored.all.exact_match, _percent),
-    Column("exact_match_known", "known wordings", _group("known"), _percent),
-    Column("exact_match_new", "new wordings", _group("new"), _percent),
-    Column("loss", "held-out loss", lambda r: r.scored.all.loss, lambda x: f"{x:.4f}"),
-    Column("prompt_tokens_per_s", "prompt tokens/s", lambda r: r.speed.prompt_tokens_per_s, lambda x: f"{x:.0f}"),
+    Column("size_mb", "size on disk", "size", lambda r: r.size_bytes / 1e6, lambda x: f"{x:.1f} MB"),
+    Column("exact_match", "exact match", "exact", lambda r: r.scored.all.exact_match, _percent),
+    Column("exact_match_known", "known wordings", "known", _group("known"), _percent),
+    Column("exact_match_new", "new wordings", "new", _group("new"), _percent),
+    Column("loss", "held-out loss", "loss", lambda r: r.scored.all.loss, lambda x: f"{x:.3f}"),
+    Column("prompt_tokens_per_s", "prompt tokens/s", "prompt t/s", lambda r: r.speed.prompt_tokens_per_s, _whole),
     Column(
-        "generation_tokens_per_s", "generation tokens/s", lambda r: r.speed.generation_tokens_per_s,
-        lambda x: f"{x:.0f}",
+        "generation_tokens_per_s", "generation tokens/s", "gen t/s", lambda r: r.speed.generation_tokens_per_s, _whole
     ),
-    Column("peak_mb", "peak memory", lambda r: r.speed.peak_bytes / 1e6, lambda x: f"{x:.0f} MB"),
-)  # fmt: skip
+    Column("peak_mb", "peak memory", "memory", lambda r: r.speed.peak_bytes / 1e6, lambda x: f"{x:.0f} MB"),
+)
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def cells(rows: Sequence[Row], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
     """Titles and text of the table; a column that has no value in any row is left out."""
     shown = [c for c in COLUMNS if any(c.value(row) is not None for row in rows)]
 
@@ -61,7 +65,9 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         value = column.value(row)
         return "–" if value is None else column.write(value)
 
-    return ["", *(c.title for c in shown)], [[row.name, *(text(c, row) for c in shown)] for row in rows]
+    return ["", *(c.short if short else c.title for c in shown)], [
+        [row.name, *(text(c, row) for c in shown)] for row in rows
+    ]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -98,7 +98,7 @@ def quickstart(
     )
     half = folder / "home-F16.gguf"
     merge(base, [(adapter, 1.0)], half, overwrite=True, on_progress=on_progress)
-    rows.append(scored("adapter live over the base", base, live))
+    rows.append(scored("adapter, live", base, live))
     for quant in QUANTS:
         merged = folder / f"home-{quant}.gguf"
         quantize(half, merged, quant, overwrite=True, on_progress=on_progress)
