@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -169,6 +170,24 @@ def make_tiny(
 def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
     """The F32 model."""
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def transformers_model() -> Callable[[TinyModel], Any]:
+    """`transformers_model(tiny)`, the oracle: a fresh model of HF's own with the tiny model's weights copied in."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(tiny: TinyModel) -> LlamaForCausalLM:
+        model = LlamaForCausalLM(LlamaConfig(**asdict(tiny.config))).eval()
+        state = {f"{name}.weight": torch.from_numpy(w.copy()) for name, w in tiny.weights.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}
+        model.tie_weights()
+        return model
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -183,7 +183,7 @@ def test_what_exists_is_refused_before_the_work(tmp_path, kind):
 
 def test_a_file_where_a_folder_is_needed(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(OutputError, match="cannot write here") as caught:
+    with pytest.raises(OutputError, match="nothing can be made here") as caught:
         write_file(tmp_path / "file" / "out")
     assert caught.value.fix == "choose a folder you may write to"
     assert tree(tmp_path) == {"file": b"old"}
@@ -192,7 +192,7 @@ def test_a_file_where_a_folder_is_needed(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_one_may_not_write_to(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OutputError, match="cannot write here"):
+    with pytest.raises(OutputError, match="nothing can be made here"):
         write_file(tmp_path / "out")
     tmp_path.chmod(0o700)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -68,7 +69,7 @@ def test_weights_are_the_tensors_that_went_in(make_tiny, kind, tied):
     tiny = make_tiny(kind, tied=tied)
     base = open_base(tiny.path)
     found = weights_of(build_decoder(base))
-    assert base.config == tiny.config
+    assert base.config == replace(tiny.config, rms_norm_eps=float(np.float32(1e-5)))  # GGUF keeps it in 32 bits
     assert found.keys() == tiny.weights.keys()
     for name, value in tiny.weights.items():
         np.testing.assert_array_equal(found[name].view(np.uint32), value.view(np.uint32), err_msg=name)
@@ -95,9 +96,10 @@ def test_a_weight_is_as_large_as_in_the_file(kind):
 @pytest.mark.parametrize("kind", KINDS, **BY_NAME)
 def test_what_gather_returns_is_the_callers_own(kind):
     weight = from_rows(ggml.quantize(np.ones((4, 256), np.float32), kind), kind, 256)
-    mine = weight.gather(torch.tensor([1]))
-    mine.zero_()
-    assert torch.equal(weight.dequantize(), torch.ones(4, 256))
+    before = weight.dequantize().clone()
+    weight.gather(torch.tensor([1])).zero_()
+    assert before.all()
+    assert torch.equal(weight.dequantize(), before)
 
 
 def test_a_decoder_over_blocks_maps_the_file(make_tiny):
@@ -109,7 +111,7 @@ def test_a_decoder_over_blocks_maps_the_file(make_tiny):
         assert mapped == (hf_row_order(base.architecture, base.config, name) is None), name
 
 
-# -- rotary rows ----------------------------------------------------------------------------------------------------
+# -- rotary rows --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n_rows", "heads"), [(8, 1), (8, 2), (96, 3), (256, 4), (512, 8)])
@@ -138,7 +140,7 @@ def test_llama_moves_queries_and_keys_only(tiny):
     assert moved == {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qk"}
 
 
-# -- fingerprint ----------------------------------------------------------------------------------------------------
+# -- fingerprint --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS, **BY_NAME)
@@ -198,7 +200,7 @@ def test_fingerprint_tells_another_seed(make_tiny, tiny, kind):
     assert faults[1].endswith(f"more than {kind.name} explains")
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------
+# -- faults -------------------------------------------------------------------------------------------------------
 
 
 def fault_of(path):
@@ -273,9 +275,7 @@ def test_what_the_decoder_does_not_compute_is_refused(tiny, tmp_path, key, value
     assert "cannot be computed yet" in fault.what
 
 
-@pytest.mark.parametrize(
-    "name", ["rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.attn_k.bias", "blk.0.ffn_down.bias", "output.bias"]
-)
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias", "blk.1.attn_k.bias", "blk.0.ffn_down.bias"])
 def test_a_tensor_that_the_decoder_would_leave_out_is_refused(tiny, tmp_path, name):
     assert name in fault_of(edited(tiny.path, tmp_path / "x.gguf", tensors={name: np.ones(256)})).what
 
@@ -297,8 +297,8 @@ def test_dimensions_that_cannot_be_are_refused(tiny, tmp_path, key, value):
 
 
 def test_more_layers_than_tensors_are_refused_at_once(tiny, tmp_path, monkeypatch):
-    """The names of two billion layers would fill the memory of any machine before one of them was missed."""
-    path = edited(tiny.path, tmp_path / "x.gguf", metadata={"llama.block_count": (Kind.UINT32, (1 << 31) - 1)})
+    """A file may claim two billion: their names alone would fill the memory before one of them was missed."""
+    path = edited(tiny.path, tmp_path / "x.gguf", metadata={"llama.block_count": (Kind.UINT32, 10_000)})
     monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *_: pytest.fail("names were made for every layer claimed"))
     fault_of(path)
 

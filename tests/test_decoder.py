@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -13,28 +12,9 @@ from edgelora.evaluate.fidelity import fidelity
 from runtime.engine import Engine
 
 
-def transformers_model(tiny) -> LlamaForCausalLM:
-    """The oracle: HF's own model with the tiny model's weights copied in."""
-    c = tiny.config
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim,
-            vocab_size=c.vocab_size, max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
-            rope_theta=c.rope_theta, tie_word_embeddings=c.tie_word_embeddings,
-        )
-    ).eval()  # fmt: skip
-    state = {f"{name}.weight": torch.from_numpy(w) for name, w in tiny.weights.items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return model
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("length", [1, 7, 300])
-def test_logits_are_those_of_transformers(make_tiny, tied, length):
+def test_logits_are_those_of_transformers(make_tiny, transformers_model, tied, length):
     tiny = make_tiny(tied=tied)
     ids = torch.randint(3, 512, (length,), generator=torch.Generator().manual_seed(length))
     ours = build_decoder(open_base(tiny.path)).logits(ids)  # (T, V)

@@ -85,10 +85,10 @@ def test_adding_a_data_format_is_a_row(tmp_path, monkeypatch):
 
 
 def test_adding_a_report_column_is_a_row(monkeypatch):
-    mine = Column("load_s", "load", lambda r: r.speed.load_seconds, lambda x: f"{x:.1f} s")
+    mine = Column("load_s", "load time", "load", lambda r: r.speed.load_seconds, lambda x: f"{x:.1f} s")
     monkeypatch.setattr(report, "COLUMNS", (*COLUMNS, mine))
     titles, body = cells([a_row(load_seconds=1.25)])
-    assert (titles[-1], body[0][-1]) == ("load", "1.2 s")
+    assert (titles[-1], body[0][-1]) == ("load time", "1.2 s")
     assert as_json([a_row()])[0]["load_s"] == 0.5
 
 

@@ -130,7 +130,7 @@ def test_no_rows_are_no_rows():
     assert ggml.dequantize(np.empty((0, 288), np.uint8), Type.Q4_K, COLUMNS).shape == (0, COLUMNS)  # 2 * 144 bytes
 
 
-# -- faults -----------------------------------------------------------------------------------------------------------
+# -- faults -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ggml.DEQUANTIZE, **BY_NAME)

@@ -23,6 +23,15 @@ from edgelora.nn.recompute import recomputed
 STARTS = [0, 5, 6, 11]  # three segments, one of them a single token
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Thousands of tiny products: waking a second thread for each is slow, on a busy machine a hundred times so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Exact:
     """A `Weight` that keeps its float64 values everywhere, so that gradcheck can see small differences."""
 
@@ -166,7 +175,7 @@ def test_lora_linear_is_the_sum_of_both_paths():
     torch.testing.assert_close(LoraLinear.apply(x, Dense(w), a, b, 1.7), x @ (w + 1.7 * b @ a).T)
 
 
-# -- recomputed -------------------------------------------------------------------------------------------------------
+# -- recomputed ---------------------------------------------------------------------------------------------------
 
 
 def gradients(make_block):

@@ -36,7 +36,7 @@ def test_every_step_and_every_file(small_task, tmp_path):
     assert result.base.samefile(default_base())
     assert open_base(result.base).fingerprint == open_base(small_task).fingerprint
     assert [row.name for row in result.rows] == [
-        "base", "adapter live over the base", "merged Q8_0", "merged Q4_K_M",
+        "base", "adapter, live", "merged Q8_0", "merged Q4_K_M",
     ]  # fmt: skip
     assert {"train", "score", "check", "merge", "quantize Q8_0", "quantize Q4_K_M"} <= stages
     assert result.certificate.passed

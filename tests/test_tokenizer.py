@@ -81,7 +81,7 @@ def test_pieces_are_those_of_llama_cpp(tokenizer, llama):
         assert tokenizer.decode([token]) == llama.piece(token).decode("utf-8", "replace")
 
 
-# -- recorded cases: some 40 texts with the ids that the real model must give them ----------------------------------
+# -- recorded cases: some 40 texts with the ids that the real model must give them --------------------------------
 
 
 def recorded(shared_data, kind: str) -> list[dict]:

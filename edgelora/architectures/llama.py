@@ -24,20 +24,27 @@ def read_config(file: GGUFFile) -> ModelConfig:
         key for key in file.metadata
         if key.startswith("llama.rope.scaling.") or key in ("llama.expert_count", "llama.attention.sliding_window")
     ]  # fmt: skip
-    unsupported += [name for name in ("rope_freqs.weight", "blk.0.attn_q.bias") if name in file.tensors]
     if unsupported:
         raise BaseModelError(
             what=f"{file.path}: {', '.join(unsupported)} cannot be computed yet",
-            why="rope scaling, experts, sliding windows and biases change what the model computes",
+            why="rope scaling, experts and sliding windows change what the model computes",
             fix="use a plain Llama-family model, such as SmolLM2 or TinyLlama",
         )
     d, heads = need("embedding_length"), need("attention.head_count")
     kv_heads = file.get("llama.attention.head_count_kv", int, heads)
     head_dim = file.get("llama.attention.key_length", int, d // heads)
-    if head_dim % 2 or heads % kv_heads or file.get("llama.rope.dimension_count", int, head_dim) != head_dim:
+    rotated = file.get("llama.rope.dimension_count", int, head_dim)
+    if head_dim < 2 or head_dim % 2 or kv_heads < 1 or heads % kv_heads or rotated != head_dim:
         raise BaseModelError(
             what=f"{file.path}: {heads} heads of {head_dim} with {kv_heads} key-value heads cannot be",
             why="query heads share key-value heads evenly and rotate all of their (even) width",
+            fix="download or convert the model again",
+        )
+    layers = need("block_count")
+    if layers > len(file.tensors):
+        raise BaseModelError(
+            what=f"{file.path}: it claims {layers} layers and holds {len(file.tensors)} tensors",
+            why="the metadata and the tensors of this file do not fit together",
             fix="download or convert the model again",
         )
     if "token_embd.weight" not in file.tensors:
@@ -50,7 +57,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         model_type="llama",
         hidden_size=d,
         intermediate_size=need("feed_forward_length"),
-        num_hidden_layers=need("block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,

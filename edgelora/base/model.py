@@ -116,10 +116,11 @@ def _check_tensors(base: Base) -> None:
         for name, shape in expected.items()
         if name not in base.file.tensors or base.file.tensors[name].shape != shape
     ]
+    faults += [f"{name} has no place in this decoder" for name in base.file.tensors if name not in expected]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise BaseModelError(
             what=f"{base.path}: {'; '.join(faults[:5])}{more}",
-            why="the metadata and the tensors of this file do not fit together",
+            why="these are not the tensors that its metadata describes, or edgelora does not compute them yet",
             fix="download or convert the model again",
         )

@@ -11,7 +11,7 @@ from edgelora.cli.arguments import Json
 
 
 def quickstart(
-    epochs: Annotated[float, typer.Option(help="How often each training row is seen.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="How often each training row is seen.")] = 1.5,
     as_json: Json = False,
 ) -> None:
     """The whole path on a real model: train, export, check, merge, quantize, measure. About ten minutes.

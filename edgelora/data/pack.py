@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -98,4 +99,5 @@ def steps(
 
 
 def n_steps(n_examples: int, batch_rows: int, epochs: float) -> int:
-    return max(1, round(n_examples * epochs / batch_rows))
+    """Enough steps that `epochs` passes leave no row out."""
+    return max(1, math.ceil(round(n_examples * epochs / batch_rows, 6)))

@@ -20,7 +20,14 @@ STAGE_PREFIX = ".edgelora-"
 
 
 def refuse_existing(path: Path, overwrite: bool = False) -> None:
-    """Raise OutputError if something stands at `path`; ask before the work, not after it."""
+    """Raise OutputError if something stands at `path`, or nothing can be made there; ask before the work."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(
+            what=f"{path}: nothing can be made here",
+            why=f"{parent} is {'read-only' if parent.is_dir() else 'a file, not a folder'}",
+            fix="choose a folder you may write to",
+        )
     if path.exists() and not overwrite:
         kind = "folder" if path.is_dir() else "file"
         raise OutputError(

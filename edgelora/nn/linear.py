@@ -33,14 +33,20 @@ class Delta(Protocol):
 
     def __call__(self, x: Tensor, weight: Weight) -> Tensor: ...
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of it, by PEFT's names."""
+        ...
+
 
 class Linear(nn.Module):
     """y = x Wᵀ, or whatever its `delta` makes of x and W. x: (T, d_in) → (T, d_out)."""
 
+    delta: Delta | None
+
     def __init__(self, weight: Weight) -> None:
         super().__init__()
         self.weight = weight
-        self.delta: nn.Module | None = None
+        self.delta = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.delta is not None:

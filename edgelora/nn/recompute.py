@@ -25,16 +25,20 @@ class _Recipe:
         return value
 
 
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
 def recomputed(value: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[None]:
     """Whatever saves `value` for its backward inside this block saves `make` instead, which must give it again.
 
     Everything that `make` holds stays alive in place of `value`, so it pays where those tensors are saved anyway.
     """
     # autograd keeps the hooks as long as the graph: they must not hold `value` itself
-    address, shape, recipe = value.data_ptr(), value.shape, _Recipe(make)
+    same, recipe = _layout(value), _Recipe(make)
 
     def pack(saved: Tensor) -> Any:
-        if saved.data_ptr() != address or saved.shape != shape:
+        if _layout(saved) != same:
             return saved
         recipe.users += 1
         return recipe

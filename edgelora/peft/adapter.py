@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,17 @@ from safetensors.numpy import save_file
 
 from edgelora.architectures import ModelConfig
 from edgelora.architectures.names import hf_modules
-from edgelora.errors import AdapterError
-from edgelora.files.atomic import staged
+from edgelora.errors import AdapterError, OutputError
+from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.safetensors import read_floats
+
+# Settings of PEFT under which y = Wx + s B A x is not what the adapter computes.
+BEYOND_PLAIN_LORA = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens",
+)  # fmt: skip
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
+STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -53,12 +61,24 @@ class Adapter:
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: a pattern names the end of a module's path."""
-    return next((v for k, v in patterns.items() if module == k or module.endswith(f".{k}")), default)
+    """PEFT's rule: a pattern is a regular expression that matches the end of a module's path, after a dot."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+
+
+def refuse_to_write(path: Path, overwrite: bool) -> None:
+    """Raise OutputError if no adapter can be written at `path`. Overwriting replaces adapters, never other folders."""
+    refuse_existing(path, overwrite)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists()):
+        raise OutputError(
+            what=f"{path}: this is not an adapter",
+            why="--overwrite replaces adapters, and would delete what stands here",
+            fix="choose another --out",
+        )
 
 
 def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
     """Write the folder `path` in one step."""
+    refuse_to_write(path, overwrite)
     flat = {
         f"{PREFIX}{module}.{part}.weight": np.ascontiguousarray(value)
         for module, parts in adapter.tensors.items()
@@ -114,14 +134,31 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
 def _settings_faults(settings: Any) -> list[str]:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         return [f"{CONFIG} is not that of a LoRA"]
-    faults = [f"{key} is set" for key in ("use_dora", "modules_to_save", "trainable_token_indices", "megatron_config")
-              if settings.get(key)]  # fmt: skip
+    faults = [f"{key} is set" for key in BEYOND_PLAIN_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
-    alpha = settings.get("lora_alpha")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not np.isfinite(alpha):
-        faults.append(f"lora_alpha is {alpha}")
+    start = settings.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
+        faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")
+    if not _is_number(settings.get("lora_alpha")):
+        faults.append(f"lora_alpha is {settings.get('lora_alpha')}")
+    return faults + _pattern_faults(settings.get("alpha_pattern") or {})
+
+
+def _pattern_faults(patterns: Any) -> list[str]:
+    if not isinstance(patterns, dict):
+        return ["alpha_pattern is no table of names and numbers"]
+    faults = [f"alpha_pattern: {value} for {key}" for key, value in patterns.items() if not _is_number(value)]
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as e:
+            faults.append(f"alpha_pattern: {key} is no regular expression ({e})")
     return faults
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _tensor_faults(tensors: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> list[str]:

@@ -24,7 +24,7 @@ def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
     return {
         name: {part: tensor.numpy().copy() for part, tensor in linear.delta.tensors().items()}
         for name, linear in decoder.linears.items()
-        if isinstance(linear.delta, LoraDelta)
+        if linear.delta is not None
     }
 
 

