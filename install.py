@@ -93,6 +93,7 @@ def install_torch(asked: str) -> None:
     # an index or folder that pip is set up with may carry it; PyTorch's own does
     if not pip("--no-deps", f"{torch}+cpu", quiet_failure=True):
         pip("--no-deps", f"{torch}+cpu", "--index-url", CPU_INDEX)
+    pip(torch, "-c", str(CONSTRAINTS))  # what it needs, from the ordinary index; torch itself is there
 
 
 def install_llama() -> None:

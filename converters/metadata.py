@@ -10,14 +10,15 @@ from gguf.constants import GGUFValueType
 
 from edgelora.files.gguf import GGUFFile, Strings, Value
 
-# The writer counts these itself.
-WRITERS_OWN = ("general.architecture",)
+# The writer states these itself; it always aligns to 32 bytes.
+WRITERS_OWN = ("general.architecture", "general.alignment")
 
 
 def copy_metadata(file: GGUFFile, writer: gguf.GGUFWriter, leave_out: Container[str] = ()) -> None:
     """Every key but those of `leave_out`, in the file's order."""
     for key, value in file.metadata.items():
-        if key not in WRITERS_OWN and key not in leave_out:
+        empty = value.type == GGUFValueType.ARRAY and not len(value.data)  # the writer cannot write one
+        if key not in WRITERS_OWN and key not in leave_out and not empty:
             writer.add_key_value(key, _plain(value), value.type, value.item)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +47,10 @@ def choose_base_dtype(asked: str, quant: str) -> Choice:
 
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads counted once where Linux tells."""
-    usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+    if sys.platform != "linux":
+        return int(_output("sysctl", "-n", "hw.physicalcpu") or os.cpu_count() or 1)
     pairs = set()
-    for cpu in usable:
+    for cpu in os.sched_getaffinity(0):
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             pairs.add(((topology / "physical_package_id").read_text(), (topology / "core_id").read_text()))
@@ -58,19 +61,37 @@ def physical_cores() -> int:
 
 def peak_memory_bytes() -> int:
     """The most resident memory this process has had."""
+    # Linux hands ru_maxrss of the parent down through fork and exec; VmHWM is the process's own
+    if hwm := _proc_bytes("/proc/self/status", "VmHWM:"):
+        return hwm
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory_bytes() -> int | None:
     """Memory that new work can take without swapping, or None where the system does not say."""
+    if available := _proc_bytes("/proc/meminfo", "MemAvailable:"):
+        return available
+    pages = dict(re.findall(r"Pages (free|inactive|speculative):\s+(\d+)", _output("vm_stat")))
+    page_bytes = int(_output("sysctl", "-n", "hw.pagesize") or 4096)
+    return sum(map(int, pages.values())) * page_bytes or None
+
+
+def _proc_bytes(file: str, key: str) -> int | None:
+    """A line `key  n kB` of one of Linux's own files, in bytes."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(file).read_text().splitlines()
     except OSError:
-        pass
-    return None
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def _output(*command: str) -> str:
+    """What a system command prints; empty where there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def processor_name() -> str:
@@ -81,4 +102,4 @@ def processor_name() -> str:
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The only file that touches llama_cpp's ctypes: models, contexts, adapters. Every C answer is checked.
+"""The only file of this house that touches llama_cpp's ctypes: models, contexts, adapters. Every C answer is checked.
 
 Each handle has one owner and one way to die (`close`); a closed handle raises EngineError. Nothing here knows prompts,
 adapters' names or what may be reused: that is `engine.py`.
@@ -43,6 +43,7 @@ class Model:
         _last_words.clear()
         params = C.llama_model_default_params()
         params.vocab_only = vocabulary_only
+        params.n_gpu_layers = 0  # what exports were checked on; builds with Metal or CUDA would take the GPU unasked
         self._handle = C.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
             raise _refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ HELP = "/adapter NAME [scale]  /adapters  /base  /reset  /quit"
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are drawn. `system` is a message before the conversation, or None for the template's own."""
+    """How answers are drawn. `system`: a message before the conversation; None takes the one that the
+    active adapter was trained with, else the template's own."""
 
     system: str | None = None
     temperature: float = 0.0
@@ -38,7 +40,8 @@ class Chat:
 
         An answer that fails leaves the conversation as it was.
         """
-        system = [Message("system", self.settings.system)] if self.settings.system else []
+        text_of_system = self._system()
+        system = [Message("system", text_of_system)] if text_of_system else []
         base = self.engine.base
         asked = [*self.messages, Message("user", text)]
         prompt = encode_prompt([*system, *asked], base.tokenizer, base.template)
@@ -59,6 +62,12 @@ class Chat:
             if parts:
                 self.messages = [*asked, Message("assistant", "".join(parts))]
 
+    def _system(self) -> str | None:
+        if self.settings.system is not None:
+            return self.settings.system
+        said = {self.engine.adapters[name].system for name in self.engine.active}
+        return said.pop() if len(said) == 1 else None
+
     def command(self, line: str) -> str | None:
         """Carry out a slash command; returns what to print, or None to end the chat. Raises EdgeloraError."""
         name, *arguments = line.split()
@@ -71,12 +80,13 @@ class Chat:
         }
         if name == "/quit":
             return None
+        if name not in commands:
+            raise ConfigError(f"{name}: no such command", "it is not one of those below", HELP)
         try:
-            return commands[name](*arguments)
-        except (KeyError, TypeError) as e:
-            if name in commands and not isinstance(e, TypeError):
-                raise
-            raise ConfigError(f"{line}: no such command", "it is not one of those below", HELP) from e
+            inspect.signature(commands[name]).bind(*arguments)
+        except TypeError as e:
+            raise ConfigError(f"{line}: too few or too many words", "a command takes what is shown below", HELP) from e
+        return commands[name](*arguments)
 
     def _adapter(self, name: str, scale: str = "1") -> str:
         try:

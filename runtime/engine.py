@@ -26,7 +26,7 @@ from runtime.threads import choose_threads
 
 MAX_SCALE = 16.0
 
-Key = frozenset[tuple[str, float]]
+Key = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Loaded:
     lora: Lora
     digest: str
     path: Path
+    system: str | None = None
+    """The system message it was trained with."""
 
 
 class _Slot:
@@ -95,13 +97,25 @@ class Engine:
     def __init__(self, base: Base, *, n_ctx: int = 2048, n_sequences: int = 0, threads: int | None = None) -> None:
         self.base = base
         self.model = Model(base.path)
-        n_batch = min(2048, n_ctx * max(n_sequences, 1))
+        if n_ctx > self.model.n_ctx_train:
+            self.model.close()
+            raise EngineError(
+                what=f"a context of {n_ctx} tokens",
+                why=f"{base.path.name} was trained on {self.model.n_ctx_train} and answers noise beyond",
+                fix=f"ask for at most {self.model.n_ctx_train}",
+            )
+        n_batch = max(n_ctx, min(2048, n_ctx * n_sequences))  # any one prompt fits
         # one sequence more: 0 keeps what is shared, and streams
-        self._context = Context(
-            self.model, n_ctx=n_ctx, n_sequences=n_sequences + 1, threads=threads or 1, n_batch=n_batch
-        )
+        try:
+            self._context = Context(
+                self.model, n_ctx=n_ctx, n_sequences=n_sequences + 1, threads=threads or 1, n_batch=n_batch
+            )
+        except EngineError:
+            self.model.close()
+            raise
         self._loaded: dict[str, Loaded] = {}
         self._active: dict[str, float] = {}
+        self._turn: object = None  # the stream that sequence 0 belongs to
         self._cached: list[int] = []  # what sequence 0 holds, under the active key
         self.threads = Choice(str(threads), "asked for") if threads else choose_threads(self._context)
 
@@ -135,14 +149,14 @@ class Engine:
         file = check_adapter(path, self.base.architecture.gguf_name, shapes)
         contract = contract_of(file)
         if contract is not None:
-            require_same_base(contract, self.base.fingerprint, self.base.quant, str(path), str(self.base.path))
+            require_same_base(contract, self.base.identity, str(path), str(self.base.path))
         elif not allow_unverified:
             raise AdapterError(
                 what=f"{path}: it does not say which base it belongs to",
                 why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
                 fix="pass --allow-unverified-base if you know that it was trained on this base",
             )
-        fresh = Loaded(Lora(self.model, path), sha256_file(path), path)
+        fresh = Loaded(Lora(self.model, path), sha256_file(path), path, contract.system if contract else None)
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh
@@ -166,8 +180,10 @@ class Engine:
                     fix="use a scale around 1",
                 )
         wanted = {name: scale for name, scale in adapters.items() if scale}
-        if self._key(wanted) != self._key(self._active):
-            self._context.set_adapters([(self._loaded[name].lora, scale) for name, scale in wanted.items()])
+        changed = self._key(wanted) != self._key(self._active)
+        # the handles may differ under the same key: the same content loaded under another name
+        self._context.set_adapters([(self._loaded[name].lora, scale) for name, scale in wanted.items()])
+        if changed:
             self._forget()
         self._active = wanted
 
@@ -181,9 +197,10 @@ class Engine:
         return self._loaded[name]
 
     def _key(self, adapters: Mapping[str, float]) -> Key:
-        return frozenset((self._loaded[name].digest, scale) for name, scale in adapters.items())
+        return tuple(sorted((self._loaded[name].digest, scale) for name, scale in adapters.items()))
 
     def _forget(self) -> None:
+        self._turn = None
         self._context.clear()
         self._cached = []
 
@@ -221,6 +238,8 @@ class Engine:
         A prompt is evaluated once: after the answer its KV serves the reference. The tokens that all prompts begin
         with are evaluated once for all.
         """
+        if not questions:
+            return []
         self._forget()
         shared = self._share_prefix([q.prompt for q in questions])
         done: dict[int, Answer] = {}
@@ -228,17 +247,20 @@ class Engine:
         waiting = list(enumerate(questions))[::-1]
         slots: dict[int, _Slot] = {}
         while waiting or slots:
-            room = self._context.n_batch - sum(len(slot.due) for slot in slots.values())
             for seq in range(1, self._context.n_sequences):
-                if seq not in slots and waiting and len(waiting[-1][1].prompt) <= room:
+                if seq not in slots and waiting:
                     number, question = waiting.pop()
                     self._require_room(len(question.prompt) + max(max_tokens, len(question.reference)))
                     self._context.copy(0, seq)
                     slots[seq] = _Slot(number, question, shared)
-                    room -= len(slots[seq].due)
-            entries = [entry for seq, slot in slots.items() for entry in slot.entries(seq)]
-            rows = iter(self._context.decode(entries))
-            for seq, slot in list(slots.items()):
+            # what does not fit into this decode waits for the next; the oldest go first, so none waits for ever
+            room, now = self._context.n_batch, {}
+            for seq, slot in slots.items():
+                if len(slot.due) <= room:
+                    now[seq] = slot
+                    room -= len(slot.due)
+            rows = iter(self._context.decode([entry for seq, slot in now.items() for entry in slot.entries(seq)]))
+            for seq, slot in now.items():
                 slot.advance([next(rows) for _ in range(slot.n_wanted)], max_tokens, self.model.ends_generation)
                 if slot.rewind:
                     self._context.forget(seq, len(slot.question.prompt))
@@ -267,6 +289,7 @@ class Engine:
         """
         self._require_room(len(prompt) + 1)
         draw = np.random.default_rng(seed)
+        turn = self._turn = object()  # whatever else uses this engine ends this stream
         shared = 0
         while shared < min(len(self._cached), len(prompt) - 1) and self._cached[shared] == prompt[shared]:
             shared += 1
@@ -274,6 +297,8 @@ class Engine:
         del self._cached[shared:]
         entries = [Entry(t, i, 0, i == len(prompt) - 1) for i, t in enumerate(prompt)][shared:]
         for _ in range(min(max_tokens, self._context.n_ctx - len(prompt))):
+            if self._turn is not turn:
+                raise EngineError("an answer was continued", "something else was computed since", "ask again")
             for part in self._cut(entries):
                 z = self._context.decode(part)
                 self._cached += [e.token for e in part]

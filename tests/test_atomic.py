@@ -178,7 +178,7 @@ def test_what_exists_is_refused_before_the_work(tmp_path, kind):
         "  why: edgelora does not overwrite what it did not just make\n"
         "  fix: choose another name, delete it, or pass --overwrite"
     )
-    refuse_existing(path, overwrite=True)
+    refuse_existing(path, overwrite=True, folder=kind == "folder")
 
 
 def test_a_file_where_a_folder_is_needed(tmp_path):
@@ -242,3 +242,15 @@ def test_a_killed_child_is_an_error_that_names_the_signal():
     assert caught.value.what == "the child process of die ended without an answer (SIGKILL)"
     assert caught.value.why
     assert caught.value.fix
+
+
+def peak(_):
+    from edgelora.device import peak_memory_bytes
+
+    return peak_memory_bytes()
+
+
+def test_a_child_does_not_inherit_its_parents_peak():
+    ballast = bytearray(600 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])  # touch every page
+    assert run_in_child(peak) < 300 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pexpect
 import pytest
@@ -102,3 +103,21 @@ def test_input_from_a_pipe(tiny):
     assert done.returncode == 0, done.stderr
     assert "no adapters are loaded" in done.stdout
     assert done.stderr == ""
+
+
+def test_an_adapter_brings_the_system_message_it_was_trained_with(tiny, tmp_path):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base)
+    trained = replace(adapter, contract=adapter.contract.model_copy(update={"system": "Answer in JSON."}))
+    write_adapter_gguf(tmp_path / "a.gguf", trained, base, "a")
+    prompts = []
+    with Engine(base, n_ctx=256, threads=1) as engine:
+        engine.load("a", tmp_path / "a.gguf")
+        chat = Chat(engine, Settings(max_tokens=1))
+        engine.stream = lambda prompt, *_: prompts.append(base.tokenizer.decode(prompt)) or iter(())
+        for active in ({"a": 1.0}, {}):
+            engine.use(active)
+            list(chat.ask("hello"))
+        list(Chat(engine, Settings(system="Be brief.")).ask("hello"))
+    assert ["Answer in JSON." in p for p in prompts] == [True, False, False]
+    assert "Be brief." in prompts[2]

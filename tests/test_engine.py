@@ -17,7 +17,7 @@ from edgelora.base.model import open_base
 from edgelora.data.encode import Example, encode_conversation
 from edgelora.errors import AdapterError, EdgeloraError, EngineError
 from edgelora.evaluate.protocols import Answer, Question
-from edgelora.evaluate.score import bootstrap, score
+from edgelora.evaluate.score import bootstrap, questions, score
 from edgelora.pipeline.export import DEFAULT_CHECK
 from runtime.binding import Model
 from runtime.engine import Engine
@@ -88,6 +88,37 @@ def test_the_same_name_with_new_bytes_is_a_new_adapter(engine, tiny, adapters):
     assert list(engine.stream(prompt, 6, 0, 0)) == cold(tiny, adapters, {"two": 1.0}, prompt) != first
 
 
+def test_the_same_bytes_under_two_names_are_two_adapters(engine, tiny, adapters):
+    prompt = [*range(5, 30)]
+    engine.load("copy", adapters["one"])
+    engine.use({"one": 1.0})
+    once = list(engine.stream(prompt, 6, 0, 0))
+    engine.use({"copy": 1.0})
+    engine.unload("one")  # its handle must be off the context, though the key never changed
+    assert list(engine.stream(prompt, 6, 0, 0)) == once
+    engine.load("one", adapters["one"])
+    engine.use({"one": 1.0, "copy": 1.0})
+    assert list(engine.stream(prompt, 6, 0, 0)) == cold(tiny, adapters, {"one": 2.0}, prompt)
+
+
+def test_a_stream_ends_where_something_else_was_computed(engine):
+    stream = engine.stream([*range(5, 30)], 6, 0, 0)
+    next(stream)
+    engine.use({"one": 1.0})
+    with pytest.raises(EngineError, match="was continued"):
+        next(stream)
+
+
+def test_questions_that_do_not_fit_one_decode_wait_for_the_next(tiny):
+    draw = np.random.default_rng(1)
+    asked = [Question(draw.integers(3, 500, 150).tolist(), draw.integers(3, 500, 200).tolist()) for _ in range(5)]
+    with Engine(open_base(tiny.path), n_ctx=384, n_sequences=3, threads=1) as engine:
+        engine._context.n_batch = 384  # as if many more sequences shared it
+        found = engine.answer(asked, 3)
+        assert [len(a.nll) for a in found] == [200] * 5
+        assert engine.answer([], 3) == []
+
+
 def test_scale_zero_is_the_base(engine, tiny, adapters):
     engine.use({"one": 0.0})
     assert engine.active == {}
@@ -120,12 +151,12 @@ def test_scales_beyond_reason_are_refused(engine, scale):
 def test_answers_and_scores_of_many_questions_are_those_of_one_at_a_time(engine):
     draw = np.random.default_rng(0)
     shared = [1, 9, 9, 9]
-    questions = [
+    asked = [
         Question([*shared, *draw.integers(3, 500, n).tolist()], draw.integers(3, 500, n % 4 + 1).tolist())
         for n in (5, 1, 9, 3, 12, 7, 2, 4, 6)
     ]
-    together = engine.answer(questions, 5)
-    for question, found in zip(questions, together, strict=True):
+    together = engine.answer(asked, 5)
+    for question, found in zip(asked, together, strict=True):
         (alone,) = engine.answer([question], 5)
         assert found.tokens == alone.tokens
         np.testing.assert_allclose(found.nll, alone.nll, atol=1e-3)
@@ -155,7 +186,7 @@ def test_scoring_tells_the_groups_apart(tiny):
 
     base = open_base(tiny.path)
     rows = [replace(row, group="new" if i % 2 else "known") for i, row in enumerate(DEFAULT_CHECK)]
-    found = score(Parrot(), rows, base.tokenizer, base.template)
+    found = score(Parrot(), rows, questions(rows, base.tokenizer, base.template), base.tokenizer)
     assert (found.all.exact, found.groups["known"].exact, found.groups["new"].exact) == (7, 3, 4)
     assert found.all.loss == 1.0
 
@@ -171,6 +202,20 @@ def test_temperature_draws_and_the_seed_repeats(engine):
     prompt = [*range(5, 20)]
     draws = [tuple(engine.stream(prompt, 12, 2.0, seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_context_longer_than_the_base_was_trained_on_is_refused(tiny):
+    with pytest.raises(EngineError, match="513 tokens"):
+        Engine(open_base(tiny.path), n_ctx=513)
+
+
+def test_another_chat_template_or_tokenizer_is_another_base(make_tiny, adapters):
+    other = make_tiny(template="{{ messages[0]['content'] }}<|im_end|>")
+    with (
+        Engine(open_base(other.path), n_ctx=64, threads=1) as engine,
+        pytest.raises(AdapterError, match="the chat template is another one"),
+    ):
+        engine.load("one", adapters["one"])
 
 
 def test_a_prompt_longer_than_the_context_is_refused(engine):
@@ -261,6 +306,7 @@ Q = "blk.0.attn_q.weight"
         ({f"{Q}.lora_a": np.zeros((4, 256), np.float32)}, {}, "without its other half"),
         ({k: v[None] for k, v in pair(Q).items()}, {}, "3 dimensions"),
         ({}, {}, "no tensors"),
+        (pair(Q), {"adapter.alora.invocation_tokens": 5}, "invocation"),
     ],
 )
 def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, options, named):

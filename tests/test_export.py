@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 
 from converters.adapter_to_gguf import gguf_pairs, write_adapter_gguf
+from converters.metadata import copy_metadata
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, CertificateError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract
-from edgelora.files.gguf import GGUFFile
+from edgelora.files.gguf import GGUFFile, Value
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
 from edgelora.pipeline.export import export
@@ -207,6 +209,25 @@ def test_merging_keeps_metadata_tokenizer_and_template(tiny, tmp_path):
             ), key
 
 
+def test_merging_a_file_of_another_alignment(tiny, tmp_path):
+    reader, other = GGUFFile(tiny.path), tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(other, "llama")
+    copy_metadata(reader, writer)
+    writer.add_custom_alignment(64)
+    for name, info in reader.tensors.items():
+        writer.add_tensor(name, reader.rows(name).view(np.float32).reshape(info.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert GGUFFile(other).get("general.alignment", int) == 64
+    write_adapter(tmp_path / "mine", make_adapter(open_base(other)))
+    merge(other, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    ours = torch_logits(open_base(other), make_adapter(open_base(other)))
+    found = fidelity([(ours, llama_logits(tmp_path / "merged.gguf"))])
+    assert found.kl_mean <= 1e-4
+
+
 @pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M"])
 def test_merging_to_a_quantization_is_merging_and_quantizing(tiny, tmp_path, quant):
     write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
@@ -243,6 +264,23 @@ def test_a_failing_quantizer_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="could not quantize"):
         quantize(tiny.path, tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_array_is_left_out(tmp_path):
+    kinds = gguf.GGUFValueType
+    stranger = SimpleNamespace(
+        metadata={"a": Value(kinds.ARRAY, np.empty(0), kinds.INT32), "b": Value(kinds.UINT32, 7)}
+    )
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    copy_metadata(stranger, writer)
+    assert list(writer.kv_data[0]) == ["general.architecture", "b"]
+
+
+def test_overwriting_never_replaces_a_folder_by_a_file(tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    with pytest.raises(OutputError, match="this is a folder"):
+        export(tiny.path, tmp_path / "mine", tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "adapter_config.json").exists()
 
 
 def test_gguf_py_reads_what_we_write(tiny, tmp_path):

@@ -17,10 +17,10 @@ HOUSES = ("edgelora", "converters", "runtime")
 # THE TABLE, from the roof down: what each room may import. Every entry names rooms further down.
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"pipeline", "runtime", "training", "base", "evaluate", "config", "progress", "errors"},
+    "cli": {"pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "progress", "errors"},
     "pipeline": {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
-        "child", "home", "device", "versions", "config", "progress", "errors",
+        "child", "home", "invocation", "device", "versions", "config", "progress", "errors",
     },
     "converters": {"peft", "base", "architectures", "files", "child", "progress", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "child": {"progress", "errors"},
     "home": {"errors"},
+    "invocation": set(),
     "device": set(),
     "versions": set(),
     "config": set(),

@@ -9,6 +9,8 @@ from conftest import ROOT
 
 import edgelora.pipeline.quickstart as module
 from edgelora.base.model import open_base
+from edgelora.files.contract import CONTRACT_KEY
+from edgelora.files.gguf import GGUFFile
 from edgelora.pipeline.quickstart import default_base, quickstart
 
 
@@ -52,6 +54,7 @@ def test_every_step_and_every_file(small_task, tmp_path):
         title in (folder / "report.md").read_text() for title in ("size on disk", "exact match", "held-out loss")
     )
     assert "chat" in result.next_commands[0]
+    assert GGUFFile(folder / "home.gguf").get(CONTRACT_KEY, str).count("Turn the command into one line of JSON") == 1
     assert len(lines) >= 8
 
 

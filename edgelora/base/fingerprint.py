@@ -12,6 +12,7 @@ import numpy as np
 from edgelora.architectures import Architecture, ModelConfig
 from edgelora.architectures.names import gguf_module, hf_row_order
 from edgelora.base import ggml
+from edgelora.errors import BaseModelError
 from edgelora.files.contract import LINEAGE_KEY, Fingerprint
 from edgelora.files.gguf import GGUFFile
 
@@ -22,7 +23,7 @@ def fingerprint(file: GGUFFile, architecture: Architecture, config: ModelConfig)
     """Reads 64 rows of each layer and all norms; dequantizes nothing else."""
     vocabulary = hashlib.sha256()
     for token in file.get("tokenizer.ggml.tokens", list, ()):
-        vocabulary.update(token.encode() + b"\0")
+        vocabulary.update(str(token).encode() + b"\0")
     norms = hashlib.sha256()
     for name in sorted(n for n in file.tensors if n.endswith("_norm.weight")):
         norms.update(file.rows(name).tobytes())
@@ -34,8 +35,23 @@ def fingerprint(file: GGUFFile, architecture: Architecture, config: ModelConfig)
         vocabulary_sha256=vocabulary.hexdigest(),
         norms_sha256=norms.hexdigest(),
         sketch=base64.b64encode(_row_norms(file, architecture, config).astype(np.float16).tobytes()).decode(),
-        lineage=tuple(json.loads(file.get(LINEAGE_KEY, str, "[]"))),
+        lineage=_lineage(file),
     )
+
+
+def _lineage(file: GGUFFile) -> tuple[str, ...]:
+    """What was merged into this file, in order. Raises BaseModelError if the statement was tampered with."""
+    try:
+        found = json.loads(file.get(LINEAGE_KEY, str, "[]"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise BaseModelError(
+            what=f"{file.path}: {LINEAGE_KEY} is no list of texts",
+            why="edgelora writes one into every merged model; this one was edited or damaged",
+            fix="merge the model again",
+        )
+    return tuple(found)
 
 
 def _row_norms(file: GGUFFile, architecture: Architecture, config: ModelConfig) -> np.ndarray:

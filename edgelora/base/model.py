@@ -14,7 +14,7 @@ from edgelora.base.fingerprint import fingerprint
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer, read_tokenizer
 from edgelora.errors import BaseModelError
-from edgelora.files.contract import BaseFile, Fingerprint, sha256_file, sha256_text
+from edgelora.files.contract import BaseFile, Fingerprint, Identity, sha256_file, sha256_text
 from edgelora.files.gguf import GGUFFile
 
 
@@ -70,6 +70,12 @@ class Base:
     @cached_property
     def base_file(self) -> BaseFile:
         return BaseFile(name=self.path.name, quant=self.quant, sha256=sha256_file(self.path))
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What an adapter's contract is held to."""
+        t = self.tokenizer
+        return Identity(self.fingerprint, self.quant, t.sha256, self.template_sha256, t.eog_ids)
 
     def tensor_of(self, module: str) -> str:
         """The GGUF tensor that holds the weight of an HF module."""

@@ -41,14 +41,13 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. An EdgeloraError prints three lines: what, why, fix."""
     try:
         app(arguments)
-    except SystemExit as e:  # typer's own: done, or wrong usage
+    except SystemExit as e:  # typer's own: done, wrong usage, or stopped by Ctrl-C
+        if e.code == 130:
+            print("\nstopped; what was not finished was not written", file=sys.stderr)
         return e.code if isinstance(e.code, int) else 1
     except EdgeloraError as e:
         if state.debug:
             raise
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped; nothing was written under a final name", file=sys.stderr)
-        return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -38,13 +39,14 @@ def scaled(text: str) -> tuple[Path, float]:
 
 
 def named(text: str) -> tuple[str, Path]:
-    """`home=home.gguf` → (home, path); without a name the file's own is taken."""
+    """`home=home.gguf` → (home, path); without a name the file's own is taken, blanks and signs replaced by `-`."""
     name, equals, path = text.partition("=")
-    result = (name, Path(path)) if equals else (Path(text).stem, Path(text))
-    if not result[0] or not result[0].replace("-", "").replace("_", "").replace(".", "").isalnum():
+    if not equals or Path(text).is_file():
+        name, path = re.sub(r"[^\w.-]", "-", Path(text).stem), text
+    if not re.fullmatch(r"[\w.-]+", name):
         raise ConfigError(
-            what=f"--adapter {text}: {result[0] or 'an empty text'} is no name for an adapter",
+            what=f"--adapter {text}: {name or 'an empty text'} is no name for an adapter",
             why="you type it in chat: letters, digits, '-', '_' and '.' are allowed",
             fix="write --adapter NAME=FILE",
         )
-    return result
+    return name, Path(path)

@@ -14,11 +14,13 @@ def chat(
     adapter: Annotated[
         list[str] | None, typer.Option(help="A GGUF adapter, NAME=FILE; repeatable. The first one is on.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 512,
-    context: Annotated[int, typer.Option(help="Room for the conversation, in tokens.")] = 2048,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    system: Annotated[str | None, typer.Option(help="A system message; the active adapter's own without it.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0, max=10)] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Room for the conversation, in tokens; 2048, or what the base has.", min=16)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.", min=0)] = 0,
     allow_unverified_base: Unverified = False,
 ) -> None:
     """Talk to a model and switch adapters while you do: /adapter NAME [scale], /adapters, /base, /reset, /quit.
@@ -32,7 +34,8 @@ def chat(
     opened = open_base(base)
     _ = opened.template  # a base without one is refused before it is loaded
     adapters = [named(text) for text in adapter or []]
-    with Engine(opened, n_ctx=context) as engine:
+    room = context or min(2048, opened.config.max_position_embeddings)
+    with Engine(opened, n_ctx=room) as engine:
         for name, path in adapters:
             engine.load(name, path, allow_unverified=allow_unverified_base)
         if adapters:

@@ -29,6 +29,7 @@ def export(
     """
     from edgelora.cli.display import Display
     from edgelora.errors import ConfigError
+    from edgelora.invocation import command
     from edgelora.pipeline.export import export as run
 
     if type_.upper() not in ("F16", "F32"):
@@ -43,7 +44,7 @@ def export(
             f"{certificate.adapter.kl_mean:.2g} (limit {certificate.kl_limit:.2g}), same top "
             f"{certificate.adapter.same_top:.1%}"
         )
-        display.say(f"next: edgelora chat {base} --adapter {out.stem}={out}")
+        display.say("next: " + command("chat", base, "--adapter", str(out)))
     if as_json:
         print(json.dumps({"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate.as_dict()}))
 

@@ -32,8 +32,9 @@ def quickstart(
     print(f"\n{result.seconds / 60:.1f} minutes; the report is in {result.folder / 'report.md'} (and .json)")
     print("\nTalk to it, and switch the adapter on and off with /adapter home and /base:\n")
     print(f"  {result.next_commands[0]}\n")
-    print("Train a second, very different adapter to switch to:\n")
-    print(f"  {result.next_commands[1]}")
+    print("Train a second, very different adapter, and chat with both (/adapter couplets):\n")
+    for line in result.next_commands[1:]:
+        print(f"  {line}")
 
 
 def doctor(as_json: Json = False) -> None:

@@ -13,7 +13,9 @@ from edgelora.evaluate.report import Row, cells
 
 def draw(rows: Sequence[Row]) -> None:
     titles, body = cells(rows, short=True)
-    table = Table(*titles, header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        *(t.replace(" ", "\n") for t in titles), header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+    )
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for line in body:

@@ -33,6 +33,7 @@ def train(
     Example: `edgelora train base.gguf rows.jsonl --out adapters/mine`
     """
     from edgelora.cli.display import Display
+    from edgelora.invocation import command
 
     with Display() as display:
         config = _config(
@@ -50,7 +51,7 @@ def train(
             f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
             f"{run.result.tokens_per_s:.0f} tokens/s, peak memory {run.peak_bytes / 1e6:.0f} MB{held}"
         )
-        display.say(f"next: edgelora export {base} {run.out} --out {run.out}.gguf")
+        display.say("next: " + command("export", base, run.out, "--out", Path(f"{run.out}.gguf")))
     if as_json:
         result = run.result
         print(json.dumps({

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,12 @@ class Conversation:
     @property
     def answer(self) -> str:
         return self.messages[-1].content
+
+
+def common_system(rows: Sequence[Conversation]) -> str | None:
+    """The system message that all rows begin with, or None if they have none or several."""
+    found = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
+    return found.pop() if len(found) == 1 else None
 
 
 def parse_chat(row: Mapping[str, Any]) -> Conversation:

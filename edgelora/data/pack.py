@@ -38,12 +38,12 @@ def shared_prefix(examples: Sequence[Example]) -> int:
 
     Exact: what such a token computes depends on the tokens before it alone, and its gradients are sums over examples.
     """
-    limit = min(int(np.argmax(e.loss_mask)) - 1 for e in examples)
+    limit = max(0, min(int(np.argmax(e.loss_mask)) - 1 for e in examples))
     first = examples[0].input_ids
     for e in examples[1:]:
         differing = np.flatnonzero(e.input_ids[:limit] != first[:limit])
         limit = int(differing[0]) if len(differing) else limit
-    return max(limit, 0) if len(examples) > 1 else 0
+    return limit if len(examples) > 1 else 0
 
 
 def pack(examples: Sequence[Example]) -> Batch:

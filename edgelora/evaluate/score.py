@@ -68,17 +68,23 @@ def questions(conversations: Sequence[Conversation], tokenizer: Tokenizer, templ
     return out
 
 
+def answer_room(asked: Sequence[Question]) -> int:
+    """How many tokens an answer may have."""
+    return max(len(q.reference) for q in asked) + SPARE_TOKENS
+
+
 def score(
     scorer: Scorer,
     conversations: Sequence[Conversation],
+    asked: Sequence[Question],
     tokenizer: Tokenizer,
-    template: ChatTemplate,
     on_progress: OnProgress = silent,
 ) -> Scored:
-    """Answer every row greedily and score its reference. Exact match compares whole answers, white space trimmed."""
-    asked = questions(conversations, tokenizer, template)
-    longest = max(len(q.reference) for q in asked)
-    answers = scorer.answer(asked, longest + SPARE_TOKENS, on_progress)
+    """Answer every row (`asked` are its `questions`) greedily and score its reference.
+
+    Exact match compares whole answers, white space at the ends trimmed.
+    """
+    answers = scorer.answer(asked, answer_room(asked), on_progress)
     texts = [tokenizer.decode(a.tokens).strip() for a in answers]
     right = [text == c.answer.strip() for text, c in zip(texts, conversations, strict=True)]
     groups: dict[str, list[int]] = {}

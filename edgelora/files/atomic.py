@@ -19,7 +19,7 @@ REPLACED = "replaced"
 STAGE_PREFIX = ".edgelora-"
 
 
-def refuse_existing(path: Path, overwrite: bool = False) -> None:
+def refuse_existing(path: Path, overwrite: bool = False, *, folder: bool = False) -> None:
     """Raise OutputError if something stands at `path`, or nothing can be made there; ask before the work."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -35,6 +35,13 @@ def refuse_existing(path: Path, overwrite: bool = False) -> None:
             why="edgelora does not overwrite what it did not just make",
             fix="choose another name, delete it, or pass --overwrite",
         )
+    if path.exists() and path.is_dir() != folder:
+        kind = "folder" if path.is_dir() else "file"
+        raise OutputError(
+            what=f"{path}: this is a {kind}",
+            why=f"the result is a {'folder' if folder else 'file'}, and would delete what stands here",
+            fix="choose another name",
+        )
 
 
 @contextmanager
@@ -45,7 +52,7 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
     temporary is removed and `path` is as it was. Raises OutputError if `path` exists and `overwrite` is false,
     or if the folder cannot be written.
     """
-    refuse_existing(path, overwrite)
+    refuse_existing(path, overwrite, folder=folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{path.name}-", dir=path.parent))

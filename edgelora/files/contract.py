@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgelora.errors import AdapterError
 
@@ -37,7 +38,9 @@ class Fingerprint(BaseModel):
     config: dict[str, Any]
     vocabulary_sha256: str
     norms_sha256: str
-    sketch: str = Field(description="base64 of float16: norms of 64 seeded rows for each layer")
+    sketch: str = Field(
+        description="base64 of float16: for each layer the norms of 64 seeded rows, taken from its linears by turns"
+    )
     lineage: tuple[str, ...] = ()
 
     @property
@@ -45,6 +48,13 @@ class Fingerprint(BaseModel):
         """Twelve letters that name this base (not the quantization) in messages and reports."""
         exact = [self.config, self.vocabulary_sha256, self.norms_sha256, list(self.lineage)]
         return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()[:12]
+
+    @field_validator("sketch")
+    @classmethod
+    def _is_base64_of_halves(cls, value: str) -> str:
+        if len(base64.b64decode(value, validate=True)) % 2:
+            raise ValueError("an odd number of bytes")
+        return value
 
     def row_norms(self) -> np.ndarray:
         return np.frombuffer(base64.b64decode(self.sketch), np.float16).astype(np.float32)
@@ -60,6 +70,17 @@ class BaseFile(BaseModel):
     sha256: str
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a contract is held to: the base at hand, and how it turns text into ids and ends a turn."""
+
+    fingerprint: Fingerprint
+    quant: str
+    tokenizer_sha256: str
+    chat_template_sha256: str
+    eog_ids: tuple[int, ...]
+
+
 class Contract(BaseModel):
     """Everything a later step must know about an adapter or a merged model."""
 
@@ -69,6 +90,8 @@ class Contract(BaseModel):
     tokenizer_sha256: str
     chat_template_sha256: str
     eog_ids: tuple[int, ...]
+    system: str | None = None
+    """The system message that all training rows begin with, or None: chat says it when the adapter is on."""
     method: str
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
@@ -100,13 +123,20 @@ def differences(wanted: Fingerprint, found: Fingerprint, quant: str) -> list[str
     return faults
 
 
-def require_same_base(contract: Contract, found: Fingerprint, quant: str, adapter: str, base: str) -> None:
+def require_same_base(contract: Contract, found: Identity, adapter: str, base: str) -> None:
     """Raise AdapterError, naming every difference, if `contract` was made on another base than `found`."""
-    faults = differences(contract.base, found, quant)
+    faults = differences(contract.base, found.fingerprint, found.quant)
+    if contract.tokenizer_sha256 != found.tokenizer_sha256:
+        faults.append("texts get other token ids")
+    if contract.chat_template_sha256 != found.chat_template_sha256:
+        faults.append("the chat template is another one")
+    if contract.eog_ids != found.eog_ids:
+        faults.append(f"turns end at {found.eog_ids}, expected {contract.eog_ids}")
     if faults:
         raise AdapterError(
             what=f"{adapter} does not belong to {base}: " + "; ".join(faults),
-            why=f"it was trained on {contract.base_file.name} ({contract.base.short}), this base is {found.short}",
+            why=f"it was trained on {contract.base_file.name} ({contract.base.short}), "
+            f"this base is {found.fingerprint.short}",
             fix=f"use {contract.base_file.name} or another quantization of it, or train again on this base",
         )
 

@@ -67,8 +67,8 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 
 def refuse_to_write(path: Path, overwrite: bool) -> None:
     """Raise OutputError if no adapter can be written at `path`. Overwriting replaces adapters, never other folders."""
-    refuse_existing(path, overwrite)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists()):
+    refuse_existing(path, overwrite, folder=True)
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
         raise OutputError(
             what=f"{path}: this is not an adapter",
             why="--overwrite replaces adapters, and would delete what stands here",
@@ -127,7 +127,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     contract_file = path / FILE_NAME
     contract = None
     if contract_file.exists():
-        contract = read_contract(contract_file.read_text(encoding="utf-8"), str(contract_file))
+        contract = read_contract(contract_file.read_text(encoding="utf-8", errors="replace"), str(contract_file))
     return Adapter(settings, tensors, contract)
 
 

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelora.base.model import open_base
+from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import read_conversations
 from edgelora.device import peak_memory_bytes
 from edgelora.evaluate.protocols import Speed
 from edgelora.evaluate.report import Row
-from edgelora.evaluate.score import questions, score
+from edgelora.evaluate.score import answer_room, questions, score
 from edgelora.progress import OnProgress, silent
 
 SIDE_BY_SIDE = 8  # questions in one decode
@@ -35,20 +35,25 @@ def evaluate(cell: Cell, on_progress: OnProgress = silent) -> Row:
     return run_in_child(_evaluate, cell, on_progress=on_progress)
 
 
+def context_for(base: Base, tokens: int) -> int:
+    """The context to open for rows of `tokens`: a round number, and no more than the model was trained on."""
+    return max(tokens, min(-(-tokens // 256) * 256, base.config.max_position_embeddings))
+
+
 def _evaluate(cell: Cell, on_progress: OnProgress) -> Row:
     from runtime.engine import Engine
 
     base = open_base(cell.model)
     rows = read_conversations(cell.data)
     asked = questions(rows, base.tokenizer, base.template)
-    room = 64 + max(len(q.prompt) + 2 * len(q.reference) for q in asked)
+    room = max(len(q.prompt) for q in asked) + answer_room(asked)
     start = time.perf_counter()
-    with Engine(base, n_ctx=-(-room // 256) * 256, n_sequences=SIDE_BY_SIDE) as engine:
+    with Engine(base, n_ctx=context_for(base, room), n_sequences=SIDE_BY_SIDE) as engine:
         if cell.adapter is not None:
             engine.load("adapter", cell.adapter, allow_unverified=cell.allow_unverified)
             engine.use({"adapter": cell.scale})
         loaded = time.perf_counter() - start
-        scored = score(engine, rows, base.tokenizer, base.template, on_progress)
+        scored = score(engine, rows, asked, base.tokenizer, on_progress)
         prompt, single = engine.speed()
     size = cell.model.stat().st_size + (cell.adapter.stat().st_size if cell.adapter else 0)
     return Row(cell.name, size, scored, Speed(prompt, single, loaded, peak_memory_bytes()))

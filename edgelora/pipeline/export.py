@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +24,12 @@ from edgelora.files.atomic import refuse_existing, staged, write_text
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, require_same_base
 from edgelora.files.gguf import fill_reserved
 from edgelora.peft.adapter import Adapter, read_adapter
+from edgelora.pipeline.evaluate import context_for
 from edgelora.progress import OnProgress, Pace, Progress, silent
+
+if TYPE_CHECKING:
+    from edgelora.data.tokenizer import Tokenizer
+    from runtime.binding import Model
 
 CHECKED_ROWS, ROWS_TOGETHER = 64, 8
 
@@ -124,7 +130,7 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`."""
     adapter = read_adapter(path, base.config)
     if adapter.contract is not None:
-        require_same_base(adapter.contract, base.fingerprint, base.quant, str(path), str(base.path))
+        require_same_base(adapter.contract, base.identity, str(path), str(base.path))
     elif not allow_unverified:
         raise AdapterError(
             what=f"{path}: it does not say which base it belongs to",
@@ -132,6 +138,13 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
             fix="pass --allow-unverified-base if you know that it was trained on this base",
         )
     return adapter
+
+
+def _same_ids(tokenizer: Tokenizer, model: Model, ids: Sequence[int]) -> bool:
+    """Whether llama.cpp gives the text between each two control tokens the ids that torch was trained on."""
+    control = set(tokenizer.control.values())
+    pieces = [list(piece) for special, piece in groupby(ids, lambda i: i in control) if not special]
+    return all(model.tokenize(tokenizer.decode(piece), parse_special=False) == piece for piece in pieces)
 
 
 def _certify(
@@ -148,14 +161,12 @@ def _certify(
     base = open_base(base_path)
     examples = [encode_conversation(row, base.tokenizer, base.template) for row in rows]
     groups = [examples[i : i + ROWS_TOGETHER] for i in range(0, len(examples), ROWS_TOGETHER)]
-    n_ctx = -(-max(len(e) for e in examples) // 256) * 256
+    n_ctx = context_for(base, max(len(e) for e in examples))
     torch.set_num_threads(physical_cores())
     decoder = build_decoder(base)
     pace = Pace(2 * len(groups))
     with Engine(base, n_ctx=n_ctx, n_sequences=ROWS_TOGETHER) as engine, torch.no_grad():
-        texts = [base.template.render(row.messages).text for row in rows]
-        ids = [engine.model.tokenize(text, parse_special=True) for text in texts]
-        equal = sum(a == e.input_ids.tolist()[-len(a) :] for a, e in zip(ids, examples, strict=True))
+        equal = sum(_same_ids(base.tokenizer, engine.model, e.input_ids.tolist()) for e in examples)
 
         def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for group in groups:

@@ -14,10 +14,9 @@ from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter
+from edgelora.pipeline.export import FLOAT_QUANTS as FLOATS
 from edgelora.pipeline.export import read_checked
 from edgelora.progress import OnProgress, silent
-
-FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def merge(
         for path, scale in adapters
     ]
     with staged(out, overwrite=overwrite) as draft:
-        half = draft if quant.upper() == "F16" else draft.with_name("merged-F16.gguf")
+        half = draft if quant.upper() == "F16" else draft.with_name(f"{draft.name}.F16")
         write_merged(half, base, parts, on_progress)
         if half is not draft:
             write_quantized(half, draft, quant, physical_cores(), on_progress)

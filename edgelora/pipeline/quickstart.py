@@ -20,6 +20,7 @@ from edgelora.evaluate.report import Row, as_json, markdown
 from edgelora.files.atomic import staged, write_text
 from edgelora.files.contract import sha256_file
 from edgelora.home import example, models_folder
+from edgelora.invocation import command, short
 from edgelora.pipeline.evaluate import Cell, evaluate
 from edgelora.pipeline.export import Certificate, export
 from edgelora.pipeline.merge import merge, quantize
@@ -73,7 +74,7 @@ def default_base() -> Path:
 def quickstart(
     say: Callable[[str], None] = lambda _: None, on_progress: OnProgress = silent, epochs: float = EPOCHS
 ) -> Quickstart:
-    """Run everything; `say` gets one line for each result. Writes models/quickstart/ anew each time."""
+    """Run everything; `say` gets one line for each result. Replaces what it made in models/quickstart/ before."""
     started = time.perf_counter()
     base, task = default_base(), example("home")
     folder = models_folder() / "quickstart"
@@ -113,30 +114,15 @@ def quickstart(
 
 
 def next_commands(base: Path, live: Path) -> list[str]:
-    """What to type next: a chat with the adapter, and a second adapter to switch to."""
-    program = _program()
-    couplets = live.parent / "couplets"
+    """What to type next: a chat with the adapter; then a second adapter and a chat with both."""
+    couplets = live.with_name("couplets")
+    home, second = f"home={short(live)}", f"couplets={short(couplets)}.gguf"
     return [
-        f"{program} chat {_short(base)} --adapter home={_short(live)}",
-        f"{program} train {_short(base)} {_short(example('couplets') / 'train.jsonl')} --out {_short(couplets)}",
+        command("chat", base, "--adapter", home),
+        command("train", base, example("couplets") / "train.jsonl", "--out", couplets),
+        command("export", base, couplets, "--out", couplets.with_suffix(".gguf")),
+        command("chat", base, "--adapter", home, "--adapter", second),
     ]
-
-
-def _program() -> str:
-    import sys
-
-    beside = Path(sys.executable).with_name("edgelora")
-    on_path = shutil.which("edgelora")
-    if on_path and Path(on_path).resolve() == beside.resolve():
-        return "edgelora"
-    return str(_short(beside)) if beside.exists() else "python -m edgelora"
-
-
-def _short(path: Path) -> Path:
-    try:
-        return path.absolute().relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 def _write_reports(result: Quickstart, test: Path) -> None:

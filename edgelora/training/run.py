@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
-from edgelora.data.conversation import read_conversations
+from edgelora.data.conversation import Conversation, common_system, read_conversations
 from edgelora.data.encode import Example, encode_all
 from edgelora.device import Choice, choose_base_dtype, choose_device, choose_dtype, peak_memory_bytes, physical_cores
 from edgelora.files.contract import Contract, sha256_file
@@ -45,8 +45,10 @@ def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
     refuse_to_write(config.out, config.overwrite)
     base = open_base(config.base)
     data_sha256 = sha256_file(config.data) if config.data.is_file() else ""
-    examples = _read(config.data, base, config)
-    held_out = _read(config.valid, base, config) if config.valid else []
+    rows = read_conversations(config.data)
+    examples = _encode(rows, base, config)
+    held_out = _encode(read_conversations(config.valid), base, config) if config.valid else []
+    system = common_system(rows)
     choices = {
         "device": choose_device(),
         "dtype": choose_dtype(),
@@ -62,15 +64,15 @@ def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
         config.out, result, choices, len(examples), len(result.losses), time.perf_counter() - started,
         peak_memory_bytes(),
     )  # fmt: skip
-    contract = _contract(config, base, run, data_sha256)
+    contract = _contract(config, base, run, data_sha256, system)
     adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), contract)
     write_adapter(config.out, adapter, overwrite=config.overwrite)
     return run
 
 
-def _read(path: Path, base: Base, config: TrainConfig) -> list[Example]:
+def _encode(rows: Sequence[Conversation], base: Base, config: TrainConfig) -> list[Example]:
     longest = min(config.max_length, base.config.max_position_embeddings)
-    return encode_all(read_conversations(path), base.tokenizer, base.template, longest)
+    return encode_all(rows, base.tokenizer, base.template, longest)
 
 
 def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict[str, object]:
@@ -89,7 +91,7 @@ def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict
     }
 
 
-def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str) -> Contract:
+def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, system: str | None) -> Contract:
     """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
     settings = config.model_dump(mode="json", exclude={"base", "data", "valid", "out", "overwrite", "method"})
     return Contract(
@@ -99,6 +101,7 @@ def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str) -> Co
         tokenizer_sha256=base.tokenizer.sha256,
         chat_template_sha256=base.template_sha256,
         eog_ids=base.tokenizer.eog_ids,
+        system=system,
         method=config.method,
         training={
             **settings,
