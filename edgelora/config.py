@@ -1,4 +1,4 @@
-"""Settings of a training run, checked when they are made. One place for every default."""
+"""Settings of a training run, checked when they are made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TrainConfig(BaseModel):
     data: Path
     out: Path
     valid: Path | None = None
-    """Held-out rows: their loss is reported while training goes on and at its end."""
+    """Held-out rows: their loss is measured at the end."""
     method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024)
     alpha: float = Field(32.0, gt=0)

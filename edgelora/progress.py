@@ -15,7 +15,6 @@ class Progress:
     step: int
     total: int
     loss: float | None = None
-    held_out_loss: float | None = None
     learning_rate: float | None = None
     tokens_per_s: float | None = None
     eta_s: float | None = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import typer
+from conftest import ROOT
 
 from edgelora.architectures.names import hf_modules
 from edgelora.base.model import open_base
@@ -229,14 +233,48 @@ def test_a_scale_must_be_finite(text):
         ("v1.2_x-y=f", ("v1.2_x-y", "f")),
         ("x=a=b.gguf", ("x", "a=b.gguf")),
         ("größe=f", ("größe", "f")),
+        ("a/two words.gguf", ("two-words", "a/two words.gguf")),
     ],
 )
 def test_named(text, expected):
     assert named(text) == (expected[0], Path(expected[1]))
 
 
+@pytest.mark.parametrize("text", ["", "=f", "two words=f", "a/b=f", "-=f", "x:1=f"])
 def test_a_name_one_can_type_in_chat(text):
     with pytest.raises(ConfigError) as caught:
         named(text)
     assert caught.value.what.startswith(f"--adapter {text}: ")
     assert caught.value.fix == "write --adapter NAME=FILE"
+
+
+def test_ctrl_c_stops_a_training_and_leaves_nothing(tiny, tmp_path):
+    rows = ROOT / "examples" / "home" / "test.jsonl"
+    out = tmp_path / "mine"
+    command = [
+        sys.executable,
+        "-m",
+        "edgelora",
+        "train",
+        str(tiny.path),
+        str(rows),
+        "--out",
+        str(out),
+        "--epochs",
+        "500",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        assert any("train 1/" in child.stderr.readline() for _ in range(20))
+        child.send_signal(signal.SIGINT)
+        said = child.stderr.read()
+    assert child.returncode == 130
+    assert "stopped" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_choices_are_said_with_their_reasons_before_the_first_step(tiny, tmp_path, capsys):
+    rows = ROOT / "examples" / "home" / "test.jsonl"
+    assert run(["train", str(tiny.path), str(rows), "--out", str(tmp_path / "mine"), "--epochs", "0.05"]) == 0
+    said = capsys.readouterr().err
+    assert said.index("base_dtype: blocks (") < said.index("train 1/")

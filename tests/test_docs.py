@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from edgelora.evaluate.report import COLUMNS, Column, Row, as_json, cells
 from edgelora.evaluate.score import Score, Scored
 from edgelora.peft import inject as injecting
 from edgelora.peft.methods import METHODS
+from edgelora.pipeline.quickstart import MODEL, MODEL_SHA256
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +52,12 @@ def test_named_paths_exist(text):
     missing = [p for p in paths if not (ROOT / p).exists()]
     assert paths
     assert not missing
+
+
+def test_the_catalog_knows_the_quickstarts_model():
+    entry = tomllib.loads((ROOT / "models" / "catalog.toml").read_text(encoding="utf-8"))[MODEL]
+    assert entry["sha256"] == MODEL_SHA256
+    assert entry["architecture"] in ARCHITECTURES
 
 
 def test_each_worked_example_has_at_most_four_steps():

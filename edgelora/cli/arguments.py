@@ -43,7 +43,7 @@ def named(text: str) -> tuple[str, Path]:
     name, equals, path = text.partition("=")
     if not equals or Path(text).is_file():
         name, path = re.sub(r"[^\w.-]", "-", Path(text).stem), text
-    if not re.fullmatch(r"[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(
             what=f"--adapter {text}: {name or 'an empty text'} is no name for an adapter",
             why="you type it in chat: letters, digits, '-', '_' and '.' are allowed",

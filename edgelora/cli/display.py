@@ -35,7 +35,7 @@ class Display:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._live: Live | None = None
-        self._last = 0.0
+        self._stage, self._last = "", 0.0
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -52,12 +52,12 @@ class Display:
         if self._live:
             done = int(24 * progress.step / max(progress.total, 1))
             self._live.update(Text.assemble(("━" * done, "green"), ("━" * (24 - done), "dim"), "  ", line))
-        elif time.monotonic() - self._last > PLAIN_LINE_EVERY_S or (progress.step == progress.total and self._last):
-            self._last = time.monotonic()
+        elif progress.stage != self._stage or time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
+            self._stage, self._last = progress.stage, time.monotonic()
             self.console.print(line, soft_wrap=True)
 
     def say(self, line: str) -> None:
         self.console.print(Text.assemble(("✓ ", "green"), line), soft_wrap=True)
         if self._live:
             self._live.update(Text(""))
-        self._last = time.monotonic()
+        self._stage = ""

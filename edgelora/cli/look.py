@@ -52,4 +52,8 @@ def doctor(as_json: Json = False) -> None:
 
     console = Console(highlight=False)
     for name, value in facts.items():
-        console.print(f"[bold]{name:<16}[/bold] {value}", soft_wrap=True)
+        if isinstance(value, dict):
+            value = f"{value['value']} ({value['why']})"
+        elif name.endswith("_bytes"):
+            value = "unknown" if value is None else f"{value / 1e9:.1f} GB"
+        console.print(f"[bold]{name.removesuffix('_bytes').replace('_', ' '):<16}[/bold] {value}", soft_wrap=True)

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite
+from edgelora.config import TrainConfig
+from edgelora.errors import ConfigError
+
+DEFAULT: dict[str, Any] = {name: field.default for name, field in TrainConfig.model_fields.items()}
 
 
 def train(
@@ -16,15 +21,19 @@ def train(
     data: Annotated[Path, typer.Argument(help="Rows to learn: JSONL, a conversation a line.", show_default=False)],
     out: Out,
     valid: Annotated[Path | None, typer.Option(help="Held-out rows whose loss is measured at the end.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank r of the adapter.")] = 16,
-    alpha: Annotated[float, typer.Option(help="α: the adapter is scaled by α/r.")] = 32.0,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
-    epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = 2.0,
-    batch_rows: Annotated[int, typer.Option(help="Rows for each optimizer step.")] = 8,
-    micro_batch_tokens: Annotated[int, typer.Option(help="Tokens computed at once; decides the memory.")] = 768,
-    max_length: Annotated[int, typer.Option(help="The longest row allowed, in tokens.")] = 1024,
-    base_dtype: Annotated[str, typer.Option(help="auto, or blocks: the file's own quantized weights.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Same seed, data and machine: same adapter.")] = 0,
+    rank: Annotated[int, typer.Option(help="Rank r of the adapter.")] = DEFAULT["rank"],
+    alpha: Annotated[float, typer.Option(help="α: the adapter is scaled by α/r.")] = DEFAULT["alpha"],
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = DEFAULT["learning_rate"],
+    epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = DEFAULT["epochs"],
+    batch_rows: Annotated[int, typer.Option(help="Rows for each optimizer step.")] = DEFAULT["batch_rows"],
+    micro_batch_tokens: Annotated[int, typer.Option(help="Tokens computed at once; decides the memory.")] = DEFAULT[
+        "micro_batch_tokens"
+    ],
+    max_length: Annotated[int, typer.Option(help="The longest row allowed, in tokens.")] = DEFAULT["max_length"],
+    base_dtype: Annotated[str, typer.Option(help="auto, or blocks: the file's own quantized weights.")] = DEFAULT[
+        "base_dtype"
+    ],
+    seed: Annotated[int, typer.Option(help="Same seed, data and machine: same adapter.")] = DEFAULT["seed"],
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -36,16 +45,15 @@ def train(
     from edgelora.invocation import command
 
     with Display() as display:
-        config = _config(
-            base=base, data=data, out=out, valid=valid, rank=rank, alpha=alpha, learning_rate=learning_rate,
-            epochs=epochs, batch_rows=batch_rows, micro_batch_tokens=micro_batch_tokens, max_length=max_length,
-            base_dtype=base_dtype, seed=seed, overwrite=overwrite,
-        )  # fmt: skip
+        config = _config({
+            "base": base, "data": data, "out": out, "valid": valid, "rank": rank, "alpha": alpha,
+            "learning_rate": learning_rate, "epochs": epochs, "batch_rows": batch_rows,
+            "micro_batch_tokens": micro_batch_tokens, "max_length": max_length, "base_dtype": base_dtype,
+            "seed": seed, "overwrite": overwrite,
+        })  # fmt: skip
         from edgelora.training.run import run_training
 
-        run = run_training(config, display.show)
-        for name, choice in run.choices.items():
-            display.say(f"{name}: {choice.value} ({choice.why})")
+        run = run_training(config, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"))
         held = "" if run.result.held_out_loss is None else f", held-out loss {run.result.held_out_loss:.4f}"
         display.say(
             f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
@@ -61,15 +69,10 @@ def train(
         }))  # fmt: skip
 
 
-def _config(**settings: Any) -> Any:
+def _config(settings: dict[str, object]) -> TrainConfig:
     """A TrainConfig, or a ConfigError that names every setting that cannot be."""
-    from pydantic import ValidationError
-
-    from edgelora.config import TrainConfig
-    from edgelora.errors import ConfigError
-
     try:
-        return TrainConfig(**settings)
+        return TrainConfig.model_validate(settings)
     except ValidationError as e:
         faults = "; ".join(f"--{str(f['loc'][0]).replace('_', '-')}: {f['msg']}" for f in e.errors())
         raise ConfigError(faults, "these settings cannot train anything", "see `edgelora train --help`") from e

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
+from typing import Any
 
 from edgelora.child import run_in_child
 from edgelora.device import choose_device, choose_dtype, free_memory_bytes, physical_cores, processor_name
@@ -14,26 +16,26 @@ from edgelora.versions import versions
 FEATURES = ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "METAL", "CUDA", "OPENMP", "REPACK")
 
 
-def examine() -> dict[str, str]:
+def examine() -> dict[str, Any]:
     """Name → finding. A part that is missing or broken is reported, never raised."""
-    free = free_memory_bytes()
-    facts = {
+    facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": f"{processor_name()}, {physical_cores()} cores",
-        "free memory": "unknown" if free is None else f"{free / 1e9:.1f} GB",
+        "processor": processor_name(),
+        "cores": physical_cores(),
+        "free_memory_bytes": free_memory_bytes(),
     }
     facts |= versions()
     for name, choose in (("device", choose_device), ("dtype", choose_dtype)):
         try:
             choice = choose()
-            facts[name] = f"{choice.value}: {choice.why}"
+            facts[name] = asdict(choice)
         except ImportError as e:
-            facts[name] = f"torch cannot be imported ({e}); run `make quickstart`"
+            facts[name] = {"value": "none", "why": f"torch cannot be imported ({e}); run `make quickstart`"}
     try:
-        facts["llama.cpp"] = run_in_child(_llama_features)
+        facts["llama_cpp"] = run_in_child(_llama_features)
     except EdgeloraError as e:
-        facts["llama.cpp"] = f"cannot be loaded: {e.why}"
-    facts["models folder"] = str(models_folder())
+        facts["llama_cpp"] = f"cannot be loaded: {e.why}"
+    facts["models_folder"] = str(models_folder())
     return facts
 
 

