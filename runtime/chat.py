@@ -14,6 +14,7 @@ from edgelora.data.encode import encode_prompt
 from edgelora.errors import ConfigError, EdgeloraError
 from runtime.engine import Engine
 
+ONE_BY_ONE = ", each question by itself (it was trained on single turns)"
 HELP = "/adapter NAME [scale]  /adapters  /base  /reset  /quit"
 
 
@@ -44,7 +45,8 @@ class Chat:
         system = [Message("system", text_of_system)] if text_of_system else []
         base = self.engine.base
         asked = [*self.messages, Message("user", text)]
-        prompt = encode_prompt([*system, *asked], base.tokenizer, base.template)
+        said = asked[-1:] if self.single_turn else asked
+        prompt = encode_prompt([*system, *said], base.tokenizer, base.template)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         parts: list[str] = []
         tokens = self.engine.stream(
@@ -61,6 +63,12 @@ class Chat:
         finally:
             if parts:
                 self.messages = [*asked, Message("assistant", "".join(parts))]
+
+    @property
+    def single_turn(self) -> bool:
+        """Whether the active adapters have only seen questions that stand alone: earlier turns would mislead them."""
+        loaded = [self.engine.adapters[name] for name in self.engine.active]
+        return bool(loaded) and all(adapter.single_turn for adapter in loaded)
 
     def _system(self) -> str | None:
         if self.settings.system is not None:
@@ -94,7 +102,8 @@ class Chat:
         except ValueError as e:
             raise ConfigError(f"{scale} is no number", "a scale is a number such as 0.7", "/adapter NAME 0.7") from e
         self.engine.use({name: number})
-        return f"answering with {name} at {number:g}" if number else "answering with the base alone"
+        alone = ONE_BY_ONE if self.single_turn else ""
+        return f"answering with {name} at {number:g}{alone}" if number else "answering with the base alone"
 
     def _adapters(self) -> str:
         active = self.engine.active
@@ -119,7 +128,9 @@ def talk(chat: Chat) -> None:
     if interactive:
         _line_editing()
     active = ", ".join(engine.active) or "the base alone"
-    print(f"{engine.base.path.name}, {engine.threads.value} threads ({engine.threads.why}); answering with {active}")
+    alone = ONE_BY_ONE if chat.single_turn else ""
+    print(f"{engine.base.path.name}, {engine.threads.value} threads ({engine.threads.why})")
+    print(f"answering with {active}{alone}")
     print(f"{HELP}\n", flush=True)
     while True:
         try:

@@ -38,6 +38,8 @@ class Loaded:
     path: Path
     system: str | None = None
     """The system message it was trained with."""
+    single_turn: bool = False
+    """It has only seen questions that stand alone."""
 
 
 class _Slot:
@@ -156,7 +158,10 @@ class Engine:
                 why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
                 fix="pass --allow-unverified-base if you know that it was trained on this base",
             )
-        fresh = Loaded(Lora(self.model, path), sha256_file(path), path, contract.system if contract else None)
+        fresh = Loaded(
+            Lora(self.model, path), sha256_file(path), path,
+            system=contract.system if contract else None, single_turn=contract is not None and contract.single_turn,
+        )  # fmt: skip
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh

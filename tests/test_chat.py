@@ -121,3 +121,25 @@ def test_an_adapter_brings_the_system_message_it_was_trained_with(tiny, tmp_path
         list(Chat(engine, Settings(system="Be brief.")).ask("hello"))
     assert ["Answer in JSON." in p for p in prompts] == [True, False, False]
     assert "Be brief." in prompts[2]
+
+
+@pytest.mark.parametrize("single_turn", [True, False])
+def test_an_adapter_of_single_questions_is_asked_one_at_a_time(tiny, tmp_path, single_turn):
+    """A value of the last command would slip into the next answer: it never saw a second turn."""
+    base = open_base(tiny.path)
+    adapter = make_adapter(base)
+    trained = replace(adapter, contract=adapter.contract.model_copy(update={"single_turn": single_turn}))
+    write_adapter_gguf(tmp_path / "a.gguf", trained, base, "a")
+    prompts = []
+    with Engine(base, n_ctx=256, threads=1) as engine:
+        engine.load("a", tmp_path / "a.gguf")
+        chat = Chat(engine, Settings(max_tokens=2))
+        said = chat.command("/adapter a")
+        real = engine.stream
+        engine.stream = lambda prompt, *rest: prompts.append(base.tokenizer.decode(prompt)) or real(prompt, *rest)
+        for question in ("first words", "second words"):
+            list(chat.ask(question))
+        chat.command("/base")
+        list(chat.ask("third words"))
+    assert ["first words" in p for p in prompts] == [True, not single_turn, True]  # the base sees the conversation
+    assert ("by itself" in said) is single_turn

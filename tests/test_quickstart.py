@@ -9,7 +9,7 @@ from conftest import ROOT
 
 import edgelora.pipeline.quickstart as module
 from edgelora.base.model import open_base
-from edgelora.files.contract import CONTRACT_KEY
+from edgelora.files.contract import CONTRACT_KEY, read_contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.pipeline.quickstart import default_base, quickstart
 
@@ -54,7 +54,9 @@ def test_every_step_and_every_file(small_task, tmp_path):
         title in (folder / "report.md").read_text() for title in ("size on disk", "exact match", "held-out loss")
     )
     assert "chat" in result.next_commands[0]
-    assert GGUFFile(folder / "home.gguf").get(CONTRACT_KEY, str).count("Turn the command into one line of JSON") == 1
+    contract = read_contract(GGUFFile(folder / "home.gguf").get(CONTRACT_KEY, str), "home.gguf")
+    assert contract.single_turn
+    assert contract.system.startswith("Turn the command into one line of JSON")
     assert len(lines) >= 8
 
 

@@ -92,6 +92,8 @@ class Contract(BaseModel):
     eog_ids: tuple[int, ...]
     system: str | None = None
     """The system message that all training rows begin with, or None: chat says it when the adapter is on."""
+    single_turn: bool = False
+    """All training rows are one question and its answer: chat then asks each question by itself."""
     method: str
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}

@@ -52,7 +52,6 @@ def run_training(
     rows = read_conversations(config.data)
     examples = _encode(rows, base, config)
     held_out = _encode(read_conversations(config.valid), base, config) if config.valid else []
-    system = common_system(rows)
     choices = {
         "device": choose_device(),
         "dtype": choose_dtype(),
@@ -70,7 +69,7 @@ def run_training(
         config.out, result, choices, len(examples), len(result.losses), time.perf_counter() - started,
         peak_memory_bytes(),
     )  # fmt: skip
-    contract = _contract(config, base, run, data_sha256, system)
+    contract = _contract(config, base, run, data_sha256, rows)
     adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), contract)
     write_adapter(config.out, adapter, overwrite=config.overwrite)
     return run
@@ -97,7 +96,7 @@ def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict
     }
 
 
-def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, system: str | None) -> Contract:
+def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, rows: Sequence[Conversation]) -> Contract:
     """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
     settings = config.model_dump(mode="json", exclude={"base", "data", "valid", "out", "overwrite", "method"})
     return Contract(
@@ -107,7 +106,8 @@ def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, syste
         tokenizer_sha256=base.tokenizer.sha256,
         chat_template_sha256=base.template_sha256,
         eog_ids=base.tokenizer.eog_ids,
-        system=system,
+        system=common_system(rows),
+        single_turn=all(sum(m.role == "user" for m in row.messages) == 1 for row in rows),
         method=config.method,
         training={
             **settings,
