@@ -35,7 +35,7 @@ def choose_device() -> Choice:
 
 def choose_dtype() -> Choice:
     """The number format of matrix products in training."""
-    return Choice("float32", "bfloat16 needs special units (AMX) to be faster on a CPU, and costs precision")
+    return Choice("float32", "the training step is written for float32 so far; bfloat16 would be less precise")
 
 
 def choose_base_dtype(asked: str, quant: str) -> Choice:

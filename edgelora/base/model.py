@@ -36,6 +36,7 @@ class Base:
 
     @cached_property
     def template(self) -> ChatTemplate:
+        """The chat template inside the file. Raises BaseModelError if it has none, DataError if it does not parse."""
         source = self.file.get("tokenizer.chat_template", str)
         if source is None:
             raise BaseModelError(

@@ -12,6 +12,7 @@ from edgelora.evaluate.report import Row, cells
 
 
 def draw(rows: Sequence[Row]) -> None:
+    """Print the report's table on stdout, with the short titles."""
     titles, body = cells(rows, short=True)
     table = Table(
         *(t.replace(" ", "\n") for t in titles), header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)

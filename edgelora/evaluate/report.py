@@ -71,12 +71,14 @@ def cells(rows: Sequence[Row], *, short: bool = False) -> tuple[list[str], list[
 
 
 def markdown(rows: Sequence[Row]) -> str:
+    """The table with the full titles."""
     titles, body = cells(rows)
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each row with every column's value (null where it has none), and the scores behind them with their intervals."""
     return [
         {
             "name": row.name,

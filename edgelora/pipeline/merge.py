@@ -14,8 +14,7 @@ from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter
-from edgelora.pipeline.export import FLOAT_QUANTS as FLOATS
-from edgelora.pipeline.export import read_checked
+from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
 from edgelora.progress import OnProgress, silent
 
 
@@ -63,7 +62,7 @@ def quantize(
     parse_type(quant)
     refuse_existing(out, overwrite)
     base = open_base(source)  # checks the file before llama.cpp sees it
-    if base.quant not in FLOATS:
+    if base.quant not in FLOAT_QUANTS:
         raise OutputError(
             what=f"{source} is {base.quant} already",
             why="quantizing twice adds the errors of both",
@@ -75,8 +74,8 @@ def quantize(
 
 
 def _notes(base: Base, adapters: Sequence[Adapter], quant: str) -> list[str]:
-    trained = {a.contract.base_file.quant for a in adapters if a.contract is not None} - set(FLOATS)
-    if not trained or base.quant in FLOATS or quant in (*FLOATS, "Q8_0"):
+    trained = {a.contract.base_file.quant for a in adapters if a.contract is not None} - set(FLOAT_QUANTS)
+    if not trained or base.quant in FLOAT_QUANTS or quant in (*FLOAT_QUANTS, "Q8_0"):
         return []
     return [
         f"the adapter was trained over {', '.join(sorted(trained))} weights, which are merged and quantized again "
