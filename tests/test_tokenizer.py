@@ -229,3 +229,8 @@ BROKEN = {
 def test_a_broken_vocabulary_is_a_typed_error(tiny, case):
     with pytest.raises(EdgeloraError):
         read_tokenizer(opened(tiny, **BROKEN[case]))
+
+
+@pytest.mark.real
+def test_nothing_merges_across_a_byte_without_a_token(smollm):
+    assert open_base(smollm).tokenizer.encode("/\x06<").ids == [31, 44]  # llama.cpp's ids; 31194 is "/<"

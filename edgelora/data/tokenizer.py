@@ -59,9 +59,11 @@ class Tokenizer:
         pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
         self._backend = Backend(models.BPE(vocab=vocabulary, merges=pairs))
         splits = [pre_tokenizers.Split(Regex(r), "isolated") for r in PRE_TOKENIZERS[pre]]
-        self._backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        stages = [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        # bytes without a token are left out, and as in llama.cpp nothing merges across the gap
+        if gaps := "|".join(re.escape(c) for c in pre_tokenizers.ByteLevel.alphabet() if c not in vocabulary):
+            stages.append(pre_tokenizers.Split(Regex(gaps), "isolated"))
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence(stages)
         self._backend.decoder = decoders.ByteLevel()
         user_defined = [t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.USER_DEFINED]
         self._backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in user_defined])
