@@ -13,10 +13,15 @@ class EdgeloraError(Exception):
         self.what, self.why, self.fix = what, why, fix
 
     def __str__(self) -> str:
-        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+        return "\n".join((_visible(self.what), f"  why: {_visible(self.why)}", f"  fix: {_visible(self.fix)}"))
 
     def __reduce__(self) -> tuple[type[EdgeloraError], tuple[str, str, str]]:
         return type(self), (self.what, self.why, self.fix)
+
+
+def _visible(text: str) -> str:
+    """A stranger's file may name its parts with what moves the cursor or colours the terminal: shown, not done."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 class ConfigError(EdgeloraError):
@@ -48,7 +53,7 @@ class ExportError(EdgeloraError):
 
 
 class CertificateError(ExportError):
-    """An exported file that does not compute what the torch model computes."""
+    """An exported file that does not compute what the torch model computes, or ids that are not llama.cpp's."""
 
     exit_code = 3
 

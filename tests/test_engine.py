@@ -15,7 +15,7 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.data.encode import Example, encode_conversation
-from edgelora.errors import AdapterError, EdgeloraError, EngineError
+from edgelora.errors import AdapterError, EdgeloraError, EngineError, FileFormatError
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.evaluate.score import bootstrap, questions, score
 from edgelora.pipeline.export import DEFAULT_CHECK
@@ -311,9 +311,9 @@ Q = "blk.0.attn_q.weight"
 )
 def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, options, named):
     write_foreign(tmp_path / "bad.gguf", tensors, **options)
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises((AdapterError, FileFormatError)) as error:
         engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
-    assert named in error.value.what
+    assert named in str(error.value)
     assert list(engine.stream([5, 6, 7], 2, 0, 0))  # and the engine is alive
 
 

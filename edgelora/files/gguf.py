@@ -1,14 +1,18 @@
 """Read a GGUF file without trusting it: every count, size and offset is checked against the file's length.
 
 gguf-py reads what we wrote; this reads what strangers wrote, before gguf-py or llama.cpp see it. Tensor data stays
-memory-mapped. Strings of an array are kept as one buffer with offsets, so a vocabulary is not 100,000 objects.
+memory-mapped. Strings of an array are kept as one buffer with offsets, so a vocabulary is not 100,000 objects. What
+does cost an object or a step of Python each (keys, tensors, strings, texts) has a limit far above any real model's.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import stat
 import struct
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,15 +28,25 @@ MAGIC = b"GGUF"
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last one is zero
 MAX_KEY_BYTES = 65_535
 MAX_DIMS = 4
+MAX_ENTRIES = 65_536  # keys, and tensors; DeepSeek-V3 has 1,025 tensors
+MAX_STRINGS = 1 << 21  # over all arrays; Gemma 3 has 262,144 tokens and 514,906 merges
+MAX_TEXT_BYTES = 48 << 20  # over all names and single texts: Python keeps up to four bytes for each of these
 
 SCALARS = {
     GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "<u1",
     GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
 }  # fmt: skip
+# Keys that llama.cpp takes in one type only; it aborts on some others.
+FIXED_TYPES = {
+    "general.architecture": GGUFValueType.STRING, "general.type": GGUFValueType.STRING,
+    "general.alignment": GGUFValueType.UINT32,
+}  # fmt: skip
+# Types that ggml makes of activations while it computes.
+NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a file. `shape` is in numpy's order (rows first); `offset` counts from the file's start."""
 
@@ -44,7 +58,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 class Strings(Sequence[str]):
@@ -70,10 +84,12 @@ class Strings(Sequence[str]):
         return bytes(self._buffer[self._starts[i] : self._ends[i]])
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        for i in range(0, len(self), 4096):  # Python's integers for some of the offsets at a time
+            for start, end in zip(self._starts[i : i + 4096].tolist(), self._ends[i : i + 4096].tolist(), strict=True):
+                yield str(self._buffer[start:end], "utf-8", "replace")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Value:
     """A metadata value with the type it was stored with, and for arrays that of its elements.
 
@@ -95,13 +111,13 @@ class GGUFFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise self._fault("this is a folder or a device, not a file")
             with self.path.open("rb") as f:
                 self.size_bytes = os.fstat(f.fileno()).st_size
                 if self.size_bytes < 24:
                     raise self._fault("the file is shorter than a GGUF header")
                 self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except IsADirectoryError as e:
-            raise self._fault("this is a folder, not a file") from e
         except FileNotFoundError as e:
             raise FileFormatError(
                 what=f"{self.path}: no such file", why="the path does not exist", fix="check the spelling of the path"
@@ -109,7 +125,7 @@ class GGUFFile:
         except OSError as e:
             raise self._fault(f"cannot be read ({e.strerror})") from e
         self._buffer = memoryview(self._map)
-        self._at = 0
+        self._at = self._text_bytes = self._n_strings = 0
         self.metadata: dict[str, Value] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._read_header()
@@ -119,7 +135,7 @@ class GGUFFile:
     def get(self, key: str, expected: type, default: Any = None) -> Any:
         """The value of `key` if it has the Python type `expected` (int, float, bool, str, list); else a typed error.
 
-        A missing key gives `default`. Arrays come as numpy arrays or `Strings`.
+        A missing key gives `default`. Arrays come as numpy arrays or `Strings`. A number asked for as float is finite.
         """
         value = self.metadata.get(key)
         if value is None:
@@ -127,21 +143,22 @@ class GGUFFile:
         data = value.data
         right = {
             int: isinstance(data, int) and not isinstance(data, bool),
-            float: isinstance(data, int | float) and not isinstance(data, bool),
+            float: isinstance(data, int | float) and not isinstance(data, bool) and math.isfinite(data),
             bool: isinstance(data, bool),
             str: isinstance(data, str),
             list: isinstance(data, np.ndarray | Strings),
         }[expected]
         if not right:
-            raise self._fault(f"metadata {key} is a {value.type.name}, expected {expected.__name__}")
+            infinite = isinstance(data, float) and not math.isfinite(data)
+            shown = data if infinite else f"a {value.type.name}"
+            raise self._fault(f"metadata {key} is {shown}, expected {expected.__name__}")
         return data
 
     def rows(self, name: str) -> np.ndarray:
         """The blocks of a tensor as uint8 (n_rows, bytes per row), mapped, not copied."""
         info = self.tensors[name]
         flat = np.frombuffer(self._buffer, np.uint8, info.size_bytes, info.offset)
-        n_rows = info.elements // info.shape[-1] if info.elements else 0
-        return flat.reshape(max(n_rows, 1), -1)
+        return flat.reshape(info.elements // info.shape[-1], -1)
 
     @cached_property
     def architecture(self) -> str:
@@ -163,14 +180,23 @@ class GGUFFile:
     def _number(self, fmt: str) -> int:
         return int(struct.unpack(fmt, self._take(struct.calcsize(fmt)))[0])
 
-    def _string(self, limit: int) -> str:
+    def _name(self, limit: int) -> str:
+        name = self._text("name", limit)
+        if not name or not name.isprintable():
+            raise self._fault(f"the name {name[:80]!a} is empty or cannot be printed")
+        return name
+
+    def _text(self, what: str, limit: int) -> str:
         n = self._number("<Q")
         if n > limit:
-            raise self._fault(f"a name of {n} bytes (at most {limit} are allowed)")
+            raise self._fault(f"a {what} of {n} bytes (at most {limit} are allowed)")
+        self._text_bytes += n
+        if self._text_bytes > MAX_TEXT_BYTES:
+            raise self._fault(f"names and texts of more than {MAX_TEXT_BYTES} bytes together")
         try:
-            return bytes(self._take(n)).decode("utf-8")
+            return str(self._take(n), "utf-8")
         except UnicodeDecodeError as e:
-            raise self._fault("a name or text that is not UTF-8") from e
+            raise self._fault(f"a {what} that is not UTF-8") from e
 
     def _read_header(self) -> None:
         if bytes(self._take(4)) != MAGIC:
@@ -180,13 +206,16 @@ class GGUFFile:
             raise self._fault(f"GGUF version {version} (2 and 3 are known; big-endian files are not)")
         n_tensors, n_keys = self._number("<Q"), self._number("<Q")
         # the smallest entry: key 8 + type 4 + value 1; name 8 + dims 4 + one dimension 8 + type 4 + offset 8
-        if n_keys * 13 + n_tensors * 32 > self.size_bytes:
-            raise self._fault(f"it claims {n_keys} keys and {n_tensors} tensors, more than its length can hold")
+        if max(n_keys, n_tensors) > MAX_ENTRIES or n_keys * 13 + n_tensors * 32 > self.size_bytes:
+            raise self._fault(f"it claims {n_keys} keys and {n_tensors} tensors, more than it can hold")
         for _ in range(n_keys):
-            key = self._string(MAX_KEY_BYTES)
+            key = self._name(MAX_KEY_BYTES)
             if key in self.metadata:
                 raise self._fault(f"the key {key} stands in it twice")
-            self.metadata[key] = self._value(self._value_type())
+            value = self._value(self._value_type())
+            if value.type != FIXED_TYPES.get(key, value.type):
+                raise self._fault(f"{key} is a {value.type.name}, expected {FIXED_TYPES[key].name}")
+            self.metadata[key] = value
         self._read_tensors(n_tensors)
 
     def _value_type(self) -> GGUFValueType:
@@ -198,7 +227,7 @@ class GGUFFile:
 
     def _value(self, kind: GGUFValueType) -> Value:
         if kind == GGUFValueType.STRING:
-            text = self._string(self.size_bytes)
+            text = self._text("text", MAX_TEXT_BYTES)
             return Value(kind, text, end=self._at)
         if kind == GGUFValueType.ARRAY:
             return self._array()
@@ -215,22 +244,27 @@ class GGUFFile:
             if n > (self.size_bytes - self._at) // code.itemsize:
                 raise self._fault(f"an array of {n} elements, more than the file can hold")
             return Value(GGUFValueType.ARRAY, np.frombuffer(self._take(n * code.itemsize), code), item)
-        if n > (self.size_bytes - self._at) // 8:
-            raise self._fault(f"an array of {n} strings, more than the file can hold")
-        starts, ends = np.empty(n, np.int64), np.empty(n, np.int64)
-        read, at, end, buffer = struct.Struct("<Q").unpack_from, self._at, self.size_bytes, self._buffer
-        for i in range(n):
-            if at + 8 > end:
-                raise self._fault("it ends inside an array of strings")
-            length = read(buffer, at)[0]
-            at += 8
-            if length > end - at:
-                raise self._fault("a string that runs past the end of the file")
-            starts[i] = at
-            at += length
-            ends[i] = at
+        starts, ends = self._read_strings(n)
+        return Value(GGUFValueType.ARRAY, Strings(self._buffer, starts, ends), item)
+
+    def _read_strings(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each of the next `n` strings begins and ends, counted from the file's start."""
+        self._n_strings += n
+        if n > (self.size_bytes - self._at) // 8 or self._n_strings > MAX_STRINGS:
+            raise self._fault(f"an array of {n} strings, more than it can hold")
+        read, at, buffer = struct.Struct("<Q").unpack_from, self._at, self._buffer
+        marks = array("q", (at,))
+        try:
+            for _ in range(n):
+                at += 8 + read(buffer, at)[0]
+                marks.append(at)
+        except (struct.error, OverflowError):  # read from beyond the end, or marked what no file can hold
+            at = self.size_bytes + 1
+        if at > self.size_bytes:
+            raise self._fault("a string that runs past the end of the file")
         self._at = at
-        return Value(GGUFValueType.ARRAY, Strings(buffer, starts, ends), item)
+        edges = np.frombuffer(marks, np.int64)
+        return edges[:-1] + 8, edges[1:]
 
     def _read_tensors(self, n_tensors: int) -> None:
         alignment = self.get("general.alignment", int, 32)
@@ -238,7 +272,7 @@ class GGUFFile:
             raise self._fault(f"general.alignment is {alignment}, not a power of two from 8 to 65536")
         found: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]] = []
         for _ in range(n_tensors):
-            name = self._string(MAX_NAME_BYTES)
+            name = self._name(MAX_NAME_BYTES)
             n_dims = self._number("<I")
             if not 1 <= n_dims <= MAX_DIMS:
                 raise self._fault(f"tensor {name} has {n_dims} dimensions (1 to {MAX_DIMS} are allowed)")
@@ -246,7 +280,11 @@ class GGUFFile:
             raw = self._number("<I")
             if raw not in GGMLQuantizationType._value2member_map_:
                 raise self._fault(f"tensor {name} has the unknown type {raw}")
-            found.append((name, shape, GGMLQuantizationType(raw), self._number("<Q")))
+            if (kind := GGMLQuantizationType(raw)) in NEVER_IN_FILES:
+                raise self._fault(
+                    f"tensor {name} is {kind.name}, which llama.cpp makes in memory only, never in a file"
+                )
+            found.append((name, shape, kind, self._number("<Q")))
         data_start = -(-self._at // alignment) * alignment
         expected = 0
         for name, shape, kind, offset in found:
