@@ -69,7 +69,23 @@ def chat(*messages: object, **more: object) -> str:
     return json.dumps({"messages": messages, **more})
 
 
+CALL = {"function": {"name": "light", "arguments": {"on": True}}}
 USER, SAYS = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+
+
+def test_tool_calls_are_read_as_templates_want_them(tmp_path):
+    """OpenAI writes arguments as JSON in a text and leaves content out; templates expect an object."""
+    call = {"id": "1", "type": "function", "function": {"name": "light", "arguments": '{"on": true}'}}
+    result = {"role": "tool", "content": "done", "tool_call_id": "1"}
+    row = chat(USER, {"role": "assistant", "content": None, "tool_calls": [call]}, result, SAYS, tools=[CALL])
+    (found,) = read_conversations(write(tmp_path, row))
+    asked, answered = found.messages[1:3]
+    assert asked.content is None
+    assert asked.tool_calls[0]["function"] == {"name": "light", "arguments": {"on": True}}
+    assert (answered.role, answered.tool_call_id) == ("tool", "1")
+    assert found.tools[0]["function"]["name"] == "light"
+
+
 BROKEN = {
     "not JSON": ("{", "Expecting property name"),
     "cut short": (ROW[:-1], "Expecting"),
@@ -81,12 +97,24 @@ BROKEN = {
     "nested deeply in a row": ('{"messages": ' + "[" * 100_000, "nested too deeply"),
     "a number of 5000 digits": ('{"messages": ' + "1" * 5000 + "}", "digits"),
     "no known key": ('{"text": "Hi"}', "none of the keys messages is in this row"),
+    "tool calls of a user": (chat({**USER, "tool_calls": [CALL]}, SAYS), "`tool_calls`"),
+    "tool calls that are no list": (chat(USER, {"role": "assistant", "tool_calls": CALL}), "`tool_calls`"),
+    "a tool call without a name": (chat(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}), "name"),
+    "arguments that are a list": (
+        chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}),
+        "`arguments`",
+    ),
+    "arguments that are no JSON": (
+        chat(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}),
+        "`arguments`",
+    ),
+    "tools that are a text": (chat(USER, SAYS, tools="search"), "`tools`"),
     "no messages": (chat(), "`messages` is not a list with at least one message"),
     "messages is a text": ('{"messages": "Hi"}', "`messages` is not a list"),
     "messages is null": ('{"messages": null}', "`messages` is not a list"),
     "a message is a text": (chat("Hi", SAYS), "every message needs a `role`"),
-    "no role": (chat({"content": "Hi"}, SAYS), "every message needs a `role` (system, user, assistant)"),
-    "role tool": (chat({"role": "tool", "content": "Hi"}, SAYS), "every message needs a `role`"),
+    "no role": (chat({"content": "Hi"}, SAYS), "every message needs a `role` (system, user, assistant, tool)"),
+    "an unknown role": (chat({"role": "narrator", "content": "Hi"}, SAYS), "every message needs a `role`"),
     "role is a list": (chat({"role": ["user"], "content": "Hi"}, SAYS), "every message needs a `role`"),
     "content is null": (chat(USER, {"role": "assistant", "content": None}), "a text `content`"),
     "content is a list": (chat(USER, {"role": "assistant", "content": ["Hi"]}), "a text `content`"),

@@ -6,15 +6,22 @@ whole, so merges across header and content are llama.cpp's. Special-token text i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from edgelora.data.conversation import Conversation, Message
-from edgelora.data.template import ChatTemplate, Rendered, Span
+from edgelora.data.template import ChatTemplate, Rendered
 from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.tracked import TEMPLATES_OWN
+from edgelora.data.turns import Turn, Turns
 from edgelora.errors import DataError
+
+BLANK = " \t\n\v\f\r"  # what llama.cpp drops behind a special token, where a model asks for it
+Piece: TypeAlias = tuple[int, int, int]  # a token's id, its first character in the rendered text, its last + 1
 
 
 @dataclass(frozen=True)
@@ -29,21 +36,21 @@ class Example:
         return len(self.input_ids)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The ids after which the assistant speaks."""
-    rendered = template.render(messages, generation_prompt=True)
+    rendered = template.render(messages, generation_prompt=True, tools=tools)
     return _with_bos([i for i, _, _ in _pieces(rendered, tokenizer)], tokenizer)
 
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate) -> Example:
-    """The whole conversation with loss on each assistant turn and on the token that ends it."""
-    rendered = template.render(conversation.messages)
-    learn = [s for s in rendered.spans if conversation.messages[s.message].role == "assistant"]
-    pieces = list(_pieces(rendered, tokenizer))
-    mask = [any(_belongs(rendered.text, start, end, s) for s in learn) for _, start, end in pieces]
-    for span in learn:
-        if (end_of_turn := _end_of_turn(pieces, span, tokenizer)) is not None:
-            mask[end_of_turn] = True
+    """The whole conversation with loss on each assistant turn (as `turns` finds it) and on the token that ends it."""
+    said = Turns(conversation, template)
+    pieces = list(_pieces(said.rendered, tokenizer))
+    mask = [False] * len(pieces)
+    for turn in said.turns:
+        _learn(mask, pieces, said, turn, tokenizer)
     ids = [i for i, _, _ in pieces]
     bos = len(_with_bos(ids, tokenizer)) - len(ids)
     if not any(mask):
@@ -73,39 +80,55 @@ def encode_all(
     return examples
 
 
-def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int]]:
-    """(id, first character, last + 1) for each token of a rendered prompt."""
+def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[Piece]:
     at = 0
     for match in tokenizer.control_pattern.finditer(rendered.text):
-        if any(s.start < match.end() and match.start() < s.end for s in rendered.spans):
+        if rendered.origin[match.start() : match.end()].strip(TEMPLATES_OWN):
             continue  # somebody's words, not the template's
         yield from _text(rendered.text, at, match.start(), tokenizer)
         yield tokenizer.control[match.group()], match.start(), match.end()
         at = match.end()
+        if tokenizer.strips_after(tokenizer.control[match.group()]):
+            at += len(rendered.text[at:]) - len(rendered.text[at:].lstrip(BLANK))
     yield from _text(rendered.text, at, len(rendered.text), tokenizer)
 
 
-def _text(text: str, start: int, end: int, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int]]:
+def _text(text: str, start: int, end: int, tokenizer: Tokenizer) -> Iterator[Piece]:
     if start < end:
         encoded = tokenizer.encode(text[start:end])
         for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
             yield token, start + first, start + last
 
 
-def _belongs(text: str, start: int, end: int, span: Span) -> bool:
-    """Whether a token says something of `span`, and besides it at most the blank that stands before it."""
-    return start < span.end and span.start < end and not (text[start : span.start] + text[span.end : end]).strip()
+def _learn(mask: list[bool], pieces: list[Piece], said: Turns, turn: Turn, tokenizer: Tokenizer) -> None:
+    """Mark the tokens of a turn: what is said in it and all that the template writes after it, up to its end.
+
+    A token that also holds something before the turn is learned only if that is blank (` light` after `assistant:`).
+    """
+    text, origin = said.rendered.text, said.rendered.origin
+    begin = bisect.bisect_right(pieces, turn.start, key=lambda piece: piece[2])
+    end = _end(pieces[begin:], said, turn, tokenizer)
+    for index, (_, first, last) in enumerate(pieces[begin:], begin):
+        if first >= end:
+            return
+        around = text[first : turn.start] + text[end:last]
+        of_the_data = first >= turn.end and not text[first:last].strip() and origin[first:last].strip(TEMPLATES_OWN)
+        mask[index] = not around.strip() and not of_the_data
 
 
-def _end_of_turn(pieces: list[tuple[int, int, int]], span: Span, tokenizer: Tokenizer) -> int | None:
-    """The index of the first token after `span` if it ends a generation (white space may stand between)."""
-    for index, (token, start, _) in enumerate(pieces):
-        if start >= span.end:
-            if token in tokenizer.eog_ids:
-                return index
-            if tokenizer.decode([token]).strip():
-                return None
-    return None
+def _end(pieces: list[Piece], said: Turns, turn: Turn, tokenizer: Tokenizer) -> int:
+    """Where the token ends that ends the generation: the first such one behind the turn, if it follows at once or
+    stands there also where nothing follows. Else the end of what belongs to the turn."""
+    at_once, others = True, said.next_speaker(turn)
+    for token, first, last in pieces:
+        if first >= others:
+            break
+        if first >= turn.end and token in tokenizer.eog_ids:
+            if at_once or tokenizer.tokens[token] in said.tail(turn):
+                return last
+            break
+        at_once = at_once and not said.rendered.text[max(first, turn.end) : last].strip()
+    return said.closed(turn)
 
 
 def _with_bos(ids: list[int], tokenizer: Tokenizer) -> list[int]:

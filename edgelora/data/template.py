@@ -1,127 +1,210 @@
-"""Render a model's own chat template in a sandbox, and know which characters of the prompt are whose content.
+"""Render a model's own chat template in a sandbox, and know which characters of the prompt are whose.
 
-Content is tracked by invisible marks around it. The result must equal a rendering without marks, so a template that
-looks inside its messages cannot shift the loss unseen: it is refused.
+What messages say goes into the template as `Tracked` text, so the template may do with it what it likes (cut out
+thoughts, trim, write it as JSON) and every character that comes out still tells where it came from. What a template
+drops is not there, and what nobody could follow is refused. Numbers and truth values have no origin: a number in a tool
+call looks like the template's own.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, NoReturn
+from datetime import date
+from functools import cache
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 
 from edgelora.data.conversation import Message
+from edgelora.data.sandbox import Sandbox
+from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.tracked import FIRST_ID, GIVEN, MAX_CHARACTERS, LimitError, Tracked, origin_of
 from edgelora.errors import DataError
 
-MAX_RENDERED_CHARACTERS = 4_000_000
+MAX_SOURCE_CHARACTERS = 100_000  # the longest of a real model has 17,000
 
-# Unicode's noncharacters: never in real text, no white space, no letters.
-OPEN, CLOSE, NUMBER = "\ufdd0", "\ufdd1", 0xF0000
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) of a rendered prompt that are the content of message number `message`."""
+    """Characters [start, end) of a rendered prompt that message number `message` says.
+
+    `part` is the field that they come from: content, reasoning_content or tool_calls.
+    """
 
     message: int
     start: int
     end: int
+    part: str = "content"
 
 
 @dataclass(frozen=True)
 class Rendered:
+    """A prompt. `spans`: who says what in it, white space at their ends left out.
+
+    `origin` is as long as `text`: "\\0" where the template wrote a character itself, "\\1" where it comes from a tool's
+    description or a variable, and else a character that stands for this one of the messages: the same one in every
+    rendering of a conversation that begins with the same messages.
+    """
+
     text: str
     spans: tuple[Span, ...]
+    origin: str
 
 
 class ChatTemplate:
-    """One Jinja chat template. Raises DataError where it cannot be parsed or refuses a conversation."""
+    """One Jinja chat template. Raises DataError where it cannot be parsed or refuses a conversation.
 
-    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
-        self.source, self._bos, self._eos = source, bos, eos
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
+    `today` is the day that the template may ask for (None: the real one, another one every day); `variables` are what
+    else it may read, such as `enable_thinking`. As in transformers, `tools` and `documents` are None where there are
+    none, and everything else is undefined.
+    """
+
+    def __init__(
+        self, source: str, bos: str = "", eos: str = "", *,
+        today: date | None = None, variables: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.source = source
+        given = {"documents": None, **(variables or {})}
+        self._variables = {"bos_token": bos, "eos_token": eos, **{name: _given(value) for name, value in given.items()}}
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise _fault(f"the chat template does not parse: it has more than {MAX_SOURCE_CHARACTERS} characters")
         try:
-            self._template = environment.from_string(source)
+            self._template = Sandbox(today).from_string(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as e:
             raise _fault(f"the chat template does not parse: {e}") from e
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> Rendered:
-        """The prompt and where each message's content lies in it (white space at its ends left out)."""
-        plain = self._render([(m.role, m.content) for m in messages], generation_prompt)
-        marked = self._render([(m.role, _mark(i, m.content)) for i, m in enumerate(messages)], generation_prompt)
-        rendered = _unmark(marked)
-        if rendered.text != plain:
-            raise _fault("the chat template changes its output with what the messages say, beyond quoting them")
-        return rendered
+    @property
+    def tells_the_date(self) -> bool:
+        """Whether the prompt may depend on the day: what is trained today is then asked otherwise tomorrow."""
+        return "strftime_now" in self.source
 
-    def _render(self, messages: list[tuple[str, str]], generation_prompt: bool) -> str:
-        parts: list[str] = []
-        size = 0
+    def render(
+        self, messages: Sequence[Message], *, generation_prompt: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Rendered:
+        """The prompt, and whose each character of it is."""
+        ids = _Ids()
         try:
-            for part in self._template.generate(
-                messages=[{"role": role, "content": content} for role, content in messages],
-                add_generation_prompt=generation_prompt, bos_token=self._bos, eos_token=self._eos,
-            ):  # fmt: skip
-                parts.append(part)
-                size += len(part)
-                if size > MAX_RENDERED_CHARACTERS:
-                    raise _fault(f"the chat template wrote more than {MAX_RENDERED_CHARACTERS} characters")
-        except DataError:
-            raise
+            parts = self._parts(
+                messages=[ids.track_message(i, m) for i, m in enumerate(messages)],
+                tools=[_given(tool) for tool in tools] or None,
+                add_generation_prompt=generation_prompt,
+            )
+        except LimitError as e:
+            raise _fault(f"the chat template was stopped: {e}") from e
         except Exception as e:  # a template is a stranger's program: it can raise anything
             raise _fault(f"the chat template refused a conversation: {e}") from e
-        return "".join(parts)
+        text = "".join(parts)
+        origin = "".join(map(origin_of, parts))
+        return Rendered(text, tuple(ids.spans(text, origin)), origin)
+
+    def _parts(self, **variables: Any) -> list[str]:
+        parts: list[str] = []
+        size = 0
+        for part in self._template.generate(**self._variables, **variables):
+            parts.append(part)
+            size += len(part)
+            if size > MAX_CHARACTERS:
+                raise LimitError(f"it wrote more than {MAX_CHARACTERS} characters")
+        return parts
 
 
-def _mark(number: int, content: str) -> str:
-    core = content.strip()
-    if not core:
-        return content
-    start = content.index(core)
-    tag = chr(NUMBER + number)
-    return f"{content[:start]}{OPEN}{tag}{core}{CLOSE}{tag}{content[start + len(core) :]}"
+def chatml(tokenizer: Tokenizer) -> str:
+    """ChatML as a base without a template of its own can use it.
+
+    Where `<|im_end|>` is no token of the vocabulary, a turn ends with the end-of-sequence token: llama.cpp stops at
+    nothing else. Raises DataError where there is none either.
+    """
+    if "<|im_end|>" in tokenizer.control:
+        return CHATML
+    if tokenizer.eos_id is None:
+        raise DataError(
+            what="ChatML needs a token that ends a turn",
+            why="this vocabulary has neither <|im_end|> nor an end-of-sequence token, so no answer would ever end",
+            fix="use a base model whose vocabulary has one",
+        )
+    return CHATML.replace("'<|im_end|>'", "eos_token")
 
 
-def _unmark(text: str) -> Rendered:
-    out: list[str] = []
-    spans: list[Span] = []
-    opened: dict[int, int] = {}
-    at = size = 0
-    while at < len(text):
-        if text[at] in (OPEN, CLOSE) and at + 1 < len(text) and ord(text[at + 1]) >= NUMBER:
-            number = ord(text[at + 1]) - NUMBER
-            if text[at] == OPEN:
-                opened[number] = size
-            elif number in opened:
-                spans.append(Span(number, opened.pop(number), size))
-            else:
-                raise _fault("the chat template shows only a part of a message")
-            at += 2
-            continue
-        end = min((i for i in (text.find(OPEN, at + 1), text.find(CLOSE, at + 1)) if i > at), default=len(text))
-        out.append(text[at:end])
-        size += end - at
-        at = end
-    if opened:
-        raise _fault("the chat template shows only a part of a message")
-    return Rendered("".join(out), tuple(spans))
+class _Ids:
+    """Numbers every character that messages say, in order: equal beginnings of conversations get equal numbers."""
+
+    def __init__(self) -> None:
+        self._next = FIRST_ID
+        self._starts: list[int] = []
+        self._owners: list[tuple[int, str]] = []
+
+    def track_message(self, number: int, message: Message) -> dict[str, Any]:
+        """The message as templates know it, with only the fields it has."""
+        fields: dict[str, Any] = {"role": message.role}
+        for part in ("content", "reasoning_content"):
+            value = getattr(message, part)
+            if value is not None or part == "content":
+                fields[part] = self._track(value, number, part)
+        if message.tool_calls:
+            fields["tool_calls"] = [self._track(call, number, "tool_calls") for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            fields["tool_call_id"] = _given(message.tool_call_id)
+        if message.name is not None:
+            fields["name"] = _given(message.name)
+        return fields
+
+    def _track(self, value: Any, number: int, part: str) -> Any:
+        if isinstance(value, str):
+            start, self._next = self._next, self._next + len(value) + 1  # a gap, so that neighbours do not run together
+            self._starts.append(start)
+            self._owners.append((number, part))
+            return Tracked(value, _numbers(start, start + len(value)))
+        if isinstance(value, Mapping):
+            return {self._track(k, number, part): self._track(v, number, part) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._track(item, number, part) for item in value]
+        return value
+
+    def spans(self, text: str, origin: str) -> list[Span]:
+        """Runs of characters that stand in a row in `text` as in what was said."""
+        ids = np.frombuffer(origin.encode("utf-32-le", "surrogatepass"), np.dtype("<u4")).astype(np.int64)
+        steps = np.diff(ids)
+        breaks = (np.flatnonzero((steps != 1) & (steps != 0)) + 1).tolist()  # 0: a character that an escape made two
+        out = []
+        for start, end in zip([0, *breaks], [*breaks, len(text)], strict=True):
+            said = text[start:end].strip()
+            if said and int(ids[start]) >= FIRST_ID:
+                start += len(text[start:end]) - len(text[start:end].lstrip())
+                number, part = self._owners[bisect.bisect_right(self._starts, int(ids[start])) - 1]
+                out.append(Span(number, start, start + len(said), part))
+        return out
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)  # as HF's templates expect: no HTML escapes
+@cache
+def _all_ids() -> str:
+    return np.arange(0x110000, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _numbers(start: int, end: int) -> str:
+    if end > 0x110000:
+        raise LimitError(f"a conversation of more than {0x110000} characters")
+    return _all_ids()[start:end]
+
+
+def _given(value: Any) -> Any:
+    """`value` with every text in it marked as neither the template's nor anybody's words."""
+    if isinstance(value, str):
+        return Tracked(value, GIVEN * len(value))
+    if isinstance(value, Mapping):
+        return {_given(k): _given(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_given(item) for item in value]
+    return value
 
 
 def _fault(what: str) -> DataError:

@@ -54,7 +54,7 @@ def questions(conversations: Sequence[Conversation], tokenizer: Tokenizer, templ
     """
     out = []
     for number, conversation in enumerate(conversations, 1):
-        prompt = encode_prompt(conversation.prompt, tokenizer, template)
+        prompt = encode_prompt(conversation.prompt, tokenizer, template, conversation.tools)
         example = encode_conversation(conversation, tokenizer, template)
         whole = example.input_ids.tolist()
         last = int(example.loss_mask.nonzero()[0][-1]) + 1

@@ -1,0 +1,153 @@
+"""What the JSON files of a Hugging Face checkpoint say about its tokenizer, each field of the type it must have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, RootModel, ValidationError
+
+from edgelora.errors import FileFormatError
+from edgelora.files.checkpoint import read_json
+
+LARGEST_FILE = 40 << 20  # Gemma's tokenizer.json has 33 MB; more could not be read in 256 MB
+LARGEST_VOCABULARY = 1 << 22
+
+
+class AddedToken(BaseModel):
+    content: str
+    special: bool = False
+    rstrip: bool = False
+
+
+class NumberedToken(AddedToken):
+    id: NonNegativeInt
+
+
+class _AddedIds(RootModel[dict[str, NonNegativeInt]]):
+    """added_tokens.json"""
+
+
+class BPE(BaseModel):
+    type: Literal["BPE"]
+    vocab: dict[str, NonNegativeInt]
+    merges: list[str] | list[tuple[str, str]]
+    byte_fallback: bool = False
+    ignore_merges: bool = False
+    unk_token: str | None = None
+    dropout: None = None
+    continuing_subword_prefix: Literal["", None] = None
+    end_of_word_suffix: Literal["", None] = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        pairs = [merge.partition(" ")[::2] if isinstance(merge, str) else merge for merge in self.merges]
+        return [(left, right) for left, right in pairs]
+
+
+class TokenizerJson(BaseModel):
+    model: BPE
+    added_tokens: list[NumberedToken] = []
+    normalizer: dict[str, Any] | None = None
+    pre_tokenizer: dict[str, Any] | None = None
+    post_processor: dict[str, Any] | None = None
+
+    @property
+    def framing(self) -> tuple[str | None, str | None, bool]:
+        """The special tokens that it puts before and behind a text, and whether it says so of both."""
+        first, last, said = None, None, False
+        stages: list[Any] = [self.post_processor]
+        match self.post_processor:
+            case {"type": "Sequence", "processors": list(inner)}:
+                stages = inner
+        for stage in stages:
+            match stage:
+                case {"type": "ByteLevel"}:
+                    said = True
+                case {"type": "TemplateProcessing", "single": [begin, *_, end]}:
+                    first, last = _special_text(begin), _special_text(end)
+        return first, last, said
+
+
+def _special_text(part: object) -> str | None:
+    match part:
+        case {"SpecialToken": {"id": str(text)}}:
+            return text
+    return None
+
+
+class TokenizerConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")  # bos_token, eos_token …: a text or an added token
+    added_tokens_decoder: dict[NonNegativeInt, AddedToken] = {}
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+
+    def text_of(self, name: str) -> str | None:
+        """The text of `bos`, `eos` …, None where it is not said."""
+        value = (self.model_extra or {}).get(f"{name}_token")
+        text = value.get("content") if isinstance(value, dict) else value
+        return text if isinstance(text, str) else None
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class HFFolder:
+    """What the files of a checkpoint say about its tokenizer; one that is not there says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config, self.generation = self._read("config.json"), self._read("generation_config.json")
+        self.tokenizer_config = self._validated(TokenizerConfig, "tokenizer_config.json")
+        self.added_ids = self._validated(_AddedIds, "added_tokens.json").root
+        present = (path / "tokenizer.json").is_file()
+        self.tokenizer = self._validated(TokenizerJson, "tokenizer.json") if present else None
+
+    def setting(self, name: str) -> object:
+        """A value of config.json; of the text model inside where there are several."""
+        inner = self.config.get("text_config")
+        return self.config.get(name, inner.get(name) if isinstance(inner, dict) else None)
+
+    @property
+    def ends(self) -> list[int]:
+        """The ids at which generation_config.json says that an answer ends."""
+        found = self.generation.get("eos_token_id")
+        return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0]
+
+    def token_id(self, name: str) -> int | None:
+        found = self.setting(f"{name}_token_id")
+        return found if isinstance(found, int) else None
+
+    def size(self, found: int) -> int:
+        """How many ids the model knows: config.json's `vocab_size`, or as many as were `found`."""
+        size = self.setting("vocab_size") or found
+        if not isinstance(size, int) or not 0 < size <= LARGEST_VOCABULARY:
+            raise self.broken("config.json", f"a vocabulary of {size} tokens")
+        return size
+
+    def sentencepiece_model(self) -> bytes:
+        path = self.path / "tokenizer.model"
+        try:
+            if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
+                raise self.broken(path.name, f"a file of {size} bytes")
+            return path.read_bytes()
+        except OSError as e:
+            raise self.broken(path.name, f"it cannot be read ({e.strerror})") from e
+
+    def broken(self, name: str, why: str) -> FileFormatError:
+        return FileFormatError(
+            what=f"{self.path / name}: it describes no tokenizer that llama.cpp could reproduce",
+            why=why,
+            fix="use a base with a BPE or SentencePiece tokenizer, or download this one again",
+        )
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return read_json(self.path / name, LARGEST_FILE) if (self.path / name).is_file() else {}
+
+    def _validated(self, kind: type[_Model], name: str) -> _Model:
+        try:
+            return kind.model_validate(self._read(name))
+        except ValidationError as e:
+            first = e.errors(include_url=False, include_input=False)[0]
+            raise self.broken(name, f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from e
