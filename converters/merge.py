@@ -5,7 +5,6 @@ Each weight is dequantized, W + s · B A is computed in float32 and rounded once
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from converters.metadata import copy_metadata
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
-from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY, LINEAGE_KEY
+from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY, LINEAGE_KEY, lineage_text
 from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
@@ -41,9 +40,11 @@ def write_merged(out: Path, base: Base, parts: Sequence[Part], on_progress: OnPr
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
     own = {"general.file_type", CONTRACT_KEY, CERTIFICATE_KEY, LINEAGE_KEY}
     copy_metadata(base.file, writer, leave_out=own)
+    if base.chosen_template is not None:
+        writer.add_chat_template(base.chosen_template)
     writer.add_uint32("general.file_type", LlamaFileType.MOSTLY_F16)
-    lineage = [*base.fingerprint.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
-    writer.add_string(LINEAGE_KEY, json.dumps(lineage))
+    lineage = [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
+    writer.add_string(LINEAGE_KEY, lineage_text(lineage))
     contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)
     if contract is not None:
         writer.add_string(CONTRACT_KEY, contract.model_copy(update={"certificate": None}).model_dump_json())

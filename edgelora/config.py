@@ -33,7 +33,13 @@ class TrainConfig(BaseModel):
     warmup_steps: int = Field(10, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    base_dtype: Literal["auto", "blocks"] = "auto"
-    """How the frozen weights are held: `blocks` keeps those of the GGUF file and dequantizes on use."""
+    base_dtype: Literal[
+        "auto", "blocks", "nf4", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    ] = "auto"  # fmt: skip
+    """How the frozen weights are held: `blocks` as the file stores them, dequantized on use; or turned on opening into
+    floats, NF4 or a type of llama.cpp's."""
+    chat_template: str | None = None
+    """For a base that has no chat template: `chatml`, or the path of a Jinja file. It travels with the adapter."""
     seed: int = Field(0, ge=0)
     overwrite: bool = False

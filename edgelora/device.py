@@ -38,13 +38,6 @@ def choose_dtype() -> Choice:
     return Choice("float32", "the training step is written for float32 so far; bfloat16 would be less precise")
 
 
-def choose_base_dtype(asked: str, quant: str) -> Choice:
-    """How the frozen weights are held while training."""
-    if asked == "blocks":
-        return Choice("blocks", f"asked for; the file's own {quant} weights are dequantized on use")
-    return Choice("blocks", f"training sees the very {quant} weights that llama.cpp will run, in their size")
-
-
 def physical_cores() -> int:
     """Cores this process may use, hyper-threads counted once where Linux tells."""
     if sys.platform != "linux":

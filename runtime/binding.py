@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llama_cpp as C
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from edgelora.errors import EngineError
 
@@ -118,9 +119,14 @@ class Entry:
 
 
 class Context:
-    """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each."""
+    """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each.
 
-    def __init__(self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048) -> None:
+    `exact`: keys and values in float32 and no flash attention, which rounds them to float16.
+    """
+
+    def __init__(
+        self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048, exact: bool = False
+    ) -> None:
         _last_words.clear()
         params = C.llama_context_default_params()
         params.n_ctx = n_ctx * n_sequences
@@ -130,6 +136,9 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
         params.kv_unified = False
+        if exact:
+            params.type_k = params.type_v = int(GGMLQuantizationType.F32)
+            params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.model, self.n_ctx, self.n_sequences = model, n_ctx, n_sequences
         self._handle = C.llama_init_from_model(model.handle, params)
         if not self._handle:

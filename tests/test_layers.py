@@ -10,17 +10,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from edgelora.architectures import Rope
 from edgelora.base.weights import Dense
 from edgelora.nn import attention, loss
-from edgelora.nn.attention import SegmentAttention
-from edgelora.nn.layers import RMSNorm, Rotary, SwiGLU, rotary_tables, swiglu
+from edgelora.nn.activations import GATES, SwiGLU, swiglu
+from edgelora.nn.attention import Scores, SegmentAttention
 from edgelora.nn.linear import FrozenLinear, LoraLinear
 from edgelora.nn.loss import LinearCrossEntropy
+from edgelora.nn.norm import RMSNorm
 from edgelora.nn.recompute import recomputed
+from edgelora.nn.rotary import Rotary, rotary_tables
 
 STARTS = [0, 5, 6, 11]  # three segments, one of them a single token
+LAYOUTS = [([0, 11], 0), (STARTS, 0), ([4, 7, 11], 4)]  # one segment, three, and two behind a shared prefix
+HOW = [Scores(0.4), Scores(0.4, window=3), Scores(0.4, softcap=1.5), Scores(0.4, window=2, softcap=1.5)]
 
 
 @pytest.fixture(autouse=True)
@@ -81,32 +87,65 @@ def test_rotary_is_that_of_transformers():
     x = draw(6, 2, 16, dtype=torch.float32)  # (T, H, d)
     cos, sin = LlamaRotaryEmbedding(config)(x, positions[None])
     theirs, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], cos, sin)  # (1, H, T, d)
-    ours = Rotary.apply(x, *rotary_tables(positions, 16, 10000.0))
+    ours = Rotary.apply(x, *rotary_tables(positions, Rope(10000.0, 16)))
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1), atol=1e-6, rtol=1e-6)
 
 
-def test_swiglu_is_silu_times_up():
+@pytest.mark.parametrize("act", GATES)
+def test_gated_units_are_those_of_transformers(act):
     gate, up = draw(3, 5), draw(3, 5, seed=1)
-    torch.testing.assert_close(SwiGLU.apply(gate, up), F.silu(gate) * up)
+    torch.testing.assert_close(GATES[act].function.apply(gate, up), ACT2FN[act](gate) * up)
+
+
+def explicit(q, k, v, starts, prefix, how):
+    """Attention by a whole mask: position and segment of every pair of tokens."""
+    size = len(q)
+    segment = torch.zeros(size, dtype=torch.long)
+    position = torch.arange(size)
+    for number, (begin, end) in enumerate(itertools.pairwise(starts), 1):
+        segment[begin:end] = number
+        position[begin:end] = prefix + torch.arange(end - begin)
+    same = (segment[:, None] == segment) | (segment == 0 if prefix else False)
+    distance = position[:, None] - position
+    seen = same & (distance >= 0) & (distance < (how.window or size + 1))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * how.scale
+    if how.softcap:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
 @pytest.mark.parametrize("tile", [1, 2, 256])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("starts", [[0, 11], STARTS])
-def test_attention_is_that_of_torch_in_each_segment(monkeypatch, tile, kv_heads, starts):
+@pytest.mark.parametrize("how", [*HOW, Scores(0.4, window=1), Scores(0.4, window=100)])
+@pytest.mark.parametrize(("starts", "prefix"), LAYOUTS)
+def test_attention_is_that_of_an_explicit_mask(monkeypatch, tile, kv_heads, how, starts, prefix):
     monkeypatch.setattr(attention, "QUERY_TILE", tile)
     q, k, v = draw(11, 4, 6), draw(11, kv_heads, 6, seed=1), draw(11, kv_heads, 6, seed=2)
-    torch.testing.assert_close(SegmentAttention.apply(q, k, v, starts), per_segment(q, k, v, starts))
+    found = SegmentAttention.apply(q, k, v, starts, prefix, how)
+    torch.testing.assert_close(found, explicit(q, k, v, starts, prefix, how))
+
+
+@pytest.mark.parametrize("starts", [[0, 11], STARTS])
+def test_attention_is_that_of_torch_in_each_segment(starts):
+    q, k, v = draw(11, 4, 6), draw(11, 2, 6, seed=1), draw(11, 2, 6, seed=2)
+    found = SegmentAttention.apply(q, k, v, starts, 0, Scores(6**-0.5))
+    torch.testing.assert_close(found, per_segment(q, k, v, starts))
 
 
 @pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
-def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks, softcap):
     monkeypatch.setattr(loss, "POSITIONS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     hidden, head = draw(5, 4, grad=True), draw(7, 4, seed=1)
     labels = torch.tensor([0, 6, 3, 3, 2])  # the first and the last row of the head, and one twice
-    ours, nll = LinearCrossEntropy.apply(hidden, Exact(head), labels)
-    expected = F.cross_entropy(hidden @ head.T, labels, reduction="none")
+    ours, nll = LinearCrossEntropy.apply(hidden, Exact(head), labels, softcap)
+    explicit_logits = hidden @ head.T
+    if softcap:
+        explicit_logits = softcap * torch.tanh(explicit_logits / softcap)
+    expected = F.cross_entropy(explicit_logits, labels, reduction="none")
     torch.testing.assert_close(nll, expected)
     torch.testing.assert_close(ours, expected.sum())
     found, wanted = (torch.autograd.grad(x, hidden)[0] for x in (ours, expected.sum()))
@@ -134,29 +173,34 @@ def test_gradient_of_rms_norm():
     assert gradcheck(lambda x: RMSNorm.apply(x, w, 1e-5), draw(4, 6, grad=True))
 
 
-def test_gradient_of_rotary():
-    cos, sin = (table.double() for table in rotary_tables(torch.tensor([0, 3, 70]), 6, 10000.0))
+@pytest.mark.parametrize("rotated", [6, 4])
+def test_gradient_of_rotary(rotated):
+    cos, sin = (table.double() for table in rotary_tables(torch.tensor([0, 3, 70]), Rope(10000.0, rotated)))
     assert gradcheck(lambda x: Rotary.apply(x, cos, sin), draw(3, 2, 6, grad=True))
 
 
-def test_gradient_of_swiglu():
-    assert gradcheck(SwiGLU.apply, draw(3, 5, grad=True), draw(3, 5, seed=1, grad=True))
+@pytest.mark.parametrize("act", GATES)
+def test_gradient_of_gated_units(act):
+    assert gradcheck(GATES[act].function.apply, draw(3, 5, grad=True), draw(3, 5, seed=1, grad=True))
 
 
 @pytest.mark.parametrize("tile", [2, 256])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_gradient_of_attention(monkeypatch, tile, kv_heads):
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(("starts", "prefix"), LAYOUTS)
+def test_gradient_of_attention(monkeypatch, tile, kv_heads, how, starts, prefix):
     monkeypatch.setattr(attention, "QUERY_TILE", tile)
     q, k, v = draw(11, 4, 3, grad=True), draw(11, kv_heads, 3, seed=1, grad=True), draw(11, kv_heads, 3, seed=2)
-    assert gradcheck(lambda *qkv: SegmentAttention.apply(*qkv, STARTS), q, k, v.requires_grad_())
+    assert gradcheck(lambda *qkv: SegmentAttention.apply(*qkv, starts, prefix, how), q, k, v.requires_grad_())
 
 
 @pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
-def test_gradient_of_linear_cross_entropy(monkeypatch, chunks):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradient_of_linear_cross_entropy(monkeypatch, chunks, softcap):
     monkeypatch.setattr(loss, "POSITIONS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     head, labels = Exact(draw(7, 4, seed=1)), torch.tensor([0, 6, 3, 3, 2])
-    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels)[0], draw(5, 4, grad=True))
+    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels, softcap)[0], draw(5, 4, grad=True))
 
 
 def test_gradient_of_frozen_linear():

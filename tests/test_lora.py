@@ -115,7 +115,7 @@ def test_a_fresh_pair_has_the_asked_rank_and_pefts_bounds(decoder, rank):
 
 def test_attaching_nothing_takes_the_adapter_off(base, decoder, trained):
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(trained[0], base.config))
+    attach(decoder, read_adapter(trained[0], base.linears))
     assert not torch.equal(decoder.logits(IDS), before)
     attach(decoder, None)
     assert torch.equal(decoder.logits(IDS), before)
@@ -123,12 +123,12 @@ def test_attaching_nothing_takes_the_adapter_off(base, decoder, trained):
 
 def test_a_trained_adapter_computes_the_same_when_read_again(base, decoder, trained):
     folder, logits = trained
-    attach(decoder, read_adapter(folder, base.config))
+    attach(decoder, read_adapter(folder, base.linears))
     torch.testing.assert_close(decoder.logits(IDS), logits, atol=1e-5, rtol=0)
 
 
 def test_merged_is_unmerged(base, decoder, trained):
-    adapter = read_adapter(trained[0], base.config)
+    adapter = read_adapter(trained[0], base.linears)
     attach(decoder, adapter)
     live = decoder.logits(IDS)
     attach(decoder, None)
@@ -194,7 +194,7 @@ def made_by_peft(tiny, transformers_model, folder, dtype=torch.float32, **settin
 def test_an_adapter_of_peft_computes_the_same_here(tiny, transformers_model, decoder, tmp_path, settings, dtype):
     theirs = made_by_peft(tiny, transformers_model, tmp_path, dtype, **settings)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, tiny.config))
+    attach(decoder, read_adapter(tmp_path, tiny.linears))
     ours = decoder.logits(IDS)
     assert float((ours - before).abs().max()) > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -202,7 +202,7 @@ def test_an_adapter_of_peft_computes_the_same_here(tiny, transformers_model, dec
 
 def test_the_scale_stands_in_b(tiny, transformers_model, tmp_path):
     made_by_peft(tiny, transformers_model, tmp_path, use_rslora=True, alpha_pattern={"q_proj": 64})
-    adapter = read_adapter(tmp_path, tiny.config)
+    adapter = read_adapter(tmp_path, tiny.linears)
     pairs = adapter.pairs()
     for module, alpha in ((Q0, 64), (DOWN1, 12)):
         stored = adapter.tensors[module]
@@ -229,7 +229,7 @@ def test_an_adapter_that_is_more_than_a_and_b_is_refused(tiny, transformers_mode
         warnings.simplefilter("ignore")  # PEFT's own, on tied weights and saved embeddings
         made_by_peft(tiny, transformers_model, tmp_path, **settings)
     with pytest.raises(AdapterError):
-        read_adapter(tmp_path, tiny.config)
+        read_adapter(tmp_path, tiny.linears)
 
 
 # -- faults of a file ---------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def damaged(trained, tmp_path, tiny):
         (tmp_path / CONFIG).write_text(json.dumps(config))
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / TENSORS)
         with pytest.raises(AdapterError) as e:
-            read_adapter(tmp_path, tiny.config).pairs()
+            read_adapter(tmp_path, tiny.linears).pairs()
         assert e.value.why
         assert e.value.fix
         return e.value.what.removeprefix(f"{tmp_path}: ")
@@ -299,7 +299,7 @@ def test_a_start_that_leaves_the_base_alone_is_welcome(trained, tmp_path, tiny, 
     config = json.loads((trained[0] / CONFIG).read_text()) | {"init_lora_weights": start}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     save_file(load_file(trained[0] / TENSORS), tmp_path / TENSORS)
-    assert len(read_adapter(tmp_path, tiny.config).pairs()) == 2 * len(LINEARS)
+    assert len(read_adapter(tmp_path, tiny.linears).pairs()) == 2 * len(LINEARS)
 
 
 def test_an_adapter_that_waits_for_an_invocation_is_refused(damaged):
@@ -324,7 +324,7 @@ def test_an_alpha_pattern_that_is_no_number_is_refused(damaged, patterns):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path, tiny.config)
+        read_adapter(tmp_path, tiny.linears)
     assert e.value.what == f"{tmp_path}: no adapter here"
     assert CONFIG in e.value.why
     assert "--out" in e.value.fix
@@ -334,12 +334,12 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
 def test_a_config_that_is_no_json_is_refused(tmp_path, tiny, text):
     (tmp_path / CONFIG).write_text(text)
     (tmp_path / TENSORS).write_bytes(b"")
-    with pytest.raises(AdapterError, match="cannot be read"):
-        read_adapter(tmp_path, tiny.config)
+    with pytest.raises(AdapterError, match="not a usable JSON file"):
+        read_adapter(tmp_path, tiny.linears)
 
 
 def test_a_config_that_is_not_utf_8_is_refused(tmp_path, tiny):
     (tmp_path / CONFIG).write_bytes(b"\xff{}")
     (tmp_path / TENSORS).write_bytes(b"")
-    with pytest.raises(AdapterError, match="cannot be read"):
-        read_adapter(tmp_path, tiny.config)
+    with pytest.raises(AdapterError, match="not a usable JSON file"):
+        read_adapter(tmp_path, tiny.linears)

@@ -80,7 +80,7 @@ def test_the_held_out_loss_is_that_of_the_saved_adapter(ran, data):
     examples = encode_all(read_conversations(data[1]), base.tokenizer, base.template, 1024)
     decoder = build_decoder(base)
     before = held_out_loss(decoder, examples, 768)
-    attach(decoder, read_adapter(run.out, base.config))
+    attach(decoder, read_adapter(run.out, base.linears))
     assert held_out_loss(decoder, examples, 768) == pytest.approx(run.result.held_out_loss, rel=1e-4)
     assert run.result.held_out_loss < before
 

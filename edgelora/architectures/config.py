@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from edgelora.architectures.rope import Rope
 from edgelora.files.gguf import GGUFFile
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The dimensions of a decoder, under the names of Hugging Face's config.json."""
+    """The numbers of one decoder, under the names of Hugging Face's config.json.
+
+    Two are resolved rather than copied: `attention_multiplier` is the factor of q·k whatever a family calls it, and
+    `rope` and `rope_local` say how full and sliding layers rotate.
+    """
 
     model_type: str
     hidden_size: int
@@ -24,31 +32,142 @@ class ModelConfig:
     vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     tie_word_embeddings: bool
+    hidden_act: str = "silu"
+    attention_multiplier: float | None = None
+    """None: 1 / sqrt(head_dim)."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+    """FULL or SLIDING for each layer; None: all slide where there is a window, else all are full."""
+    rope_local: Rope | None = None
+    layers_without_rope: tuple[int, ...] = ()
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(d_out, d_in) of every linear layer inside a decoder layer, by its HF name."""
-        d, ff = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
-            "self_attn.o_proj": (d, q), "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff),
-        }  # fmt: skip
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back a layer looks, itself included; None: all of them."""
+        slides = self.layer_types is None or self.layer_types[layer] == SLIDING
+        return self.sliding_window if slides else None
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """How a layer rotates q and k; None: not at all."""
+        if layer in self.layers_without_rope:
+            return None
+        return self.rope_local if self.rope_local is not None and self.window(layer) else self.rope
+
+
+class LayerNorms(NamedTuple):
+    """The norms of a layer by where they stand, None where there is none."""
+
+    before_attention: str | None
+    after_attention: str | None
+    before_mlp: str | None
+    after_mlp: str | None
+
+
+PRE_NORM = LayerNorms("input_layernorm", None, "post_attention_layernorm", None)
+POST_NORM = LayerNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+SANDWICH = LayerNorms(
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+)
+
+
+class Experts(NamedTuple):
+    """Where a mixture keeps its parts inside a layer: the router, and an expert's matrices after `.{number}.`."""
+
+    router: str
+    experts: str
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family: how its GGUF metadata maps to `ModelConfig`, and which rows GGUF keeps in another order.
-
-    `rotary_heads(config)` names the linears whose rows GGUF permutes, with their number of heads.
-    """
+    """A family: how config.json and GGUF metadata become a `ModelConfig`, what blocks a layer has, and how GGUF stores
+    its tensors. Every difference is stated here once and used in both directions."""
 
     model_type: str
     gguf_name: str
-    read_config: Callable[[GGUFFile], ModelConfig]
-    rotary_heads: Callable[[ModelConfig], dict[str, int]]
+    read_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    read_gguf: Callable[[GGUFFile], ModelConfig]
+    norms: LayerNorms = PRE_NORM
+    norm_shift: float = 0.0
+    """Norms multiply by their HF weight plus this, and GGUF stores the sum."""
+    qk_norm: Literal["head", "row"] | None = None
+    """A norm over each head of q and k, or over all heads together."""
+    fused: bool = False
+    """q, k and v are one matrix `qkv_proj`, gate and up another, `gate_up_proj`."""
+    experts: Experts | None = None
+    pairs_rotary_rows: bool = False
+    """GGUF moves the rows of q and k so that llama.cpp's "normal" rope, of adjacent pairs, fits."""
+    window_in_llama_cpp: bool = False
+    """Whether llama.cpp applies the sliding window; where not, an export ends its context at the window."""
+    states_window: bool = False
+    """Whether a GGUF of this family says how wide the window is."""
+    partial_rotary_in_llama_cpp: bool = False
+    """Whether llama.cpp rotates only a part of a head where the model does."""
+    more_keys: Mapping[str, str] = field(default_factory=dict)
+    """Fields of `ModelConfig` that this family's GGUF states besides the common ones, by their keys."""
+    rope_factors_in_llama_cpp: bool = False
+    """Whether llama.cpp reads a divisor for each frequency (Llama 3.1's bands, LongRoPE)."""
+    whole_heads: bool = False
+    """Whether llama.cpp takes the width of a head to be hidden_size / num_attention_heads."""
+    unlike_llama_cpp: Callable[[ModelConfig], str | None] = lambda _: None
+    """What of this very model llama.cpp would compute otherwise, in words; None: nothing."""
+
+    def layer_matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of the linear layers of a decoder layer that adapters attach to, by HF name."""
+        d, ff = config.hidden_size, config.intermediate_size
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        if self.fused:
+            attention = {"self_attn.qkv_proj": (q + 2 * kv, d)}
+        else:
+            attention = {"self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
+        attention["self_attn.o_proj"] = (d, q)
+        if self.experts is not None:
+            return attention
+        if self.fused:
+            return {**attention, "mlp.gate_up_proj": (2 * ff, d), "mlp.down_proj": (d, ff)}
+        return {**attention, "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff)}
+
+    def expert_matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of the router and of every expert's matrices of a layer; empty without a mixture."""
+        if self.experts is None:
+            return {}
+        d, ff, names = config.hidden_size, config.moe_intermediate_size, self.experts
+        shapes = {names.router: (config.num_experts, d)}
+        for i in range(config.num_experts):
+            inside = f"{names.experts}.{i}"
+            shapes |= {f"{inside}.{names.gate}": (ff, d), f"{inside}.{names.up}": (ff, d)}
+            shapes[f"{inside}.{names.down}"] = (d, ff)
+        return shapes
+
+    def layer_norms(self, config: ModelConfig) -> dict[str, int]:
+        """The width of every norm of a layer, by HF name."""
+        widths = {name: config.hidden_size for name in self.norms if name is not None}
+        if self.qk_norm is not None:
+            heads = (1, 1) if self.qk_norm == "head" else (config.num_attention_heads, config.num_key_value_heads)
+            widths["self_attn.q_norm"], widths["self_attn.k_norm"] = (n * config.head_dim for n in heads)
+        return widths
+
+    def rotary_heads(self, config: ModelConfig) -> dict[str, int]:
+        """The linears whose rows GGUF permutes, with their number of heads."""
+        if not self.pairs_rotary_rows:
+            return {}
+        return {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
 
 
 def rows_to_gguf(n_rows: int, n_heads: int) -> np.ndarray:

@@ -1,39 +1,29 @@
-"""Base → decoder in torch. Quantized weights stay in their blocks, in HF's row order; nothing is dequantized here."""
+"""Base → decoder in torch. Stored weights stay as they are stored, in HF's row order, unless another way is asked."""
 
 from __future__ import annotations
 
 import torch
 
-from edgelora.architectures.names import hf_modules, hf_row_order
+from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
+from edgelora.base.hold import hold
 from edgelora.base.model import Base
-from edgelora.base.weights import Dense, GGUFBlocks, from_rows
 from edgelora.nn.decoder import Decoder, Frozen
 
 
-def build_decoder(base: Base) -> Decoder:
-    """A decoder over the blocks of `base`. Only rotary projections are copied (their rows move), the rest is mapped."""
+def build_decoder(base: Base, base_dtype: str = "blocks") -> Decoder:
+    """A decoder over the weights of `base`, held as `base_dtype` (see `base/hold.py`), tensor by tensor.
 
-    def norm(tensor: str) -> torch.Tensor:
-        return from_rows(base.file.rows(tensor), base.file.tensors[tensor].type, d).dequantize().reshape(-1).clone()
-
-    def weight(tensor: str, module: str | None = None) -> Dense | GGUFBlocks:
-        rows = base.file.rows(tensor)
-        order = hf_row_order(base.architecture, base.config, module) if module else None
-        return from_rows(rows if order is None else rows[order], base.file.tensors[tensor].type, info(tensor)[-1])
-
-    def info(tensor: str) -> tuple[int, ...]:
-        return base.file.tensors[tensor].shape
-
-    d = base.config.hidden_size
-    norms = {"model.norm": norm("output_norm.weight")}
-    for i in range(base.config.num_hidden_layers):
-        norms[f"model.layers.{i}.input_layernorm"] = norm(f"blk.{i}.attn_norm.weight")
-        norms[f"model.layers.{i}.post_attention_layernorm"] = norm(f"blk.{i}.ffn_norm.weight")
-    embedding = weight("token_embd.weight")
-    frozen = Frozen(
-        linears={module: weight(base.tensor_of(module), module) for module in hf_modules(base.config)},
-        norms=norms,
-        embedding=embedding,
-        head=embedding if base.config.tie_word_embeddings else weight("output.weight"),
-    )
-    return Decoder(base.config, frozen)
+    With `blocks`, only rotary projections of a GGUF are copied (their rows move), the rest is mapped.
+    """
+    shapes = tensor_shapes(base.architecture, base.config, base.biased)
+    matrices, vectors = {}, {}
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            vectors[name] = torch.from_numpy(base.tensors.vector(name).copy())
+        elif name not in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
+            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), base_dtype)
+    # the vocabulary's rows are looked up or multiplied a slice at a time, from where they are stored
+    embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks")
+    tied = base.config.tie_word_embeddings
+    head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks")
+    return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head))

@@ -4,69 +4,72 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from edgelora.architectures import Architecture, ModelConfig
-from edgelora.architectures.names import gguf_module, hf_row_order
+from edgelora.architectures.names import gguf_place, is_norm, tensor_shapes
 from edgelora.base import ggml
-from edgelora.errors import BaseModelError
-from edgelora.files.contract import LINEAGE_KEY, Fingerprint
-from edgelora.files.gguf import GGUFFile
+from edgelora.base.tensors import Stored, Tensors
+from edgelora.files.contract import Fingerprint
 
 ROWS_PER_LAYER = 64
 
+# What a GGUF and a checkpoint say alike. Contexts, windows and a tied head may be stated otherwise by a derived file.
+DIMENSIONS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+MIXTURE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
-def fingerprint(file: GGUFFile, architecture: Architecture, config: ModelConfig) -> Fingerprint:
+
+def fingerprint(
+    tensors: Tensors, architecture: Architecture, config: ModelConfig, tokens: Sequence[str], lineage: tuple[str, ...]
+) -> Fingerprint:
     """Reads 64 rows of each layer and all norms; dequantizes nothing else."""
     vocabulary = hashlib.sha256()
-    for token in file.get("tokenizer.ggml.tokens", list, ()):
-        vocabulary.update(str(token).encode() + b"\0")
+    for token in tokens:
+        vocabulary.update(token.encode() + b"\0")
     norms = hashlib.sha256()
-    for name in sorted(n for n in file.tensors if n.endswith("_norm.weight")):
-        norms.update(file.rows(name).tobytes())
-    # a derived file may spell out a tied head: the function is the same, so the fingerprint is too
-    dims = {k: v for k, v in asdict(config).items() if k not in ("tie_word_embeddings", "max_position_embeddings")}
-    dims["rms_norm_eps"] = float(np.float32(dims["rms_norm_eps"]))  # GGUF keeps it in 32 bits
+    names = [name for name in tensor_shapes(architecture, config) if is_norm(name)]
+    for name in sorted(names, key=lambda n: gguf_place(architecture, config, n).name):
+        norms.update(np.ascontiguousarray(tensors.vector(name), np.float32).tobytes())
     return Fingerprint(
-        config=dims,
+        config=_stated(architecture, config),
         vocabulary_sha256=vocabulary.hexdigest(),
         norms_sha256=norms.hexdigest(),
-        sketch=base64.b64encode(_row_norms(file, architecture, config).astype(np.float16).tobytes()).decode(),
-        lineage=_lineage(file),
+        sketch=base64.b64encode(_row_norms(tensors, architecture, config).astype(np.float16).tobytes()).decode(),
+        lineage=lineage,
     )
 
 
-def _lineage(file: GGUFFile) -> tuple[str, ...]:
-    """What was merged into this file, in order. Raises BaseModelError if the statement was tampered with."""
-    try:
-        found = json.loads(file.get(LINEAGE_KEY, str, "[]"))
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        raise BaseModelError(
-            what=f"{file.path}: {LINEAGE_KEY} is no list of texts",
-            why="edgelora writes one into every merged model; this one was edited or damaged",
-            fix="merge the model again",
-        )
-    return tuple(found)
+def _stated(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:
+    """The family by llama.cpp's name (it calls Mistral a llama) and its dimensions; floats as GGUF keeps them."""
+    fields = DIMENSIONS + (MIXTURE if config.num_experts else ())
+    return {
+        "model_type": architecture.gguf_name,
+        **{field: getattr(config, field) for field in fields},
+        "rms_norm_eps": float(np.float32(config.rms_norm_eps)),
+        "rope_theta": float(np.float32(config.rope.theta)),
+    }
 
 
-def _row_norms(file: GGUFFile, architecture: Architecture, config: ModelConfig) -> np.ndarray:
-    """Norms of ROWS_PER_LAYER rows of each layer, drawn with a fixed seed over its linears, in HF's row order."""
+def _row_norms(tensors: Tensors, architecture: Architecture, config: ModelConfig) -> np.ndarray:
+    """Norms of ROWS_PER_LAYER rows of each layer, drawn with a fixed seed over its matrices, in HF's row order."""
     draw = np.random.default_rng(0)
     norms: list[float] = []
-    shapes = list(config.linears.items())
+    shapes = list((architecture.layer_matrices(config) | architecture.expert_matrices(config)).items())
     for layer in range(config.num_hidden_layers):
-        for pick in range(ROWS_PER_LAYER):
+        # a mixture has more matrices than rows are drawn: each layer goes on where the last one stopped
+        first = layer * ROWS_PER_LAYER if len(shapes) > ROWS_PER_LAYER else 0
+        opened: dict[str, Stored] = {}
+        for pick in range(first, first + ROWS_PER_LAYER):
             name, (d_out, d_in) = shapes[pick % len(shapes)]
             row = int(draw.integers(d_out))
-            module = f"model.layers.{layer}.{name}"
-            order = hf_row_order(architecture, config, module)
-            stored = row if order is None else int(order[row])
-            tensor = f"{gguf_module(architecture, config, module)}.weight"
-            blocks = file.rows(tensor)[stored : stored + 1]
-            norms.append(float(np.linalg.norm(ggml.dequantize(blocks, file.tensors[tensor].type, d_in))))
+            if name not in opened:
+                opened[name] = tensors.matrix(f"model.layers.{layer}.{name}.weight")
+            stored = opened[name]
+            norms.append(float(np.linalg.norm(ggml.dequantize(stored.rows[row : row + 1], stored.kind, d_in))))
     return np.array(norms, np.float32)

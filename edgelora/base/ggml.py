@@ -1,7 +1,8 @@
 """ggml's own kernels in-process: dequantize rows of blocks and quantize rows of floats, on all cores.
 
 A door to llama.cpp that never imports llama_cpp: it opens the libggml-base which llama-cpp-python ships. ctypes
-releases the GIL during a call, so rows are split over threads. Results are bit for bit ggml's.
+releases the GIL during a call, so rows are split over threads. Results are bit for bit ggml's. Where that library is
+missing, gguf-py dequantizes to the same floats, and a line in the log says what it costs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -23,18 +26,33 @@ from edgelora.errors import BaseModelError, ExportError
 
 Type = GGMLQuantizationType
 
-# The C symbol of each quantized type. F32, F16 and BF16 need no kernel; Q8_1 and Q8_K never occur in a file.
+# The C symbol of each quantized type. F32, F16 and BF16 need no kernel.
 DEQUANTIZE = {
     Type.Q4_0: "q4_0", Type.Q4_1: "q4_1", Type.Q5_0: "q5_0", Type.Q5_1: "q5_1", Type.Q8_0: "q8_0",
     Type.Q2_K: "q2_K", Type.Q3_K: "q3_K", Type.Q4_K: "q4_K", Type.Q5_K: "q5_K", Type.Q6_K: "q6_K",
     Type.IQ1_S: "iq1_s", Type.IQ1_M: "iq1_m", Type.IQ2_XXS: "iq2_xxs", Type.IQ2_XS: "iq2_xs", Type.IQ2_S: "iq2_s",
     Type.IQ3_XXS: "iq3_xxs", Type.IQ3_S: "iq3_s", Type.IQ4_NL: "iq4_nl", Type.IQ4_XS: "iq4_xs",
-    Type.TQ1_0: "tq1_0", Type.TQ2_0: "tq2_0", Type.MXFP4: "mxfp4",
+    Type.TQ1_0: "tq1_0", Type.TQ2_0: "tq2_0", Type.MXFP4: "mxfp4", Type.NVFP4: "nvfp4", Type.Q1_0: "q1_0",
 }  # fmt: skip
+
+FLOATS = (Type.F32, Type.F16, Type.BF16)
+
+# ggml rounds activations to these types inside a product, and can dequantize Q8_K, but no file holds weights in them.
+ACTIVATIONS = (Type.Q8_1, Type.Q8_K)
 
 # Below this many floats a second thread does not pay: beside OpenMP's waiting workers, matrices of 0.9M weights were
 # 8 % slower on two threads than on one (SmolLM2, two cores).
 ELEMENTS_PER_THREAD = 1 << 21
+QUANTIZED_PER_THREAD = 1 << 16  # quantizing costs 1 to 100 times more per weight
+ELEMENTS_AT_ONCE = 1 << 22  # floats alive while weights go from one type to another
+
+
+PIN = "run `make quickstart`, or pip install llama-cpp-python==0.3.36"
+
+
+def is_readable(kind: Type) -> bool:
+    """Whether tensors of this type can become floats."""
+    return kind in FLOATS or kind in DEQUANTIZE
 
 
 def library_path() -> Path:
@@ -48,29 +66,60 @@ def library_path() -> Path:
     raise BaseModelError(
         what="libggml-base was not found",
         why="it comes with llama-cpp-python, which is not installed in this environment",
-        fix="run `make quickstart`, or pip install llama-cpp-python==0.3.36",
+        fix=PIN,
     )
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_path()))
+    path = library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise BaseModelError(what=f"{path} could not be loaded", why=str(e), fix=PIN) from e
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     return library
 
 
 @cache
-def _dequantizer(kind: Type) -> ctypes._NamedFuncPointer:
+def _dequantizer(kind: Type) -> ctypes._NamedFuncPointer | None:
+    """ggml's function for rows of `kind`; None where gguf-py has to do it. Raises BaseModelError where neither can."""
     if kind not in DEQUANTIZE:
         raise BaseModelError(
             what=f"tensors of type {kind.name} cannot be read",
-            why="ggml has no code that turns this type into floats",
+            why="ggml rounds activations to this type during a product; no model file holds weights in it"
+            if kind in ACTIVATIONS
+            else "ggml has no code that turns this type into floats",
             fix="use a file quantized to one of the usual types (Q4_0 … Q8_0, K-quants, IQ)",
         )
-    function = _library()[f"dequantize_row_{DEQUANTIZE[kind]}"]
+    try:
+        function = _library()[f"dequantize_row_{DEQUANTIZE[kind]}"]
+    except (BaseModelError, AttributeError) as e:
+        _refuse_what_gguf_py_lacks(kind, e)
+        _say_what_gguf_py_costs()
+        return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     function.restype = None
     return function
+
+
+def _refuse_what_gguf_py_lacks(kind: Type, missing: Exception) -> None:
+    try:
+        gguf.quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        raise BaseModelError(
+            what=f"tensors of type {kind.name} cannot be read without libggml-base",
+            why=f"gguf-py has no code for this type, and the library could not be opened: {missing.args[0]}",
+            fix=PIN,
+        ) from missing
+
+
+@cache
+def _say_what_gguf_py_costs() -> None:
+    logging.getLogger(__name__).warning(
+        "libggml-base could not be opened: gguf-py reads the weights, to the same floats but 4 to 40 times slower (%s)",
+        PIN,
+    )
 
 
 @cache
@@ -79,9 +128,9 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, cores), thread_name_prefix="ggml")
 
 
-def _split(n_rows: int, columns: int) -> list[tuple[int, int]]:
-    """Cut [0, n_rows) into at most one piece per core, none smaller than is worth a thread."""
-    pieces = max(1, min(_pool()._max_workers, n_rows * columns // ELEMENTS_PER_THREAD, n_rows))
+def _split(n_rows: int, columns: int, worth_a_thread: int) -> list[tuple[int, int]]:
+    """Cut [0, n_rows) into at most one piece per core, none of fewer elements than are worth a thread."""
+    pieces = max(1, min(_pool()._max_workers, n_rows * columns // worth_a_thread, n_rows))
     edges = [n_rows * i // pieces for i in range(pieces + 1)]
     return list(itertools.pairwise(edges))
 
@@ -105,9 +154,13 @@ def dequantize_into(address: int, blocks: np.ndarray, kind: Type, columns: int) 
     function, source, stride = _dequantizer(kind), blocks.ctypes.data, blocks.shape[1]
 
     def work(first: int, last: int) -> None:
-        function(source + first * stride, address + first * columns * 4, (last - first) * columns)
+        if function is not None:
+            function(source + first * stride, address + first * columns * 4, (last - first) * columns)
+        elif first < last:
+            floats = (ctypes.c_float * ((last - first) * columns)).from_address(address + first * columns * 4)
+            np.ctypeslib.as_array(floats)[:] = gguf.quants.dequantize(blocks[first:last], kind).ravel()
 
-    _run(_split(len(blocks), columns), work)
+    _run(_split(len(blocks), columns, ELEMENTS_PER_THREAD), work)
 
 
 def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:
@@ -165,5 +218,23 @@ def quantize(weights: np.ndarray, kind: Type, importance: np.ndarray | None = No
         )  # fmt: skip
 
     _library().ggml_quantize_init(int(kind))  # tables of the IQ types; does nothing the second time
-    _run(_split(n_rows, columns), work)
+    _run(_split(n_rows, columns, QUANTIZED_PER_THREAD), work)
+    return out
+
+
+def requantize(
+    rows: np.ndarray, kind: Type, columns: int, to: Type, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows stored as `kind`, uint8 (n_rows, bytes per row), stored as `to` instead: F16 and BF16 to blocks, or any two.
+
+    A few rows at a time are floats, so that beside `rows`, which may be a mapped file, only the result is in memory.
+    Raises what `dequantize` and `quantize` raise.
+    """
+    if kind == to:
+        return rows
+    out = np.empty((len(rows), row_bytes(to, columns)), np.uint8)
+    step = max(1, ELEMENTS_AT_ONCE // columns)
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        out[part] = quantize(dequantize(rows[part], kind, columns), to, importance)
     return out

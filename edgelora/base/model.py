@@ -2,75 +2,146 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
-from edgelora.architectures import ARCHITECTURES, Architecture, ModelConfig
-from edgelora.architectures.names import gguf_module, hf_modules
+from edgelora.architectures import ARCHITECTURES, Architecture, ModelConfig, family_of_gguf
+from edgelora.architectures.metadata import context_in_llama_cpp, unlike_llama_cpp
+from edgelora.architectures.names import gguf_place, linear_modules, tensor_shapes
+from edgelora.architectures.rope import FREQUENCIES, LONG, SHORT
+from edgelora.base import ggml
 from edgelora.base.fingerprint import fingerprint
-from edgelora.data.template import ChatTemplate
-from edgelora.data.tokenizer import Tokenizer, read_tokenizer
-from edgelora.errors import BaseModelError
-from edgelora.files.contract import BaseFile, Fingerprint, Identity, sha256_file, sha256_text
+from edgelora.base.tensors import CheckpointTensors, GGUFTensors, Tensors
+from edgelora.data.folder import folder_template, read_template
+from edgelora.data.template import ChatTemplate, chatml
+from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.vocabulary import Vocabulary, vocabulary_from_folder, vocabulary_from_gguf
+from edgelora.errors import BaseModelError, ConfigError
+from edgelora.files.checkpoint import Checkpoint
+from edgelora.files.contract import BaseFile, Contract, Fingerprint, Identity, read_lineage, sha256_file, sha256_text
 from edgelora.files.gguf import GGUFFile
+
+FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Base:
-    """An opened base model. Its weights stay in the file until `base/decoder.py` or a converter reads them."""
+    """An opened base model. Its weights stay in the file until `base/decoder.py` or a converter reads them.
 
-    file: GGUFFile
+    `biased` names the matrices of a layer that have a bias.
+    """
+
+    source: GGUFFile | Checkpoint
     architecture: Architecture
     config: ModelConfig
+    tensors: Tensors
+    biased: tuple[str, ...] = ()
+    chosen_template: str | None = None
+    """The chat template that somebody chose for a base that has none."""
 
     @property
     def path(self) -> Path:
-        return self.file.path
+        return self.source.path
+
+    @property
+    def is_gguf(self) -> bool:
+        return isinstance(self.source, GGUFFile)
+
+    @property
+    def file(self) -> GGUFFile:
+        """The GGUF that holds this base. Raises BaseModelError if it is a checkpoint."""
+        if isinstance(self.source, GGUFFile):
+            return self.source
+        raise BaseModelError(
+            what=f"{self.path}: a Hugging Face checkpoint, which llama.cpp cannot run",
+            why="this step needs the base as llama.cpp sees it, in one GGUF file",
+            fix=f"run `edgelora convert {self.path}` and pass the file it writes",
+        )
+
+    @property
+    def context(self) -> int:
+        """How many tokens llama.cpp may see before it computes something else than this model."""
+        return context_in_llama_cpp(self.architecture, self.config)
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(d_out, d_in) of every linear layer that adapters attach to, by its full HF name."""
+        return linear_modules(self.architecture, self.config)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        if isinstance(self.source, GGUFFile):
+            return vocabulary_from_gguf(self.source)
+        return vocabulary_from_folder(self.path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self.file)
+        return Tokenizer(self.vocabulary)
+
+    @cached_property
+    def own_template(self) -> str | None:
+        """The text of the model's own chat template, None if it has none."""
+        if isinstance(self.source, GGUFFile):
+            text: str | None = self.source.get("tokenizer.chat_template", str)
+            return text
+        return folder_template(self.path)
+
+    @property
+    def template_source(self) -> str | None:
+        """The text of the chat template in use: the model's own, or the one chosen for it."""
+        return self.own_template or self.chosen_template
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template inside the file. Raises BaseModelError if it has none, DataError if it does not parse."""
-        source = self.file.get("tokenizer.chat_template", str)
-        if source is None:
+        """The chat template. Raises BaseModelError if there is none, DataError if it does not parse."""
+        if self.template_source is None:
             raise BaseModelError(
                 what=f"{self.path}: it has no chat template",
                 why="without one nobody knows how a conversation looks to this model",
-                fix="use an instruction-tuned model, whose GGUF carries tokenizer.chat_template",
+                fix="train it with --chat-template chatml, or use an instruction-tuned model, which carries its own",
             )
         t = self.tokenizer
-        return ChatTemplate(source, bos=t.text_of(t.bos_id), eos=t.text_of(t.eos_id))
+        return ChatTemplate(self.template_source, bos=t.text_of(t.bos_id), eos=t.text_of(t.eos_id))
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        return fingerprint(self.file, self.architecture, self.config)
+        return fingerprint(self.tensors, self.architecture, self.config, self.vocabulary.tokens, self.lineage)
+
+    @cached_property
+    def lineage(self) -> tuple[str, ...]:
+        """What was merged into these weights, in order; empty for an original."""
+        return read_lineage(self.source) if isinstance(self.source, GGUFFile) else ()
 
     @cached_property
     def template_sha256(self) -> str:
-        return sha256_text(self.file.get("tokenizer.chat_template", str, ""))
+        return sha256_text(self.template_source or "")
 
     @cached_property
     def quant(self) -> str:
         """The quantization the file says it has: `Q4_1`, `Q4_K_M`, `F16` …"""
-        stated = self.file.get("general.file_type", int)
-        if stated in LlamaFileType._value2member_map_:
-            name = str(LlamaFileType(stated).name)
-            return {"ALL_F32": "F32"}.get(name, name.removeprefix("MOSTLY_"))
+        if isinstance(self.source, GGUFFile):
+            stated = self.source.get("general.file_type", int)
+            if stated in LlamaFileType._value2member_map_:
+                name = str(LlamaFileType(stated).name)
+                return {"ALL_F32": "F32"}.get(name, name.removeprefix("MOSTLY_"))
+            sizes = [(tensor.type.name, tensor.elements) for tensor in self.source.tensors.values()]
+        else:
+            sizes = [(tensor.dtype, tensor.size_bytes) for tensor in self.source.tensors.values()]
         # no statement: the type that most weights have
-        sizes: dict[str, int] = {}
-        for tensor in self.file.tensors.values():
-            sizes[tensor.type.name] = sizes.get(tensor.type.name, 0) + tensor.elements
-        return max(sizes, key=lambda kind: sizes[kind])
+        return max({kind for kind, _ in sizes}, key=lambda kind: sum(n for k, n in sizes if k == kind))
 
     @cached_property
     def base_file(self) -> BaseFile:
-        return BaseFile(name=self.path.name, quant=self.quant, sha256=sha256_file(self.path))
+        if isinstance(self.source, GGUFFile):
+            return BaseFile(name=self.path.name, quant=self.quant, sha256=sha256_file(self.path))
+        shards = [sha256_file(path) for path in sorted(shard.path for shard in self.source.shards)]
+        digest = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
+        return BaseFile(name=self.path.resolve().name, quant=self.quant, sha256=digest)
 
     @cached_property
     def identity(self) -> Identity:
@@ -78,56 +149,137 @@ class Base:
         t = self.tokenizer
         return Identity(self.fingerprint, self.quant, t.sha256, self.template_sha256, t.eog_ids)
 
+    def with_template(self, choice: str) -> Base:
+        """This base speaking by `choice`: `chatml`, or the path of a Jinja file.
+
+        Raises ConfigError if it has a template of its own, or if there is no such file.
+        """
+        if self.own_template is not None:
+            raise ConfigError(
+                what=f"{self.path}: it has a chat template of its own",
+                why="in another one it would see conversations that it was not trained on",
+                fix="leave --chat-template out",
+            )
+        if choice == "chatml":
+            return replace(self, chosen_template=chatml(self.tokenizer))
+        return replace(self, chosen_template=read_template(Path(choice)))
+
+    def as_trained(self, contract: Contract | None) -> Base:
+        """This base with the chat template that an adapter was trained with, where it has none itself."""
+        if contract is None or contract.chat_template is None or self.template_source is not None:
+            return self
+        return replace(self, chosen_template=contract.chat_template)
+
     def tensor_of(self, module: str) -> str:
         """The GGUF tensor that holds the weight of an HF module."""
-        return f"{gguf_module(self.architecture, self.config, module)}.weight"
+        return gguf_place(self.architecture, self.config, f"{module}.weight").name
 
 
 def open_base(path: Path | str) -> Base:
-    """Open a GGUF base model, or a folder that holds exactly one. Raises BaseModelError or FileFormatError."""
+    """Open a base model: a GGUF file, a folder that holds exactly one, or an HF folder of safetensors.
+
+    Reads headers only. Raises BaseModelError or FileFormatError.
+    """
     path = Path(path)
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        if len(found) != 1:
-            raise BaseModelError(
-                what=f"{path}: {len(found) or 'no'} model{'s' * (len(found) != 1)} in this folder",
-                why="a base model is one .gguf file, and edgelora does not guess which",
-                fix=f"pass one of {', '.join(f.name for f in found[:5])}" if found else "pass the path of a .gguf file",
-            )
-        path = found[0]
-    file = GGUFFile(path)
-    known = {row.gguf_name: row for row in ARCHITECTURES.values()}
-    if file.architecture not in known:
+    if not path.is_dir():
+        return _open_gguf(GGUFFile(path))
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return _open_gguf(GGUFFile(found[0]))
+    if not found and any((path / name).exists() for name in ("config.json", "model.safetensors.index.json")):
+        return _open_checkpoint(Checkpoint(path))
+    raise BaseModelError(
+        what=f"{path}: {len(found) or 'no'} model{'s' * (len(found) != 1)} in this folder",
+        why="a base model is one .gguf file or a folder with config.json and safetensors; edgelora does not guess",
+        fix=f"pass one of {', '.join(f.name for f in found[:5])}" if found else "pass the path of a model",
+    )
+
+
+def _open_gguf(file: GGUFFile) -> Base:
+    architecture = family_of_gguf(file)
+    if architecture is None:
+        known = sorted({row.gguf_name for row in ARCHITECTURES.values()})
+        raise _unknown(file.path, file.architecture, known)
+    config = architecture.read_gguf(file)
+    if faults := unlike_llama_cpp(architecture, config):
         raise BaseModelError(
-            what=f"{path}: a model of the architecture {file.architecture or '(none stated)'}",
-            why=f"edgelora computes {', '.join(known)} so far, and guesses at no other",
-            fix="use a model of one of these families, such as SmolLM2-135M-Instruct",
+            what=f"{file.path}: llama.cpp computes otherwise {'; '.join(faults)}",
+            why="training and running would not be of one model",
+            fix="download or convert the model again",
         )
-    architecture = known[file.architecture]
-    base = Base(file, architecture, architecture.read_config(file))
-    _check_tensors(base)
-    return base
+    biased = tuple(
+        name for name in architecture.layer_matrices(config)
+        if gguf_place(architecture, config, f"model.layers.0.{name}.bias").name in file.tensors
+    )  # fmt: skip
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(architecture, config, biased).items():
+        place = gguf_place(architecture, config, name)
+        expected[place.name] = shape if place.expert is None else (config.num_experts, *shape)
+    used = {"llama3": (FREQUENCIES,), "longrope": (SHORT, LONG)}.get(config.rope.scaling, ())
+    expected |= dict.fromkeys(used, (config.rope.dim // 2,))
+    tensors = GGUFTensors(file, architecture, config)
+    _check_tensors(file.path, tensors.shapes(), expected)
+    if odd := sorted({info.type.name for info in file.tensors.values() if not ggml.is_readable(info.type)}):
+        raise BaseModelError(
+            what=f"{file.path}: weights of type {', '.join(odd)}",
+            why="a model's weights are floats, or blocks that ggml turns into floats",
+            fix="download or convert the model again",
+        )
+    return Base(file, architecture, config, tensors, biased)
 
 
-def _check_tensors(base: Base) -> None:
-    """All tensors that the decoder needs are there with the right shapes; every fault at once."""
-    d, vocab = base.config.hidden_size, base.config.vocab_size
-    expected: dict[str, tuple[int, ...]] = {base.tensor_of(m): shape for m, shape in hf_modules(base.config).items()}
-    expected |= {"token_embd.weight": (vocab, d), "output_norm.weight": (d,)}
-    for i in range(base.config.num_hidden_layers):
-        expected |= {f"blk.{i}.attn_norm.weight": (d,), f"blk.{i}.ffn_norm.weight": (d,)}
-    if not base.config.tie_word_embeddings:
-        expected["output.weight"] = (vocab, d)
+def _open_checkpoint(checkpoint: Checkpoint) -> Base:
+    kind = str(checkpoint.config.get("model_type"))
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None:
+        raise _unknown(checkpoint.path, kind, sorted(ARCHITECTURES))
+    if checkpoint.config.get("quantization_config"):
+        raise BaseModelError(
+            what=f"{checkpoint.path}: a checkpoint that is quantized already (quantization_config)",
+            why="its weights are stored in a way of their own, which edgelora does not read",
+            fix="use the original checkpoint in bfloat16 or float16, or a GGUF file",
+        )
+    config = architecture.read_hf(checkpoint.config)
+    tensors = CheckpointTensors(checkpoint, architecture)
+    biased = tuple(
+        name for name in architecture.layer_matrices(config) if f"model.layers.0.{name}.bias" in checkpoint.tensors
+    )
+    expected = tensor_shapes(architecture, config, biased)
+    ignored = {name for name in checkpoint.tensors if name.endswith("rotary_emb.inv_freq")}  # a table, made anew here
+    if config.tie_word_embeddings:
+        ignored.add("lm_head.weight")
+    shapes = {name: shape for name, shape in tensors.shapes().items() if name not in ignored}
+    _check_tensors(checkpoint.path, shapes, expected)
+    odd = sorted({t.dtype for name, t in checkpoint.tensors.items() if name in expected} - set(FLOATS))
+    if odd:
+        raise BaseModelError(
+            what=f"{checkpoint.path}: weights of type {', '.join(odd)}",
+            why="a checkpoint to train over holds float32, float16 or bfloat16",
+            fix="use the original checkpoint, or a GGUF file",
+        )
+    return Base(checkpoint, architecture, config, tensors, biased)
+
+
+def _unknown(path: Path, found: str, known: list[str]) -> BaseModelError:
+    return BaseModelError(
+        what=f"{path}: a model of the architecture {found or '(none stated)'}",
+        why=f"edgelora computes {', '.join(known)}, and guesses at no other",
+        fix="use a model of one of these families, such as SmolLM2-135M-Instruct",
+    )
+
+
+def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """All tensors that the decoder needs are there with the right shapes, and no others; every fault at once."""
     faults = [
-        f"{name} is {found.shape}, expected {shape}" if (found := base.file.tensors.get(name)) else f"{name} is missing"
+        f"{name} is {found[name]}, expected {shape}" if name in found else f"{name} is missing"
         for name, shape in expected.items()
-        if name not in base.file.tensors or base.file.tensors[name].shape != shape
+        if found.get(name) != shape
     ]
-    faults += [f"{name} has no place in this decoder" for name in base.file.tensors if name not in expected]
+    faults += [f"{name} has no place in this decoder" for name in found if name not in expected]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise BaseModelError(
-            what=f"{base.path}: {'; '.join(faults[:5])}{more}",
+            what=f"{path}: {'; '.join(faults[:5])}{more}",
             why="these are not the tensors that its metadata describes, or edgelora does not compute them yet",
             fix="download or convert the model again",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
 from edgelora.base import ggml
+from edgelora.base.torch_blocks import DeviceBlocks
 
 DENSE = {
     GGMLQuantizationType.F32: torch.float32,
@@ -18,14 +20,17 @@ DENSE = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
+CPU = torch.device("cpu")
+
 _scratch = threading.local()
 
 
-def scratch(n_rows: int, columns: int) -> Tensor:
-    """float32 (n_rows, columns) in this thread's buffer; fresh memory would cost a page fault every 4 KiB each time."""
-    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+def scratch(n_rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
+    """(n_rows, columns) in this thread's buffer; fresh memory would cost a page fault every 4 KiB each time."""
+    buffers: dict[Any, Tensor] = _scratch.__dict__  # a thread's own
+    buffer = buffers.get((dtype, device))
     if buffer is None or buffer.numel() < n_rows * columns:
-        buffer = _scratch.buffer = torch.empty(n_rows * columns)
+        buffer = buffers[dtype, device] = torch.empty(n_rows * columns, dtype=dtype, device=device)
     return buffer[: n_rows * columns].view(n_rows, columns)
 
 
@@ -37,16 +42,23 @@ class Dense:
         self.shape = (values.shape[0], values.shape[1])
         self.size_bytes = values.numel() * values.element_size()
 
+    def to(self, device: torch.device | str) -> Dense:
+        return Dense(self.values.to(device))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.values.dtype == dtype:
             return self.values
         if dtype != torch.float32:
             return self.values.to(dtype)
-        return scratch(*self.shape).copy_(self.values)
+        return self.rows(0, self.shape[0])
 
     def rows(self, first: int, last: int) -> Tensor:
         part = self.values[first:last]
-        return part if part.dtype == torch.float32 else scratch(last - first, self.shape[1]).copy_(part)
+        return (
+            part
+            if part.dtype == torch.float32
+            else scratch(last - first, self.shape[1], device=part.device).copy_(part)
+        )
 
     def gather(self, ids: Tensor) -> Tensor:
         return self.values[ids].to(torch.float32)
@@ -59,6 +71,12 @@ class GGUFBlocks:
         self.blocks, self.kind = blocks, kind
         self.shape = (len(blocks), columns)
         self.size_bytes = blocks.nbytes
+
+    def to(self, device: torch.device | str) -> GGUFBlocks | DeviceBlocks:
+        """The same blocks in the memory of `device`. Raises BaseModelError if its type has no code for devices."""
+        if torch.device(device).type == "cpu":
+            return self
+        return DeviceBlocks(_tensor(self.blocks).to(device), self.kind, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         out = self.rows(0, self.shape[0])
@@ -77,8 +95,11 @@ def from_rows(rows: np.ndarray, kind: GGMLQuantizationType, columns: int) -> Den
     """The weight that stores `rows`, uint8 (d_out, bytes per row), as they are."""
     if kind not in DENSE:
         return GGUFBlocks(rows, kind, columns)
+    return Dense(_tensor(rows).view(-1).view(DENSE[kind]).view(len(rows), columns))
+
+
+def _tensor(rows: np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         # the file is mapped read-only, and nothing here ever writes to a frozen weight
         warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
-        flat = torch.from_numpy(rows.reshape(-1))
-    return Dense(flat.view(DENSE[kind]).view(len(rows), columns))
+        return torch.from_numpy(rows)

@@ -32,9 +32,10 @@ def chat(
     from runtime.engine import Engine
 
     opened = open_base(base)
-    _ = opened.template  # a base without one is refused before it is loaded
+    if not adapter:
+        _ = opened.template  # a base without one is refused before it is loaded; an adapter may bring one
     adapters = [named(text) for text in adapter or []]
-    room = context or min(2048, opened.config.max_position_embeddings)
+    room = context or min(2048, opened.context)
     with Engine(opened, n_ctx=room) as engine:
         for name, path in adapters:
             engine.load(name, path, allow_unverified=allow_unverified_base)

@@ -30,14 +30,17 @@ def train(
         "micro_batch_tokens"
     ],
     max_length: Annotated[int, typer.Option(help="The longest row allowed, in tokens.")] = DEFAULT["max_length"],
-    base_dtype: Annotated[str, typer.Option(help="auto, or blocks: the file's own quantized weights.")] = DEFAULT[
-        "base_dtype"
-    ],
+    base_dtype: Annotated[
+        str, typer.Option(help="How the base is held: auto, blocks (as stored), nf4, bf16, f32, q4_k …")
+    ] = DEFAULT["base_dtype"],
+    chat_template: Annotated[
+        str | None, typer.Option(help="For a base without one: chatml, or a Jinja file.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, data and machine: same adapter.")] = DEFAULT["seed"],
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train a LoRA adapter over the blocks of a GGUF file, on the assistant's words only.
+    """Train a LoRA adapter over a GGUF file or a Hugging Face checkpoint, on the assistant's words only.
 
     Example: `edgelora train base.gguf rows.jsonl --out adapters/mine`
     """
@@ -49,7 +52,7 @@ def train(
             "base": base, "data": data, "out": out, "valid": valid, "rank": rank, "alpha": alpha,
             "learning_rate": learning_rate, "epochs": epochs, "batch_rows": batch_rows,
             "micro_batch_tokens": micro_batch_tokens, "max_length": max_length, "base_dtype": base_dtype,
-            "seed": seed, "overwrite": overwrite,
+            "chat_template": chat_template, "seed": seed, "overwrite": overwrite,
         })  # fmt: skip
         from edgelora.training.run import run_training
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, BaseModelError
+from edgelora.files.gguf import GGUFFile
 
 FILE_NAME = "edgelora.json"
 CONTRACT_KEY = "edgelora.contract"
 CERTIFICATE_KEY = "edgelora.certificate"
 LINEAGE_KEY = "edgelora.lineage"
+CERTIFICATE_BYTES = 2048  # reserved in a file until it has been checked
 
 # How far the row norms of one base may differ (root mean square of the relative differences) once quantized.
 # Measured on SmolLM2-135M against its Q4_1: F16 1e-4, Q8_0 4e-4, Q4_K_M 3e-3, Q4_0 6e-3, Q2_K 6e-3 (its 576 columns
@@ -90,6 +93,8 @@ class Contract(BaseModel):
     tokenizer_sha256: str
     chat_template_sha256: str
     eog_ids: tuple[int, ...]
+    chat_template: str | None = None
+    """The template that was chosen for a base that has none; None: the base's own."""
     system: str | None = None
     """The system message that all training rows begin with, or None: chat says it when the adapter is on."""
     single_turn: bool = False
@@ -154,6 +159,26 @@ def read_contract(text: str, where: str) -> Contract:
             why="the file was edited or cut short, or a newer edgelora wrote it",
             fix="export the adapter again, or update edgelora",
         ) from e
+
+
+def read_lineage(file: GGUFFile) -> tuple[str, ...]:
+    """What was merged into a GGUF, in order. Raises BaseModelError if the statement was tampered with."""
+    try:
+        found = json.loads(file.get(LINEAGE_KEY, str, "[]"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        raise BaseModelError(
+            what=f"{file.path}: {LINEAGE_KEY} is no list of texts",
+            why="edgelora writes one into every merged model; this one was edited or damaged",
+            fix="merge the model again",
+        )
+    return tuple(found)
+
+
+def lineage_text(lineage: Sequence[str]) -> str:
+    """How a GGUF states its lineage under LINEAGE_KEY."""
+    return json.dumps(list(lineage))
 
 
 def sha256_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Causal attention inside the segments of a packed row, with grouped key-value heads, tile by tile.
+"""Causal attention inside the segments of a packed row, with grouped key-value heads and windows, tile by tile.
 
 Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one segment against the keys before them.
 The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,19 +35,48 @@ def _ungroup(x: Tensor, n: int) -> Tensor:
     return x.view(kv_heads, rows // n, n, d).permute(2, 0, 1, 3).reshape(n, -1, d)
 
 
-def _probabilities(q: Tensor, k: Tensor, n: int, scale: float) -> Tensor:
-    """softmax of the causal scores. q (KV, G * n, d), k (KV, m, d), the last n keys belong to the n queries."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (KV, G * n, m)
+class Scores(NamedTuple):
+    """How queries meet keys: score = scale · q·k, bent below `softcap`; a token sees `window` tokens, itself included.
+
+    None: no cap (Gemma 2 has one), no window.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def _scores(q: Tensor, k: Tensor, how: Scores) -> Tensor:
+    """q (KV, G * n, d), k (KV, m, d) → (KV, G * n, m)."""
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(how.scale)
+    return scores if how.softcap is None else scores.div_(how.softcap).tanh_().mul_(how.softcap)
+
+
+def _hide(scores: Tensor, n: int, window: int | None) -> Tensor:
+    """Mask, in place, what the n queries may not see. Their own keys are the last n of the m (KV, G * n, m)."""
     kv_heads, _, m = scores.shape
-    future = torch.ones(n, n, dtype=torch.bool).triu_(1)
-    scores.view(kv_heads, -1, n, m)[..., m - n :].masked_fill_(future, float("-inf"))
-    return scores.softmax(-1)
+    view = scores.view(kv_heads, -1, n, m)
+    if window is None or window >= m:
+        future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu_(1)
+        view[..., m - n :].masked_fill_(future, float("-inf"))
+    else:
+        everything = torch.ones(n, m, dtype=torch.bool, device=scores.device)
+        hidden = everything.triu(m - n + 1) | everything.tril_(m - n - window)
+        view.masked_fill_(hidden, float("-inf"))
+    return scores
 
 
-def _keys(x: Tensor, prefix: int, begin: int, last: int) -> Tensor:
-    """What a tile may look at, (KV, m, d): the shared prefix and its own segment up to `last`."""
-    own = x[begin:last]
-    return (torch.cat([x[:prefix], own]) if begin >= prefix > 0 else own).transpose(0, 1)
+def _seen(prefix: int, begin: int, first: int, last: int, window: int | None) -> list[slice]:
+    """The tokens whose keys the queries [first, last) of a segment may need: of the shared prefix, and of its own."""
+    shared = prefix if begin >= prefix else 0
+    lowest = 0 if window is None else max(0, shared + first - begin - window + 1)  # by position
+    own = slice(begin + max(0, lowest - shared), last)
+    return [slice(lowest, shared), own] if lowest < shared else [own]
+
+
+def _keys(x: Tensor, seen: list[slice]) -> Tensor:
+    """(T, KV, d) → (KV, m, d)."""
+    return (x[seen[0]] if len(seen) == 1 else torch.cat([x[part] for part in seen])).transpose(0, 1)
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -58,38 +87,44 @@ class SegmentAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int = 0) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
         borders = [0, *starts] if prefix else starts
         ctx.save_for_backward(q, k, v)
-        ctx.borders, ctx.prefix, ctx.scale = borders, prefix, q.shape[-1] ** -0.5
+        ctx.borders, ctx.prefix, ctx.how = borders, prefix, how
         out = torch.empty_like(q)
         for begin, first, last in _tiles(borders):
-            keys, values = _keys(k, prefix, begin, last), _keys(v, prefix, begin, last)
-            p = _probabilities(_group(q[first:last], k.shape[1]), keys, last - first, ctx.scale)
-            out[first:last] = _ungroup(torch.bmm(p, values), last - first)
+            seen, n = _seen(prefix, begin, first, last, how.window), last - first
+            scores = _scores(_group(q[first:last], k.shape[1]), _keys(k, seen), how)
+            p = _hide(scores, n, how.window).softmax(-1)
+            out[first:last] = _ungroup(torch.bmm(p, _keys(v, seen)), n)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (d_out,) = grads
         q, k, v = ctx.saved_tensors
+        how: Scores = ctx.how
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for begin, first, last in _tiles(ctx.borders):
-            n, kv_heads = last - first, k.shape[1]
-            keys, values = _keys(k, ctx.prefix, begin, last), _keys(v, ctx.prefix, begin, last)
+            seen, n, kv_heads = _seen(ctx.prefix, begin, first, last, how.window), last - first, k.shape[1]
+            keys, values = _keys(k, seen), _keys(v, seen)
             queries, d_rows = _group(q[first:last], kv_heads), _group(d_out[first:last], kv_heads)
-            p = _probabilities(queries, keys, n, ctx.scale)  # (KV, G * n, m)
-            _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), begin, last)
+            scores = _scores(queries, keys, how)
+            slope = None if how.softcap is None else 1 - (scores / how.softcap).square_()
+            p = _hide(scores, n, how.window).softmax(-1)  # (KV, G * n, m)
+            _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), seen)
             ds = torch.bmm(d_rows, values.transpose(1, 2)).mul_(p)
-            ds.sub_(p.mul_(ds.sum(-1, keepdim=True))).mul_(ctx.scale)
+            ds.sub_(p.mul_(ds.sum(-1, keepdim=True))).mul_(how.scale)
+            if slope is not None:
+                ds.mul_(slope)
             dq[first:last] = _ungroup(torch.bmm(ds, keys), n)
-            _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), begin, last)
-        return dq, dk, dv, None, None
+            _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), seen)
+        return dq, dk, dv, None, None, None
 
 
-def _add(total: Tensor, part: Tensor, begin: int, last: int) -> None:
-    """Add the gradient of `_keys` to where its rows came from: the last are the segment's, the others the prefix's."""
-    own = last - begin
-    total[begin:last] += part[-own:]
-    if len(part) > own:
-        total[: len(part) - own] += part[:-own]
+def _add(total: Tensor, part: Tensor, seen: list[slice]) -> None:
+    """Add the gradient of `_keys` to where its rows came from."""
+    at = 0
+    for rows in seen:
+        total[rows] += part[at : at + rows.stop - rows.start]
+        at += rows.stop - rows.start

@@ -1,33 +1,45 @@
-"""The decoder: embeddings → layers of attention and SwiGLU over a float32 residual stream → final norm.
+"""The decoder: embeddings → layers of attention and a gated MLP over a float32 residual stream → final norm.
 
-It runs one packed row of tokens at a time and knows neither files nor adapters; modules bear HF's names.
+One decoder for all families: an `Architecture` says which blocks a layer has, a `ModelConfig` how large they are. It
+runs one packed row of tokens at a time and knows neither files nor adapters; modules bear HF's names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from edgelora.architectures.config import ModelConfig
-from edgelora.nn.attention import SegmentAttention
-from edgelora.nn.layers import RMSNorm, Rotary, SwiGLU, rms_norm, rotary_tables, swiglu
+from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.names import FINAL_NORM
+from edgelora.architectures.rope import Rope
+from edgelora.nn.activations import GATES
+from edgelora.nn.attention import Scores, SegmentAttention
 from edgelora.nn.linear import Linear, Weight
-from edgelora.nn.loss import logits
+from edgelora.nn.loss import LinearCrossEntropy, logits
+from edgelora.nn.mixture import Expert, Mixture
+from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.recompute import recomputed
+from edgelora.nn.rotary import Rotary, rotary_tables
+
+Tables = dict[Rope, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """All weights of a base model, under HF's tensor names without `.weight`."""
+    """All weights of a base model: matrices by HF's module names; norms and biases (`vectors`) by HF's tensor names."""
 
-    linears: Mapping[str, Weight]
-    norms: Mapping[str, Tensor]
+    matrices: Mapping[str, Weight]
+    vectors: Mapping[str, Tensor]
     embedding: Weight
     head: Weight
+
+    def linear(self, module: str) -> Linear:
+        return Linear(self.matrices[module], self.vectors.get(f"{module}.bias"))
 
 
 class Norm(nn.Module):
@@ -47,66 +59,127 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, frozen: Frozen, prefix: str) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            Linear(frozen.linears[f"{prefix}.{name}_proj"]) for name in "qkvo"
-        )
+    """Grouped-query attention; q, k and v come from a matrix each or from one (`fused`)."""
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int], prefix: int) -> Tensor:
-        q, k, v = (proj(x).view(len(x), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        out = SegmentAttention.apply(
-            Rotary.apply(q, cos, sin), Rotary.apply(k, cos, sin), v, starts, prefix
-        )  # (T, H, d)
+    def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> None:
+        super().__init__()
+        prefix = f"model.layers.{layer}.self_attn"
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.scores = Scores(config.attention_scale, config.window(layer), config.attn_logit_softcapping)
+        self.rope = config.rope_of(layer)
+        self.fused = architecture.fused
+        if self.fused:
+            self.qkv_proj = frozen.linear(f"{prefix}.qkv_proj")
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (frozen.linear(f"{prefix}.{name}_proj") for name in "qkv")
+        self.o_proj = frozen.linear(f"{prefix}.o_proj")
+        self.q_norm = self.k_norm = None
+        if architecture.qk_norm is not None:
+            self.q_norm, self.k_norm = (
+                Norm(frozen.vectors[f"{prefix}.{name}_norm.weight"], config.rms_norm_eps) for name in "qk"
+            )
+        self.norm_per_head = architecture.qk_norm == "head"
+
+    def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
+        if self.fused:
+            sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+            q, k, v = self.qkv_proj(x).split(sizes, dim=-1)  # (T, H·d), (T, KV·d), (T, KV·d)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k = self._ready(q, self.q_norm, tables), self._ready(k, self.k_norm, tables)
+        out = SegmentAttention.apply(q, k, v.unflatten(-1, (-1, self.head_dim)), starts, prefix, self.scores)
         return self.o_proj(out.flatten(1))
+
+    def _ready(self, x: Tensor, norm: Norm | None, tables: Tables) -> Tensor:
+        """Queries or keys (T, heads · d) → normed and rotated (T, heads, d)."""
+        if norm is not None and not self.norm_per_head:
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_per_head:
+            x = norm(x)
+        return x if self.rope is None else Rotary.apply(x, *tables[self.rope])
 
 
 class MLP(nn.Module):
-    def __init__(self, frozen: Frozen, prefix: str) -> None:
+    """down(act(gate(x)) · up(x)); gate and up come from a matrix each or from one (`fused`)."""
+
+    def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(frozen.linears[f"{prefix}.{name}_proj"]) for name in ("gate", "up", "down")
-        )
+        prefix = f"model.layers.{layer}.mlp"
+        self.fused, self.gate = architecture.fused, GATES[config.hidden_act]
+        if self.fused:
+            self.gate_up_proj = frozen.linear(f"{prefix}.gate_up_proj")
+        else:
+            self.gate_proj, self.up_proj = (frozen.linear(f"{prefix}.{name}_proj") for name in ("gate", "up"))
+        self.down_proj = frozen.linear(f"{prefix}.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        hidden = SwiGLU.apply(gate, up)
-        with recomputed(hidden, partial(swiglu, gate.detach(), up.detach())):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        hidden = self.gate.function.apply(gate, up)
+        with recomputed(hidden, partial(self.gate.plain, gate.detach(), up.detach())):
             return self.down_proj(hidden)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, frozen: Frozen, prefix: str) -> None:
-        super().__init__()
-        self.input_layernorm = Norm(frozen.norms[f"{prefix}.input_layernorm"], config.rms_norm_eps)
-        self.self_attn = Attention(config, frozen, f"{prefix}.self_attn")
-        self.post_attention_layernorm = Norm(frozen.norms[f"{prefix}.post_attention_layernorm"], config.rms_norm_eps)
-        self.mlp = MLP(frozen, f"{prefix}.mlp")
+def _mixture(architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> Mixture:
+    names, prefix = architecture.experts, f"model.layers.{layer}"
+    assert names is not None
+    experts = [
+        Expert(*(frozen.matrices[f"{prefix}.{names.experts}.{i}.{n}"] for n in (names.gate, names.up, names.down)))
+        for i in range(config.num_experts)
+    ]
+    router = frozen.matrices[f"{prefix}.{names.router}"]
+    return Mixture(router, experts, config.num_experts_per_tok, config.norm_topk_prob, config.hidden_act)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, starts: list[int], prefix: int) -> Tensor:
-        normed = self.input_layernorm(x)
-        with recomputed(normed, partial(self.input_layernorm.plain, x.detach())):
-            x = x + self.self_attn(normed, cos, sin, starts, prefix)
-        normed = self.post_attention_layernorm(x)
-        with recomputed(normed, partial(self.post_attention_layernorm.plain, x.detach())):
-            return x + self.mlp(normed)
+
+class Layer(nn.Module):
+    """x + after(attention(before(x))), then the same with the MLP. The family says which of the norms there are."""
+
+    def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> None:
+        super().__init__()
+        self.norms, self.multiplier = architecture.norms, config.residual_multiplier
+        self.self_attn = Attention(architecture, config, frozen, layer)
+        self.mlp = (MLP if architecture.experts is None else _mixture)(architecture, config, frozen, layer)
+        for name in self.norms:
+            if name is not None:
+                weight = frozen.vectors[f"model.layers.{layer}.{name}.weight"]
+                self.add_module(name, Norm(weight, config.rms_norm_eps))
+
+    def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
+        norms = self.norms
+        attend = partial(self.self_attn, tables=tables, starts=starts, prefix=prefix)
+        x = self._around(x, norms.before_attention, attend, norms.after_attention)
+        return self._around(x, norms.before_mlp, self.mlp, norms.after_mlp)
+
+    def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
+        saved: AbstractContextManager[None] = nullcontext()
+        normed = x
+        if before is not None:
+            norm: Norm = getattr(self, before)
+            normed = norm(x)
+            saved = recomputed(normed, partial(norm.plain, x.detach()))
+        with saved:
+            y = block(normed)
+            if after is not None:
+                y = getattr(self, after)(y)
+            return x + y if self.multiplier == 1.0 else torch.add(x, y, alpha=self.multiplier)
 
 
 class Body(nn.Module):
-    def __init__(self, config: ModelConfig, frozen: Frozen) -> None:
+    def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, frozen, f"model.layers.{i}") for i in range(config.num_hidden_layers))
-        self.norm = Norm(frozen.norms["model.norm"], config.rms_norm_eps)
+        self.layers = nn.ModuleList(Layer(architecture, config, frozen, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(frozen.vectors[f"{FINAL_NORM}.weight"], config.rms_norm_eps)
 
 
 class Decoder(nn.Module):
     """A causal language model over frozen weights. `linears` are the layers that adapters attach to."""
 
-    def __init__(self, config: ModelConfig, frozen: Frozen) -> None:
+    def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
         self.config, self.embedding, self.head = config, frozen.embedding, frozen.head
-        self.model = Body(config, frozen)
+        self.model = Body(architecture, config, frozen)
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -117,13 +190,34 @@ class Decoder(nn.Module):
 
         The first `prefix` tokens are what every segment begins with (see `data/pack.py`).
         """
+        c = self.config
         x = self.embedding.gather(input_ids)
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        if c.embedding_multiplier != 1.0:
+            x = x * c.embedding_multiplier
+        ropes = {rope for i in range(c.num_hidden_layers) if (rope := c.rope_of(i)) is not None}
+        tables = {rope: rotary_tables(positions, rope) for rope in ropes}
         for layer in self.model.layers:
-            x = layer(x, cos, sin, segment_starts, prefix)
-        return self.model.norm(x)
+            x = layer(x, tables, segment_starts, prefix)
+        x = self.model.norm(x)
+        return x if c.logits_scaling == 1.0 else x / c.logits_scaling
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of −log p(label), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
+        total, _ = LinearCrossEntropy.apply(hidden, self.head, labels, self.config.final_logit_softcapping)
+        return total
+
+    @torch.no_grad()
+    def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
+        nll: Tensor = LinearCrossEntropy.apply(hidden, self.head, labels, self.config.final_logit_softcapping)[1]
+        return nll
+
+    @torch.no_grad()
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """float32 (P, V) of hidden states (P, d) as `forward` gives them."""
+        return logits(hidden, self.head, self.config.final_logit_softcapping)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """float32 (T, V) for one sequence of ids (T,)."""
-        return logits(self(input_ids, torch.arange(len(input_ids)), [0, len(input_ids)]), self.head)
+        return self.logits_of(self(input_ids, torch.arange(len(input_ids)), [0, len(input_ids)]))

@@ -39,19 +39,20 @@ class Delta(Protocol):
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ, or whatever its `delta` makes of x and W. x: (T, d_in) → (T, d_out)."""
+    """y = x Wᵀ + bias, or whatever its `delta` makes of x and W, + bias. x: (T, d_in) → (T, d_out)."""
 
     delta: Delta | None
+    bias: Tensor | None
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.delta = None
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.delta is not None:
-            return self.delta(x, self.weight)
-        return FrozenLinear.apply(x, self.weight)
+        y: Tensor = FrozenLinear.apply(x, self.weight) if self.delta is None else self.delta(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class FrozenLinear(torch.autograd.Function):

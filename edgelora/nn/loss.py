@@ -17,11 +17,14 @@ def _slices(n_rows: int) -> list[tuple[int, int]]:
     return [(first, min(first + VOCABULARY_ROWS, n_rows)) for first in range(0, n_rows, VOCABULARY_ROWS)]
 
 
-def logits(hidden: Tensor, head: Weight) -> Tensor:
-    """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time."""
+def logits(hidden: Tensor, head: Weight, softcap: float | None = None) -> Tensor:
+    """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time, bent below `softcap` (Gemma 2)."""
     out = hidden.new_empty(len(hidden), head.shape[0])
     for first, last in _slices(head.shape[0]):
-        torch.mm(hidden, head.rows(first, last).T, out=out[:, first:last])
+        part = out[:, first:last]
+        torch.mm(hidden, head.rows(first, last).T, out=part)
+        if softcap is not None:
+            part.div_(softcap).tanh_().mul_(softcap)
     return out
 
 
@@ -41,24 +44,32 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Weight, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden), POSITIONS):
             part = slice(first, first + POSITIONS)
-            z = logits(hidden[part], head)
+            z = logits(hidden[part], head, softcap)
             label = labels[part, None]
             log_sum = _log_sum_exp(z)
             nll[part] = (log_sum - z.gather(1, label)).squeeze(1)
             if d_hidden is not None:
-                z.sub_(log_sum).exp_().scatter_add_(1, label, -torch.ones_like(log_sum))  # p − onehot
                 for row, last in _slices(head.shape[0]):
-                    d_hidden[part].addmm_(z[:, row:last], head.rows(row, last))
+                    d_z = z[:, row:last]
+                    slope = None if softcap is None else 1 - (d_z / softcap).square_()
+                    d_z.sub_(log_sum).exp_()  # p
+                    here = ((label >= row) & (label < last)).squeeze(1).nonzero().squeeze(1)
+                    d_z[here, label[here, 0] - row] -= 1  # p − onehot
+                    if slope is not None:
+                        d_z.mul_(slope)
+                    d_hidden[part].addmm_(d_z, head.rows(row, last))
         ctx.save_for_backward(d_hidden)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grads[0], None, None
+        return d_hidden * grads[0], None, None, None

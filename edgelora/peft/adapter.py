@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from edgelora.architectures import ModelConfig
-from edgelora.architectures.names import hf_modules
-from edgelora.errors import AdapterError, OutputError
+from edgelora.errors import AdapterError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
+from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.safetensors import read_floats
 
@@ -24,6 +23,7 @@ BEYOND_PLAIN_LORA = (
     "use_dora", "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens",
 )  # fmt: skip
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
+LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -91,8 +91,8 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
             (draft / FILE_NAME).write_text(adapter.contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(path: Path, config: ModelConfig) -> Adapter:
-    """Read a LoRA adapter in PEFT's format and check that it fits a model of `config`, every fault at once."""
+def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
+    """Read a LoRA adapter in PEFT's format and check that it fits `linears` (d_out, d_in), every fault at once."""
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
             what=f"{path}: no adapter here",
@@ -100,13 +100,9 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
             fix="pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
         )
     try:
-        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise AdapterError(
-            what=f"{path / CONFIG}: cannot be read ({e})",
-            why="the file was edited or cut short",
-            fix="train or download the adapter again",
-        ) from e
+        settings = read_json(path / CONFIG)
+    except FileFormatError as e:
+        raise AdapterError(e.what, e.why, "train or download the adapter again") from e
     flat = read_floats(path / TENSORS)
     tensors: dict[str, dict[str, np.ndarray]] = {}
     faults = _settings_faults(settings)
@@ -116,7 +112,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
             faults.append(f"{name} is no part of a plain LoRA")
         else:
             tensors.setdefault(module, {})[part] = value
-    faults += _tensor_faults(tensors, config)
+    faults += _tensor_faults(tensors, linears)
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AdapterError(
@@ -158,21 +154,22 @@ def _pattern_faults(patterns: Any) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
-def _tensor_faults(tensors: Mapping[str, Mapping[str, np.ndarray]], config: ModelConfig) -> list[str]:
-    shapes = hf_modules(config)
+def _tensor_faults(
+    tensors: Mapping[str, Mapping[str, np.ndarray]], linears: Mapping[str, tuple[int, int]]
+) -> list[str]:
     faults = [] if tensors else ["it holds no LoRA tensors"]
     for module, parts in tensors.items():
-        if module not in shapes:
+        if module not in linears:
             faults.append(f"{module} is no linear layer of this model")
             continue
         a, b = parts.get("lora_A"), parts.get("lora_B")
         if a is None or b is None:
             faults.append(f"{module}: lora_{'A' if a is None else 'B'} is missing")
             continue
-        d_out, d_in = shapes[module]
+        d_out, d_in = linears[module]
         rank = a.shape[0] if a.ndim == 2 else 0
         if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
             faults.append(f"{module}: lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")

@@ -13,6 +13,8 @@ from edgelora.device import peak_memory_bytes
 from edgelora.evaluate.protocols import Speed
 from edgelora.evaluate.report import Row
 from edgelora.evaluate.score import answer_room, questions, score
+from edgelora.files.adapter_check import contract_of
+from edgelora.files.gguf import GGUFFile
 from edgelora.progress import OnProgress, silent
 
 SIDE_BY_SIDE = 8  # questions in one decode
@@ -37,13 +39,15 @@ def evaluate(cell: Cell, on_progress: OnProgress = silent) -> Row:
 
 def context_for(base: Base, tokens: int) -> int:
     """The context to open for rows of `tokens`: a round number, and no more than the model was trained on."""
-    return max(tokens, min(-(-tokens // 256) * 256, base.config.max_position_embeddings))
+    return max(tokens, min(-(-tokens // 256) * 256, base.context))
 
 
 def _evaluate(cell: Cell, on_progress: OnProgress) -> Row:
     from runtime.engine import Engine
 
     base = open_base(cell.model)
+    if cell.adapter is not None:
+        base = base.as_trained(contract_of(GGUFFile(cell.adapter)))
     rows = read_conversations(cell.data)
     asked = questions(rows, base.tokenizer, base.template)
     room = max(len(q.prompt) for q in asked) + answer_room(asked)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +24,8 @@ from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, require_same_bas
 from edgelora.files.gguf import fill_reserved
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.evaluate import context_for
+from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.progress import OnProgress, Pace, Progress, silent
-
-if TYPE_CHECKING:
-    from edgelora.data.tokenizer import Tokenizer
-    from runtime.binding import Model
 
 CHECKED_ROWS, ROWS_TOGETHER = 64, 8
 
@@ -128,9 +124,9 @@ def export(
 
 def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`."""
-    adapter = read_adapter(path, base.config)
+    adapter = read_adapter(path, base.linears)
     if adapter.contract is not None:
-        require_same_base(adapter.contract, base.identity, str(path), str(base.path))
+        require_same_base(adapter.contract, base.as_trained(adapter.contract).identity, str(path), str(base.path))
     elif not allow_unverified:
         raise AdapterError(
             what=f"{path}: it does not say which base it belongs to",
@@ -140,13 +136,6 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     return adapter
 
 
-def _same_ids(tokenizer: Tokenizer, model: Model, ids: Sequence[int]) -> bool:
-    """Whether llama.cpp gives the text between each two control tokens the ids that torch was trained on."""
-    control = set(tokenizer.control.values())
-    pieces = [list(piece) for special, piece in groupby(ids, lambda i: i in control) if not special]
-    return all(model.tokenize(tokenizer.decode(piece), parse_special=False) == piece for piece in pieces)
-
-
 def _certify(
     base_path: Path, adapter_path: Path, gguf: Path, rows: Sequence[Conversation], on_progress: OnProgress
 ) -> Certificate:
@@ -154,11 +143,12 @@ def _certify(
     import torch
 
     from edgelora.base.decoder import build_decoder
-    from edgelora.nn.loss import logits
     from edgelora.peft.inject import attach
     from runtime.engine import Engine
 
     base = open_base(base_path)
+    adapter = read_adapter(adapter_path, base.linears)
+    base = base.as_trained(adapter.contract)
     examples = [encode_conversation(row, base.tokenizer, base.template) for row in rows]
     groups = [examples[i : i + ROWS_TOGETHER] for i in range(0, len(examples), ROWS_TOGETHER)]
     n_ctx = context_for(base, max(len(e) for e in examples))
@@ -166,21 +156,22 @@ def _certify(
     decoder = build_decoder(base)
     pace = Pace(2 * len(groups))
     with Engine(base, n_ctx=n_ctx, n_sequences=ROWS_TOGETHER) as engine, torch.no_grad():
-        equal = sum(_same_ids(base.tokenizer, engine.model, e.input_ids.tolist()) for e in examples)
+        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in rows)
+        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
 
         def pairs() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for group in groups:
                 batch = pack(group)
                 tokens, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
                 hidden = decoder(tokens, positions, list(batch.segment_starts), batch.prefix)
-                reference = logits(hidden[torch.from_numpy(batch.labels != IGNORE)], decoder.head).numpy()
+                reference = decoder.logits_of(hidden[torch.from_numpy(batch.labels != IGNORE)]).numpy()
                 wanted = [(e.loss_mask.nonzero()[0] - 1).tolist() for e in group]  # what predicts the learned tokens
                 yield reference, engine.logits([e.input_ids.tolist() for e in group], wanted)
                 speed, eta = pace.step(batch.n_tokens)
                 on_progress(Progress("check", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
 
         floor = fidelity(pairs())
-        attach(decoder, read_adapter(adapter_path, base.config))
+        attach(decoder, adapter)
         engine.load("candidate", gguf, allow_unverified=True)
         engine.use({"candidate": 1.0})
         adapted = fidelity(pairs())

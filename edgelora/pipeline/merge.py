@@ -47,6 +47,8 @@ def merge(
         Part(read_checked(path, base, allow_unverified=allow_unverified), scale, sha256_file(path / TENSORS))
         for path, scale in adapters
     ]
+    for part in parts:
+        base = base.as_trained(part.adapter.contract)
     with staged(out, overwrite=overwrite) as draft:
         half = draft if quant.upper() == "F16" else draft.with_name(f"{draft.name}.F16")
         write_merged(half, base, parts, on_progress)

@@ -95,7 +95,10 @@ def quickstart(
 
     say(f"base model: {base.name}, {base.stat().st_size / 1e6:.1f} MB; task: {data.parent.name}")
     rows = [scored("base", base)]
-    config = TrainConfig(base=base, data=data, out=adapter, valid=test, epochs=epochs, overwrite=True)
+    # in blocks even where memory abounds: this run shows how little the path needs
+    config = TrainConfig(
+        base=base, data=data, out=adapter, valid=test, epochs=epochs, base_dtype="blocks", overwrite=True
+    )
     run = run_in_child(run_training, config, on_progress=on_progress)
     say(
         f"trained {run.n_steps} steps in {run.seconds:.0f} s: {run.result.tokens_per_s:.0f} tokens/s, "

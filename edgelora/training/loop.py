@@ -13,7 +13,6 @@ from edgelora.data.encode import Example
 from edgelora.data.pack import IGNORE, Batch, best_fit, n_steps, steps
 from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
-from edgelora.nn.loss import LinearCrossEntropy
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 MAX_BAD_STEPS = 3
@@ -35,8 +34,7 @@ def batch_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
     hidden = decoder(ids, positions, list(batch.segment_starts), batch.prefix)
     labels = torch.from_numpy(batch.labels)
     learned = labels != IGNORE
-    loss, _ = LinearCrossEntropy.apply(hidden[learned], decoder.head, labels[learned])
-    return loss
+    return decoder.loss(hidden[learned], labels[learned])
 
 
 @torch.no_grad()

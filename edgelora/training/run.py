@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
 
 from edgelora.base.decoder import build_decoder
+from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.conversation import Conversation, common_system, read_conversations
 from edgelora.data.encode import Example, encode_all
-from edgelora.device import Choice, choose_base_dtype, choose_device, choose_dtype, peak_memory_bytes, physical_cores
+from edgelora.device import Choice, choose_device, choose_dtype, free_memory_bytes, peak_memory_bytes, physical_cores
 from edgelora.files.contract import Contract, sha256_file
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import collect, inject
@@ -48,6 +50,8 @@ def run_training(
     started = time.perf_counter()
     refuse_to_write(config.out, config.overwrite)
     base = open_base(config.base)
+    if config.chat_template is not None:
+        base = base.with_template(config.chat_template)
     data_sha256 = sha256_file(config.data) if config.data.is_file() else ""
     rows = read_conversations(config.data)
     examples = _encode(rows, base, config)
@@ -55,12 +59,12 @@ def run_training(
     choices = {
         "device": choose_device(),
         "dtype": choose_dtype(),
-        "base_dtype": choose_base_dtype(config.base_dtype, base.quant),
+        "base_dtype": choose_base_dtype(config.base_dtype, base, free_memory_bytes()),
     }
     for name, choice in choices.items():
         on_choice(name, choice)
     torch.set_num_threads(physical_cores())
-    decoder = build_decoder(base)
+    decoder = build_decoder(base, choices["base_dtype"].value)
     parameters = inject(decoder, config.method, config.rank, config.alpha, config.seed)
     result = train(decoder, parameters, examples, held_out, config, on_progress, peak_memory_bytes)
     if result.skipped_steps == len(result.losses):
@@ -98,19 +102,22 @@ def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict
 
 def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, rows: Sequence[Conversation]) -> Contract:
     """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
-    settings = config.model_dump(mode="json", exclude={"base", "data", "valid", "out", "overwrite", "method"})
+    elsewhere = {"base", "data", "valid", "out", "overwrite", "method", "chat_template"}
+    settings = config.model_dump(mode="json", exclude=elsewhere)
     return Contract(
         version=versions()["edgelora"],
         base=base.fingerprint,
         base_file=base.base_file,
         tokenizer_sha256=base.tokenizer.sha256,
         chat_template_sha256=base.template_sha256,
+        chat_template=base.chosen_template,
         eog_ids=base.tokenizer.eog_ids,
         system=common_system(rows),
         single_turn=all(sum(m.role == "user" for m in row.messages) == 1 for row in rows),
         method=config.method,
         training={
             **settings,
+            "template_date": date.today().isoformat() if base.template.tells_the_date else None,
             "data": {"name": config.data.name, "rows": run.n_rows, "sha256": data_sha256},
             "choices": {name: asdict(choice) for name, choice in run.choices.items()},
             "steps": run.n_steps,

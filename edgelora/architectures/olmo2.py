@@ -1,0 +1,36 @@
+"""OLMo 2 (arXiv:2501.00656): norms behind each block instead of before it, and one over all of q and all of k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgelora.architectures.config import POST_NORM, Architecture, ModelConfig
+from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act
+from edgelora.errors import BaseModelError
+from edgelora.files.gguf import GGUFFile
+
+
+def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    require_act(config, "hidden_act", "silu")
+    return ModelConfig(model_type="olmo2", **hf_dimensions({"rms_norm_eps": 1e-5, **config}))
+
+
+def read_gguf(file: GGUFFile) -> ModelConfig:
+    if file.get("olmo2.attention.sliding_window", int, 0):
+        raise BaseModelError(
+            what=f"{file.path}: an OLMo 3 with windows",
+            why="it rotates its layers with and without a window differently, which is not computed yet",
+            fix="use an OLMo 2 model",
+        )
+    return ModelConfig(model_type="olmo2", **gguf_dimensions(file))
+
+
+def unlike_llama_cpp(config: ModelConfig) -> str | None:
+    return "its tied head, which it does not read" if config.tie_word_embeddings else None
+
+
+OLMO2 = Architecture(
+    "olmo2", "olmo2", read_hf, read_gguf, norms=POST_NORM, qk_norm="row", whole_heads=True,
+    unlike_llama_cpp=unlike_llama_cpp,
+)  # fmt: skip

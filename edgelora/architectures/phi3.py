@@ -1,0 +1,26 @@
+"""Phi-3 and Phi-4 (arXiv:2404.14219): q, k and v in one matrix, gate and up in another; LongRoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, optional_window, require_act
+from edgelora.files.gguf import GGUFFile
+
+
+def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    require_act(config, "hidden_act", "silu")
+    return ModelConfig(model_type="phi3", **hf_dimensions(config), sliding_window=optional_window(config))
+
+
+def read_gguf(file: GGUFFile) -> ModelConfig:
+    window = file.get("phi3.attention.sliding_window", int, 0)  # zero in Phi-4's, which has none
+    return ModelConfig(model_type="phi3", **gguf_dimensions(file), sliding_window=window or None)
+
+
+PHI3 = Architecture(
+    "phi3", "phi3", read_hf, read_gguf, fused=True, whole_heads=True, rope_factors_in_llama_cpp=True,
+    partial_rotary_in_llama_cpp=True, states_window=True,
+)  # fmt: skip

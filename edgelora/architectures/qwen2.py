@@ -1,0 +1,23 @@
+"""Qwen2 and Qwen2.5 (arXiv:2412.15115): biases on q, k and v; windows in the upper layers if switched on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act, upper_window
+from edgelora.files.gguf import GGUFFile
+
+
+def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    require_act(config, "hidden_act", "silu")
+    dims = hf_dimensions({"num_key_value_heads": 32, **config})
+    return ModelConfig(model_type="qwen2", **dims, **upper_window(config, dims["num_hidden_layers"]))
+
+
+def read_gguf(file: GGUFFile) -> ModelConfig:
+    return ModelConfig(model_type="qwen2", **gguf_dimensions(file))
+
+
+QWEN2 = Architecture("qwen2", "qwen2", read_hf, read_gguf, whole_heads=True)

@@ -1,0 +1,53 @@
+"""Qwen3 with a mixture of experts in every layer (Qwen3-30B-A3B and its kin)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgelora.architectures.config import Architecture, Experts, ModelConfig
+from edgelora.architectures.reading import (
+    gguf_dimensions,
+    gguf_experts,
+    hf_dimensions,
+    hf_experts,
+    require_act,
+    upper_window,
+)
+from edgelora.errors import BaseModelError
+from edgelora.files.gguf import GGUFFile
+
+
+def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    require_act(config, "hidden_act", "silu")
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise BaseModelError(
+            what="config.json: some layers have no experts (decoder_sparse_step, mlp_only_layers)",
+            why="llama.cpp runs this family with experts in every layer only",
+            fix="use another base",
+        )
+    dims = hf_dimensions({"num_key_value_heads": 4, **config})
+    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    return ModelConfig(
+        model_type="qwen3_moe",
+        **dims,
+        **hf_experts(config, count, width="moe_intermediate_size"),
+        norm_topk_prob=config.get("norm_topk_prob", False) is True,
+        **upper_window(config, dims["num_hidden_layers"]),
+    )
+
+
+def read_gguf(file: GGUFFile) -> ModelConfig:
+    return ModelConfig(
+        model_type="qwen3_moe", **gguf_dimensions(file), **gguf_experts(file, width="expert_feed_forward_length")
+    )
+
+
+def unlike_llama_cpp(config: ModelConfig) -> str | None:
+    return None if config.norm_topk_prob else "the weights of the chosen experts, which it makes sum to one"
+
+
+QWEN3_MOE = Architecture(
+    "qwen3_moe", "qwen3moe", read_hf, read_gguf, qk_norm="head", unlike_llama_cpp=unlike_llama_cpp,
+    experts=Experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+)  # fmt: skip

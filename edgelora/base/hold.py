@@ -1,0 +1,85 @@
+"""How frozen weights are held while training: THE TABLE of ways, and one function that takes a stored matrix there."""
+
+from __future__ import annotations
+
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from edgelora.base import ggml
+from edgelora.base.model import Base
+from edgelora.base.nf4 import quantize_nf4
+from edgelora.base.tensors import Stored
+from edgelora.base.weights import Dense, GGUFBlocks, from_rows
+from edgelora.device import Choice
+from edgelora.errors import ConfigError
+from edgelora.nn.linear import Weight
+
+Type = GGMLQuantizationType
+
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+BLOCKS = {kind.name.lower(): kind for kind in (
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.IQ4_NL, Type.IQ4_XS,
+)}  # fmt: skip
+
+# As llama-quantize: what a type becomes where rows do not divide into its blocks of 256.
+FALLBACK = {
+    Type.Q2_K: Type.Q4_0, Type.Q3_K: Type.Q4_0, Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0,
+    Type.IQ4_XS: Type.IQ4_NL,
+}  # fmt: skip
+
+# `--base-dtype` besides `auto`: as stored, 4-bit NormalFloat, floats, or quantized on opening to a GGUF type.
+BASE_FORMATS = ("blocks", "nf4", *FLOATS, *BLOCKS)
+
+
+# Types whose blocks cost a training step noticeably more than dense floats do (benchmarks/step.py).
+SLOW = {"Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "F16", "BF16"}
+DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
+
+
+def choose_base_dtype(asked: str, base: Base, free_bytes: int | None) -> Choice:
+    """How to hold the weights of `base`: as asked, or for `auto` what is fastest in the memory there is."""
+    if asked != "auto":
+        return Choice(asked, f"asked for; the base stores {base.quant}")
+    stored = [base.tensors.matrix(f"{name}.weight") for name in base.linears]
+    weights = sum(len(s.rows) * s.columns for s in stored)
+    slow = sum(len(s.rows) * s.columns for s in stored if s.kind.name in SLOW)
+    dense, free = 4 * weights, free_bytes or 0
+    if 2 * slow > weights and dense <= DENSE_SHARE * free:
+        return Choice(
+            "f32", f"{dense / 1e6:.0f} MB of {free / 1e9:.0f} GB free, and faster than {base.quant} each time"
+        )
+    if not base.is_gguf and sum(s.rows.nbytes for s in stored) > free / 2 > 0:
+        return Choice("q4_k", "the checkpoint is too large for this memory; faster and more exact than NF4 on a CPU")
+    return Choice("blocks", f"training sees the very {base.quant} weights that are stored, in their size")
+
+
+def hold(stored: Stored, how: str) -> Weight:
+    """The weight that keeps `stored` as `how`, one of BASE_FORMATS. Raises ConfigError for any other."""
+    if how == "blocks":
+        return from_rows(stored.rows, stored.kind, stored.columns)
+    if how == "nf4":
+        mapped = from_rows(stored.rows, stored.kind, stored.columns)
+        return quantize_nf4(mapped.values if isinstance(mapped, Dense) else mapped.dequantize())
+    if how in FLOATS:
+        return Dense(_floats(stored, FLOATS[how]))
+    if how not in BLOCKS:
+        raise ConfigError(
+            what=f"{how}: no such way to hold a base's weights",
+            why=f"there are {', '.join(('auto', *BASE_FORMATS))}",
+            fix="choose one of these with --base-dtype",
+        )
+    kind = BLOCKS[how]
+    if stored.columns % GGML_QUANT_SIZES[kind][0]:
+        kind = FALLBACK.get(kind, kind)
+    if stored.columns % GGML_QUANT_SIZES[kind][0]:
+        return Dense(_floats(stored, torch.float16))
+    if stored.kind == kind:
+        return from_rows(stored.rows, kind, stored.columns)
+    return GGUFBlocks(ggml.requantize(stored.rows, stored.kind, stored.columns, kind), kind, stored.columns)
+
+
+def _floats(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
+    """Dense values in memory of their own."""
+    mapped = from_rows(stored.rows, stored.kind, stored.columns)
+    return mapped.dequantize().to(dtype, copy=True)

@@ -1,0 +1,63 @@
+"""The gated units of an MLP, act(gate) · up (arXiv:2002.05202), as autograd functions that save only their inputs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) · up, both (T, ff)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dy,) = grads
+        gate, up = ctx.saved_tensors
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        d_up = dy * silu
+        slope = (1 - sigmoid).mul_(silu).add_(sigmoid)  # d silu / d gate
+        return slope.mul_(dy).mul_(up), d_up
+
+
+class GeGLU(torch.autograd.Function):
+    """gelu(gate) · up with gelu's tanh approximation, both (T, ff)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return geglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (dy,) = grads
+        gate, up = ctx.saved_tensors
+        d_gate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
+        return d_gate, F.gelu(gate, approximate="tanh").mul_(dy)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+class Gate(NamedTuple):
+    """A gated unit: with a place in the graph, and the same values without one."""
+
+    function: type[torch.autograd.Function]
+    plain: Any
+
+
+# HF's `hidden_act` → the gated unit
+GATES = {"silu": Gate(SwiGLU, swiglu), "gelu_pytorch_tanh": Gate(GeGLU, geglu)}

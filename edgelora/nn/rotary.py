@@ -1,0 +1,82 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864): the angles of every scaling, and the rotation itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgelora.architectures.rope import Rope
+
+
+class Rotary(torch.autograd.Function):
+    """Rotate the halves of each head by its position, in HF's layout of pairs.
+
+    x (T, H, d), cos and sin (T, 1, r / 2): the first r numbers of a head rotate, the others stay as they are. The
+    backward is the rotation by the opposite angle.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(grads[0], cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = 2 * cos.shape[-1]
+    first, second = x[..., :rotated].chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    one, two = out[..., :rotated].chunk(2, dim=-1)
+    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=two).addcmul_(first, sin)
+    if rotated < x.shape[-1]:
+        out[..., rotated:] = x[..., rotated:]
+    return out
+
+
+def rotary_tables(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 (T, 1, rope.dim / 2), for `positions` (T,).
+
+    Dynamic and LongRoPE scaling depend on the longest sequence, as in transformers: the largest position counts.
+    """
+    length = int(positions.max()) + 1 if rope.scaling in ("dynamic", "longrope") and len(positions) else 0
+    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(rope, length).to(positions.device)
+    return (angles.cos() * rope.attention_factor)[:, None], (angles.sin() * rope.attention_factor)[:, None]
+
+
+def inverse_frequencies(rope: Rope, length: int = 0) -> Tensor:
+    """Radians per position, float32 (rope.dim / 2,), for a sequence of `length` tokens."""
+    theta, original = rope.theta, rope.original_max_position_embeddings
+    if rope.scaling == "dynamic":
+        longest = max(length, original)
+        theta *= (rope.factor * longest / original - (rope.factor - 1)) ** (rope.dim / (rope.dim - 2))
+    frequencies = 1.0 / theta ** (torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim)
+    if rope.scaling == "linear":
+        return frequencies / rope.factor
+    if rope.scaling == "yarn":
+        return frequencies / rope.factor * (ramp := _yarn_ramp(rope)) + frequencies * (1 - ramp)
+    if rope.divisors:
+        stretched = rope.scaling == "longrope" and length > original
+        return frequencies / torch.tensor(rope.long_divisors if stretched else rope.divisors)
+    return frequencies
+
+
+def _yarn_ramp(rope: Rope) -> Tensor:
+    """0 where a frequency stays as it is, 1 where it is stretched (arXiv:2309.00071, equation 18)."""
+
+    def dimension(rotations: float) -> float:
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    return ((torch.arange(rope.dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
