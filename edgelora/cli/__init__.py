@@ -6,8 +6,9 @@ import sys
 
 import typer
 
-from edgelora.cli import evaluate, export, look, train
+from edgelora.cli import evaluate, export, inspect, look, tokenize, train
 from edgelora.cli.chat import chat
+from edgelora.cli.convert import convert
 from edgelora.cli.state import state
 from edgelora.errors import EdgeloraError
 
@@ -22,11 +23,14 @@ app = typer.Typer(
 
 app.command()(look.quickstart)
 app.command()(train.train)
+app.command()(convert)
 app.command()(export.export)
 app.command()(export.merge)
 app.command()(export.quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(chat)
+app.command()(inspect.inspect)
+app.command()(tokenize.tokenize)
 app.command()(look.doctor)
 
 

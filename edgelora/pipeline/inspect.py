@@ -1,0 +1,316 @@
+"""What is in a file or folder, and what edgelora can do with it. Reads headers, the vocabulary and 64 rows a layer.
+
+What cannot be opened as a base is described as far as it can be read, each part with the reason where it ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from converters.base_to_gguf import refuse_unlike, shortened_context
+from edgelora.base.model import FLOATS, Base, open_base
+from edgelora.data.folder import folder_template
+from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.vocabulary import vocabulary_from_folder, vocabulary_from_gguf
+from edgelora.errors import EdgeloraError
+from edgelora.files.adapter_check import contract_of
+from edgelora.files.checkpoint import CONFIG, Checkpoint
+from edgelora.files.contract import read_lineage
+from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import CONFIG as ADAPTER_CONFIG
+from edgelora.pipeline.inspect_adapter import AdapterFacts, gguf_adapter, is_adapter, peft_adapter
+from edgelora.pipeline.inspect_facts import (
+    TemplateFacts,
+    TokenizerFacts,
+    TypeShare,
+    certificate_of,
+    contract_facts,
+    reason,
+    shares,
+    stated,
+    template_facts,
+    tokenizer_facts,
+)
+
+Source = GGUFFile | Checkpoint
+T = TypeVar("T")
+
+# What is shown of a model's shape, by its name in config.json → its key in a GGUF, behind the architecture.
+DIMENSIONS = {
+    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    "sliding_window": "attention.sliding_window", "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length",
+}  # fmt: skip
+# Rope frequencies stand among the tensors, but are no weights.
+TABLES = re.compile(r"rope_(freqs|factors_\w+)\.weight|.*rotary_emb\.inv_freq")
+# The quantizations with blocks of 256.
+WIDE = re.compile(r"Q\d_K|TQ|IQ(?!4_NL)")
+
+
+@dataclass(frozen=True)
+class Weights:
+    size_bytes: int
+    files: int
+    quant: str
+    types: list[TypeShare]
+    parameters: int | None
+    """None where integers hold the weights of a checkpoint in a way that is not known."""
+    bits_per_weight: float | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    model_type: str | None
+    """As in config.json; None for the GGUF of a family that is not known."""
+    gguf_architecture: str | None
+    dimensions: dict[str, int]
+    """By their names in config.json; what does not apply is left out."""
+    rope: dict[str, Any]
+    sliding_layers: int = 0
+    """How many layers look at the sliding window only."""
+    context_in_llama_cpp: int | None = None
+    context_reason: str | None = None
+    """Why llama.cpp may see less than `max_position_embeddings`."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which base this is (`fingerprint`, the same at every quantization) and what was merged into it."""
+
+    fingerprint: str | None
+    lineage: list[str]
+    contract: dict[str, Any] | None
+    certificate: dict[str, Any] | None
+    faults: list[str]
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether edgelora can do it with these very files, and what is to be said of that."""
+
+    answer: Literal["yes", "no", "convert first"]
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base model. `fault`: why it cannot be opened, though parts of it can be read."""
+
+    kind: Literal["GGUF", "checkpoint"]
+    path: str
+    name: str
+    fault: str | None
+    weights: Weights
+    shape: Shape
+    tokenizer: TokenizerFacts
+    template: TemplateFacts
+    origin: Origin
+    train: Ability
+    run: Ability
+    linears: dict[str, int]
+    """What adapters attach to: its name inside a layer → how many layers have it."""
+
+
+def inspect(path: Path) -> BaseFacts | AdapterFacts:
+    """Raises what `open_base` raises if there is neither a model nor an adapter, or its headers cannot be read."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return peft_adapter(path)
+    try:
+        base = open_base(path)
+    except EdgeloraError as e:
+        source = _source(path, e)
+        if isinstance(source, GGUFFile) and is_adapter(source):
+            return gguf_adapter(source)
+        return _describe(source, None, reason(e, source.path))
+    return _describe(base.source, base, None)
+
+
+def _source(path: Path, error: EdgeloraError) -> Source:
+    """The one thing at `path` that has headers to read. Raises `error` if there is none."""
+    models = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(models) == 1:
+        return GGUFFile(models[0])
+    if not models and (path / CONFIG).is_file():
+        return Checkpoint(path)
+    raise error
+
+
+def _describe(source: Source, base: Base | None, fault: str | None) -> BaseFacts:
+    tokenizer, texts = _tokenizer(source, base)
+    template = template_facts(lambda: _template_source(source), tokenizer)
+    origin = _origin(source, base if tokenizer else None)
+    why_not = fault or texts.fault or (origin.faults[0] if origin.fingerprint is None else None)
+    is_gguf = isinstance(source, GGUFFile)
+    name = stated(source, "general.name", str) if isinstance(source, GGUFFile) else None
+    return BaseFacts(
+        kind="GGUF" if is_gguf else "checkpoint",
+        path=str(source.path),
+        name=name or source.path.resolve().name,
+        fault=fault,
+        weights=_weights(source, base),
+        shape=_opened_shape(base) if base else _stated_shape(source),
+        tokenizer=texts,
+        template=template,
+        origin=origin,
+        train=_train(base, why_not, template),
+        run=_run(base, why_not),
+        linears=dict(Counter(name.split(".", 3)[3] for name in base.linears)) if base else {},
+    )
+
+
+# -- weights and shape --------------------------------------------------------------------------------------------
+
+
+def _weights(source: Source, base: Base | None) -> Weights:
+    if isinstance(source, GGUFFile):
+        tensors = [(t.name, t.type.name, t.shape, t.size_bytes) for t in source.tensors.values()]
+        known = True
+    else:
+        tensors = [(t.name, t.dtype, t.shape, t.size_bytes) for t in source.tensors.values()]
+        known = {kind for _, kind, _, _ in tensors} <= set(FLOATS)
+    tied_copy = "lm_head.weight" if base is not None and base.config.tie_word_embeddings else None
+    tensors = [t for t in tensors if t[0] != tied_copy and not TABLES.fullmatch(t[0])]
+    wide = base is not None and WIDE.match(base.quant) is not None
+    types = shares((t[1:] for t in tensors), wide=wide)
+    parameters, size = sum(t.parameters for t in types), sum(t.size_bytes for t in types)
+    return Weights(
+        size_bytes=source.size_bytes,
+        files=1 if isinstance(source, GGUFFile) else len(source.shards),
+        quant=base.quant if base else max(types, key=lambda t: t.parameters).type if types else "no weights",
+        types=types,
+        parameters=parameters if known else None,
+        bits_per_weight=8 * size / parameters if known and parameters else None,
+    )
+
+
+def _opened_shape(base: Base) -> Shape:
+    config, rope = base.config, base.config.rope
+    found = {name: getattr(config, name) for name in DIMENSIONS}
+    turns: dict[str, Any] = {"theta": rope.theta, "dim": rope.dim, "scaling": rope.scaling}
+    if rope.factor != 1:
+        turns["factor"] = rope.factor
+    if rope.original_max_position_embeddings:
+        turns["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    layers = range(config.num_hidden_layers)
+    why = None
+    if shortened_context(base) is not None:
+        windowed = base.context == config.sliding_window
+        why = "it looks beyond the sliding window" if windowed else "in a longer one it takes LongRoPE's long factors"
+    return Shape(
+        model_type=config.model_type,
+        gguf_architecture=base.architecture.gguf_name,
+        dimensions={name: value for name, value in found.items() if value},
+        rope=turns,
+        sliding_layers=sum(config.window(layer) is not None for layer in layers),
+        context_in_llama_cpp=base.context,
+        context_reason=why,
+    )
+
+
+def _stated_shape(source: Source) -> Shape:
+    """What the metadata says, whether it can be or not."""
+    if isinstance(source, GGUFFile):
+        found = {name: stated(source, f"{source.architecture}.{key}", int) for name, key in DIMENSIONS.items()}
+        turns = {"theta": stated(source, f"{source.architecture}.rope.freq_base", float)}
+        return Shape(None, source.architecture or None, _given(found), _given(turns))
+    config: Mapping[str, Any] = source.config
+    inner = config.get("text_config")
+    config = {**inner, **config} if isinstance(inner, dict) else config
+    numbers = {name: config[name] for name in DIMENSIONS if type(config.get(name)) is int}
+    theta = config.get("rope_theta")
+    kind = config.get("model_type")
+    return Shape(str(kind) if kind else None, None, numbers, {"theta": theta} if type(theta) in (int, float) else {})
+
+
+def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# -- texts --------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(source: Source, base: Base | None) -> tuple[Tokenizer | None, TokenizerFacts]:
+    try:
+        if base is not None:
+            tokenizer = base.tokenizer
+        elif isinstance(source, GGUFFile):
+            tokenizer = Tokenizer(vocabulary_from_gguf(source))
+        else:
+            tokenizer = Tokenizer(vocabulary_from_folder(source.path))
+    except EdgeloraError as e:
+        return None, _stated_tokenizer(source, reason(e, source.path))
+    return tokenizer, tokenizer_facts(tokenizer)
+
+
+def _stated_tokenizer(source: Source, fault: str) -> TokenizerFacts:
+    if not isinstance(source, GGUFFile):
+        return TokenizerFacts("unknown", "unknown", 0, fault=fault)
+    model, pre = (stated(source, f"tokenizer.ggml.{key}", str) or "none" for key in ("model", "pre"))
+    tokens = stated(source, "tokenizer.ggml.tokens", list)
+    return TokenizerFacts(model, pre, 0 if tokens is None else len(tokens), fault=fault)
+
+
+def _template_source(source: Source) -> str | None:
+    if isinstance(source, GGUFFile):
+        text: str | None = source.get("tokenizer.chat_template", str)
+        return text
+    return folder_template(source.path)
+
+
+# -- where it comes from, and what can be done with it ------------------------------------------------------------
+
+
+def _origin(source: Source, base: Base | None) -> Origin:
+    faults: list[str] = []
+
+    def read(part: Callable[[], T]) -> T | None:
+        try:
+            return part()
+        except EdgeloraError as e:
+            faults.append(reason(e, source.path))
+            return None
+
+    fingerprint = read(lambda: base.fingerprint.short) if base is not None else None
+    if isinstance(source, Checkpoint):
+        return Origin(fingerprint, [], None, None, faults)
+    contract = read(lambda: contract_of(source))
+    return Origin(
+        fingerprint=fingerprint,
+        lineage=list(read(lambda: read_lineage(source)) or ()),
+        contract=contract_facts(contract) if contract else None,
+        certificate=certificate_of(source),
+        faults=list(dict.fromkeys(faults)),
+    )
+
+
+def _train(base: Base | None, fault: str | None, template: TemplateFacts) -> Ability:
+    if base is None or fault is not None:
+        return Ability("no", fault or "")
+    if template.fault is not None:
+        return Ability("no", template.fault)
+    if template.sha256 is not None:
+        return Ability("yes")
+    try:
+        base.with_template("chatml")
+    except EdgeloraError as e:
+        return Ability("no", reason(e, base.path))
+    return Ability("yes", "with --chat-template, since it has no chat template of its own")
+
+
+def _run(base: Base | None, fault: str | None) -> Ability:
+    if base is None or fault is not None:
+        return Ability("no", fault or "")
+    if base.is_gguf:
+        return Ability("yes", "in llama.cpp")
+    try:
+        refuse_unlike(base)
+    except EdgeloraError as e:
+        return Ability("no", reason(e, base.path))
+    return Ability("convert first", "llama.cpp runs GGUF files, and `edgelora convert` writes one")

@@ -1,0 +1,123 @@
+"""What is in an adapter: PEFT's folder or a GGUF. Without a base at hand it is held to itself only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgelora.errors import AdapterError, EdgeloraError
+from edgelora.files.adapter_check import check_adapter, contract_of
+from edgelora.files.checkpoint import read_json
+from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.safetensors import SafetensorsFile
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
+from edgelora.pipeline.inspect_facts import TypeShare, certificate_of, contract_facts, reason, shares, stated
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """`faults`: why edgelora would refuse it whatever the base."""
+
+    kind: Literal["PEFT adapter", "GGUF adapter"]
+    path: str
+    size_bytes: int
+    method: str
+    architecture: str | None
+    """llama.cpp's name of the base's family, where the file states it."""
+    base: str | None
+    """The base as the adapter names it."""
+    alpha: float | None
+    """0 in a GGUF: every scale is in the tensors already."""
+    ranks: dict[int, int]
+    """Rank → how many linear layers have it."""
+    targets: dict[str, int]
+    """Name inside a layer → how many layers."""
+    parameters: int
+    types: list[TypeShare]
+    contract: dict[str, Any] | None
+    certificate: dict[str, Any] | None
+    faults: list[str]
+
+
+def is_adapter(file: GGUFFile) -> bool:
+    return stated(file, "general.type", str) == "adapter" or any(name.endswith(".lora_a") for name in file.tensors)
+
+
+def peft_adapter(path: Path) -> AdapterFacts:
+    """Raises FileFormatError if its two files cannot be read."""
+    config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
+    shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
+    linears = _linears(shapes, "lora_A", "lora_B")
+    faults = []
+    try:
+        read_adapter(path, linears)
+    except EdgeloraError as e:
+        faults.append(reason(e, path))
+    try:
+        contract = _contract(path / FILE_NAME)
+    except AdapterError:
+        contract = None  # read_adapter has said so
+    base = config.get("base_model_name_or_path")
+    alpha = config.get("lora_alpha")
+    types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
+    return AdapterFacts(
+        "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
+        contract.base_file.name if contract else str(base) if base else None,
+        float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else None,
+        _ranks(shapes, "lora_A"), dict(Counter(name.rpartition(".")[2] for name in linears)),
+        sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
+        contract.certificate if contract else None, faults,
+    )  # fmt: skip
+
+
+def gguf_adapter(file: GGUFFile) -> AdapterFacts:
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    linears = _linears(shapes, "lora_a", "lora_b")
+    faults, contract = [], None
+    try:
+        check_adapter(file.path, file.architecture, linears)
+        contract = contract_of(file)
+    except EdgeloraError as e:
+        faults.append(reason(e, file.path))
+    types = shares((t.type.name, t.shape, t.size_bytes) for t in file.tensors.values())
+    return AdapterFacts(
+        "GGUF adapter", str(file.path), file.size_bytes,
+        contract.method if contract else stated(file, "adapter.type", str) or "unknown",
+        file.architecture or None, contract.base_file.name if contract else None,
+        stated(file, "adapter.lora.alpha", float), _ranks(shapes, "lora_a"),
+        dict(Counter(name.removesuffix(".weight").rpartition(".")[2] for name in linears)),
+        sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
+        certificate_of(file), faults,
+    )  # fmt: skip
+
+
+def _linears(shapes: Shapes, a: str, b: str) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of the linear layers that these pairs were made for; 0 where no matrix tells it."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, shape in shapes.items():
+        module, _, part = name.rpartition(".")
+        if part in (a, b):
+            d_out, d_in = found.get(module, (0, 0))
+            rows, columns = shape if len(shape) == 2 else (0, 0)
+            found[module] = (d_out, columns) if part == a else (rows, d_in)
+    return found
+
+
+def _ranks(shapes: Shapes, a: str) -> dict[int, int]:
+    return dict(Counter(shape[0] for name, shape in shapes.items() if name.endswith(f".{a}") and shape))
+
+
+def _contract(path: Path) -> Contract | None:
+    return read_contract(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None
+
+
+def _peft_method(config: Mapping[str, Any]) -> str:
+    """`lora`, and what makes it another one."""
+    more = [name for name in ("use_rslora", "use_dora") if config.get(name) is True]
+    return " + ".join([str(config.get("peft_type", "unknown")).lower(), *(name.removeprefix("use_") for name in more)])

@@ -1,0 +1,358 @@
+"""`edgelora tokenize`: the ids of training, shown piece by piece, and held against llama.cpp's own tokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import TEMPLATE
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from edgelora.base.model import Base, open_base
+from edgelora.cli import run
+from edgelora.cli import tokenize as command
+from edgelora.cli.tokenize import visible
+from edgelora.data.conversation import read_conversations
+from edgelora.data.encode import encode_conversation
+from edgelora.errors import CertificateError, DataError
+from edgelora.pipeline import tokenize as pipeline
+from edgelora.pipeline.tokenize import Tokenized, check, first_difference, read_text, tokenize_text, tokens_of
+from runtime.binding import Model
+
+TEXT = "Turn on the light in the kitchen,\n\tplease: <|im_end|> größer 日本 🙂"
+ROWS = (
+    '{"messages": [{"role": "user", "content": "Turn it <|im_end|> on"}, {"role": "assistant", "content": "Done."}]}',
+    '{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "And\\nnow?"}, '
+    '{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "x"}, '
+    '{"role": "assistant", "content": "No."}]}',
+)
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared_data, tmp_path_factory) -> Path:
+    """stories260K as a Hugging Face folder, without the GGUF beside it."""
+    folder = tmp_path_factory.mktemp("stories")
+    for file in (shared_data / "models" / "stories260K").iterdir():
+        if file.suffix != ".gguf":
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    assert run(["tokenize", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def encoded(base: Base, path: Path) -> list[Tokenized]:
+    return list(pipeline.tokenize_chats(base, path)[1])
+
+
+# -- ids ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+def test_a_text_gets_llama_cpps_ids(tiny, capsys, parse_special):
+    found = shown(capsys, tiny.path, "--text", TEXT, *["--parse-special"] * parse_special)
+    model = Model(tiny.path, vocabulary_only=True)
+    assert found["rows"][0]["ids"] == model.tokenize(TEXT, parse_special=parse_special)
+    model.close()
+    assert ("<|im_end|>" in found["rows"][0]["pieces"]) is parse_special
+    assert any(found["rows"][0]["special"]) is parse_special
+    assert found["compared"] is None
+
+
+def test_pieces_are_the_bytes_of_the_text(tiny):
+    base = open_base(tiny.path)
+    row = tokenize_text(base, TEXT)
+    assert b"".join(token.piece for token in tokens_of(base, row)).decode() == TEXT
+
+
+def test_json_counts_tokens_and_bytes(tiny, capsys):
+    row = shown(capsys, tiny.path, "--text", "größer")["rows"][0]
+    assert row["n_bytes"] == 8
+    assert row["n_tokens"] == len(row["ids"]) == len(row["pieces"]) == len(row["special"])
+    assert "loss_mask" not in row
+
+
+def test_half_a_character_is_written_as_bytes(tiny, capsys):
+    pieces = shown(capsys, tiny.path, "--text", "é")["rows"][0]["pieces"]
+    assert pieces == [r"\xc3", r"\xa9"]
+
+
+def test_chats_are_shown_as_they_are_trained(tiny, rows, capsys):
+    base = open_base(tiny.path)
+    found = shown(capsys, tiny.path, "--chat", rows)["rows"]
+    for row, conversation in zip(found, read_conversations(rows), strict=True):
+        example = encode_conversation(conversation, base.tokenizer, base.template)
+        assert row["ids"] == example.input_ids.tolist()
+        assert row["loss_mask"] == example.loss_mask.tolist()
+        assert row["prompt"] == base.template.render(conversation.messages).text
+        assert "".join(row["pieces"]) == row["prompt"]
+    control = [piece for piece, special in zip(found[0]["pieces"], found[0]["special"], strict=True) if special]
+    assert control == ["<|im_start|>", "<|im_end|>"] * 2  # and not the one that the user wrote
+    learned = [piece for piece, has_loss in zip(found[0]["pieces"], found[0]["loss_mask"], strict=True) if has_loss]
+    assert "".join(learned) == "Done.<|im_end|>"
+
+
+def test_a_base_without_a_template_takes_a_chosen_one(make_tiny, rows, capsys):
+    mute = make_tiny(template=None).path
+    assert run(["tokenize", str(mute), "--chat", str(rows)]) == 1
+    assert "it has no chat template" in capsys.readouterr().err
+    assert shown(capsys, mute, "--chat", rows, "--chat-template", "chatml")["rows"][0]["prompt"].startswith("<|im_sta")
+
+
+# -- sources ------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_byte_for_byte(tiny, tmp_path, capsys, monkeypatch):
+    raw = b"\xef\xbb\xbfa\r\nb\0"
+    (tmp_path / "text").write_bytes(raw)
+    from_file = shown(capsys, tiny.path, "--file", tmp_path / "text")["rows"][0]
+    assert from_file["n_bytes"] == len(raw)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(raw)))
+    assert shown(capsys, tiny.path, "--file", "-")["rows"][0] == from_file
+
+
+def test_a_text_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGEST_TEXT", 1 << 20)
+    (tmp_path / "text").write_bytes(b"a" * (1 << 20))
+    assert len(read_text(tmp_path / "text")) == 1 << 20
+    with (tmp_path / "text").open("ab") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(DataError, match="more than 1 MB"):
+        read_text(tmp_path / "text")
+
+
+def test_a_row_that_the_template_refuses_is_named(make_tiny, rows, capsys):
+    assert run(["tokenize", str(make_tiny(template=STRICT).path), "--chat", str(rows)]) == 1
+    shown = capsys.readouterr()
+    assert "error: row 2: the chat template refused a conversation: no system" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("", "nothing to tokenize"),
+        ("--text a --file {rows}", "--text and --file to tokenize"),
+        ("--text a --file {rows} --chat {rows}", "--text and --file and --chat to tokenize"),
+        ("--chat {rows} --parse-special", "--parse-special with --chat"),
+        ("--text a --chat-template chatml", "--chat-template with --text"),
+        ("--chat {rows} --chat-template chatml", "it has a chat template of its own"),
+        ("--file {folder}", "cannot be read (Is a directory)"),
+        ("--file {folder}/missing", "cannot be read (No such file or directory)"),
+        ("--file {latin}", "not a text in UTF-8"),
+        ("--text {half}", "the text is not Unicode"),
+        ("--chat {latin}", "not a text file in UTF-8"),
+        ("--chat {folder}/missing", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_three_lines(tiny, rows, tmp_path, capsys, line, what):
+    latin = tmp_path / "latin"
+    latin.write_bytes("größer".encode("latin-1"))
+    words = [w.format(rows=rows, folder=tmp_path, latin=latin, half="a\udcff") for w in line.split()]
+    assert run(["tokenize", str(tiny.path), *words]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    first, why, fix = shown.err.splitlines()
+    assert what in first
+    assert (why[:7], fix[:7]) == ("  why: ", "  fix: ")
+
+
+# -- --check ------------------------------------------------------------------------------------------------------
+
+
+def test_check_compares_every_id(tiny, rows, capsys):
+    found = shown(capsys, tiny.path, "--chat", rows, "--check")
+    assert found["compared"] == sum(row["n_tokens"] for row in found["rows"])
+    assert run(["tokenize", str(tiny.path), "--text", TEXT, "--parse-special", "--check"]) == 0
+    assert "llama.cpp gives the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--text", TEXT], ["--text", "a <s>b</s>", "--parse-special"]])
+def test_check_of_a_checkpoint_asks_llama_cpp_too(checkpoint, capsys, arguments):
+    found = shown(capsys, checkpoint, *arguments, "--check")
+    assert found["compared"] == found["rows"][0]["n_tokens"] > 0
+
+
+def test_check_of_a_checkpoints_conversations(checkpoint, rows, capsys):
+    found = shown(capsys, checkpoint, "--chat", rows, "--chat-template", "chatml", "--check")
+    assert found["compared"] == sum(row["n_tokens"] for row in found["rows"])
+    assert found["rows"][0]["pieces"][0] == "<s>"
+
+
+def test_check_keeps_the_treatment_of_blanks_behind_special_tokens(checkpoint):
+    """No key says it: llama.cpp finds it in the name of the model."""
+    base = open_base(checkpoint)
+    tokens = (*base.vocabulary.tokens[:-1], "<|endoftext|>")  # without which llama.cpp does not load a Phi-3
+    base.__dict__["vocabulary"] = replace(base.vocabulary, tokens=tokens, strip_after_special=True)
+    with pipeline._vocabulary_in_llama_cpp(base) as model:
+        assert model.tokenize("</s>  a", parse_special=True) == base.tokenizer.encode("</s>  a", parse_special=True).ids
+        assert len(model.tokenize("</s>  a", parse_special=True)) == len(model.tokenize("</s>a", parse_special=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda ids: [ids[0], ids[1] + 1, *ids[2:]], "id 1 is "),
+        (lambda ids: ids[:-1], "is the end, in llama.cpp "),
+        (lambda ids: [*ids, 80], "in llama.cpp the end"),
+    ],
+    ids=["other", "too few", "too many"],
+)
+def test_the_first_difference_of_a_text_is_named(tiny, change, what):
+    base = open_base(tiny.path)
+    row = tokenize_text(base, "Turn on the light")
+    with pytest.raises(CertificateError) as caught:
+        check(base, [replace(row, ids=change(row.ids))])
+    assert what in caught.value.what
+    assert f"{row.ids[1]} {base.tokenizer.piece(row.ids[1])!r}" in caught.value.what or "end" in what
+
+
+def test_the_first_difference_of_chats_names_the_row(tiny, rows):
+    base = open_base(tiny.path)
+    one, two = encoded(base, rows)
+    at = two.learned.index(True)
+    with pytest.raises(CertificateError, match=f"id {at} of row 2 is {two.ids[at] + 1} "):
+        check(base, [one, replace(two, ids=[*two.ids[:at], two.ids[at] + 1, *two.ids[at + 1 :]])])
+
+
+def test_where_a_user_writes_special_tokens_each_text_is_checked_by_itself(tiny, rows):
+    base = open_base(tiny.path)
+    row = encoded(base, rows)[0]
+    at = row.learned.index(True)
+    letters = [base.tokenizer.encode(letter).ids[0] for letter in "Done."]
+    merged = [i for i, learned in zip(row.ids, row.learned, strict=True) if learned][:-1]
+    assert len(merged) < len(letters)
+    with pytest.raises(CertificateError, match=f"id {at + 1} of row 1 is .* b'o', in llama.cpp .* b'on'"):
+        check(base, [replace(row, ids=[*row.ids[:at], *letters, *row.ids[at + len(merged) :]])])
+
+
+def test_a_difference_is_exit_code_3(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "tokenize_text", lambda *_, **__: Tokenized("Turn on", [80, 81]))
+    assert run(["tokenize", str(tiny.path), "--text", "Turn on", "--check"]) == 3
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "id 0 is 80 " in shown.err
+
+
+class Stub:
+    """A llama.cpp that reads control tokens, and knows the plain texts it was given."""
+
+    def __init__(self, base: Base, plain: dict[str, Sequence[int]]) -> None:
+        self.control, self.plain = base.tokenizer.control, plain
+
+    def tokenize(self, text: str, *, parse_special: bool) -> list[int]:
+        return [self.control[text]] if parse_special else list(self.plain[text])
+
+
+@pytest.mark.parametrize(("theirs", "position"), [([80, 81], None), ([80, 82], 2), ([80], 2), ([80, 81, 82], 3)])
+def test_positions_count_over_the_whole_prompt(tiny, theirs, position):
+    base = open_base(tiny.path)
+    start, end = base.tokenizer.control["<|im_start|>"], base.tokenizer.control["<|im_end|>"]
+    text = base.tokenizer.decode([80, 81])
+    found = first_difference(base.tokenizer, Stub(base, {text: theirs}), [start, 80, 81, end])
+    assert (found.position if found else None) == position
+
+
+# -- what people see ----------------------------------------------------------------------------------------------
+
+
+def test_elsewhere_than_on_a_terminal_a_token_is_a_line(tiny, rows, capsys):
+    assert run(["tokenize", str(tiny.path), "--text", "a\n\x1b b"]) == 0
+    shown = capsys.readouterr()
+    pieces = [line.split("\t")[1] for line in shown.out.splitlines()]
+    assert "".join(piece[1:-1] for piece in pieces) == r"a\n\x1b b"
+    assert shown.err.startswith(f"{len(pieces)} tokens for 5 bytes; ")
+    assert run(["tokenize", str(tiny.path), "--chat", str(rows)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("row 1: ")
+    assert lines[1].endswith('"<|im_start|>"\tspecial')
+    assert any(line.endswith('"<|im_end|>"\tspecial\tloss') for line in lines)
+    assert any(line.endswith('"."\tloss') for line in lines)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80])
+def test_on_a_terminal_ids_stand_below_their_pieces(tiny, width):
+    base = open_base(tiny.path)
+    tokens = list(tokens_of(base, tokenize_text(base, TEXT * 3)))
+    lines = [line.plain for line in command._two_lines(tokens, width)]
+    assert all(cell_len(line) <= width for line in lines)
+    ids, pieces = [], []
+    for above, below in zip(lines[::2], lines[1::2], strict=True):
+        ids += map(int, below.split())
+        pieces += above.split(" ")
+        starts = [i for i, (before, c) in enumerate(pairwise(f" {below}")) if before == " " != c]
+        columns = [cell_len(above[:i]) for i in range(len(above))]
+        assert set(starts) <= {*columns}
+    assert ids == [token.id for token in tokens]
+    assert [piece for piece in pieces if piece] == [visible(token.piece, blank="␣") for token in tokens]
+
+
+def test_a_line_ends_where_the_text_ends_one(tiny):
+    base = open_base(tiny.path)
+    lines = [line.plain.rstrip() for line in command._two_lines(tokens_of(base, tokenize_text(base, "a\nb")), 80)]
+    assert [line.split() for line in lines[::2]] == [["a", r"\n"], ["b"]]
+
+
+def test_special_tokens_and_loss_look_different(tiny, rows):
+    base = open_base(tiny.path)
+    tokens = list(tokens_of(base, encoded(base, rows)[0]))
+    styles = {command._style(token) for token in tokens}
+    assert len(styles) == 4  # plain, special, with loss, and both
+    assert command._style(tokens[0]) == command.SPECIAL
+
+
+def test_output_is_cut_short_with_a_word(tiny, rows, capsys, monkeypatch):
+    monkeypatch.setattr(command, "MOST_SHOWN", 5)
+    assert run(["tokenize", str(tiny.path), "--text", "0123456789"]) == 0
+    assert capsys.readouterr().out.splitlines()[5:] == ["… 5 more tokens; --json prints all"]
+    assert run(["tokenize", str(tiny.path), "--chat", str(rows)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 5 + 2
+    assert lines[-1] == "… 1 more row; --json prints all"
+    assert len(shown(capsys, tiny.path, "--text", "0123456789")["rows"][0]["ids"]) == 10
+
+
+def test_rows_are_encoded_only_as_far_as_they_are_shown(make_tiny, rows, capsys, monkeypatch):
+    monkeypatch.setattr(command, "MOST_SHOWN", 5)
+    assert run(["tokenize", str(make_tiny(template=STRICT).path), "--chat", str(rows)]) == 0
+    assert "1 more row" in capsys.readouterr().out  # the one that its template refuses
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b", "a b"), ("\n\t\r", r"\n\t\r"), ("\\n", r"\\n"), ("\x1b[31m", r"\x1b[31m"), ("é日🙂", "é日🙂"),
+        ("\u202e", r"\u202e"), ("\xa0", r"\u00a0"), (b"\xe6\x97", r"\xe6\x97"), ("é".encode(), "é"), (b"\0", r"\x00"),
+    ],
+)  # fmt: skip
+def test_visible(text, expected):
+    assert visible(text) == expected
+
+
+@given(st.binary(max_size=12))
+def test_two_pieces_never_look_alike(raw):
+    assert visible(raw).isprintable()
+    back = visible(raw).encode("latin-1", "backslashreplace").decode("unicode_escape")
+    assert visible(raw) != visible(raw + b"\n")
+    if raw.isascii():
+        assert back.encode() == raw
