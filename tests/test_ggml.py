@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
-from edgelora.base import ggml
+from edgelora.base import ggml, team
 from edgelora.errors import BaseModelError, EdgeloraError, ExportError
 
 COLUMNS = 512  # two blocks of a K-quant
@@ -126,36 +126,63 @@ def test_floats_pass_through(kind):
     np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, 6)), bits(exact))
 
 
-@pytest.fixture
-def many_threads(monkeypatch):
-    """Four threads whatever the machine has, from the first float on."""
+@pytest.fixture(params=["pool", "openmp"])
+def many_threads(request, monkeypatch):
+    """Four threads whatever the machine has, from the first float on: a pool's, or torch's own."""
     with ThreadPoolExecutor(4) as pool:
-        monkeypatch.setattr(ggml, "_pool", lambda: pool)
-        monkeypatch.setattr(ggml, "ELEMENTS_PER_THREAD", 1)
-        monkeypatch.setattr(ggml, "QUANTIZED_PER_THREAD", 1)
+        monkeypatch.setattr(team, "cores", lambda: 4)
+        monkeypatch.setattr(team, "_pool", lambda: pool)
+        for limit in ("ELEMENTS_PER_THREAD", "FAST_ELEMENTS_PER_THREAD", "QUANTIZED_PER_THREAD"):
+            monkeypatch.setattr(ggml, limit, 1)
+        if request.param == "pool":
+            monkeypatch.setattr(team, "shared_openmp", lambda: None)
+        elif team.shared_openmp() is None:
+            pytest.skip("this torch brings no libgomp")
         yield
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """What one thread gives for the random blocks of each type."""
+    return {kind: ggml.dequantize(random_blocks(kind), kind, COLUMNS) for kind in ggml.DEQUANTIZE}
+
+
 @pytest.mark.parametrize("kind", ggml.DEQUANTIZE, **BY_NAME)
-def test_threads_do_not_change_the_floats(kind, request):
+def test_threads_do_not_change_the_floats(alone, kind, many_threads):  # noqa: ARG001
     blocks = random_blocks(kind)
-    alone = ggml.dequantize(blocks, kind, COLUMNS)
-    request.getfixturevalue("many_threads")
-    assert ggml._split(6, COLUMNS, 1) == [(0, 1), (1, 3), (3, 4), (4, 6)]
-    np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, COLUMNS)), bits(alone))
+    assert team.split(6, 6 * COLUMNS, 1) == [(0, 1), (1, 3), (3, 4), (4, 6)]
+    np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, COLUMNS)), bits(alone[kind]))
+
+
+@pytest.fixture(scope="module")
+def quantized_alone():
+    """What one thread quantizes the weights to, with and without importance."""
+    hints = (None, importance())
+    return {(kind, hint is None): ggml.quantize(weights(), kind, hint) for kind in FAST for hint in hints}
 
 
 @pytest.mark.parametrize("hint", [None, importance()], ids=["plain", "importance"])
 @pytest.mark.parametrize("kind", FAST, **BY_NAME)
-def test_threads_do_not_change_the_blocks(kind, hint, request):
-    alone = ggml.quantize(weights(), kind, hint)
-    request.getfixturevalue("many_threads")
-    np.testing.assert_array_equal(ggml.quantize(weights(), kind, hint), alone)
+def test_threads_do_not_change_the_blocks(quantized_alone, kind, hint, many_threads):  # noqa: ARG001
+    np.testing.assert_array_equal(ggml.quantize(weights(), kind, hint), quantized_alone[kind, hint is None])
 
 
 def test_no_thread_gets_less_than_is_worth_waking_it_for():
-    assert ggml._split(6, COLUMNS, 6 * COLUMNS) == [(0, 6)]
-    assert ggml._split(0, COLUMNS, 1) == [(0, 0)]
+    assert team.split(6, 6 * COLUMNS, 6 * COLUMNS) == [(0, 6)]
+    assert team.split(0, 0, 1) == [(0, 0)]
+
+
+def test_every_piece_is_done_once_and_a_fault_comes_back(many_threads):  # noqa: ARG001
+    done = []
+    team.run([(i, i + 1) for i in range(7)], lambda first, _: done.append(first))
+    assert sorted(done) == list(range(7))
+
+    def fails(first: int, _: int) -> None:
+        if first == 2:
+            raise RuntimeError("piece 2")
+
+    with pytest.raises(RuntimeError, match="piece 2"):
+        team.run([(i, i + 1) for i in range(4)], fails)
 
 
 def test_no_rows_are_no_rows():

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import itertools
 import logging
-import os
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +17,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from edgelora.base.team import run, shared_openmp, split
 from edgelora.errors import BaseModelError, ExportError
 
 Type = GGMLQuantizationType
@@ -40,9 +36,11 @@ FLOATS = (Type.F32, Type.F16, Type.BF16)
 # ggml rounds activations to these types inside a product, and can dequantize Q8_K, but no file holds weights in them.
 ACTIVATIONS = (Type.Q8_1, Type.Q8_K)
 
-# Below this many floats a second thread does not pay: beside OpenMP's waiting workers, matrices of 0.9M weights were
-# 8 % slower on two threads than on one (SmolLM2, two cores).
-ELEMENTS_PER_THREAD = 1 << 21
+# Fewer floats than this are dequantized faster by one thread: handing work to another takes some 50 microseconds.
+ELEMENTS_PER_THREAD = 1 << 18
+FAST_ELEMENTS_PER_THREAD = 1 << 20
+FAST = (Type.Q8_0, Type.Q4_K, Type.Q5_K)
+POOL_FACTOR = 4  # without OpenMP's own threads a second one pays later still
 QUANTIZED_PER_THREAD = 1 << 16  # quantizing costs 1 to 100 times more per weight
 ELEMENTS_AT_ONCE = 1 << 22  # floats alive while weights go from one type to another
 
@@ -122,24 +120,9 @@ def _say_what_gguf_py_costs() -> None:
     )
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return ThreadPoolExecutor(max(1, cores), thread_name_prefix="ggml")
-
-
-def _split(n_rows: int, columns: int, worth_a_thread: int) -> list[tuple[int, int]]:
-    """Cut [0, n_rows) into at most one piece per core, none of fewer elements than are worth a thread."""
-    pieces = max(1, min(_pool()._max_workers, n_rows * columns // worth_a_thread, n_rows))
-    edges = [n_rows * i // pieces for i in range(pieces + 1)]
-    return list(itertools.pairwise(edges))
-
-
-def _run(pieces: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
-    if len(pieces) == 1:
-        work(*pieces[0])
-    else:
-        list(_pool().map(lambda piece: work(*piece), pieces))
+def worth_a_thread(kind: Type) -> int:
+    """How many weights of `kind` make a second thread pay."""
+    return (FAST_ELEMENTS_PER_THREAD if kind in FAST else ELEMENTS_PER_THREAD) * (1 if shared_openmp() else POOL_FACTOR)
 
 
 def row_bytes(kind: Type, columns: int) -> int:
@@ -147,20 +130,33 @@ def row_bytes(kind: Type, columns: int) -> int:
     return columns // block * block_bytes
 
 
-def dequantize_into(address: int, blocks: np.ndarray, kind: Type, columns: int) -> None:
-    """Dequantize `blocks` (n_rows, bytes per row) uint8, C-contiguous, to float32 at `address` (n_rows * columns)."""
-    if not blocks.flags.c_contiguous or blocks.shape[1] != row_bytes(kind, columns):
-        raise ValueError(f"blocks of shape {blocks.shape} are not contiguous rows of {columns} {kind.name} weights")
-    function, source, stride = _dequantizer(kind), blocks.ctypes.data, blocks.shape[1]
+class Reader:
+    """Rows of blocks, ready to become floats: what a training step asks for hundreds of times is looked up once.
 
-    def work(first: int, last: int) -> None:
-        if function is not None:
-            function(source + first * stride, address + first * columns * 4, (last - first) * columns)
-        elif first < last:
-            floats = (ctypes.c_float * ((last - first) * columns)).from_address(address + first * columns * 4)
-            np.ctypeslib.as_array(floats)[:] = gguf.quants.dequantize(blocks[first:last], kind).ravel()
+    blocks: uint8 (n_rows, bytes per row), C-contiguous; it must not move while this lives.
+    """
 
-    _run(_split(len(blocks), columns, ELEMENTS_PER_THREAD), work)
+    def __init__(self, blocks: np.ndarray, kind: Type, columns: int) -> None:
+        if not blocks.flags.c_contiguous or blocks.shape[1] != row_bytes(kind, columns):
+            raise ValueError(f"blocks of shape {blocks.shape} are not contiguous rows of {columns} {kind.name} weights")
+        self._blocks, self._kind, self._columns = blocks, kind, columns
+        self._function, self._source, self._stride = _dequantizer(kind), blocks.ctypes.data, blocks.shape[1]
+
+    def read(self, first: int, last: int, address: int) -> None:
+        """Write rows [first, last) as float32 (last - first, columns) to `address`."""
+        columns = self._columns
+        size, source, stride, function = 4 * columns, self._source + first * self._stride, self._stride, self._function
+
+        def work(begin: int, end: int) -> None:
+            if function is not None:
+                function(source + begin * stride, address + begin * size, (end - begin) * columns)
+            elif begin < end:
+                floats = (ctypes.c_float * ((end - begin) * columns)).from_address(address + begin * size)
+                rows = self._blocks[first + begin : first + end]
+                np.ctypeslib.as_array(floats)[:] = gguf.quants.dequantize(rows, self._kind).ravel()
+
+        rows = last - first
+        run(split(rows, rows * columns, worth_a_thread(self._kind)), work)
 
 
 def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:
@@ -172,7 +168,7 @@ def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:
     if kind == Type.BF16:
         return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     out = np.empty((len(blocks), columns), np.float32)
-    dequantize_into(out.ctypes.data, blocks, kind, columns)
+    Reader(blocks, kind, columns).read(0, len(blocks), out.ctypes.data)
     return out
 
 
@@ -218,7 +214,7 @@ def quantize(weights: np.ndarray, kind: Type, importance: np.ndarray | None = No
         )  # fmt: skip
 
     _library().ggml_quantize_init(int(kind))  # tables of the IQ types; does nothing the second time
-    _run(_split(n_rows, columns, QUANTIZED_PER_THREAD), work)
+    run(split(n_rows, n_rows * columns, QUANTIZED_PER_THREAD), work)
     return out
 
 

@@ -71,6 +71,7 @@ class GGUFBlocks:
         self.blocks, self.kind = blocks, kind
         self.shape = (len(blocks), columns)
         self.size_bytes = blocks.nbytes
+        self._reader = ggml.Reader(blocks, kind, columns)
 
     def to(self, device: torch.device | str) -> GGUFBlocks | DeviceBlocks:
         """The same blocks in the memory of `device`. Raises BaseModelError if its type has no code for devices."""
@@ -84,7 +85,7 @@ class GGUFBlocks:
 
     def rows(self, first: int, last: int) -> Tensor:
         out = scratch(last - first, self.shape[1])
-        ggml.dequantize_into(out.data_ptr(), self.blocks[first:last], self.kind, self.shape[1])
+        self._reader.read(first, last, out.data_ptr())
         return out
 
     def gather(self, ids: Tensor) -> Tensor:

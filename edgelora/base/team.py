@@ -1,0 +1,80 @@
+"""Run C calls that release the GIL on all cores: on torch's own OpenMP threads where it is loaded, else on a pool.
+
+After each product torch's threads keep spinning for a moment, waiting for the next. A second pool beside them fights
+for the cores and loses: two threads were slower than one. Asked through libgomp itself, the same threads do the work:
+1.4 to 1.8 times faster than one from a matrix of 1M weights on (Q4_0, Q4_1, Q6_K; two cores).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+Piece = tuple[int, int]
+Work = Callable[[int, int], None]
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+
+def split(n_rows: int, elements: int, worth_a_thread: int) -> list[Piece]:
+    """Cut [0, n_rows) into at most one piece per core, none of fewer elements than are worth a thread."""
+    pieces = max(1, min(cores(), elements // worth_a_thread, n_rows))
+    return list(itertools.pairwise([n_rows * i // pieces for i in range(pieces + 1)]))
+
+
+def run(pieces: Sequence[Piece], work: Work) -> None:
+    """Call `work(first, last)` for each piece, side by side, and wait for all."""
+    if len(pieces) == 1:
+        work(*pieces[0])
+    elif (openmp := shared_openmp()) is not None:
+        _run_in(openmp, pieces, work)
+    else:
+        list(_pool().map(lambda piece: work(*piece), pieces))
+
+
+def shared_openmp() -> ctypes.CDLL | None:
+    """The libgomp that torch computes with, if torch is loaded and brings one (Linux)."""
+    torch = sys.modules.get("torch")
+    return None if torch is None or torch.__file__ is None else _libgomp(Path(torch.__file__).parent / "lib")
+
+
+@cache
+def _libgomp(folder: Path) -> ctypes.CDLL | None:
+    for path in sorted(folder.glob("libgomp*.so*")):
+        library = ctypes.CDLL(str(path))  # the very one that torch has open
+        library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+        return library
+    return None
+
+
+def _run_in(openmp: ctypes.CDLL, pieces: Sequence[Piece], work: Work) -> None:
+    faults: list[BaseException] = []
+
+    def body(_: int | None) -> None:
+        try:
+            # the team may be smaller than asked for: each thread takes every n-th piece
+            for piece in pieces[openmp.omp_get_thread_num() :: openmp.omp_get_num_threads()]:
+                work(*piece)
+        except BaseException as e:  # nothing may leave a callback
+            faults.append(e)
+
+    openmp.GOMP_parallel(_BODY(body), None, len(pieces), 0)
+    if faults:
+        raise faults[0]
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="ggml")
