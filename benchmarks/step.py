@@ -1,6 +1,6 @@
 """What a training step costs over each way to hold the frozen weights, against a step over dense float32 ones.
 
-    .venv/bin/python benchmarks/step.py [--base FILE] [--tokens 512] [--rounds 7] [--out benchmarks/results/step.json]
+    .venv/bin/python benchmarks/step.py [--base FILE] [--tokens 768] [--rounds 7] [--out benchmarks/results/step.json]
 
 One decoder and one LoRA; between steps its linear layers change weights, so that steps over all ways are interleaved.
 K-quants need rows of 256: they are measured on the same model padded exactly from 576 to 768 wide.
@@ -131,7 +131,7 @@ def report(
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--base", type=Path, help="a GGUF of SmolLM2-135M; the quickstart's if it is not given")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--out", type=Path)

@@ -98,6 +98,7 @@ def test_threads_and_parts_do_not_change_the_floats(shape, blocks_at_once, threa
     weight, before = quantize_nf4(weights(shape)), torch.get_num_threads()
     expected = weight.gather(torch.arange(shape[0]))  # looks up one weight at a time
     monkeypatch.setattr(nf4, "BLOCKS_AT_ONCE", blocks_at_once)
+    monkeypatch.setattr(nf4, "ELEMENTS_PER_THREAD", 1 if threads > 1 else 1 << 40)
     torch.set_num_threads(threads)
     try:
         assert torch.equal(weight.dequantize(), expected)

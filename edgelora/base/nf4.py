@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from edgelora.base.team import run, split
 from edgelora.base.weights import scratch
 from edgelora.errors import BaseModelError
 
@@ -27,7 +28,8 @@ LEVELS = (
 
 TINY = 1e-38  # the smallest scale that is divided by; blocks of zeros have none
 GRID = 65535  # bitsandbytes' CPU code rounds scales to this many steps before it looks up their 8-bit code
-BLOCKS_AT_ONCE = 8192  # for each thread: 2 MiB of floats, small enough for a cache, large enough to be woken for
+BLOCKS_AT_ONCE = 8192  # for each thread: 2 MiB of floats and half as much of indices, about what a cache holds
+ELEMENTS_PER_THREAD = 1 << 18  # fewer are not worth another thread
 QUANTIZED_AT_ONCE = 1 << 16
 
 
@@ -77,11 +79,19 @@ class NF4:
         out = scratch(n, BLOCK, device=device)
         codes, scales = self.codes[first:last], self._scales(first, last)
         pairs, words = _pairs(device), out.view(torch.int64)
-        step = BLOCKS_AT_ONCE * torch.get_num_threads() if device.type == "cpu" else max(1, n)
-        for a in range(0, n, step):
-            part = slice(a, min(a + step, n))
-            _look_up(pairs, codes[part], words[part])
-            out[part].mul_(scales[part, None])
+        pieces = split(n, n * BLOCK, ELEMENTS_PER_THREAD) if device.type == "cpu" else [(0, n)]
+        step = max(1, min(n, BLOCKS_AT_ONCE) if device.type == "cpu" else n)
+        indices = scratch(len(pieces) * step, BLOCK // 2, torch.int32, device)  # index_select takes no bytes
+        own = {begin: indices[i * step : (i + 1) * step] for i, (begin, _) in enumerate(pieces)}
+
+        def work(begin: int, end: int) -> None:
+            for a in range(begin, end, step):
+                part = slice(a, min(a + step, end))
+                index = own[begin][: part.stop - a].copy_(codes[part])
+                torch.index_select(pairs, 0, index.view(-1), out=words[part].view(-1))
+                out[part].mul_(scales[part, None])
+
+        run(pieces, work)
         return out
 
     def _scales(self, first: int, last: int) -> Tensor:
@@ -91,18 +101,6 @@ class NF4:
         scales = torch.index_select(_dynamic_map(codes.device), 0, codes.view(-1).int()).view(codes.shape)
         scales.mul_(self.scale_of_scales[begin : begin + len(codes), None]).add_(self.offset)
         return scales.view(-1)[first - begin * SCALE_BLOCK : last - begin * SCALE_BLOCK]
-
-
-def _look_up(table: Tensor, codes: Tensor, out: Tensor) -> None:
-    """out = table[codes] for codes uint8 (n, 32). `index_select` is the faster one, but has a single thread."""
-    n, width = codes.shape
-    if codes.device.type != "cpu" or torch.get_num_threads() == 1:
-        index = scratch(n, width, torch.int32, codes.device).copy_(codes)
-        torch.index_select(table, 0, index.view(-1), out=out.view(-1))
-    else:
-        index = scratch(n, width, torch.int64).copy_(codes)
-        long = 1024 if n * width % 1024 == 0 else width  # the fewer rows the better
-        torch.gather(table.expand(n * width // long, -1), 1, index.view(-1, long), out=out.view(-1, long))
 
 
 def quantize_nf4(weight: Tensor) -> NF4:
