@@ -7,8 +7,7 @@ What llama.cpp would load and run wrongly is refused with the reason. Imports no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import gguf
@@ -26,6 +25,9 @@ from edgelora.files.gguf import reserve
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 Type = GGMLQuantizationType
+
+LARGEST_CARD = 1 << 20
+ELEMENTS_AT_ONCE = 1 << 20  # floats alive while a tensor goes from one type to another
 
 FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16,
@@ -89,7 +91,7 @@ def write_base_gguf(out: Path, base: Base, dtype: str = "F16", on_progress: OnPr
             writer.write_tensor_data(values)
         pace = Pace(len(targets))
         for name, target in targets.items():
-            writer.write_tensor_data(np.concatenate(list(_rows(base, name, target))))
+            writer.write_tensor_data(_tensor(base, name, target))
             _, eta = pace.step(0)
             on_progress(Progress("convert", pace.done, pace.total, eta_s=eta))
     finally:
@@ -112,19 +114,29 @@ def plan(base: Base, kind: Type) -> dict[str, Target]:
     return targets
 
 
-def _rows(base: Base, name: str, target: Target) -> Iterator[np.ndarray]:
-    """The rows of a tensor of the file, uint8 (n, bytes per row), source after source."""
-    for source in target.sources:
-        if len(target.shape) == 1:
-            values = base.tensors.vector(source)[None]
-        else:
-            stored = base.tensors.matrix(source)
-            values = stored.floats()
-        module = source.rpartition(".")[0]
-        order = gguf_row_order(base.architecture, base.config, module)
-        if order is not None:
-            values = values[:, order] if len(target.shape) == 1 else values[order]
-        yield _cast(values, target.kind, name)
+def _tensor(base: Base, name: str, target: Target) -> np.ndarray:
+    """A tensor of the file, uint8 (rows, bytes per row). Besides it, only a few rows at a time are in memory."""
+    columns = target.shape[-1]
+    rows = np.empty((int(np.prod(target.shape)) // columns, ggml.row_bytes(target.kind, columns)), np.uint8)
+    height = len(rows) // len(target.sources)
+    for i, source in enumerate(target.sources):
+        _fill(rows[i * height : (i + 1) * height], base, source, target.kind, name)
+    return rows
+
+
+def _fill(out: np.ndarray, base: Base, source: str, kind: Type, name: str) -> None:
+    """Write the HF tensor `source` into `out`, uint8 (rows, bytes per row), in GGUF's order of rows."""
+    order = gguf_row_order(base.architecture, base.config, source.rpartition(".")[0])
+    if len(out) == 1 and kind == Type.F32:  # a norm or a bias
+        values = base.tensors.vector(source)
+        out[0] = np.ascontiguousarray(values if order is None else values[order]).view(np.uint8)
+        return
+    stored = base.tensors.matrix(source)
+    step = max(1, ELEMENTS_AT_ONCE // stored.columns)
+    for first in range(0, len(out), step):
+        part = slice(first, first + step)
+        rows = stored.rows[part if order is None else order[part]]
+        out[part] = _cast(ggml.dequantize(rows, stored.kind, stored.columns), kind, name)
 
 
 def _cast(values: np.ndarray, kind: Type, name: str) -> np.ndarray:
@@ -140,6 +152,32 @@ def _cast(values: np.ndarray, kind: Type, name: str) -> np.ndarray:
     return cast
 
 
+def _about(base: Base, elements: int) -> gguf.Metadata:
+    """Whose model this is: from the checkpoint's model card, or from the GGUF's own `general.*`.
+
+    gguf-py reads cards but does not check them: of a stranger's card only texts and lists of texts are kept, and a card
+    that cannot be read says nothing.
+    """
+    if base.is_gguf:
+        texts = {key.removeprefix("general."): value.data for key, value in base.file.metadata.items()}
+        return gguf.Metadata(**{f.name: texts[f.name] for f in fields(gguf.Metadata) if _is_text(texts.get(f.name))})
+    card = base.path / "README.md"
+    if card.is_file() and card.stat().st_size > LARGEST_CARD:
+        return gguf.Metadata()
+    try:
+        about = gguf.Metadata.load(None, base.path, None, elements)
+    except Exception:  # YAML, encodings and types of anybody's making
+        return gguf.Metadata()
+    kept = {f.name: value for f in fields(about) if _is_text(value := getattr(about, f.name))}
+    return gguf.Metadata(**kept)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+    )
+
+
 def _name(name: str, strips_after_special: bool) -> str:
     """A name from which llama.cpp reads the right treatment of special tokens: it knows Phi-3 by nothing else."""
     if strips_after_special == name_strips_after_special(name):
@@ -148,14 +186,12 @@ def _name(name: str, strips_after_special: bool) -> str:
 
 
 def _write_metadata(writer: gguf.GGUFWriter, base: Base, dtype: str) -> None:
-    folder = base.path if base.path.is_dir() else None
     elements = sum(int(np.prod(shape)) for shape in tensor_shapes(base.architecture, base.config).values())
     writer.add_type(gguf.GGUFType.MODEL)
-    about = gguf.Metadata.load(None, folder, None, elements)
-    about.name = _name(about.name or base.path.stem, base.vocabulary.strip_after_special)
+    about = _about(base, elements)
+    about.name = _name(about.name or base.path.resolve().stem, base.vocabulary.strip_after_special)
+    about.size_label = about.size_label or gguf.size_label(elements, 0, 0, 0)
     about.set_gguf_meta_model(writer)
-    if about.size_label is None:
-        writer.add_size_label(gguf.size_label(elements, 0, 0, 0))
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in gguf_metadata(base.architecture, base.config).items():

@@ -246,6 +246,16 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K as a checkpoint alone: its folder holds the GGUF too, and edgelora does not guess between them."""
+    folder = tmp_path_factory.mktemp("stories260K")
+    for file in (shared_data / "models" / "stories260K").iterdir():
+        if file.suffix != ".gguf":
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 def pytest_unconfigure() -> None:
     """llama_cpp leaves two files open on /dev/null, which Python reports at exit behind the result."""
     if module := sys.modules.get("llama_cpp._utils"):

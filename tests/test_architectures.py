@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from converters.base_to_gguf import plan, shortened_context, write_base_gguf
 from edgelora.architectures import ARCHITECTURES, Rope
-from edgelora.architectures.metadata import context_in_llama_cpp
+from edgelora.architectures.metadata import context_in_llama_cpp, gguf_metadata
 from edgelora.architectures.names import gguf_place, is_norm, tensor_shapes
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -169,10 +169,10 @@ def test_logits_are_those_of_transformers(family, name, length):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n not in ("llama-dynamic", "phi3-long")])
+@pytest.mark.parametrize("name", CASES)
 def test_packed_segments_are_computed_as_if_alone(family, name):
     decoder = build_decoder(open_base(family(name).folder))
-    lengths = (37, 1, 21)
+    lengths = (37, 1, 301, 21) if name == "phi3-long" else (37, 1, 21)  # on both sides of its original context
     starts = np.cumsum([0, *lengths]).tolist()
     row, positions = torch.cat([ids(n) for n in lengths]), torch.cat([torch.arange(n) for n in lengths])
     packed = decoder.logits_of(decoder(row, positions, starts))
@@ -352,8 +352,37 @@ def test_an_old_gemma3_config_says_the_same(family):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [{"rope_parameters": None}, {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+     {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_theta": 1e6}}}],
+    ids=["null", "without sliding", "without theta"],
+)  # fmt: skip
+def test_gemma3s_sliding_layers_keep_their_own_rope(family, changes):
+    config = ARCHITECTURES["gemma3_text"].read_hf(old_config(family, "gemma3_text", **changes))
+    assert (config.rope.theta, config.rope_local.theta) == (1e6, 1e4)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rope_scaling", "original_max_position_embeddings", "head_dim"])
+def test_a_null_is_a_missing_key(family, name):
+    old = {"rope_parameters": ..., "rope_theta": 1e4}
+    read = ARCHITECTURES["llama"].read_hf
+    assert read(old_config(family, "llama", **{**old, name: None})) == read(old_config(family, "llama", **old))
+
+
+def test_phi3_without_a_window_says_zero(family):
+    architecture = ARCHITECTURES["phi3"]
+    config = architecture.read_hf(old_config(family, "phi3", sliding_window=None))
+    assert gguf_metadata(architecture, config)["phi3.attention.sliding_window"] == 0
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "cannot be used"),
+        ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "cannot be used"),
+        ("llama", {"rope_parameters": {"rope_theta": -1}}, "cannot be used"),
+        ("phi3", {"partial_rotary_factor": 1.5, "rope_parameters": ...}, "cannot be used"),
+        ("qwen2", {"max_window_layers": "all", "layer_types": ...}, "max_window_layers"),
         ("llama", {"hidden_size": "256"}, "hidden_size is '256'"),
         ("llama", {"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ("llama", {"num_attention_heads": ...}, "num_attention_heads is missing"),

@@ -218,7 +218,39 @@ def test_a_folder_with_two_models_is_refused_and_names_them(tiny, tmp_path):
         shutil.copy(tiny.path, tmp_path / name)
     fault = fault_of(tmp_path)
     assert fault.what == f"{tmp_path}: 2 models in this folder"
-    assert fault.fix == "pass one of a.gguf, b.gguf"
+    assert fault.fix == "pass the path of one of a.gguf, b.gguf"
+
+
+def test_a_checkpoint_beside_a_gguf_is_not_guessed_between(tiny, tmp_path):
+    shutil.copy(tiny.path, tmp_path / "a.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    fault = fault_of(tmp_path)
+    assert fault.what == f"{tmp_path}: 2 models in this folder"
+    assert "a.gguf" in fault.fix
+    assert "checkpoint" in fault.fix
+
+
+def test_an_adapter_is_no_base_and_says_so(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "this is an adapter" in fault_of(tmp_path).what
+    path = edited(tiny.path, tmp_path / "x.gguf", metadata={"general.type": (Kind.STRING, "adapter")})
+    assert "this is an adapter" in fault_of(path).what
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_template_is_none(tiny, tmp_path, text):
+    path = edited(tiny.path, tmp_path / "x.gguf", metadata={"tokenizer.chat_template": (Kind.STRING, text)})
+    base = open_base(path)
+    assert base.template_source is None
+    assert base.with_template("chatml").template_source
+
+
+def test_heads_that_every_layer_states_alike_are_one_number(tiny, tmp_path):
+    key = "llama.attention.head_count_kv"
+    alike = edited(tiny.path, tmp_path / "a.gguf", metadata={key: (Kind.ARRAY, [2, 2], Kind.UINT32)})
+    assert open_base(alike).config.num_key_value_heads == 2
+    other = edited(tiny.path, tmp_path / "b.gguf", metadata={key: (Kind.ARRAY, [2, 4], Kind.UINT32)})
+    assert "differs from layer to layer" in fault_of(other).what
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -260,6 +292,8 @@ def test_a_file_without_embeddings_is_no_base(tiny, tmp_path):
         ("llama.rope.dimension_count", (Kind.UINT32, 32), "rotate in part"),
         ("llama.rope.dimension_count", (Kind.UINT32, 128), "rope settings"),
         ("llama.rope.freq_base", (Kind.FLOAT32, 0.0), "rope settings"),
+        ("llama.rope.scaling.attn_factor", (Kind.FLOAT32, 1.5), "rope settings"),
+        ("llama.attention.layer_norm_rms_epsilon", (Kind.FLOAT32, 0.0), "layer_norm_rms_epsilon is 0"),
         ("llama.expert_count", (Kind.UINT32, 8), "0 of 8 experts"),
         ("llama.attention.value_length", (Kind.UINT32, 32), "values of 32"),
     ],

@@ -10,17 +10,33 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from gguf.constants import LlamaFileType
+from gguf.constants import GGMLQuantizationType, GGUFValueType, LlamaFileType
 from safetensors.numpy import load_file, save_file
+from test_base import edited
 
 from converters.base_to_gguf import write_base_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
-from edgelora.errors import BaseModelError, CertificateError, ConfigError, EdgeloraError, ExportError, OutputError
+from edgelora.config import TrainConfig
+from edgelora.data.template import CHATML
+from edgelora.errors import (
+    AdapterError,
+    BaseModelError,
+    CertificateError,
+    ConfigError,
+    EdgeloraError,
+    ExportError,
+    OutputError,
+)
 from edgelora.files.contract import CERTIFICATE_KEY, differences
 from edgelora.files.gguf import GGUFFile
 from edgelora.pipeline.convert import convert
+from edgelora.pipeline.export import export
+from edgelora.pipeline.merge import merge
+from edgelora.training.run import run_training
+from runtime.chat import Chat, Settings
+from runtime.engine import Engine
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -102,6 +118,37 @@ def test_the_readme_of_a_checkpoint_travels_along(make_checkpoint, tmp_path):
     assert GGUFFile(tmp_path / "base.gguf").get("general.license", str) == "apache-2.0"
 
 
+@pytest.mark.parametrize(
+    "card",
+    [
+        "---\nlicense: [a: b: c\n---\n", "---\nlicense: 2024-01-01\ntags: 7\n---\n", "---\nlicense: {a: 1}\n---\n",
+        "---\nname: {a: b}\nlanguage: [[en]]\n---\n", b"---\nlicense: \xe9\n---\n", "---\n" * 300_000,
+    ],
+    ids=["broken", "a date", "a table", "lists of lists", "latin-1", "long"],
+)  # fmt: skip
+def test_a_strange_model_card_says_nothing(make_checkpoint, tmp_path, card):
+    folder = make_checkpoint()
+    (folder / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    write_base_gguf(tmp_path / "base.gguf", open_base(folder), "F16")
+    file = GGUFFile(tmp_path / "base.gguf")
+    assert file.get("general.name", str)
+    assert isinstance(file.get("general.license", str, ""), str)
+
+
+def test_a_gguf_keeps_what_it_says_of_itself(tiny, tmp_path):
+    path = edited(tiny.path, tmp_path / "named.gguf", metadata={
+        "general.name": (GGUFValueType.STRING, "Mine"), "general.license": (GGUFValueType.STRING, "mit"),
+    })  # fmt: skip
+    write_base_gguf(tmp_path / "base.gguf", open_base(path), "F16")
+    file = GGUFFile(tmp_path / "base.gguf")
+    assert (file.get("general.name", str), file.get("general.license", str)) == ("Mine", "mit")
+
+
+def test_quantized_weights_are_said_to_gain_nothing(make_tiny, tmp_path):
+    made = convert(make_tiny(GGMLQuantizationType.Q8_0).path, tmp_path / "f16.gguf")
+    assert any("these weights were Q8_0" in note for note in made.notes)
+
+
 def test_no_more_than_three_of_the_largest_tensor_are_in_memory(checkpoint, tmp_path):
     base = open_base(checkpoint)
     largest = 512 * 256 * 4
@@ -114,6 +161,25 @@ def test_no_more_than_three_of_the_largest_tensor_are_in_memory(checkpoint, tmp_
         tracemalloc.stop()
     metadata = 700_000  # the vocabulary's texts, as the writer wants them
     assert peak <= 3 * largest + metadata
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_memory_is_three_times_the_largest_stored_tensor(tmp_path, monkeypatch, kind, dtype):
+    """Of a bfloat16 checkpoint: as F32 a tensor alone is twice its size, and a mixture's experts become one tensor."""
+    monkeypatch.setattr("converters.base_to_gguf.ELEMENTS_AT_ONCE", 1 << 12)
+    mixture = {"num_local_experts": 4} if kind == "Mixtral" else {}
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "vocab_size": 8192, **mixture})
+    getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    base = open_base(tmp_path / "bf16")
+    monkeypatch.setattr("converters.base_to_gguf._write_metadata", lambda *_: None)  # no tokenizer here
+    tracemalloc.start()
+    try:
+        write_base_gguf(tmp_path / "base.gguf", base, dtype)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 3 * 8192 * 256 * 2
 
 
 def test_opening_a_checkpoint_reads_headers_only(checkpoint):
@@ -229,11 +295,44 @@ def test_an_existing_file_is_kept(checkpoint, tmp_path):
 
 
 def test_steps_that_need_a_gguf_say_so(checkpoint, tmp_path):
-    from edgelora.pipeline.merge import merge
-
     with pytest.raises(EdgeloraError) as fault:
         merge(checkpoint, [(tmp_path, 1.0)], tmp_path / "x.gguf")
     assert "no adapter here" in fault.value.what
     with pytest.raises(BaseModelError, match=r"which llama\.cpp cannot run") as fault:
         _ = open_base(checkpoint).file
     assert "edgelora convert" in fault.value.fix
+
+
+def test_an_adapter_trained_over_the_checkpoint_runs_over_its_gguf(make_checkpoint, tmp_path):
+    """The whole way: train over the folder, convert it, and export the adapter over the file: it is the same base."""
+    folder = make_checkpoint(template=CHATML)
+    row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
+    trained = run_training(TrainConfig(base=folder, data=rows, out=tmp_path / "mine", epochs=4, rank=4))
+    assert trained.result.losses[-1] < trained.result.losses[0]
+    convert(folder, tmp_path / "base.gguf")
+    certificate = export(tmp_path / "base.gguf", tmp_path / "mine", tmp_path / "mine.gguf")
+    assert certificate.passed
+    other = make_checkpoint(template=CHATML + " ")
+    convert(other, tmp_path / "other.gguf")
+    with pytest.raises(AdapterError, match="the chat template is another one"):
+        export(tmp_path / "other.gguf", tmp_path / "mine", tmp_path / "x.gguf")
+
+
+def test_a_chosen_template_travels_with_the_adapter_and_into_what_is_merged(make_checkpoint, tmp_path):
+    base = tmp_path / "mute.gguf"
+    convert(make_checkpoint(template=None), base)
+    row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+    config = TrainConfig(base=base, data=rows, out=tmp_path / "mine", epochs=1, rank=2)
+    with pytest.raises(BaseModelError, match="no chat template"):
+        run_training(config)
+    run_training(config.model_copy(update={"chat_template": "chatml"}))
+    assert export(base, tmp_path / "mine", tmp_path / "mine.gguf").passed
+    merge(base, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    assert "<|im_start|>" in (open_base(tmp_path / "merged.gguf").own_template or "")
+    with Engine(open_base(base), n_ctx=256) as engine:
+        engine.load("mine", tmp_path / "mine.gguf")
+        assert "".join(Chat(engine, Settings(max_tokens=3)).ask("lights")) is not None

@@ -130,7 +130,7 @@ def test_floats_pass_through(kind):
 def many_threads(request, monkeypatch):
     """Four threads whatever the machine has, from the first float on: a pool's, or torch's own."""
     with ThreadPoolExecutor(4) as pool:
-        monkeypatch.setattr(team, "cores", lambda: 4)
+        monkeypatch.setattr(team, "threads", lambda: 4)
         monkeypatch.setattr(team, "_pool", lambda: pool)
         for limit in ("ELEMENTS_PER_THREAD", "FAST_ELEMENTS_PER_THREAD", "QUANTIZED_PER_THREAD"):
             monkeypatch.setattr(ggml, limit, 1)

@@ -8,6 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.base import ggml
@@ -106,6 +107,37 @@ def test_training_over_any_way_learns_and_says_what_it_was(tiny, tmp_path, how):
     assert run.result.losses[-1] < run.result.losses[0]
     contract = json.loads((tmp_path / "a" / "edgelora.json").read_text())
     assert contract["training"]["choices"]["base_dtype"]["value"] == how
+
+
+# -- a mixture ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A Mixtral of eight experts in bfloat16, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("mixture")
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return open_base(folder)
+
+
+@pytest.mark.parametrize("how", ["nf4", "q4_k", "bf16"])
+def test_a_router_stays_in_floats_and_experts_are_held_as_asked(mixture, how):
+    block = build_decoder(mixture, how).model.layers[0].mlp
+    assert isinstance(block.router, Dense)
+    assert block.router.values.dtype == torch.float32
+    assert type(block.experts[3].up) is type(
+        hold(mixture.tensors.matrix("model.layers.0.self_attn.q_proj.weight"), how)
+    )
+
+
+def test_auto_counts_the_experts(mixture):
+    experts = 2 * 8 * 3 * 256 * 256
+    assert choose_base_dtype("auto", mixture, 3 * experts).value == "q4_k"  # two bytes each are more than half of it
+    assert choose_base_dtype("auto", mixture, 64 << 30).value == "blocks"
 
 
 # -- auto ---------------------------------------------------------------------------------------------------------

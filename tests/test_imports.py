@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "peft": {"nn", "architectures", "files", "errors"},
     "base": {"nn", "architectures", "data", "files", "device", "errors"},
-    "nn": {"architectures"},
+    "nn": {"architectures", "errors"},
     "architectures": {"files", "errors"},
     "evaluate": {"data", "progress", "errors"},
     "data": {"files", "errors"},

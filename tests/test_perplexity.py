@@ -14,7 +14,7 @@ from edgelora.pipeline.parity import llama_cpp_perplexity, parity, text_windows,
 
 # benchmarks/parity.py runs the 16 of the reference figures with the same code; what F16 rounds of float32 weights is
 # noise in so few tokens
-CHUNKS = {"stories260K": 4, "smollm": 1, "gemma": 1}
+CHUNKS = {"stories": 4, "smollm": 1, "gemma": 1}
 
 
 def test_windows_do_not_overlap_and_their_second_half_is_scored():
@@ -59,20 +59,19 @@ def test_both_models_score_the_same_windows(tiny):
     assert ours.error == pytest.approx(theirs.error, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["stories260K", pytest.param("smollm", marks=pytest.mark.real),
+@pytest.mark.parametrize("name", ["stories", pytest.param("smollm", marks=pytest.mark.real),
                                   pytest.param("gemma", marks=pytest.mark.real)])  # fmt: skip
 def test_perplexity_of_real_models_is_llama_cpps(request, shared_data, name):
-    stories = shared_data / "models" / "stories260K"
-    path = stories if name == "stories260K" else request.getfixturevalue(name)
+    path = request.getfixturevalue(name)
     text = (shared_data / "evals" / "wikitext-2-raw.test.txt").read_text(encoding="utf-8")
     found = parity(path, text, chunks=CHUNKS[name])
     assert abs(found.against_f16) <= 1e-3  # over the blocks, against llama.cpp without rounded activations
     assert abs(found.against_file) <= 1.5e-2
 
 
-def test_the_text_is_cut_as_llama_perplexity_cuts_it(shared_data):
+def test_the_text_is_cut_as_llama_perplexity_cuts_it(stories):
     """One newline at the end removed, BOS in the place of each window's first token."""
-    base = open_base(shared_data / "models" / "stories260K")
+    base = open_base(stories)
     text = "Once upon a time there was a little girl. " * 60 + "\n\n"
     (first, second) = text_windows(base, text, 128, 2)
     ids = base.tokenizer.encode(text[:-1]).ids

@@ -95,6 +95,28 @@ class Experts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LlamaCpp:
+    """What llama.cpp makes of a family, and what a GGUF says of it, where that is not simply the model."""
+
+    applies_window: bool = False
+    """Where not, an export ends its context at the window."""
+    states_window: bool = False
+    """Whether a GGUF says how wide the window is."""
+    states_no_window: bool = False
+    """Whether it also says, with a zero, that there is none: llama.cpp tells Phi-4 from Phi-3 by that."""
+    rotates_partly: bool = False
+    """Whether a part of each head may rotate; elsewhere llama.cpp aborts."""
+    reads_rope_factors: bool = False
+    """Whether a divisor for each frequency is read (Llama 3.1's bands, LongRoPE)."""
+    whole_heads: bool = False
+    """Whether the width of a head is taken to be hidden_size / num_attention_heads."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Fields of `ModelConfig` that a GGUF states besides the common ones, by their keys."""
+    otherwise: Callable[[ModelConfig], str | None] = lambda _: None
+    """What of this very model it would compute otherwise, in words; None: nothing."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A family: how config.json and GGUF metadata become a `ModelConfig`, what blocks a layer has, and how GGUF stores
     its tensors. Every difference is stated here once and used in both directions."""
@@ -113,20 +135,7 @@ class Architecture:
     experts: Experts | None = None
     pairs_rotary_rows: bool = False
     """GGUF moves the rows of q and k so that llama.cpp's "normal" rope, of adjacent pairs, fits."""
-    window_in_llama_cpp: bool = False
-    """Whether llama.cpp applies the sliding window; where not, an export ends its context at the window."""
-    states_window: bool = False
-    """Whether a GGUF of this family says how wide the window is."""
-    partial_rotary_in_llama_cpp: bool = False
-    """Whether llama.cpp rotates only a part of a head where the model does."""
-    more_keys: Mapping[str, str] = field(default_factory=dict)
-    """Fields of `ModelConfig` that this family's GGUF states besides the common ones, by their keys."""
-    rope_factors_in_llama_cpp: bool = False
-    """Whether llama.cpp reads a divisor for each frequency (Llama 3.1's bands, LongRoPE)."""
-    whole_heads: bool = False
-    """Whether llama.cpp takes the width of a head to be hidden_size / num_attention_heads."""
-    unlike_llama_cpp: Callable[[ModelConfig], str | None] = lambda _: None
-    """What of this very model llama.cpp would compute otherwise, in words; None: nothing."""
+    llama_cpp: LlamaCpp = LlamaCpp()
 
     def layer_matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of the linear layers of a decoder layer that adapters attach to, by HF name."""

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import FULL, SANDWICH, SLIDING, Architecture, ModelConfig
+from edgelora.architectures.config import FULL, SANDWICH, SLIDING, Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.gemma import OTHER_SCALE, has_that_scale, scale_in_llama_cpp, softcap
 from edgelora.architectures.reading import (
     every,
     gguf_dimensions,
@@ -21,7 +22,6 @@ from edgelora.architectures.rope import Rope, read_gguf_rope, read_hf_rope
 from edgelora.errors import BaseModelError
 from edgelora.files.gguf import GGUFFile
 
-# llama.cpp knows the 27B model by its layers and takes another scale of q·k for it
 LAYERS_OF_27B = 62
 
 
@@ -35,10 +35,8 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
     defaults = {"head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208,
                 "max_position_embeddings": 131_072, "tie_word_embeddings": True}  # fmt: skip
     config = {**defaults, **config}
-    dims = hf_dimensions(config)
-    layers, head_dim, nested = dims["num_hidden_layers"], dims["head_dim"], "rope_parameters" in config
-    dims["rope"] = read_hf_rope(config, head_dim, FULL, theta=1e6)
-    cap = config.get("final_logit_softcapping")
+    dims = hf_dimensions(config, theta=1e6, layer_type=FULL)
+    layers, head_dim = dims["num_hidden_layers"], dims["head_dim"]
     period = number(config, "sliding_window_pattern", number(config, "_sliding_window_pattern", 6))
     return ModelConfig(
         model_type="gemma3_text",
@@ -46,18 +44,21 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
         hidden_act=require_act(config, "hidden_activation", "gelu_pytorch_tanh", ("gelu_pytorch_tanh",)),
         attention_multiplier=number(config, "query_pre_attn_scalar", 256, float) ** -0.5,
         embedding_multiplier=dims["hidden_size"] ** 0.5,
-        attn_logit_softcapping=_cap(config.get("attn_logit_softcapping")),
-        final_logit_softcapping=_cap(cap),
+        attn_logit_softcapping=softcap(config, "attn_logit_softcapping"),
+        final_logit_softcapping=softcap(config, "final_logit_softcapping"),
         sliding_window=optional_window(config, 4096),
         layer_types=hf_layer_types(config, layers, every(period, layers)),
-        rope_local=read_hf_rope(config, head_dim, SLIDING)
-        if nested
-        else Rope(number(config, "rope_local_base_freq", 1e4, float), head_dim),
+        rope_local=_local_rope(config, head_dim),
     )
 
 
-def _cap(value: Any) -> float | None:
-    return None if value is None else number({"softcapping": value}, "softcapping", kind=float)
+def _local_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
+    """The rope of the sliding layers: a table of its own, or one number in older configs."""
+    nested = config.get("rope_parameters")
+    own = nested.get(SLIDING) if isinstance(nested, Mapping) else None
+    theta = number(config, "rope_local_base_freq", 1e4, float)
+    alone = {"max_position_embeddings": config["max_position_embeddings"], "rope_parameters": own}
+    return read_hf_rope(alone, head_dim, theta=theta)
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
@@ -69,33 +70,36 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
         model_type="gemma3_text",
         **dims,
         hidden_act="gelu_pytorch_tanh",
-        attention_multiplier=_multiplier_in_llama_cpp(
-            layers, dims["hidden_size"], dims["num_attention_heads"], head_dim
-        ),
+        attention_multiplier=scale_in_llama_cpp(dims, LAYERS_OF_27B),
         embedding_multiplier=dims["hidden_size"] ** 0.5,
-        final_logit_softcapping=_cap(file.get("gemma3.final_logit_softcapping", float)),
+        final_logit_softcapping=file.get("gemma3.final_logit_softcapping", float, 0.0) or None,
         sliding_window=window or None,
         layer_types=gguf_pattern(file, layers, every(6, layers)),
         rope_local=Rope(local.theta, head_dim),  # a stretched context is the full layers' alone
     )
 
 
-def _multiplier_in_llama_cpp(layers: int, hidden_size: int, heads: int, head_dim: int) -> float:
-    return float((hidden_size // heads if layers == LAYERS_OF_27B else head_dim) ** -0.5)
-
-
-def unlike_llama_cpp(config: ModelConfig) -> str | None:
+def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
     c = config
     if c.attn_logit_softcapping is not None:
         return "the soft cap of its attention"
     if c.rope_local is not None and c.rope_local.scaling != "default":
         return "the rope scaling of its sliding layers"
-    scale = _multiplier_in_llama_cpp(c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.head_dim)
-    return None if abs(scale / c.attention_scale - 1) < 1e-6 else "the scale of its attention (query_pre_attn_scalar)"
+    return None if has_that_scale(c, LAYERS_OF_27B) else OTHER_SCALE
 
 
 GEMMA3 = Architecture(
-    "gemma3_text", "gemma3", read_hf, read_gguf, norms=SANDWICH, norm_shift=1.0, qk_norm="head",
-    window_in_llama_cpp=True, states_window=True, more_keys={"final_logit_softcapping": "final_logit_softcapping"},
-    unlike_llama_cpp=unlike_llama_cpp,
-)  # fmt: skip
+    model_type="gemma3_text",
+    gguf_name="gemma3",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    norms=SANDWICH,
+    norm_shift=1.0,
+    qk_norm="head",
+    llama_cpp=LlamaCpp(
+        applies_window=True,
+        states_window=True,
+        keys={"final_logit_softcapping": "final_logit_softcapping"},
+        otherwise=otherwise_in_llama_cpp,
+    ),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, number, require_act
 from edgelora.errors import BaseModelError
 from edgelora.files.gguf import GGUFFile
@@ -40,6 +40,10 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 GRANITE = Architecture(
-    "granite", "granite", read_hf, read_gguf, pairs_rotary_rows=True, whole_heads=True, rope_factors_in_llama_cpp=True,
-    more_keys=SCALES,
-)  # fmt: skip
+    model_type="granite",
+    gguf_name="granite",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    pairs_rotary_rows=True,
+    llama_cpp=LlamaCpp(reads_rope_factors=True, whole_heads=True, keys=SCALES),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act
 from edgelora.files.gguf import GGUFFile
 
@@ -21,5 +21,10 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 LLAMA = Architecture(
-    "llama", "llama", read_hf, read_gguf, pairs_rotary_rows=True, rope_factors_in_llama_cpp=True, states_window=True
+    model_type="llama",
+    gguf_name="llama",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    pairs_rotary_rows=True,
+    llama_cpp=LlamaCpp(reads_rope_factors=True, states_window=True),
 )

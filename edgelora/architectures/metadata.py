@@ -33,13 +33,14 @@ def gguf_metadata(architecture: Architecture, config: ModelConfig) -> dict[str, 
             "expert_used_count": c.num_experts_per_tok,
             "expert_feed_forward_length": c.moe_intermediate_size,
         }
-    if c.sliding_window is not None and architecture.states_window:
-        keys["attention.sliding_window"] = c.sliding_window
+    told = architecture.llama_cpp
+    if told.states_window and (c.sliding_window is not None or told.states_no_window):
+        keys["attention.sliding_window"] = c.sliding_window or 0
         if c.layer_types is not None:
             keys["attention.sliding_window_pattern"] = [kind == SLIDING for kind in c.layer_types]
     if c.rope_local is not None:
         keys["rope.freq_base_swa"] = c.rope_local.theta
-    for field, key in architecture.more_keys.items():
+    for field, key in told.keys.items():
         if (value := getattr(c, field)) is not None:
             keys[key] = value
     return {f"{architecture.gguf_name}.{key}": value for key, value in keys.items()}
@@ -57,8 +58,8 @@ def context_in_llama_cpp(architecture: Architecture, config: ModelConfig) -> int
     prompts too.
     """
     limits = [config.max_position_embeddings]
-    if config.sliding_window is not None and not architecture.window_in_llama_cpp:
-        limits.append(config.sliding_window)
+    if not architecture.llama_cpp.applies_window:
+        limits += [window for i in range(config.num_hidden_layers) if (window := config.window(i)) is not None]
     if config.rope.scaling == "longrope":
         limits.append(config.rope.original_max_position_embeddings)
     return min(limits)
@@ -66,16 +67,16 @@ def context_in_llama_cpp(architecture: Architecture, config: ModelConfig) -> int
 
 def unlike_llama_cpp(architecture: Architecture, config: ModelConfig) -> list[str]:
     """What of this model llama.cpp would compute otherwise at any length, in words; empty: nothing."""
-    a, c = architecture, config
+    a, c = architecture.llama_cpp, config
     faults = []
-    if c.rope.divisors and not a.rope_factors_in_llama_cpp:
+    if c.rope.divisors and not a.reads_rope_factors:
         faults.append(f"its {c.rope.scaling} rope scaling, which it ignores in this family")
     if (c.rope.beta_fast, c.rope.beta_slow, c.rope.truncate) != (32.0, 1.0, True):
         faults.append("the borders of its yarn scaling (beta_fast, beta_slow, truncate), for which it takes defaults")
-    if c.rope.dim != c.head_dim and not a.partial_rotary_in_llama_cpp:
+    if c.rope.dim != c.head_dim and not a.rotates_partly:
         faults.append("heads that rotate in part, which it aborts on")
     if a.whole_heads and c.num_attention_heads * c.head_dim != c.hidden_size:
         faults.append("the width of its heads, for which it takes hidden_size / num_attention_heads")
-    if (own := a.unlike_llama_cpp(c)) is not None:
+    if (own := a.otherwise(c)) is not None:
         faults.append(own)
     return faults

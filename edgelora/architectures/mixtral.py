@@ -8,13 +8,19 @@ from typing import Any
 
 from edgelora.architectures.config import Experts, ModelConfig
 from edgelora.architectures.llama import LLAMA
-from edgelora.architectures.reading import gguf_dimensions, gguf_experts, hf_dimensions, hf_experts, optional_window
-from edgelora.architectures.reading import require_act as require
+from edgelora.architectures.reading import (
+    gguf_dimensions,
+    gguf_experts,
+    hf_dimensions,
+    hf_experts,
+    optional_window,
+    require_act,
+)
 from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
-    require(config, "hidden_act", "silu")
+    require_act(config, "hidden_act", "silu")
     config = {"num_key_value_heads": 8, **config}
     return ModelConfig(
         model_type="mixtral",
@@ -31,6 +37,9 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 MIXTRAL = replace(
-    LLAMA, model_type="mixtral", read_hf=read_hf, read_gguf=read_gguf,
-    experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
-)  # fmt: skip
+    LLAMA,
+    model_type="mixtral",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import POST_NORM, Architecture, ModelConfig
+from edgelora.architectures.config import POST_NORM, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act
 from edgelora.errors import BaseModelError
 from edgelora.files.gguf import GGUFFile
@@ -26,11 +26,16 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
     return ModelConfig(model_type="olmo2", **gguf_dimensions(file))
 
 
-def unlike_llama_cpp(config: ModelConfig) -> str | None:
+def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
     return "its tied head, which it does not read" if config.tie_word_embeddings else None
 
 
 OLMO2 = Architecture(
-    "olmo2", "olmo2", read_hf, read_gguf, norms=POST_NORM, qk_norm="row", whole_heads=True,
-    unlike_llama_cpp=unlike_llama_cpp,
-)  # fmt: skip
+    model_type="olmo2",
+    gguf_name="olmo2",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    norms=POST_NORM,
+    qk_norm="row",
+    llama_cpp=LlamaCpp(whole_heads=True, otherwise=otherwise_in_llama_cpp),
+)

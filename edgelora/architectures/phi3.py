@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, optional_window, require_act
 from edgelora.files.gguf import GGUFFile
 
@@ -21,6 +21,12 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 PHI3 = Architecture(
-    "phi3", "phi3", read_hf, read_gguf, fused=True, whole_heads=True, rope_factors_in_llama_cpp=True,
-    partial_rotary_in_llama_cpp=True, states_window=True,
-)  # fmt: skip
+    model_type="phi3",
+    gguf_name="phi3",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    fused=True,
+    llama_cpp=LlamaCpp(
+        states_window=True, states_no_window=True, rotates_partly=True, reads_rope_factors=True, whole_heads=True
+    ),
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act, upper_window
 from edgelora.files.gguf import GGUFFile
 
@@ -20,4 +20,10 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
     return ModelConfig(model_type="qwen2", **gguf_dimensions(file))
 
 
-QWEN2 = Architecture("qwen2", "qwen2", read_hf, read_gguf, whole_heads=True)
+QWEN2 = Architecture(
+    model_type="qwen2",
+    gguf_name="qwen2",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    llama_cpp=LlamaCpp(whole_heads=True),
+)

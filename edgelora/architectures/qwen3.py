@@ -20,4 +20,4 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
     return ModelConfig(model_type="qwen3", **gguf_dimensions(file))
 
 
-QWEN3 = Architecture("qwen3", "qwen3", read_hf, read_gguf, qk_norm="head")
+QWEN3 = Architecture(model_type="qwen3", gguf_name="qwen3", read_hf=read_hf, read_gguf=read_gguf, qk_norm="head")

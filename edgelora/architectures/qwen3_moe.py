@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, Experts, ModelConfig
+from edgelora.architectures.config import Architecture, Experts, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import (
     gguf_dimensions,
     gguf_experts,
@@ -43,11 +43,16 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
     )
 
 
-def unlike_llama_cpp(config: ModelConfig) -> str | None:
+def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
     return None if config.norm_topk_prob else "the weights of the chosen experts, which it makes sum to one"
 
 
 QWEN3_MOE = Architecture(
-    "qwen3_moe", "qwen3moe", read_hf, read_gguf, qk_norm="head", unlike_llama_cpp=unlike_llama_cpp,
-    experts=Experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-)  # fmt: skip
+    model_type="qwen3_moe",
+    gguf_name="qwen3moe",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    qk_norm="head",
+    experts=Experts("mlp.gate", "mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
+    llama_cpp=LlamaCpp(otherwise=otherwise_in_llama_cpp),
+)

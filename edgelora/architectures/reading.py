@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from edgelora.architectures.config import FULL, SLIDING
 from edgelora.architectures.rope import read_gguf_rope, read_hf_rope
 from edgelora.errors import BaseModelError
@@ -27,10 +29,16 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None, ki
     return kind(value)
 
 
-def hf_dimensions(config: Mapping[str, Any], *, theta: float = 1e4) -> dict[str, Any]:
-    """The fields of `ModelConfig` that all families share, from a config.json."""
+def hf_dimensions(
+    config: Mapping[str, Any], *, theta: float = 1e4, layer_type: str | None = None, context: int = 2048
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that all families share, from a config.json.
+
+    `theta` and `context` stand in where it says nothing; `layer_type` is whose rope is read where layers differ.
+    """
     d, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     head_dim = number(config, "head_dim", d // heads or None)
+    longest = number(config, "max_position_embeddings", context)
     dims = {
         "hidden_size": d,
         "intermediate_size": number(config, "intermediate_size"),
@@ -39,21 +47,22 @@ def hf_dimensions(config: Mapping[str, Any], *, theta: float = 1e4) -> dict[str,
         "num_key_value_heads": number(config, "num_key_value_heads", heads),
         "head_dim": head_dim,
         "vocab_size": number(config, "vocab_size"),
-        "max_position_embeddings": number(config, "max_position_embeddings"),
+        "max_position_embeddings": longest,
         "rms_norm_eps": number(config, "rms_norm_eps", 1e-6, float),
-        "rope": read_hf_rope(config, head_dim, theta=theta),
+        "rope": read_hf_rope({**config, "max_position_embeddings": longest}, head_dim, layer_type, theta),
         "tie_word_embeddings": config.get("tie_word_embeddings", False) is True,
     }
     check_heads(dims, "config.json")
     return dims
 
 
-def gguf_dimensions(file: GGUFFile, *, feed_forward: str = "feed_forward_length") -> dict[str, Any]:
+def gguf_dimensions(file: GGUFFile) -> dict[str, Any]:
     """The fields of `ModelConfig` that all families share, from a GGUF's metadata."""
     arch = file.architecture
 
-    def need(key: str) -> int:
-        value = file.get(f"{arch}.{key}", int)
+    def need(key: str, default: int | None = None) -> int:
+        value = _one_for_all_layers(file, f"{arch}.{key}")
+        value = default if value is None else value
         if value is None or not 0 < value < LARGEST:
             raise BaseModelError(
                 what=f"{file.path}: {arch}.{key} is {'missing' if value is None else value}",
@@ -78,14 +87,14 @@ def gguf_dimensions(file: GGUFFile, *, feed_forward: str = "feed_forward_length"
         )
     dims = {
         "hidden_size": d,
-        "intermediate_size": need(feed_forward),
+        "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": file.get(f"{arch}.attention.head_count_kv", int, heads),
+        "num_key_value_heads": need("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": float(file.get(f"{arch}.attention.layer_norm_rms_epsilon", float, 1e-5)),
+        "rms_norm_eps": _epsilon(file),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
     check_heads(dims, str(file.path))
@@ -97,6 +106,33 @@ def gguf_dimensions(file: GGUFFile, *, feed_forward: str = "feed_forward_length"
             fix="download or convert the model again",
         )
     return {**dims, "rope": read_gguf_rope(file, head_dim)}
+
+
+def _one_for_all_layers(file: GGUFFile, key: str) -> int | None:
+    """An integer, or an array that says the same for each layer. Raises BaseModelError if layers differ."""
+    value = file.metadata.get(key)
+    if value is None or not isinstance(value.data, np.ndarray):
+        found: int | None = file.get(key, int)
+        return found
+    if not len(value.data) or value.data.dtype.kind not in "iu" or (value.data != value.data[0]).any():
+        raise BaseModelError(
+            what=f"{file.path}: {key} differs from layer to layer",
+            why="edgelora computes models whose layers are alike",
+            fix="use another base",
+        )
+    return int(value.data[0])
+
+
+def _epsilon(file: GGUFFile) -> float:
+    key = f"{file.architecture}.attention.layer_norm_rms_epsilon"
+    value = file.get(key, float)
+    if value is None or not 0 < value < 1:
+        raise BaseModelError(
+            what=f"{file.path}: {key} is {'missing' if value is None else value}",
+            why="llama.cpp needs it, and another value changes every activation",
+            fix="download or convert the model again",
+        )
+    return float(value)
 
 
 def check_heads(dims: Mapping[str, Any], where: str) -> None:
@@ -193,6 +229,13 @@ def upper_window(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
     window = optional_window(config, 4096) if config.get("use_sliding_window", False) else None
     if window is None:
         return {"sliding_window": None}
-    first = config.get("max_window_layers", 28)
+    first = config.get("max_window_layers")
+    first = 28 if first is None else first
+    if not isinstance(first, int):
+        raise BaseModelError(
+            what=f"config.json: max_window_layers is {first!r}",
+            why="which tokens a layer sees cannot be known without it",
+            fix="download the checkpoint again",
+        )
     default = tuple(SLIDING if i >= first else FULL for i in range(layers))
     return {"sliding_window": window, "layer_types": hf_layer_types(config, layers, default)}

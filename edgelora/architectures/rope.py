@@ -53,32 +53,40 @@ def read_hf_rope(config: Mapping[str, Any], head_dim: int, layer_type: str | Non
     """
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     given = given.get(layer_type, given) if layer_type is not None else given
+
+    def stated(*keys: str, default: Any = None) -> Any:
+        """The first of these that is not null, among the rope's own settings, else in config.json."""
+        values = [given.get(key) for key in keys] + [config.get(key) for key in keys]
+        return next((value for value in values if value is not None), default)
+
     try:
-        kind = str(given.get("rope_type", given.get("type", "default")))
+        kind = str(next((k for k in (given.get("rope_type"), given.get("type")) if k is not None), "default"))
         kind = {"su": "longrope"}.get(kind, kind)
-        theta = float(given.get("rope_theta", config.get("rope_theta", theta)))
-        dim = int(head_dim * float(given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))))
+        theta = float(stated("rope_theta", default=theta))
+        dim = int(head_dim * float(stated("partial_rotary_factor", default=1.0)))
         context = int(config["max_position_embeddings"])
         # a key of its own beats the one among the rope's, as in transformers
-        original = int(
-            config.get("original_max_position_embeddings", given.get("original_max_position_embeddings", context))
-        )
+        original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+        original = int(original or context)
         if kind == "default":
-            return Rope(theta, dim)
+            return _checked(Rope(theta, dim), head_dim)
         if kind == "llama3":
-            return Rope(theta, dim, kind, divisors=_llama3_divisors(theta, dim, given, original))
+            rope = Rope(theta, dim, kind, divisors=_llama3_divisors(theta, dim, given, original))
+            return _checked(rope, head_dim)
         if kind == "longrope":
-            return _longrope(theta, dim, given, context, original)
+            return _checked(_longrope(theta, dim, given, context, original), head_dim)
         if kind in ("linear", "dynamic"):
-            return Rope(theta, dim, kind, float(given["factor"]), context if kind == "dynamic" else 0)
+            rope = Rope(theta, dim, kind, float(given["factor"]), context if kind == "dynamic" else 0)
+            return _checked(rope, head_dim)
         if kind == "yarn":
             factor = float(given.get("factor") or context / original)
-            return Rope(
+            rope = Rope(
                 theta, dim, kind, factor, original, _yarn_attention_factor(given, factor),
                 float(given.get("beta_fast") or 32), float(given.get("beta_slow") or 1),
-                bool(given.get("truncate", True)),
+                given.get("truncate") is not False,
             )  # fmt: skip
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
+            return _checked(rope, head_dim)
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, AttributeError) as e:
         raise BaseModelError(
             what=f"config.json: its rope settings {dict(given) if isinstance(given, Mapping) else given!r} "
             f"cannot be used ({e!r})",
@@ -90,6 +98,16 @@ def read_hf_rope(config: Mapping[str, Any], head_dim: int, layer_type: str | Non
         why=f"edgelora computes {', '.join(KINDS)} and guesses at no other",
         fix="use another base",
     )
+
+
+def _checked(rope: Rope, head_dim: int) -> Rope:
+    """The rope, if angles can be made of it. Raises ValueError."""
+    numbers = (rope.theta, rope.factor, rope.attention_factor, rope.beta_fast, rope.beta_slow, *rope.divisors)
+    if not all(math.isfinite(x) and x > 0 for x in (*numbers, *rope.long_divisors)):
+        raise ValueError("a number that is not above zero")
+    if not 2 <= rope.dim <= head_dim or rope.dim % 2 or rope.original_max_position_embeddings < 0:
+        raise ValueError(f"{rope.dim} of {head_dim} numbers of a head rotate")
+    return rope
 
 
 def read_gguf_rope(file: GGUFFile, head_dim: int, base_key: str = "freq_base", theta: float = 1e4) -> Rope:
@@ -106,10 +124,16 @@ def read_gguf_rope(file: GGUFFile, head_dim: int, base_key: str = "freq_base", t
     kind = file.get(prefix + "scaling.type", str, "linear")
     factor = file.get(prefix + "scaling.factor", float, 0.0) or file.get(prefix + "scale_linear", float, 0.0)
     original = file.get(prefix + "scaling.original_context_length", int, 0)
+    original = original or file.get(f"{file.architecture}.context_length", int, 0)
     attention = file.get(prefix + "scaling.attn_factor", float, 1.0)
-    if unknown or kind not in ("none", "linear", "yarn", "longrope") or not 0 < dim <= head_dim or not theta > 0:
+    divided = {name for name in (FREQUENCIES, LONG, SHORT) if name in file.tensors}
+    # llama.cpp would compute these together; no model is made so
+    both = (divided and factor not in (0.0, 1.0)) or (attention != 1.0 and kind != "yarn" and LONG not in divided)
+    fit = 2 <= dim <= head_dim and dim % 2 == 0 and theta > 0 and factor >= 0 and attention > 0
+    if unknown or both or kind not in ("none", "linear", "yarn", "longrope") or not fit:
         raise BaseModelError(
-            what=f"{file.path}: its rope settings are not known ({', '.join(unknown) or f'{kind}, {dim}, {theta}'})",
+            what=f"{file.path}: its rope settings are not known "
+            f"({', '.join(unknown) or f'{kind}, factor {factor:g}, {dim} of {head_dim}, theta {theta:g}'})",
             why="a wrong rotation of positions changes every answer",
             fix="use another base, or convert the model again",
         )
@@ -120,8 +144,7 @@ def read_gguf_rope(file: GGUFFile, head_dim: int, base_key: str = "freq_base", t
         return Rope(theta, dim, "llama3", divisors=_stored_divisors(file, FREQUENCIES, dim))
     if kind == "yarn" and factor > 1:
         return Rope(
-            theta, dim, "yarn", factor, original or file.get(f"{file.architecture}.context_length", int, 0),
-            attention * _magnitude(factor),
+            theta, dim, "yarn", factor, original, attention * _magnitude(factor)
         )  # fmt: skip
     return Rope(theta, dim, "linear", factor) if kind == "linear" and factor not in (0.0, 1.0) else Rope(theta, dim)
 

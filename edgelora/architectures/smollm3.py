@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import FULL, SLIDING, Architecture, ModelConfig
+from edgelora.architectures.config import FULL, SLIDING, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import (
     gguf_dimensions,
     hf_dimensions,
@@ -55,11 +55,16 @@ def _without_rope_in_llama_cpp(layers: int) -> tuple[int, ...]:
     return tuple(range(PERIOD_IN_LLAMA_CPP - 1, layers, PERIOD_IN_LLAMA_CPP))
 
 
-def unlike_llama_cpp(config: ModelConfig) -> str | None:
+def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
     same = config.layers_without_rope == _without_rope_in_llama_cpp(config.num_hidden_layers)
     return None if same else "the layers that do not rotate, for which it takes every fourth"
 
 
 SMOLLM3 = Architecture(
-    "smollm3", "smollm3", read_hf, read_gguf, pairs_rotary_rows=True, unlike_llama_cpp=unlike_llama_cpp
+    model_type="smollm3",
+    gguf_name="smollm3",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    pairs_rotary_rows=True,
+    llama_cpp=LlamaCpp(otherwise=otherwise_in_llama_cpp),
 )

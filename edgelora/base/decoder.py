@@ -16,12 +16,15 @@ def build_decoder(base: Base, base_dtype: str = "blocks") -> Decoder:
     With `blocks`, only rotary projections of a GGUF are copied (their rows move), the rest is mapped.
     """
     shapes = tensor_shapes(base.architecture, base.config, base.biased)
+    experts = base.architecture.experts
+    router = f".{experts.router}.weight" if experts else None  # a few numbers that decide all: floats, as in every GGUF
     matrices, vectors = {}, {}
     for name, shape in shapes.items():
         if len(shape) == 1:
             vectors[name] = torch.from_numpy(base.tensors.vector(name).copy())
         elif name not in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
-            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), base_dtype)
+            how = "f32" if router is not None and name.endswith(router) else base_dtype
+            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), how)
     # the vocabulary's rows are looked up or multiplied a slice at a time, from where they are stored
     embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks")
     tied = base.config.tie_word_embeddings

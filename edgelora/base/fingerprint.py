@@ -11,8 +11,7 @@ import numpy as np
 
 from edgelora.architectures import Architecture, ModelConfig
 from edgelora.architectures.names import gguf_place, is_norm, tensor_shapes
-from edgelora.base import ggml
-from edgelora.base.tensors import Stored, Tensors
+from edgelora.base.tensors import Tensors
 from edgelora.files.contract import Fingerprint
 
 ROWS_PER_LAYER = 64
@@ -64,12 +63,8 @@ def _row_norms(tensors: Tensors, architecture: Architecture, config: ModelConfig
     for layer in range(config.num_hidden_layers):
         # a mixture has more matrices than rows are drawn: each layer goes on where the last one stopped
         first = layer * ROWS_PER_LAYER if len(shapes) > ROWS_PER_LAYER else 0
-        opened: dict[str, Stored] = {}
         for pick in range(first, first + ROWS_PER_LAYER):
-            name, (d_out, d_in) = shapes[pick % len(shapes)]
+            name, (d_out, _) = shapes[pick % len(shapes)]
             row = int(draw.integers(d_out))
-            if name not in opened:
-                opened[name] = tensors.matrix(f"model.layers.{layer}.{name}.weight")
-            stored = opened[name]
-            norms.append(float(np.linalg.norm(ggml.dequantize(stored.rows[row : row + 1], stored.kind, d_in))))
+            norms.append(float(np.linalg.norm(tensors.row(f"model.layers.{layer}.{name}.weight", row).floats())))
     return np.array(norms, np.float32)

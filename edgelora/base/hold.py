@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from edgelora.architectures.names import tensor_shapes
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.base.nf4 import quantize_nf4
@@ -32,8 +33,9 @@ FALLBACK = {
 BASE_FORMATS = ("blocks", "nf4", *FLOATS, *BLOCKS)
 
 
-# Types whose blocks cost a training step noticeably more than dense floats do (benchmarks/step.py).
-SLOW = {"Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q6_K", "IQ4_NL", "IQ4_XS", "F16", "BF16"}
+# Types whose blocks cost a training step a tenth more than dense floats (Q6_K, benchmarks/step.py), and those that ggml
+# reads no faster (benchmarks/dequantize.py). Q4_0, Q8_0, Q4_K and bfloat16 cost 0 to 5 %.
+SLOW = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
 
 
@@ -41,16 +43,19 @@ def choose_base_dtype(asked: str, base: Base, free_bytes: int | None) -> Choice:
     """How to hold the weights of `base`: as asked, or for `auto` what is fastest in the memory there is."""
     if asked != "auto":
         return Choice(asked, f"asked for; the base stores {base.quant}")
-    stored = [base.tensors.matrix(f"{name}.weight") for name in base.linears]
-    weights = sum(len(s.rows) * s.columns for s in stored)
-    slow = sum(len(s.rows) * s.columns for s in stored if s.kind.name in SLOW)
+    sizes: dict[Type, int] = {}
+    for name, shape in tensor_shapes(base.architecture, base.config).items():
+        if len(shape) == 2 and name.startswith("model.layers."):
+            kind = base.tensors.kind(name)
+            sizes[kind] = sizes.get(kind, 0) + shape[0] * shape[1]
+    weights, slow = sum(sizes.values()), sum(n for kind, n in sizes.items() if kind.name in SLOW)
     dense, free = 4 * weights, free_bytes or 0
     if 2 * slow > weights and dense <= DENSE_SHARE * free:
         return Choice(
             "f32", f"{dense / 1e6:.0f} MB of {free / 1e9:.0f} GB free, and faster than {base.quant} each time"
         )
-    if not base.is_gguf and sum(s.rows.nbytes for s in stored) > free / 2 > 0:
-        return Choice("q4_k", "the checkpoint is too large for this memory; faster and more exact than NF4 on a CPU")
+    if not base.is_gguf and sum(n * GGML_QUANT_SIZES[kind][1] for kind, n in sizes.items()) > free / 2 > 0:
+        return Choice("q4_k", "the checkpoint is too large for this memory; on a CPU faster and more exact than NF4")
     return Choice("blocks", f"training sees the very {base.quant} weights that are stored, in their size")
 
 

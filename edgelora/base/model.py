@@ -88,8 +88,9 @@ class Base:
         """The text of the model's own chat template, None if it has none."""
         if isinstance(self.source, GGUFFile):
             text: str | None = self.source.get("tokenizer.chat_template", str)
-            return text
-        return folder_template(self.path)
+        else:
+            text = folder_template(self.path)
+        return text if text and text.strip() else None
 
     @property
     def template_source(self) -> str | None:
@@ -103,7 +104,7 @@ class Base:
             raise BaseModelError(
                 what=f"{self.path}: it has no chat template",
                 why="without one nobody knows how a conversation looks to this model",
-                fix="train it with --chat-template chatml, or use an instruction-tuned model, which carries its own",
+                fix="pass --chat-template chatml where the command has it, or use an instruction-tuned model",
             )
         t = self.tokenizer
         return ChatTemplate(self.template_source, bos=t.text_of(t.bos_id), eos=t.text_of(t.eos_id))
@@ -183,19 +184,36 @@ def open_base(path: Path | str) -> Base:
     path = Path(path)
     if not path.is_dir():
         return _open_gguf(GGUFFile(path))
+    if (path / "adapter_config.json").exists():
+        raise _is_an_adapter(path)
     found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
+    is_checkpoint = any((path / name).exists() for name in ("config.json", "model.safetensors.index.json"))
+    if len(found) == 1 and not is_checkpoint:
         return _open_gguf(GGUFFile(found[0]))
-    if not found and any((path / name).exists() for name in ("config.json", "model.safetensors.index.json")):
+    if is_checkpoint and not found:
         return _open_checkpoint(Checkpoint(path))
+    names = [file.name for file in found] + ["a checkpoint (config.json)"] * is_checkpoint
     raise BaseModelError(
-        what=f"{path}: {len(found) or 'no'} model{'s' * (len(found) != 1)} in this folder",
+        what=f"{path}: {len(names) or 'no'} model{'s' * (len(names) != 1)} in this folder",
         why="a base model is one .gguf file or a folder with config.json and safetensors; edgelora does not guess",
-        fix=f"pass one of {', '.join(f.name for f in found[:5])}" if found else "pass the path of a model",
+        fix=f"pass the path of one of {', '.join(file.name for file in found[:5])}"
+        + (", or move these elsewhere to use the checkpoint" if is_checkpoint else "")
+        if found
+        else "pass the path of a model",
+    )
+
+
+def _is_an_adapter(path: Path) -> BaseModelError:
+    return BaseModelError(
+        what=f"{path}: this is an adapter, not a base model",
+        why="an adapter holds only what was learned, and runs over the base that it was trained on",
+        fix="pass that base first, and the adapter where the command asks for one",
     )
 
 
 def _open_gguf(file: GGUFFile) -> Base:
+    if file.get("general.type", str, "model") == "adapter":
+        raise _is_an_adapter(file.path)
     architecture = family_of_gguf(file)
     if architecture is None:
         known = sorted({row.gguf_name for row in ARCHITECTURES.values()})
@@ -230,6 +248,12 @@ def _open_gguf(file: GGUFFile) -> Base:
 
 def _open_checkpoint(checkpoint: Checkpoint) -> Base:
     kind = str(checkpoint.config.get("model_type"))
+    if isinstance(checkpoint.config.get("text_config"), dict):
+        raise BaseModelError(
+            what=f"{checkpoint.path}: a model of the kind {kind} that sees pictures or hears (text_config)",
+            why="its language model stands under other names, which edgelora does not read from a checkpoint yet",
+            fix="use the GGUF of its language model, or a checkpoint of the text model alone",
+        )
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         raise _unknown(checkpoint.path, kind, sorted(ARCHITECTURES))

@@ -27,9 +27,15 @@ def cores() -> int:
     return max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
+def threads() -> int:
+    """As many as torch computes with, where it is loaded: another number would make libgomp build its team anew."""
+    torch = sys.modules.get("torch")
+    return cores() if torch is None or shared_openmp() is None else min(cores(), int(torch.get_num_threads()))
+
+
 def split(n_rows: int, elements: int, worth_a_thread: int) -> list[Piece]:
-    """Cut [0, n_rows) into at most one piece per core, none of fewer elements than are worth a thread."""
-    pieces = max(1, min(cores(), elements // worth_a_thread, n_rows))
+    """Cut [0, n_rows) into at most one piece per thread, none of fewer elements than are worth one."""
+    pieces = max(1, min(threads(), elements // worth_a_thread, n_rows))
     return list(itertools.pairwise([n_rows * i // pieces for i in range(pieces + 1)]))
 
 

@@ -38,6 +38,14 @@ class Tensors(Protocol):
 
     def matrix(self, name: str) -> Stored: ...
 
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """How a tensor is stored; reads nothing of it."""
+        ...
+
+    def row(self, name: str, index: int) -> Stored:
+        """One row of a matrix, mapped: nothing else of it is read."""
+        ...
+
     def vector(self, name: str) -> np.ndarray:
         """A bias or a norm, float32 (n,). A norm is what activations are multiplied by: the family's shift is in it."""
         ...
@@ -53,19 +61,33 @@ class GGUFTensors:
         return {name: info.shape for name, info in self.file.tensors.items()}
 
     def matrix(self, name: str) -> Stored:
+        stored, order = self._as_in_the_file(name), self._order(name)
+        return stored if order is None else stored._replace(rows=stored.rows[order])
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        return self.file.tensors[gguf_place(self.architecture, self.config, name).name].type
+
+    def row(self, name: str, index: int) -> Stored:
+        stored, order = self._as_in_the_file(name), self._order(name)
+        at = index if order is None else int(order[index])
+        return stored._replace(rows=stored.rows[at : at + 1])
+
+    def _as_in_the_file(self, name: str) -> Stored:
         place = gguf_place(self.architecture, self.config, name)
         info, rows = self.file.tensors[place.name], self.file.rows(place.name)
         if place.expert is not None:
             height = info.shape[-2]
             rows = rows[place.expert * height : (place.expert + 1) * height]
-        order = hf_row_order(self.architecture, self.config, name.removesuffix(".weight"))
-        return Stored(rows if order is None else rows[order], info.type, info.shape[-1])
+        return Stored(rows, info.type, info.shape[-1])
+
+    def _order(self, name: str) -> np.ndarray | None:
+        return hf_row_order(self.architecture, self.config, name.rpartition(".")[0])
 
     def vector(self, name: str) -> np.ndarray:
         place = gguf_place(self.architecture, self.config, name)
         info = self.file.tensors[place.name]
         values = ggml.dequantize(self.file.rows(place.name), info.type, info.shape[-1]).reshape(-1)
-        order = hf_row_order(self.architecture, self.config, name.removesuffix(".bias"))
+        order = self._order(name)
         return values if order is None else values[order]
 
 
@@ -81,6 +103,13 @@ class CheckpointTensors:
     def matrix(self, name: str) -> Stored:
         tensor = self.checkpoint.tensors[name]
         return Stored(self.checkpoint.rows(name), GGMLQuantizationType[tensor.dtype], tensor.shape[-1])
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        return GGMLQuantizationType[self.checkpoint.tensors[name].dtype]
+
+    def row(self, name: str, index: int) -> Stored:
+        stored = self.matrix(name)
+        return stored._replace(rows=stored.rows[index : index + 1])
 
     def vector(self, name: str) -> np.ndarray:
         values = self.matrix(name).floats().reshape(-1)

@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         if c.embedding_multiplier != 1.0:
             x = x * c.embedding_multiplier
         ropes = {rope for i in range(c.num_hidden_layers) if (rope := c.rope_of(i)) is not None}
-        tables = {rope: rotary_tables(positions, rope) for rope in ropes}
+        tables = {rope: rotary_tables(positions, rope, segment_starts, prefix) for rope in ropes}
         for layer in self.model.layers:
             x = layer(x, tables, segment_starts, prefix)
         x = self.model.norm(x)

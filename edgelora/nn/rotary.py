@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgelora.architectures.rope import Rope
+from edgelora.errors import DataError
 
 
 class Rotary(torch.autograd.Function):
@@ -41,13 +44,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def rotary_tables(positions: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """cos and sin, each float32 (T, 1, rope.dim / 2), for `positions` (T,).
+def rotary_tables(
+    positions: Tensor, rope: Rope, starts: Sequence[int] | None = None, prefix: int = 0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 (T, 1, rope.dim / 2), for `positions` (T,) of a packed row with these segments.
 
-    Dynamic and LongRoPE scaling depend on the longest sequence, as in transformers: the largest position counts.
+    Dynamic and LongRoPE scaling rotate a sequence by its length, so each segment by its own. Raises DataError if
+    segments that share their beginning would rotate it differently.
     """
-    length = int(positions.max()) + 1 if rope.scaling in ("dynamic", "longrope") and len(positions) else 0
-    angles = positions.to(torch.float32)[:, None] * inverse_frequencies(rope, length).to(positions.device)
+    inverse = inverse_frequencies(rope).to(positions.device)  # (r / 2,)
+    longest = int(positions.max()) + 1 if rope.scaling in ("dynamic", "longrope") and len(positions) else 0
+    if longest > rope.original_max_position_embeddings:
+        if prefix:
+            raise DataError(
+                what=f"a row of {longest} tokens that shares its beginning with others",
+                why=f"beyond {rope.original_max_position_embeddings} tokens this base rotates a sequence by its length",
+                fix=f"pass --max-length {rope.original_max_position_embeddings}",
+            )
+        borders = list(itertools.pairwise(starts or [0, len(positions)]))
+        lengths = [int(positions[a:b].max()) + 1 if b > a else 0 for a, b in borders]
+        inverse = torch.cat(
+            [inverse_frequencies(rope, n).expand(b - a, -1) for (a, b), n in zip(borders, lengths, strict=True)]
+        )
+        inverse = inverse.to(positions.device)  # (T, r / 2)
+    angles = positions.to(torch.float32)[:, None] * inverse
     return (angles.cos() * rope.attention_factor)[:, None], (angles.sin() * rope.attention_factor)[:, None]
 
 

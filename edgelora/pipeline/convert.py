@@ -19,9 +19,10 @@ from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import CERTIFICATE_KEY
 from edgelora.files.gguf import fill_reserved
+from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
-# llama.cpp multiplies BF16 weights with activations rounded to BF16; over F32 and F16 only sums differ.
+# llama.cpp rounds activations to the type of the weights that it multiplies them with: little over F16, more over BF16.
 KL_LIMIT = {"F32": 1e-4, "F16": 1e-4, "BF16": 1e-2}
 FLIP_LIMIT = {"F32": 0.05, "F16": 0.05, "BF16": 1.0}
 
@@ -78,6 +79,11 @@ def convert(
         certificate: dict[str, Any] = {"passed": True, "kl_limit": KL_LIMIT[dtype], "base": found.as_dict()}
         fill_reserved(draft, CERTIFICATE_KEY, json.dumps(certificate))
     notes = []
+    if base.quant not in FLOAT_QUANTS:
+        notes.append(
+            f"these weights were {base.quant}: as {dtype} they take more room and are no better, and quantizing them "
+            f"again adds a second error to the first"
+        )
     if (shorter := shortened_context(base)) is not None:
         notes.append(
             f"its context ends at {shorter[0]} tokens instead of {shorter[1]}: llama.cpp computes something else beyond"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,21 +67,21 @@ def torch_perplexity(base: Base, parts: list[Window]) -> Perplexity:
 
 
 def llama_cpp_perplexity(path: Path, parts: list[Window], exact: bool = False) -> Perplexity:
-    model = Model(path)
     size = len(parts[0].ids)
-    context = Context(model, n_ctx=size, n_sequences=1, threads=physical_cores(), n_batch=size, exact=exact)
+    with (
+        closing(Model(path)) as model,
+        closing(
+            Context(model, n_ctx=size, n_sequences=1, threads=physical_cores(), n_batch=size, exact=exact)
+        ) as context,
+    ):
 
-    def nll(window: Window) -> np.ndarray:
-        context.clear()
-        wanted = range(window.first - 1, size - 1)
-        entries = [Entry(token, i, 0, i in wanted) for i, token in enumerate(window.ids.tolist())]
-        return nll_of(context.decode(entries), window.targets)
+        def nll(window: Window) -> np.ndarray:
+            context.clear()
+            wanted = range(window.first - 1, size - 1)
+            entries = [Entry(token, i, 0, i in wanted) for i, token in enumerate(window.ids.tolist())]
+            return nll_of(context.decode(entries), window.targets)
 
-    try:
         return perplexity(parts, nll)
-    finally:
-        context.close()
-        model.close()
 
 
 def parity(path: Path, text: str, size: int = 512, chunks: int = 16) -> Parity:
