@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = args.text.read_text(encoding="utf-8")
+    text = args.text.read_bytes().decode("utf-8")  # line ends as they are: they are tokens
     rows = []
     print("| model | quant | torch | llama.cpp | apart | llama.cpp on its F16 | apart |\n|---|---|---|---|---|---|---|")
     for path in args.models:

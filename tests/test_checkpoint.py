@@ -13,10 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from edgelora.errors import FileFormatError
-from edgelora.files.checkpoint import CONFIG, CONVERT_PICKLES, INDEX, WHOLE, Checkpoint, read_json
+from edgelora.files.checkpoint import (
+    CONFIG,
+    CONVERT_PICKLES,
+    CONVERT_TENSORS,
+    INDEX,
+    WHOLE,
+    Checkpoint,
+    pickle_fault,
+    read_json,
+)
 
 WEIGHTS = {f"model.layers.{i}.weight": np.full((2, 3), i, np.float32) for i in range(4)}
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -214,6 +223,17 @@ def test_pickles_beside_safetensors_are_ignored(folder):
     assert not (folder / "opened").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth"]
+)
+def test_what_a_trainer_leaves_is_not_called_weights(tmp_path, name):
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / name).touch()
+    assert "no weights in this folder" in refused(tmp_path, "a checkpoint holds model.safetensors").what
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "its weights are pickles (pytorch_model.bin)" in refused(tmp_path, "a pickle can run any code").what
+
+
 def test_auto_map_and_python_files_are_ignored(folder):
     (folder / CONFIG).write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}')
     (folder / "modeling_x.py").write_text("import pathlib; pathlib.Path(__file__).with_suffix('.ran').touch()")
@@ -239,6 +259,26 @@ def test_the_fix_for_pickles_converts_them(tmp_path, shared_data, monkeypatch):
     for name, value in original.named_parameters():
         assert np.array_equal(converted.rows(name).view(np.float32), np.atleast_2d(value.detach().numpy()))
     assert (Path(arguments[1]) / "tokenizer.json").exists()
+
+
+def test_the_fix_for_a_pickle_by_itself_converts_its_tensors(tmp_path, monkeypatch):
+    pickled = tmp_path / "it's $(here).bin"
+    tied = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": tied, "b": tied, "c": tied.T}, pickled)
+    python, flag, code, *arguments = shlex.split(pickle_fault(pickled).fix.partition("trust: ")[2])
+    assert (python, flag, code) == ("python", "-c", CONVERT_TENSORS)
+    assert arguments == [str(pickled), str(tmp_path / "it's $(here).safetensors")]
+    monkeypatch.setattr("sys.argv", ["-c", *arguments])
+    exec(code, {})
+    found = load_file(arguments[1])
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "a": tied.tolist(), "b": tied.tolist(), "c": tied.T.tolist(),
+    }  # fmt: skip
+
+
+def test_a_pickle_of_a_checkpoint_is_converted_with_it(folder):
+    fix = pickle_fault(folder / "pytorch_model.bin").fix
+    assert shlex.split(fix.partition("trust: ")[2])[2:] == [CONVERT_PICKLES, str(folder), f"{folder}-safetensors"]
 
 
 # -- small JSON files ---------------------------------------------------------------------------------------------

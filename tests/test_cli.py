@@ -65,6 +65,9 @@ def files(tmp_path_factory, tiny, make_tiny) -> SimpleNamespace:
     at.other = write_lora(room / "other", make_tiny(seed=1).path)
     at.unsigned = Path(shutil.copytree(at.adapter, room / "unsigned"))
     (at.unsigned / "edgelora.json").unlink()
+    at.pickled = Path(shutil.copytree(at.adapter, room / "pickled"))
+    (at.pickled / "adapter_model.safetensors").rename(at.pickled / "adapter_model.bin")
+    at.untaught = make_tiny(template=None).path
     return at
 
 
@@ -144,6 +147,8 @@ REFUSED = {
     "eval {missing} --data {rows}": "no such file",
     "eval {base} --data {broken}": "broken.jsonl: 2 broken lines",
     "eval {base} --data {rows} --adapter {missing}": "no such file",
+    "export {base} {pickled} --out {out}": "adapter_model.bin: this is a pickle",
+    "train {untaught} {rows} --out {out} --chat-template {missing}": "the chat template cannot be read (No such file",
     "chat {missing}": "no such file",
     "chat {nothing}": "no models in this folder",
     "chat {base} --adapter a/b={missing}": "a/b is no name for an adapter",

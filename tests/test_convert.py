@@ -336,3 +336,13 @@ def test_a_chosen_template_travels_with_the_adapter_and_into_what_is_merged(make
     with Engine(open_base(base), n_ctx=256) as engine:
         engine.load("mine", tmp_path / "mine.gguf")
         assert "".join(Chat(engine, Settings(max_tokens=3)).ask("lights")) is not None
+
+
+def test_more_layers_than_tensors_are_refused_at_once(make_checkpoint, monkeypatch):
+    """A config may claim two billion: their names alone would fill the memory before one of them was missed."""
+    folder = make_checkpoint()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2_000_000}))
+    monkeypatch.setattr("edgelora.base.model.tensor_shapes", lambda *_: pytest.fail("names were made for every layer"))
+    with pytest.raises(BaseModelError, match="claims 2000000 layers"):
+        open_base(folder)

@@ -370,8 +370,37 @@ def test_a_file_shorter_than_a_header(tmp_path, raw):
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(FileFormatError, match="no such file"):
         GGUFFile(tmp_path / "missing.gguf")
-    with pytest.raises(FileFormatError, match="a folder or a device, not a file"):
+    with pytest.raises(FileFormatError, match="a folder or a device, not a file") as caught:
         GGUFFile(tmp_path)
+    assert caught.value.fix == "pass a file"
+
+
+OTHERS = {
+    "model.safetensors": (b"\x40\0\0\0\0\0\0\0{", "it is one file of a Hugging Face folder", "pass its folder: "),
+    "config.json": (b"{}", "it is one file of a Hugging Face folder", "pass its folder: "),
+    "pointer.gguf": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", "git lfs pull"),
+    "pytorch_model.bin": (b"\x80\2}q\0.", "a pickle can run any code", "python -c "),
+    "pointer.bin": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", "git lfs pull"),
+    "model.pt": (b"", "a pickle can run any code", "python -c "),
+    "zip.gguf": (b"PK\3\4" + bytes(40), "a pickle can run any code", "python -c "),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_kind_of_file_is_called_by_its_name(tmp_path, name):
+    raw, why, fix = OTHERS[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(FileFormatError) as caught:
+        GGUFFile(tmp_path / name)
+    assert name in caught.value.what
+    assert why in caught.value.why
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+def test_a_gguf_is_one_whatever_its_name(tmp_path, name):
+    (tmp_path / name).write_bytes(GOOD)
+    assert GGUFFile(tmp_path / name).architecture == "llama"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")

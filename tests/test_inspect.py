@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import gguf
@@ -118,11 +119,19 @@ def test_the_shape_is_the_configs(tiny):
         "GGUF", None, "llama", "llama",
     )  # fmt: skip
     assert facts.shape.dimensions == {k: v for k in DIMENSIONS if (v := getattr(tiny.config, k))}
-    assert facts.shape.rope == {"theta": 10000.0, "dim": 64, "scaling": "default"}
+    assert facts.shape.rope == {"theta": 10000.0, "dim": 64}
     assert (facts.shape.context_in_llama_cpp, facts.shape.context_reason) == (512, None)
     assert facts.linears == dict.fromkeys(
         [name.removeprefix("model.layers.0.") for name in tiny.linears if ".0." in name], 2
     )
+
+
+def test_sliding_layers_rotate_by_a_theta_of_their_own(tiny, monkeypatch, capsys):
+    base = open_base(tiny.path)
+    local = replace(base.config, rope_local=replace(base.config.rope, theta=5e5))
+    monkeypatch.setattr("edgelora.pipeline.inspect.open_base", lambda _: replace(base, config=local))
+    assert inspect(tiny.path).shape.rope == {"theta": 10000.0, "dim": 64, "local_theta": 5e5}
+    assert "theta 10,000, dim 64, local theta 500,000" in printed(capsys, tiny.path)
 
 
 def test_tensors_that_fell_back_are_told(shared_data, tmp_path, capsys):
@@ -305,7 +314,8 @@ def test_lineage_and_certificate_of_a_base(tiny, tmp_path, capsys):
     assert (origin.lineage, origin.certificate, origin.contract) == (["a", "b"], CERTIFICATE, None)
     shown = printed(capsys, merged)
     assert "2 merges in its weights" in shown
-    assert "passed, mean KL 0.001 (limit 0.01), same top 98.0%, on 87 tokens" in shown
+    claim = "certificate says of itself: passed, mean KL 0.001 (limit 0.01), same top 98.0%, on 87 tokens"
+    assert claim in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("text", ["   ", "[1]", "{", '{"passed": "yes", "adapter": 7}', "[" * 100_000])
@@ -334,8 +344,12 @@ def test_a_peft_adapter(peft, tiny, capsys):
     assert (facts.certificate, facts.faults) == (CERTIFICATE, [])
     shown = " ".join(printed(capsys, peft).split())
     for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj", "924 rows of train.jsonl",
-                 "epochs 1.5, rank 4", "held out loss torch 0.25", "✓ passed", "Be brief."):  # fmt: skip
+                 "epochs 1.5, rank 4", "held out loss torch 0.25", "certificate says of itself: passed", "Be brief.",
+                 f"export ✓ yes: over {tiny.path.name} (F32) or another quantization of it",
+                 "chat ! export first: "):  # fmt: skip
         assert part in shown
+    assert "✓ passed" not in shown
+    assert (facts.export.answer, facts.merge, facts.chat.answer) == ("yes", facts.export, "export first")
 
 
 def test_a_gguf_adapter(tiny, tmp_path, capsys):
@@ -346,6 +360,8 @@ def test_a_gguf_adapter(tiny, tmp_path, capsys):
     assert (facts.ranks, facts.targets) == ({4: 3}, {"attn_q": 2, "ffn_down": 1})
     assert [(share.type, share.tensors) for share in facts.types] == [("F16", 6)]
     assert (facts.certificate, facts.faults) == (None, [])
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("no", "no", "yes")
+    assert f"over {tiny.path.name} (F32)" in facts.chat.why
     fill_reserved(path, CERTIFICATE_KEY, json.dumps(CERTIFICATE))
     assert inspect(path).certificate == CERTIFICATE
     assert inspect(tmp_path) == inspect(path)  # a folder with one GGUF in it
@@ -387,7 +403,10 @@ def test_a_faulty_peft_adapter_is_described_with_its_faults(peft, capsys, change
     assert fault in facts.faults[0]
     assert facts.targets == {"q_proj": 2, "down_proj": 1}
     assert (facts.contract is None) == (change == "contract")
-    assert "fault" in printed(capsys, peft)
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("no", "no", "no")
+    shown = printed(capsys, peft)
+    assert "fault" in shown
+    assert shown.count("✗ no: see above") == 3
 
 
 def test_a_faulty_gguf_adapter_is_described_with_its_faults(tmp_path, capsys):
@@ -412,7 +431,9 @@ def test_an_adapter_without_a_contract(peft, capsys):
     edited(peft / "adapter_config.json", base_model_name_or_path="some/base", use_rslora=True)
     facts = inspect(peft)
     assert (facts.contract, facts.base, facts.method, facts.faults) == (None, "some/base", "lora + rslora", [])
-    assert "some/base, by its own word: no contract" in " ".join(printed(capsys, peft).split())
+    shown = " ".join(printed(capsys, peft).split())
+    assert "some/base, by its own word: it has no contract" in shown
+    assert "merge ✓ yes: with --allow-unverified-base, " in shown
 
 
 # -- neither ------------------------------------------------------------------------------------------------------
@@ -423,17 +444,19 @@ def test_an_adapter_without_a_contract(peft, capsys):
     [
         ("missing", "no such file"), ("empty", "no models in this folder"), ("text", "not a usable GGUF file"),
         ("two", "2 models in this folder"), ("pickles", "its weights are pickles"),
-        ("lone", "not a usable safetensors file"),
+        ("lone", "not a usable safetensors file"), ("pickles/pytorch_model.bin", "this is a pickle"),
+        ("old", "adapter_model.bin: this is a pickle"), ("old/adapter_config.json", "not a usable GGUF file"),
     ],
 )  # fmt: skip
 def test_anything_else_is_three_lines(tmp_path, capsys, name, what):
-    for folder in ("empty", "two", "pickles", "lone"):
+    for folder in ("empty", "two", "pickles", "lone", "old"):
         (tmp_path / folder).mkdir()
     (tmp_path / "text").write_text("not a model " * 10, encoding="utf-8")
-    for file in ("two/a.gguf", "two/b.gguf", "pickles/pytorch_model.bin"):
+    for file in ("two/a.gguf", "two/b.gguf", "pickles/pytorch_model.bin", "old/adapter_model.bin"):
         (tmp_path / file).write_bytes(b"")
     (tmp_path / "pickles" / "config.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "lone" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    for folder in ("lone", "old"):
+        (tmp_path / folder / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert run(["inspect", str(tmp_path / name)]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -451,6 +474,16 @@ def test_it_fits_80_columns(tiny, peft, capsys, monkeypatch):
         lines = printed(capsys, path).splitlines()
         assert max(map(cell_len, lines)) <= 80
         assert "" not in (lines[0].strip(), lines[-1].strip())
+
+
+def test_an_ascii_locale_gets_escapes(tiny, peft):
+    """Also for what stands in the file itself, and for --json."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "80"}
+    for arguments in ([tiny.path], [peft], [peft, "--json"]):
+        command = [sys.executable, "-m", "edgelora", "inspect", *arguments]
+        done = subprocess.run(command, capture_output=True, env={**os.environ, **locale}, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.isascii()
 
 
 def test_what_a_file_says_cannot_move_the_cursor(tiny, tmp_path, capsys):

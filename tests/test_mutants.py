@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType, GGUFValueType
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from edgelora.data.vocabulary import vocabulary_from_folder
 from edgelora.errors import EdgeloraError, FileFormatError
 from edgelora.files.checkpoint import MAX_JSON_BYTES, read_json
 from edgelora.files.gguf import MAX_ENTRIES, MAX_STRINGS, MAX_TEXT_BYTES, GGUFFile
@@ -363,11 +364,15 @@ def safetensors_mutant(raw: bytes, draw: random.Random) -> Mutant:
 
 def mutate_header(draw: random.Random, header: Table) -> str:
     """Change one thing of a safetensors header in place and say what."""
-    places = list(inner(header))
+    if header and draw.random() < 0.4:
+        return mutate_tensor(draw, header)
+    return mutate_json(draw, list(inner(header)))
+
+
+def mutate_json(draw: random.Random, places: list[tuple[list[Any], int]]) -> str:
+    """Change what stands at one of these places and say what."""
     if not places:
         return "nothing"
-    if draw.random() < 0.4:
-        return mutate_tensor(draw, header)
     where, i = draw.choice(places)
     old = where[i]
     what = draw.choice(["odd", "number", "number", "word", "drop", "repeat", "swap", "move"])
@@ -412,6 +417,36 @@ def mutate_tensor(draw: random.Random, header: Table) -> str:
     elif "shape" in fields and isinstance(shape := fields["shape"][1], list):
         shape[:] = {"flat": [1, *shape, 1], "rank": [*shape, 1, 1, 1, 1], "turn": shape[::-1]}.get(what, [])
     return f"{what} of {dump(pair)[:80]}"
+
+
+# -- the other files of a checkpoint --------------------------------------------------------------------------------
+
+
+def json_mutant(raw: bytes, draw: random.Random) -> Mutant:
+    table = json.loads(raw, object_pairs_hook=as_table)
+    story = "; ".join(mutate_json(draw, list(descent(draw, table))) for _ in range(draw.choice([1, 1, 2, 4])))
+    out = dump(table).encode()
+    return out, len(out), story
+
+
+def descent(draw: random.Random, found: Any) -> Iterator[tuple[list[Any], int]]:
+    """(list, index) from the outside in to some value: a field is as likely as all of a vocabulary."""
+    while isinstance(found, list) and found:
+        i = draw.randrange(len(found))
+        yield found, i
+        found = found[i]
+
+
+def protobuf_mutant(raw: bytes, draw: random.Random) -> Mutant:
+    """Bytes changed, cut out or repeated; often near the end, where it says how the model was trained."""
+    out, story = bytearray(raw), []
+    for _ in range(draw.choice([1, 1, 2, 5, 30])):
+        at = draw.randrange(len(out) if draw.random() < 0.5 else 600)
+        at, n = len(out) - 1 - at, draw.choice([1, 1, 1, 1, 2, 8, 200])
+        new = draw.choice([draw.randbytes(1), draw.randbytes(1), b"\xff\xff\xff\xff\x0f", out[at : at + n] * 2, b""])
+        out[at : at + (n if len(new) != 1 else 1)] = new
+        story.append(f"{bytes(new[:16])!r} at {at}")
+    return bytes(out), len(out), "; ".join(story)
 
 
 def safetensors_bombs() -> Iterator[tuple[bytes, str]]:
@@ -478,6 +513,13 @@ def read_base(path: Path) -> None:
     assert base.template
 
 
+def read_checkpoint(path: Path) -> None:
+    """Its folder, in which only this file is broken."""
+    from edgelora.base.model import open_base
+
+    assert open_base(path.parent).identity
+
+
 def spin(_: Path) -> None:
     while True:
         pass
@@ -490,9 +532,12 @@ def hoard(path: Path) -> None:
 READERS: dict[str, Callable[[Path], object]] = {
     "gguf": read_gguf, "safetensors": read_safetensors, "base": read_base, "json": read_json,
     "large json": lambda path: read_json(path, LARGE_JSON_BYTES),
+    "hf folder": read_checkpoint, "sentencepiece": lambda path: vocabulary_from_folder(path.parent),
     "spin": spin, "hoard": hoard, "untyped": lambda path: {}[path], "die": lambda _: os.abort(),
 }  # fmt: skip
-MUTATE = {"safetensors": safetensors_mutant}  # all others read GGUF
+MUTATE: dict[str, Callable[[bytes, random.Random], Mutant]] = {  # all others read GGUF
+    "safetensors": safetensors_mutant, "hf folder": json_mutant, "sentencepiece": protobuf_mutant,
+}  # fmt: skip
 BOMBS: dict[str, Callable[[], Iterator[tuple[bytes, str]]]] = {
     "gguf": gguf_bombs,
     "safetensors": safetensors_bombs,
@@ -626,6 +671,35 @@ def test_a_breach_is_told_with_its_story(tiny, tmp_path, reader, fault):
 
 def test_base_mutants(tiny, tmp_path):
     check_mutants("base", tiny.path, tmp_path / "mutant", count=600)
+
+
+@pytest.fixture
+def checkpoint(shared_data: Path, tmp_path: Path) -> Path:
+    """stories260K in two shards, its tokenizer in JSON."""
+    stories, folder = shared_data / "models" / "stories260K", tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((stories / name).read_bytes())
+    tensors = load_file(stories / "model.safetensors")
+    shard_of = {name: f"model-{1 + i % 2}-of-2.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(shard_of.values()):
+        save_file({name: tensors[name] for name in tensors if shard_of[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors.index.json"]
+)
+def test_mutants_of_a_checkpoint(checkpoint, tmp_path, name):
+    (checkpoint / name).rename(tmp_path / name)
+    check_mutants("hf folder", tmp_path / name, checkpoint / name, count=300)
+
+
+def test_sentencepiece_mutants(shared_data, tmp_path):
+    check_mutants(
+        "sentencepiece", shared_data / "models" / "stories260K" / "tokenizer.model", tmp_path / "tokenizer.model", 500
+    )
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def test_roles_that_a_template_refuses():
         "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
         "{% for a in [1] %}" * 30 + "x" + "{% endfor %}" * 30,
+        "{{ " + "1" * 5000 + " }}",
         "x" * (MAX_SOURCE_CHARACTERS + 1),
     ],
     ids=lambda s: s[:30],

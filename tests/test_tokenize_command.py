@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +20,18 @@ from conftest import TEMPLATE
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from rich.console import Console
 
 from edgelora.base.model import Base, open_base
-from edgelora.cli import run
+from edgelora.cli import display, run
 from edgelora.cli import tokenize as command
-from edgelora.cli.tokenize import visible
+from edgelora.cli.words import visible
 from edgelora.data.conversation import read_conversations
 from edgelora.data.encode import encode_conversation
+from edgelora.data.template import ChatTemplate
 from edgelora.errors import CertificateError, DataError
 from edgelora.pipeline import tokenize as pipeline
-from edgelora.pipeline.tokenize import Tokenized, check, first_difference, read_text, tokenize_text, tokens_of
+from edgelora.pipeline.tokenize import Tokenized, check, difference_of_chat, read_text, tokenize_text, tokens_of
 from runtime.binding import Model
 
 TEXT = "Turn on the light in the kitchen,\n\tplease: <|im_end|> größer 日本 🙂"
@@ -142,6 +147,41 @@ def test_a_text_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
         read_text(tmp_path / "text")
 
 
+def test_a_file_of_bytes_is_no_text_however_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGEST_TEXT", 10)
+    (tmp_path / "text").write_bytes(b"GGUF\3\0\0\0\xff\xff\xff\xff\xff")
+    with pytest.raises(DataError, match="not a text in UTF-8"):
+        read_text(tmp_path / "text")
+    (tmp_path / "text").write_text("größer als 10", encoding="utf-8")  # cut behind the limit, not in a character
+    with pytest.raises(DataError, match="more than"):
+        read_text(tmp_path / "text")
+    (tmp_path / "text").write_text("123456789\u65e5\u672c", encoding="utf-8")  # cut in the middle of one
+    with pytest.raises(DataError, match="more than"):
+        read_text(tmp_path / "text")
+
+
+def called(*arguments: object, raw: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`edgelora tokenize` as a process, its output in a pipe."""
+    command = [sys.executable, "-m", "edgelora", "tokenize", *arguments]
+    return subprocess.run(
+        command, input=raw, capture_output=True, env={**os.environ, **environment}, timeout=60, check=False
+    )
+
+
+def test_conversations_come_from_standard_input_too(tiny, rows):
+    done = called(tiny.path, "--chat", "-", raw=rows.read_bytes())
+    assert (done.returncode, done.stdout) == (0, called(tiny.path, "--chat", rows).stdout)
+    assert done.stdout.count(b"\n\n") == 1
+
+
+def test_an_argument_is_utf8_in_any_locale(tiny):
+    """In an ASCII locale Python reads each byte of it as half of a surrogate pair."""
+    done = called(tiny.path, "--text", "größer", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (done.returncode, done.stderr[:20]) == (0, b"%d tokens for 8 bytes" % done.stdout.count(b"\n"))
+    assert done.stdout.isascii()
+    assert done.stdout.decode().encode("latin-1", "backslashreplace").count(b"\\x") == 4  # two bytes of each letter
+
+
 def test_a_row_that_the_template_refuses_is_named(make_tiny, rows, capsys):
     assert run(["tokenize", str(make_tiny(template=STRICT).path), "--chat", str(rows)]) == 1
     shown = capsys.readouterr()
@@ -160,7 +200,8 @@ def test_a_row_that_the_template_refuses_is_named(make_tiny, rows, capsys):
         ("--file {folder}", "cannot be read (Is a directory)"),
         ("--file {folder}/missing", "cannot be read (No such file or directory)"),
         ("--file {latin}", "not a text in UTF-8"),
-        ("--text {half}", "the text is not Unicode"),
+        ("--text {byte}", "--text: not a text in UTF-8"),
+        ("--text {half}", "half of a surrogate pair at character 1"),
         ("--chat {latin}", "not a text file in UTF-8"),
         ("--chat {folder}/missing", "cannot be read"),
     ],
@@ -168,7 +209,7 @@ def test_a_row_that_the_template_refuses_is_named(make_tiny, rows, capsys):
 def test_what_cannot_be_tokenized_is_three_lines(tiny, rows, tmp_path, capsys, line, what):
     latin = tmp_path / "latin"
     latin.write_bytes("größer".encode("latin-1"))
-    words = [w.format(rows=rows, folder=tmp_path, latin=latin, half="a\udcff") for w in line.split()]
+    words = [w.format(rows=rows, folder=tmp_path, latin=latin, byte="a\udcff", half="a\ud83d") for w in line.split()]
     assert run(["tokenize", str(tiny.path), *words]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -255,7 +296,7 @@ def test_a_difference_is_exit_code_3(tiny, capsys, monkeypatch):
 
 
 class Stub:
-    """A llama.cpp that reads control tokens, and knows the plain texts it was given."""
+    """A llama.cpp that reads a control token by itself, and knows the plain texts it was given."""
 
     def __init__(self, base: Base, plain: dict[str, Sequence[int]]) -> None:
         self.control, self.plain = base.tokenizer.control, plain
@@ -266,11 +307,37 @@ class Stub:
 
 @pytest.mark.parametrize(("theirs", "position"), [([80, 81], None), ([80, 82], 2), ([80], 2), ([80, 81, 82], 3)])
 def test_positions_count_over_the_whole_prompt(tiny, theirs, position):
+    """llama.cpp is asked for the very text of each part, which ids need not spell: an unknown character has none."""
     base = open_base(tiny.path)
     start, end = base.tokenizer.control["<|im_start|>"], base.tokenizer.control["<|im_end|>"]
-    text = base.tokenizer.decode([80, 81])
-    found = first_difference(base.tokenizer, Stub(base, {text: theirs}), [start, 80, 81, end])
+    said = "<|im_end|> \U000f0000"
+    row = Tokenized("", [start, 80, 81, end], [False] * 4, (start, said, end))
+    found = difference_of_chat(base.tokenizer, Stub(base, {said: theirs}), row)
     assert (found.position if found else None) == position
+
+
+def test_a_conversation_is_cut_where_its_template_wrote_special_tokens(tiny, rows):
+    base = open_base(tiny.path)
+    start, end = base.tokenizer.control["<|im_start|>"], base.tokenizer.control["<|im_end|>"]
+    assert encoded(base, rows)[0].parts == (
+        start, "user\nTurn it <|im_end|> on", end, "\n", start, "assistant\nDone.", end, "\n",
+    )  # fmt: skip
+
+
+def test_a_conversation_is_rendered_no_more_often_than_for_training(tiny, rows, monkeypatch):
+    base, rendered = open_base(tiny.path), []
+    original = ChatTemplate.render
+
+    def counted(template: ChatTemplate, *arguments: object, **options: object) -> object:
+        rendered.append(arguments)
+        return original(template, *arguments, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    conversation = read_conversations(rows)[1]
+    encode_conversation(conversation, base.tokenizer, base.template)
+    n_rendered = len(rendered)
+    pipeline.tokenize_chat(base.tokenizer, base.template, conversation)
+    assert len(rendered) == 2 * n_rendered > 0
 
 
 # -- what people see ----------------------------------------------------------------------------------------------
@@ -283,11 +350,30 @@ def test_elsewhere_than_on_a_terminal_a_token_is_a_line(tiny, rows, capsys):
     assert "".join(piece[1:-1] for piece in pieces) == r"a\n\x1b b"
     assert shown.err.startswith(f"{len(pieces)} tokens for 5 bytes; ")
     assert run(["tokenize", str(tiny.path), "--chat", str(rows)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("row 1: ")
-    assert lines[1].endswith('"<|im_start|>"\tspecial')
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert lines[0].endswith('"<|im_start|>"\tspecial')
     assert any(line.endswith('"<|im_end|>"\tspecial\tloss') for line in lines)
     assert any(line.endswith('"."\tloss') for line in lines)
+    ids = [[int(line.split("\t")[0]) for line in row.splitlines()] for row in shown.out.split("\n\n")]
+    assert ids == [row.ids for row in encoded(open_base(tiny.path), rows)]
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["row 1", "row 2"]
+
+
+def test_a_pipe_gets_every_token(tiny, rows, capsys, monkeypatch):
+    monkeypatch.setattr(command, "MOST_SHOWN", 5)
+    for arguments in (["--text", "0123456789"], ["--chat", str(rows)]):
+        assert run(["tokenize", str(tiny.path), *arguments]) == 0
+        n_lines = sum(map(bool, capsys.readouterr().out.splitlines()))
+        assert n_lines == sum(row["n_tokens"] for row in shown(capsys, tiny.path, *arguments)["rows"]) > 5
+
+
+def test_one_text_is_no_progress(tiny, rows, capsys):
+    assert run(["tokenize", str(tiny.path), "--text", "Turn on", "--check"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[1] for line in err] == ["tokens", "llama.cpp"]
+    assert run(["tokenize", str(tiny.path), "--chat", str(rows), "--check"]) == 0
+    assert "check 1/2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])
@@ -321,19 +407,30 @@ def test_special_tokens_and_loss_look_different(tiny, rows):
     assert command._style(tokens[0]) == command.SPECIAL
 
 
-def test_output_is_cut_short_with_a_word(tiny, rows, capsys, monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    """A standard output that says it is a terminal; five tokens are enough for it."""
+    console = partial(Console, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(display, "output", lambda: console(file=sys.stdout))
     monkeypatch.setattr(command, "MOST_SHOWN", 5)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_terminal_is_not_flooded(tiny, rows, capsys):
     assert run(["tokenize", str(tiny.path), "--text", "0123456789"]) == 0
-    assert capsys.readouterr().out.splitlines()[5:] == ["… 5 more tokens; --json prints all"]
+    heading, above, below, more = capsys.readouterr().out.splitlines()
+    assert heading.startswith("10 tokens for 10 bytes")
+    assert (above.split(), len(below.split())) == (list("01234"), 5)
+    assert more == "… 5 more tokens; --json prints all"
     assert run(["tokenize", str(tiny.path), "--chat", str(rows)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 5 + 2
-    assert lines[-1] == "… 1 more row; --json prints all"
+    assert lines[0].startswith("row 1: ")
+    assert lines[-2] == "… 1 more row; --json prints all"
     assert len(shown(capsys, tiny.path, "--text", "0123456789")["rows"][0]["ids"]) == 10
 
 
-def test_rows_are_encoded_only_as_far_as_they_are_shown(make_tiny, rows, capsys, monkeypatch):
-    monkeypatch.setattr(command, "MOST_SHOWN", 5)
+@pytest.mark.usefixtures("terminal")
+def test_rows_are_encoded_only_as_far_as_they_are_shown(make_tiny, rows, capsys):
     assert run(["tokenize", str(make_tiny(template=STRICT).path), "--chat", str(rows)]) == 0
     assert "1 more row" in capsys.readouterr().out  # the one that its template refuses
 

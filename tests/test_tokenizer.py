@@ -16,8 +16,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from edgelora.data.pretokenizers import PRE_TOKENIZERS
-from edgelora.data.tokenizer import Tokenizer, read_tokenizer
-from edgelora.data.vocabulary import BYTE_OF, BYTE_TOKENS, Vocabulary, checked, vocabulary_from_folder
+from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.vocabulary import (
+    BYTE_OF,
+    BYTE_TOKENS,
+    Vocabulary,
+    checked,
+    vocabulary_from_folder,
+    vocabulary_from_gguf,
+)
 from edgelora.files.gguf import GGUFFile
 from runtime.binding import Model
 
@@ -137,7 +144,7 @@ def path(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(path):
-    return read_tokenizer(GGUFFile(path))
+    return Tokenizer(vocabulary_from_gguf(GGUFFile(path)))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +223,7 @@ def qwen(shared_data, tmp_path) -> Vocabulary:
 )  # fmt: skip
 def test_recorded_texts(shared_data, request, name, source):
     found = request.getfixturevalue(source)
-    tokenizer = Tokenizer(found) if isinstance(found, Vocabulary) else read_tokenizer(GGUFFile(found))
+    tokenizer = Tokenizer(found if isinstance(found, Vocabulary) else vocabulary_from_gguf(GGUFFile(found)))
     cases = recorded(shared_data, "text")
     assert len(cases) == 80
     wrong = [c for c in cases if tokenizer.encode(c["text"], parse_special=c["parse_special"]).ids != c[name]]
@@ -226,7 +233,7 @@ def test_recorded_texts(shared_data, request, name, source):
 @pytest.mark.real
 @pytest.mark.parametrize(("name", "source"), [("smollm2", "smollm"), ("gemma3", "gemma")])
 def test_recorded_chats(shared_data, request, name, source):
-    tokenizer = read_tokenizer(GGUFFile(request.getfixturevalue(source)))
+    tokenizer = Tokenizer(vocabulary_from_gguf(GGUFFile(request.getfixturevalue(source))))
     cases = [case for case in recorded(shared_data, "chat") if case["model"] == name]
     for case in cases:
         encoded = tokenizer.encode(case["prompt"], parse_special=True).ids

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import sentencepiece
+import transformers
 from gguf.constants import GGUFValueType, TokenType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -219,6 +220,117 @@ def test_who_says_whether_bos_and_eos_are_added(processor, config, adds, tmp_pat
     assert (v.add_bos, v.add_eos) == adds
 
 
+# -- added tokens: one list, whichever files name them ------------------------------------------------------------
+
+ADDED = {"<|im_start|>": True, "<|im_end|>": True, "<note>": False}  # text → whether it is special
+CHAT = "<|im_start|>user\nthe light<note> is on<|im_end|>\n"
+
+
+def adding(tokenizer: dict, first: int, *sources: str) -> dict[str, object]:
+    """The files of a tokenizer.json with ADDED, from id `first` on, in those of the sources that are named."""
+    numbered = {first + i: {"content": t, "special": special} for i, (t, special) in enumerate(ADDED.items())}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    files = {
+        "config": {"vocab_size": first + len(ADDED), "eos_token_id": 1},
+        "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+        "tokenizer": tokenizer,
+    }
+    if "tokenizer" in sources:
+        files["tokenizer"] = tokenizer | {
+            "added_tokens": [*tokenizer["added_tokens"], *({"id": i} | flags | t for i, t in numbered.items())]
+        }
+    if "tokenizer_config" in sources:
+        decoder = {str(i): flags | t for i, t in numbered.items()}
+        files["tokenizer_config"]["added_tokens_decoder"] = decoder
+    if "added_tokens" in sources:
+        files["added_tokens"] = {t["content"]: i for i, t in numbered.items()}
+    return files
+
+
+SOURCES = [("tokenizer",), ("tokenizer_config",), ("added_tokens",), ("tokenizer", "tokenizer_config", "added_tokens")]
+each_source = pytest.mark.parametrize("sources", SOURCES, ids=" ".join)
+
+
+@each_source
+def test_added_tokens_have_the_ids_of_transformers(tmp_path, sources):
+    backend = trained(next(splits for (splits, _), pre in HF_PRE_TOKENIZERS.items() if pre == "qwen2"))
+    first = backend.get_vocab_size()
+    v = vocabulary_from_folder(write_json(tmp_path, **adding(json.loads(backend.to_str()), first, *sources)))
+    original = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert original.convert_tokens_to_ids(list(ADDED)) == [v.tokens.index(t) for t in ADDED]
+    assert Tokenizer(v).encode(CHAT, parse_special=True).ids == original.encode(CHAT, add_special_tokens=False)
+    assert v.ids["eos"] == original.eos_token_id == first + 1
+    assert [v.types[v.tokens.index(t)] for t in ADDED] == [
+        TokenType.CONTROL if special else TokenType.USER_DEFINED for special in ADDED.values()
+    ]
+    plain = Tokenizer(v).encode(CHAT).ids
+    assert not {first, first + 1} & set(plain)
+    assert first + 2 in plain
+
+
+@each_source
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_added_tokens_beside_sentencepiece_have_the_ids_of_transformers(stories, tmp_path, name, sources):
+    tokenizer = json.loads((stories / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(tmp_path, **adding(tokenizer, 512, *sources))
+    shutil.copy(stories / name, tmp_path) if name == "tokenizer.model" else None
+    v = vocabulary_from_folder(tmp_path)
+    original = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert original.convert_tokens_to_ids(list(ADDED)) == [512, 513, 514] == [v.tokens.index(t) for t in ADDED]
+    ids, expected = Tokenizer(v).encode(CHAT, parse_special=True).ids, original.encode(CHAT)
+    assert [i for i in ids if i >= 512] == [512, 514, 513]
+    assert [i for i in expected if i in (512, 513)] == [512, 513]  # <note> is looked for behind a ▁ if none says how
+    assert v.ids["eos"] == original.eos_token_id == 513
+    if name == "tokenizer.model":  # what the sentencepiece model says of its own tokens counts
+        assert v.types[:3] == (TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL)
+        assert v.scores[:512] == vocabulary_from_folder(stories).scores
+
+
+CLASHES = {
+    "two ids for a text": ({"<|im_end|>": 9}, "'<|im_end|>' is 603 in tokenizer_config.json, but also 9"),
+    "two texts for an id": ({"<other>": 603}, "603 is '<|im_end|>' in tokenizer_config.json, but also '<other>'"),
+    "a trained text with another id": ({"a": 700}, "the added token 'a' with the id 700"),
+    "another text for a trained id": ({"<b>": 5}, "the added token '<b>' with the id 5"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_files_that_disagree_about_a_token_are_refused(tmp_path, case):
+    added, reason = CLASHES[case]
+    tokenizer = json.loads(gpt2().to_str())
+    files = adding(tokenizer, 602, "tokenizer_config") | {"added_tokens": added, "config": {}}
+    with pytest.raises(BaseModelError) as caught:
+        vocabulary_from_folder(write_json(tmp_path, **files))
+    assert reason in caught.value.what
+
+
+@pytest.mark.parametrize("name", ["eos", "bos"])
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+def test_a_name_without_an_id_is_refused(tmp_path, name, file):
+    names = {"tokenizer_config": {"eos_token" if name == "bos" else "bos_token": "<s>"}}
+    names[file] = names.get(file, {}) | {f"{name}_token": {"content": "<|im_end|>"}}
+    folder = saved(gpt2(), tmp_path, **names, config={"vocab_size": 258, "eos_token_id": 1, "bos_token_id": 0})
+    with pytest.raises(BaseModelError) as caught:
+        vocabulary_from_folder(folder)
+    assert f"names '<|im_end|>' as {name}, and no file gives it an id" in caught.value.what
+
+
+def test_special_tokens_map_names_what_tokenizer_config_does_not(tmp_path):
+    folder = saved(gpt2(), tmp_path, tokenizer_config={"bos_token": "</s>"}, special_tokens_map={
+        "eos_token": {"content": "</s>"}, "bos_token": "<s>", "pad_token": "<s>",
+    })  # fmt: skip
+    assert vocabulary_from_folder(folder).ids == {"bos": 1, "eos": 1, "pad": 0}
+
+
+@pytest.mark.parametrize(("generation", "ends"), [({}, [7, 12, 13]), ({"eos_token_id": [7, 14]}, [7, 14])])
+def test_several_ends_in_config_json(tmp_path, generation, ends):
+    config = {"eos_token_id": [7, 12, 13], "bos_token_id": True}
+    folder = saved(gpt2(), tmp_path, tokenizer_config={}, config=config, generation_config=generation)
+    v = vocabulary_from_folder(folder)
+    assert v.ids == dict(zip(("eos", "eot", "eom"), ends, strict=False))
+    assert {1, *ends} == set(Tokenizer(v).eog_ids)  # llama.cpp ends at </s> anyway
+
+
 # -- SentencePiece ------------------------------------------------------------------------------------------------
 
 
@@ -419,12 +531,55 @@ def test_the_whole_of_what_was_broken_is_read(tmp_path):
     assert vocabulary_from_folder(write_json(tmp_path, **of(), tokenizer_config=names)).merges == ("a b",)
 
 
-@pytest.mark.parametrize("raw", [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff\xff\xff\xff\x0f"])
-def test_a_broken_sentencepiece_model_is_a_typed_error(tmp_path, raw):
+def test_a_model_without_its_type_is_bpe(tmp_path):
+    tokenizer = of()["tokenizer"] | {"model": {"vocab": WHOLE["vocab"], "merges": WHOLE["merges"]}}
+    folder = write_json(tmp_path, tokenizer=tokenizer, tokenizer_config={"eos_token": "</s>"})
+    assert vocabulary_from_folder(folder).merges == ("a b",)
+
+
+def test_the_files_of_a_slow_tokenizer_alone_say_what_to_do(tmp_path):
+    (write_json(tmp_path, vocab=WHOLE["vocab"]) / "merges.txt").write_text("a b\n")
+    with pytest.raises(BaseModelError) as caught:
+        vocabulary_from_folder(tmp_path)
+    assert caught.value.fix == "save it with a fast tokenizer (tokenizer.save_pretrained)"
+
+
+def test_ids_that_no_file_names_are_told_as_such(tmp_path):
+    stated = {"add_bos_token": True}
+    with pytest.raises(BaseModelError) as caught:
+        vocabulary_from_folder(write_json(tmp_path, **of(), tokenizer_config=stated))
+    assert "has no eos_token_id and no bos_token_id" in caught.value.what
+    assert "token 11" in caught.value.why
+    assert "eos_token, bos_token" in caught.value.fix
+
+
+def test_tokens_of_any_length_are_read_in_time(tmp_path):
+    vocab = WHOLE["vocab"] | {"x" * (1 << 20): 4}
+    with pytest.raises(BaseModelError, match="longer than any real one"):
+        vocabulary_from_folder(
+            write_json(
+                tmp_path,
+                tokenizer={
+                    "model": WHOLE | {"vocab": vocab, "byte_fallback": True},
+                    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                },
+            )
+        )
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("raw", [b"", b"IQ== 0\nIg== 1\n", b"\x0a\xff\xff\xff\xff\x0f", b"no text"])
+def test_a_broken_sentencepiece_model_is_a_typed_error(pieces, tmp_path, raw, beside):
+    if raw == b"no text":
+        raw = (pieces / "tokenizer.model").read_bytes().replace(b"<note>", b"<n\xffte>")
     (tmp_path / "tokenizer.model").write_bytes(raw)
+    if beside:
+        write_json(tmp_path, **of())
     with pytest.raises(FileFormatError) as caught:
         vocabulary_from_folder(tmp_path)
     assert "tokenizer.model" in caught.value.what
+    if raw:
+        assert ("remove tokenizer.model" in caught.value.fix) == beside
 
 
 # -- broken GGUF files --------------------------------------------------------------------------------------------

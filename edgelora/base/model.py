@@ -264,6 +264,13 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Base:
             fix="use the original checkpoint in bfloat16 or float16, or a GGUF file",
         )
     config = architecture.read_hf(checkpoint.config)
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        raise BaseModelError(
+            what=f"{checkpoint.path}: it claims {config.num_hidden_layers} layers and holds {len(checkpoint.tensors)} "
+            "tensors",
+            why="config.json and the tensors do not fit together",
+            fix="download the checkpoint again",
+        )
     tensors = CheckpointTensors(checkpoint, architecture)
     biased = tuple(
         name for name in architecture.layer_matrices(config) if f"model.layers.0.{name}.bias" in checkpoint.tensors

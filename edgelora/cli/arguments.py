@@ -11,7 +11,9 @@ import typer
 
 from edgelora.errors import ConfigError
 
-Base = Annotated[Path, typer.Argument(help="The base model: a .gguf file, or a folder with one.", show_default=False)]
+Base = Annotated[
+    Path, typer.Argument(help="The base model: a .gguf file, or a Hugging Face folder.", show_default=False)
+]
 Out = Annotated[Path, typer.Option(help="Where the result goes.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 from types import TracebackType
 
@@ -12,6 +14,13 @@ from rich.text import Text
 from edgelora.progress import Progress
 
 PLAIN_LINE_EVERY_S = 15.0
+
+
+def output() -> Console:
+    """Standard output. A character that its encoding lacks is written as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(highlight=False)
 
 
 def describe(p: Progress) -> str:

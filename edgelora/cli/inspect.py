@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Json
-from edgelora.cli.tokenize import count, visible
+from edgelora.cli.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgelora.pipeline.inspect import BaseFacts, Origin, Shape, Weights
     from edgelora.pipeline.inspect_adapter import AdapterFacts
-    from edgelora.pipeline.inspect_facts import TemplateFacts, TokenizerFacts
+    from edgelora.pipeline.inspect_facts import Ability, TemplateFacts, TokenizerFacts
 
 MOST_CHARACTERS, MOST_SAMPLE_LINES = 1000, 24
 MOST_SPECIAL = 12
@@ -39,10 +39,11 @@ def inspect(
 
     facts = run(path)
     if as_json:
-        print(json.dumps(asdict(facts), ensure_ascii=False))
+        print(json.dumps(asdict(facts)))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from edgelora.cli.display import output
 
     table = Table.grid("label", "value", padding=(0, 2))
     table.columns[0].style, table.columns[0].no_wrap = "bold", True
@@ -54,7 +55,7 @@ def inspect(
         for label, value in group:
             table.add_row("" if label == before else label, value)
             before = label
-    Console(highlight=False).print(table)
+    output().print(table)
 
 
 # -- a base -------------------------------------------------------------------------------------------------------
@@ -181,17 +182,22 @@ def _origin(origin: Origin) -> Rows:
     if origin.contract is not None:
         yield from _contract(origin.contract)
     if origin.certificate is not None:
-        yield "checked", _certificate(origin.certificate)
+        yield "certificate", _certificate(origin.certificate)
 
 
 def _abilities(facts: BaseFacts) -> Rows:
     shown = (facts.fault, facts.tokenizer.fault, facts.template.fault, *facts.origin.faults)
     for label, ability in (("train", facts.train), ("run", facts.run)):
-        why = "see above" if ability.why in shown else ability.why
-        text = f"{ability.answer}{': ' if why else ''}{why}"
-        yield label, {"yes": _good, "no": _bad, "convert first": _note}[ability.answer](text)
+        yield label, _ability(ability, shown)
     if facts.linears:
         yield "adapters", _plain(f"attach to {_layers(facts.linears)}")
+
+
+def _ability(ability: Ability, shown: Collection[str | None]) -> Text:
+    """`shown`: the faults that stand above."""
+    why = "see above" if ability.why in shown else ability.why
+    text = f"{ability.answer}{': ' if why else ''}{why}"
+    return {"yes": _good, "no": _bad}.get(ability.answer, _note)(text)
 
 
 # -- an adapter ---------------------------------------------------------------------------------------------------
@@ -200,6 +206,7 @@ def _abilities(facts: BaseFacts) -> Rows:
 def _adapter(facts: AdapterFacts) -> Iterator[Rows]:
     yield _made_of(facts)
     yield _made_by(facts)
+    yield ((label, _ability(getattr(facts, label), facts.faults)) for label in ("export", "merge", "chat"))
 
 
 def _made_of(facts: AdapterFacts) -> Rows:
@@ -223,9 +230,9 @@ def _made_by(facts: AdapterFacts) -> Rows:
         yield from _contract(facts.contract)
     else:
         name = f"{facts.base}, by its own word" if facts.base else "it does not say which"
-        yield "base", _note(f"{name}: no contract, so use it with --allow-unverified-base")
+        yield "base", _note(f"{name}: it has no contract")
     if facts.certificate is not None:
-        yield "checked", _certificate(facts.certificate)
+        yield "certificate", _certificate(facts.certificate)
 
 
 def _contract(contract: Mapping[str, Any]) -> Rows:
@@ -256,7 +263,7 @@ def _certificate(certificate: Mapping[str, Any]) -> Text:
         parts.append(f"same top {same:.1%}")
     if "n_tokens" in numbers:
         parts.append(f"on {_value(numbers['n_tokens'])} tokens")
-    return (_good if parts[0] == "passed" else _bad)(", ".join(parts))
+    return _plain(f"says of itself: {', '.join(parts)}")
 
 
 # -- words and numbers --------------------------------------------------------------------------------------------

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Base, Json
+from edgelora.cli.words import count, visible
 from edgelora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
     from edgelora.base.model import Base as OpenBase
     from edgelora.pipeline.tokenize import Token, Tokenized
 
-MOST_SHOWN = 2000  # tokens
+MOST_SHOWN = 2000  # tokens, on a terminal
 SPECIAL, LEARNED = "bold magenta", "green underline"
 
 
@@ -27,7 +29,9 @@ def tokenize(
     base: Base,
     text: Annotated[str | None, typer.Option(help="A text.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(help="A text file; - is standard input.", show_default=False)] = None,
-    chat: Annotated[Path | None, typer.Option(help="Rows as for training: JSONL.", show_default=False)] = None,
+    chat: Annotated[
+        Path | None, typer.Option(help="Rows as for training: JSONL; - is standard input.", show_default=False)
+    ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="For a base without one: chatml, or a Jinja file.", show_default=False)
     ] = None,
@@ -45,22 +49,23 @@ def tokenize(
     from edgelora.base.model import open_base
     from edgelora.cli.display import Display
     from edgelora.pipeline import tokenize as pipeline
-    from edgelora.progress import Progress
+    from edgelora.progress import Progress, silent
 
     opened = open_base(base)
     if chat is not None:
         opened = opened if chat_template is None else opened.with_template(chat_template)
         n_rows, rows = pipeline.tokenize_chats(opened, chat)
     else:
-        said = pipeline.read_text(file) if file is not None else text or ""
+        said = pipeline.read_text(file) if file is not None else pipeline.text_of_argument(text or "", "--text")
         n_rows, rows = 1, iter([pipeline.tokenize_text(opened, said, parse_special=parse_special)])
     with Display() as display:
+        on_progress = display.show if n_rows > 1 else silent
         whole, compared = [], None
         for row in rows if check or as_json else ():
             whole.append(row)
-            display.show(Progress("tokenize", len(whole), n_rows))
+            on_progress(Progress("tokenize", len(whole), n_rows))
         if check:
-            compared = pipeline.check(opened, whole, parse_special=parse_special, on_progress=display.show)
+            compared = pipeline.check(opened, whole, parse_special=parse_special, on_progress=on_progress)
     if as_json:
         print(json.dumps({"base": str(base), "rows": [_as_json(opened, row) for row in whole], "compared": compared}))
         return
@@ -106,56 +111,54 @@ def _as_json(base: OpenBase, row: Tokenized) -> dict[str, Any]:
     return found if row.learned is None else {"prompt": row.text, **found, "loss_mask": row.learned}
 
 
-# -- for people ---------------------------------------------------------------------------------------------------
-
-
-def visible(text: str | bytes, blank: str = " ") -> str:
-    """A text on one line, with escapes for what a terminal would not show or would obey, and `blank` for a blank."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
-    return "".join(map(_visible, text)).replace(" ", blank)
-
-
-def _visible(c: str) -> str:
-    if c.isprintable() and c != "\\":
-        return c
-    if "\udc80" <= c <= "\udcff":  # a byte of a character that is not whole
-        return f"\\x{ord(c) - 0xDC00:02x}"
-    return f"\\u{ord(c):04x}" if "\x7f" < c <= "\xff" else c.encode("unicode_escape").decode()
-
-
-def count(n: int, noun: str) -> str:
-    """`1 token`, `1,234 tokens`."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+# -- as text ------------------------------------------------------------------------------------------------------
 
 
 def _print(base: OpenBase, rows: Iterable[Tokenized], n_rows: int) -> None:
-    """On a terminal pieces above their ids, elsewhere a token a line; at most MOST_SHOWN tokens."""
-    from rich.console import Console
+    """On a terminal pieces above their ids, up to MOST_SHOWN; elsewhere all tokens for another program."""
+    from edgelora.cli.display import output
 
+    console = output()
+    if console.is_terminal:
+        _print_pieces(base, rows, n_rows, console)
+    else:
+        _print_lines(base, rows)
+
+
+def _print_lines(base: OpenBase, rows: Iterable[Tokenized]) -> None:
+    """A token a line, and an empty line between conversations."""
     from edgelora.pipeline.tokenize import tokens_of
 
-    console, room = Console(highlight=False), MOST_SHOWN
     for number, row in enumerate(rows, 1):
-        if row.learned is not None:
-            console.print(f"row {number}: {count(len(row.ids), 'token')}, {sum(row.learned)} with loss", style="bold")
-        else:
-            print(_summary(base, row), file=sys.stderr)
-        shown = tokens_of(base, row, room)
-        if console.is_terminal:
-            for line in _two_lines(shown, console.width):
-                console.print(line, no_wrap=True, overflow="ellipsis")
-        else:
-            for token in shown:
-                print(_line(token))
+        if number > 1:
+            print()
+        for token in tokens_of(base, row):
+            print(_line(token))
+        print(_heading(base, row, number), file=sys.stderr)
+
+
+def _print_pieces(base: OpenBase, rows: Iterable[Tokenized], n_rows: int, console: Console) -> None:
+    from edgelora.pipeline.tokenize import tokens_of
+
+    room = MOST_SHOWN
+    for number, row in enumerate(rows, 1):
+        console.print(_heading(base, row, number), style="bold", markup=False)
+        for line in _two_lines(tokens_of(base, row, room), console.width):
+            console.print(line, no_wrap=True, overflow="ellipsis")
         room -= len(row.ids)
         if room < 0:
             console.print(f"… {count(-room, 'more token')}; --json prints all", style="yellow")
         if room <= 0 and number < n_rows:
             console.print(f"… {count(n_rows - number, 'more row')}; --json prints all", style="yellow")
             break
-    if console.is_terminal and row.learned is not None:
+    if row.learned is not None:
         console.print(_legend())
+
+
+def _heading(base: OpenBase, row: Tokenized, number: int) -> str:
+    if row.learned is None:
+        return _summary(base, row)
+    return f"row {number}: {count(len(row.ids), 'token')}, {sum(row.learned):,} with loss"
 
 
 def _summary(base: OpenBase, row: Tokenized) -> str:

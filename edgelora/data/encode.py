@@ -46,7 +46,11 @@ def encode_prompt(
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate) -> Example:
     """The whole conversation with loss on each assistant turn (as `turns` finds it) and on the token that ends it."""
-    said = Turns(conversation, template)
+    return encode_turns(Turns(conversation, template), tokenizer, conversation.group)
+
+
+def encode_turns(said: Turns, tokenizer: Tokenizer, group: str | None = None) -> Example:
+    """The same of a conversation that is rendered already."""
     pieces = list(_pieces(said.rendered, tokenizer))
     mask = [False] * len(pieces)
     for turn in said.turns:
@@ -59,9 +63,7 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, templa
             why="the chat template leaves the assistant's words out of the prompt",
             fix="use a base whose template shows assistant messages",
         )
-    return Example(
-        np.array(_with_bos(ids, tokenizer), np.int64), np.array([False] * bos + mask, bool), conversation.group
-    )
+    return Example(np.array(_with_bos(ids, tokenizer), np.int64), np.array([False] * bos + mask, bool), group)
 
 
 def encode_all(
@@ -80,24 +82,33 @@ def encode_all(
     return examples
 
 
-def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[Piece]:
+def cut(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[int | str, int, int]]:
+    """A prompt as it is tokenized: the ids of the template's own special tokens, and each text between two of them.
+
+    Each with its first character in the prompt and its last + 1. A BOS in front, where one is added, is not among them.
+    """
     at = 0
     for match in tokenizer.control_pattern.finditer(rendered.text):
         if rendered.origin[match.start() : match.end()].strip(TEMPLATES_OWN):
             continue  # somebody's words, not the template's
-        yield from _text(rendered.text, at, match.start(), tokenizer)
+        if at < match.start():
+            yield rendered.text[at : match.start()], at, match.start()
         yield tokenizer.control[match.group()], match.start(), match.end()
         at = match.end()
         if tokenizer.strips_after(tokenizer.control[match.group()]):
             at += len(rendered.text[at:]) - len(rendered.text[at:].lstrip(BLANK))
-    yield from _text(rendered.text, at, len(rendered.text), tokenizer)
+    if at < len(rendered.text):
+        yield rendered.text[at:], at, len(rendered.text)
 
 
-def _text(text: str, start: int, end: int, tokenizer: Tokenizer) -> Iterator[Piece]:
-    if start < end:
-        encoded = tokenizer.encode(text[start:end])
-        for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
-            yield token, start + first, start + last
+def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[Piece]:
+    for part, start, end in cut(rendered, tokenizer):
+        if isinstance(part, int):
+            yield part, start, end
+        else:
+            encoded = tokenizer.encode(part)
+            for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
+                yield token, start + first, start + last
 
 
 def _learn(mask: list[bool], pieces: list[Piece], said: Turns, turn: Turn, tokenizer: Tokenizer) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, RootModel, ValidationError
 
-from edgelora.errors import FileFormatError
+from edgelora.errors import BaseModelError, FileFormatError
 from edgelora.files.checkpoint import read_json
 
 LARGEST_FILE = 40 << 20  # Gemma's tokenizer.json has 33 MB; more could not be read in 256 MB
 LARGEST_VOCABULARY = 1 << 22
+SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 class AddedToken(BaseModel):
@@ -29,7 +32,7 @@ class _AddedIds(RootModel[dict[str, NonNegativeInt]]):
 
 
 class BPE(BaseModel):
-    type: Literal["BPE"]
+    type: Literal["BPE"] = "BPE"  # older files do not say it; no other model has a vocab and merges
     vocab: dict[str, NonNegativeInt]
     merges: list[str] | list[tuple[str, str]]
     byte_fallback: bool = False
@@ -76,18 +79,23 @@ def _special_text(part: object) -> str | None:
     return None
 
 
-class TokenizerConfig(BaseModel):
+class SpecialTokens(BaseModel):
+    """special_tokens_map.json"""
+
     model_config = ConfigDict(extra="allow")  # bos_token, eos_token …: a text or an added token
-    added_tokens_decoder: dict[NonNegativeInt, AddedToken] = {}
-    add_bos_token: bool | None = None
-    add_eos_token: bool | None = None
-    add_prefix_space: bool | None = None
 
     def text_of(self, name: str) -> str | None:
         """The text of `bos`, `eos` …, None where it is not said."""
         value = (self.model_extra or {}).get(f"{name}_token")
         text = value.get("content") if isinstance(value, dict) else value
         return text if isinstance(text, str) else None
+
+
+class TokenizerConfig(SpecialTokens):
+    added_tokens_decoder: dict[NonNegativeInt, AddedToken] = {}
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -100,7 +108,8 @@ class HFFolder:
         self.path = path
         self.config, self.generation = self._read("config.json"), self._read("generation_config.json")
         self.tokenizer_config = self._validated(TokenizerConfig, "tokenizer_config.json")
-        self.added_ids = self._validated(_AddedIds, "added_tokens.json").root
+        self._special_tokens_map = self._validated(SpecialTokens, "special_tokens_map.json")
+        self._added_ids = self._validated(_AddedIds, "added_tokens.json").root
         present = (path / "tokenizer.json").is_file()
         self.tokenizer = self._validated(TokenizerJson, "tokenizer.json") if present else None
 
@@ -109,15 +118,42 @@ class HFFolder:
         inner = self.config.get("text_config")
         return self.config.get(name, inner.get(name) if isinstance(inner, dict) else None)
 
+    def text_of(self, name: str) -> str | None:
+        """The text of `bos`, `eos` …, None where it is not said."""
+        return self.tokenizer_config.text_of(name) or self._special_tokens_map.text_of(name)
+
     @property
     def ends(self) -> list[int]:
-        """The ids at which generation_config.json says that an answer ends."""
-        found = self.generation.get("eos_token_id")
-        return [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int) and i >= 0]
+        """The ids at which an answer ends, by generation_config.json or else by config.json."""
+        return _ids(self.generation.get("eos_token_id")) or _ids(self.setting("eos_token_id"))
 
     def token_id(self, name: str) -> int | None:
-        found = self.setting(f"{name}_token_id")
-        return found if isinstance(found, int) else None
+        """The id of `bos`, `eos` … in config.json, the first one of several."""
+        return next(iter(_ids(self.setting(f"{name}_token_id"))), None)
+
+    @cached_property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """By id, the tokens that any file adds to the trained ones. What tokenizer_config.json says of one counts.
+
+        Raises BaseModelError where two files give one id two texts, or one text two ids.
+        """
+        special = {self.text_of(name) for name in SPECIAL_NAMES}
+        sources: dict[str, Iterable[tuple[int, AddedToken]]] = {
+            "added_tokens.json": [(i, AddedToken(content=t, special=t in special)) for t, i in self._added_ids.items()],
+            "tokenizer.json": [(t.id, t) for t in (self.tokenizer.added_tokens if self.tokenizer else ())],
+            "tokenizer_config.json": self.tokenizer_config.added_tokens_decoder.items(),
+        }
+        merged: dict[int, AddedToken] = {}
+        ids: dict[str, int] = {}
+        for name, tokens in sources.items():
+            for token, added in tokens:
+                text = added.content
+                if (other := ids.setdefault(text, token)) != token:
+                    raise self._disagreement(f"{text!r} is {token} in {name}, but also {other}")
+                if (before := merged.get(token, added).content) != text:
+                    raise self._disagreement(f"{token} is {text!r} in {name}, but also {before!r}")
+                merged[token] = added
+        return merged
 
     def size(self, found: int) -> int:
         """How many ids the model knows: config.json's `vocab_size`, or as many as were `found`."""
@@ -135,11 +171,18 @@ class HFFolder:
         except OSError as e:
             raise self.broken(path.name, f"it cannot be read ({e.strerror})") from e
 
-    def broken(self, name: str, why: str) -> FileFormatError:
+    def broken(self, name: str, why: str, fix: str | None = None) -> FileFormatError:
         return FileFormatError(
             what=f"{self.path / name}: it describes no tokenizer that llama.cpp could reproduce",
             why=why,
-            fix="use a base with a BPE or SentencePiece tokenizer, or download this one again",
+            fix=fix or "use a base with a BPE or SentencePiece tokenizer, or download this one again",
+        )
+
+    def _disagreement(self, about: str) -> BaseModelError:
+        return BaseModelError(
+            what=f"{self.path}: its files disagree about the added token {about}",
+            why="only one of them can be what the model was trained on",
+            fix="get all files of its tokenizer from one place again, or save it anew (tokenizer.save_pretrained)",
         )
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -151,3 +194,8 @@ class HFFolder:
         except ValidationError as e:
             first = e.errors(include_url=False, include_input=False)[0]
             raise self.broken(name, f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from e
+
+
+def _ids(value: object) -> list[int]:
+    """The token ids in a setting that may be one id or several."""
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]

@@ -6,7 +6,6 @@ merges tell the scores. What llama.cpp could not reproduce is refused with the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from gguf.constants import TokenType
 from sentencepiece import SentencePieceProcessor
 
-from edgelora.data.hf_files import BPE, AddedToken, HFFolder, NumberedToken, TokenizerJson
+from edgelora.data.hf_files import BPE, SPECIAL_NAMES, AddedToken, HFFolder, TokenizerJson
 from edgelora.data.pretokenizers import HF_PRE_TOKENIZERS, hf_splits
 from edgelora.data.sentencepiece import SPACE
 from edgelora.data.tokenizer import END_OF_GENERATION_TEXTS
@@ -24,6 +23,7 @@ from edgelora.errors import BaseModelError
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 _FRAMES = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 _LOOKS_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # DeepSeek's and Gemma's, not all marked as special
+_LONGEST_TOKENS = 1 << 28  # the sum of their squared lengths; Gemma's is 1 << 24
 _MARKED = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 _ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -34,7 +34,7 @@ def _refused(folder: Path, reason: object) -> BaseModelError:
     return BaseModelError(
         what=f"{folder}: its tokenizer cannot be kept in a GGUF file ({reason})",
         why="llama.cpp would give other token ids than the model was trained on",
-        fix="use another base, or a GGUF file of this one",
+        fix="use another base model",
     )
 
 
@@ -47,7 +47,9 @@ def read_folder(path: Path) -> Vocabulary:
         raise BaseModelError(
             what=f"{path}: no tokenizer in this folder",
             why="it has neither tokenizer.json nor tokenizer.model",
-            fix="download the whole checkpoint, not only its weights",
+            fix="save it with a fast tokenizer (tokenizer.save_pretrained)"
+            if (path / "merges.txt").is_file()
+            else "download the whole checkpoint, not only its weights",
         )
     try:
         build = _from_merges if folder.tokenizer.model.byte_fallback else _from_byte_level
@@ -69,6 +71,10 @@ class _Table:
         if token < len(self.texts):
             self.texts[token], self.types[token], self.scores[token] = text, kind, score
 
+    def has_special(self, token: int, text: str) -> bool:
+        special = (TokenType.CONTROL, TokenType.UNKNOWN)
+        return token < len(self.texts) and self.texts[token] == text and self.types[token] in special
+
     def add(self, token: int, added: AddedToken) -> None:
         """A token that was added to the trained ones: read out of any text, or if it is special only when asked to."""
         text = added.content
@@ -81,21 +87,35 @@ class _Table:
 
 
 def _from_sentencepiece(folder: HFFolder) -> Vocabulary:
-    try:
-        pieces = SentencePieceProcessor(model_proto=folder.sentencepiece_model())
-        space_prefix = pieces.normalize("a").startswith(SPACE)
-    except RuntimeError as e:
-        raise folder.broken("tokenizer.model", "the sentencepiece library cannot read it") from e
-    if _is_unigram(pieces):
-        raise _refused(folder.path, "a unigram model; llama.cpp merges by score, which is SentencePiece's BPE")
-    table = _Table(folder.size(pieces.vocab_size()))
-    for token in range(pieces.vocab_size()):
-        table.put(token, pieces.id_to_piece(token), _piece_type(pieces, token), pieces.get_score(token))
-    for text, token in folder.added_ids.items():
-        table.put(token, text, TokenType.USER_DEFINED, _ADDED_SCORE)
-    for token, added in folder.tokenizer_config.added_tokens_decoder.items():
-        table.add(token, added)
+    pieces, space_prefix = _pieces(folder)
+    table = _Table(folder.size(max(len(pieces), *(token + 1 for token in folder.added_tokens), 0)))
+    for token, (text, kind, score) in enumerate(pieces):
+        table.put(token, text, kind, score)
+    for token, added in folder.added_tokens.items():
+        # llama.cpp's converter changes a trained special token only where tokenizer_config.json names it
+        if token in folder.tokenizer_config.added_tokens_decoder or not table.has_special(token, added.content):
+            table.add(token, added)
     return _sentencepiece_vocabulary(folder, table, space_prefix)
+
+
+def _pieces(folder: HFFolder) -> tuple[list[tuple[str, TokenType, float]], bool]:
+    """Text, type and score of each trained token, and whether a space is put before a text.
+
+    The sentencepiece library reads a stranger's protobuf in C++, in our own process. That is accepted: since 0.2.3 it
+    checks the lengths and tables in it before it follows them, and broken ones are run under limits (test_mutants.py).
+    """
+    raw = folder.sentencepiece_model()
+    try:
+        model = SentencePieceProcessor(model_proto=raw)
+        unigram, space_prefix = _is_unigram(model), model.normalize("a").startswith(SPACE)
+        ids = range(model.vocab_size())
+        pieces = [(model.id_to_piece(i), _piece_type(model, i), model.get_score(i)) for i in ids]
+    except Exception as e:  # RuntimeError, UnicodeDecodeError: whatever its Python side makes of a fault
+        other = "remove tokenizer.model: tokenizer.json beside it is then read" if folder.tokenizer else None
+        raise folder.broken("tokenizer.model", "the sentencepiece library cannot read it", other) from e
+    if unigram:
+        raise _refused(folder.path, "a unigram model; llama.cpp merges by score, which is SentencePiece's BPE")
+    return pieces, space_prefix
 
 
 def _is_unigram(pieces: SentencePieceProcessor) -> bool:
@@ -124,8 +144,8 @@ def _from_merges(folder: HFFolder, found: TokenizerJson) -> Vocabulary:
     for text, token in found.model.vocab.items():
         kind = TokenType.UNKNOWN if text == found.model.unk_token else TokenType.NORMAL
         table.put(token, text, TokenType.BYTE if text in BYTE_TOKENS else kind, scores.get(text, 0.0))
-    for added in _added(folder, found):
-        table.add(added.id, added)
+    for token, added in folder.added_tokens.items():
+        table.add(token, added)
     return _sentencepiece_vocabulary(folder, table, space_prefix)
 
 
@@ -153,8 +173,8 @@ def _from_byte_level(folder: HFFolder, found: TokenizerJson) -> Vocabulary:
     table = _listed(folder, found)
     for text, token in found.model.vocab.items():
         table.put(token, text, TokenType.NORMAL, 0.0)
-    for added in _added(folder, found):
-        table.add(added.id, added)
+    for token, added in folder.added_tokens.items():
+        table.add(token, added)
     return Vocabulary(
         model="gpt2",
         pre=pre,
@@ -166,21 +186,21 @@ def _from_byte_level(folder: HFFolder, found: TokenizerJson) -> Vocabulary:
 
 
 def _listed(folder: HFFolder, found: TokenizerJson) -> _Table:
-    """An empty table that is large enough for every id of a tokenizer.json. Raises ValueError if the model is not."""
-    if len(set(found.model.vocab.values())) != len(found.model.vocab):
+    """An empty table that is large enough for every id. Raises ValueError if the model is not, or if two tokens clash.
+
+    An added token may also be a trained one, with the same id and text.
+    """
+    vocab, texts = found.model.vocab, {token: text for text, token in found.model.vocab.items()}
+    if len(texts) != len(vocab):
         raise ValueError("two tokens with the same id")
-    last = max([*found.model.vocab.values(), *(t.id for t in found.added_tokens)], default=-1)
+    for token, added in folder.added_tokens.items():
+        if vocab.get(added.content, token) != token or texts.get(token, added.content) != added.content:
+            raise ValueError(f"the added token {added.content!r} with the id {token} is another one in its vocab")
+    last = max([*texts, *folder.added_tokens], default=-1)
     size = folder.size(last + 1)
     if last >= size:
         raise ValueError(f"it has the token {last}, but the model's vocab_size is {size}")
     return _Table(size)
-
-
-def _added(folder: HFFolder, found: TokenizerJson) -> Iterable[NumberedToken]:
-    """The added tokens; where tokenizer_config.json says something else of one, that counts."""
-    said = folder.tokenizer_config.added_tokens_decoder
-    for token in found.added_tokens:
-        yield NumberedToken(id=token.id, **said[token.id].model_dump()) if token.id in said else token
 
 
 def _space_prefix(found: TokenizerJson) -> bool:
@@ -206,6 +226,8 @@ def _scores(model: BPE) -> dict[str, float]:
     Merging by scores is merging by ranks if all merges that make a token stand together, and none is missing. Raises
     ValueError otherwise.
     """
+    if sum(len(token) ** 2 for token in model.vocab) > _LONGEST_TOKENS:
+        raise ValueError("its tokens are longer than any real one's")
     pairs, made = set(model.pairs), [text for text, _ in groupby(left + right for left, right in model.pairs)]
     if len(set(made)) != len(made):
         raise ValueError("merges that make one token do not stand together, so that no score can say their order")
@@ -222,15 +244,14 @@ def _special(folder: HFFolder, table: _Table) -> dict[str, Any]:
     """Special ids and flags, as fields of a Vocabulary."""
     config, found = folder.tokenizer_config, folder.tokenizer
     first, last, said = found.framing if found else (None, None, False)
-    ids = _special_ids(folder, {text: i for i, text in enumerate(table.texts)}, first)
+    ids = _special_ids(folder, table, first)
     for token in folder.ends:
         free = next((name for name in ("eos", "eot", "eom") if name not in ids), None)
         if free and token < len(table.texts) and token not in ids.values():
             told = free != "eos" and table.texts[token] in END_OF_GENERATION_TEXTS  # llama.cpp ends at these anyway
             ids |= {} if told else {free: token}
     texts = {name: table.texts[token] for name, token in ids.items()}
-    added = [*config.added_tokens_decoder.values(), *(found.added_tokens if found else ())]
-    stripping = {token.content for token in added if token.rstrip}
+    stripping = {added.content for added in folder.added_tokens.values() if added.rstrip}
     marked = {text for text, kind in zip(table.texts, table.types, strict=True) if kind in _MARKED}
     return {
         "ids": ids,
@@ -240,13 +261,25 @@ def _special(folder: HFFolder, table: _Table) -> dict[str, Any]:
     }
 
 
-def _special_ids(folder: HFFolder, index: dict[str, int], first: str | None) -> dict[str, int]:
-    """By the names in tokenizer_config.json, else by the ids in config.json; BOS else by what stands `first`."""
-    ids = {}
-    for name in ("bos", "eos", "unk", "sep", "pad", "mask"):
-        text = folder.tokenizer_config.text_of(name) or (first if name == "bos" else None)
+def _special_ids(folder: HFFolder, table: _Table, first: str | None) -> dict[str, int]:
+    """By the names in tokenizer_config.json, else by the ids in config.json; BOS else by what stands `first`.
+
+    Raises BaseModelError where BOS or EOS is named and has no id: another in its place would be the wrong one.
+    """
+    size, ids = len(table.texts), {}
+    index = {added.content: token for token, added in folder.added_tokens.items() if token < size}
+    index |= {text: token for token, text in enumerate(table.texts)}
+    for name in SPECIAL_NAMES:
+        named = folder.text_of(name)
+        if named and named not in index and name in ("bos", "eos"):
+            raise BaseModelError(
+                what=f"{folder.path}: its tokenizer names {named!r} as {name}, and no file gives it an id",
+                why=f"no other of the {size} tokens may begin or end a text in its place",
+                fix="download all files of its tokenizer again, or save it anew (tokenizer.save_pretrained)",
+            )
+        text = named or (first if name == "bos" else None)
         token = index.get(text) if text else None
         token = folder.token_id(name) if token is None else token
-        if token is not None and 0 <= token < len(index):
+        if token is not None and token < size:
             ids[name] = token
     return ids

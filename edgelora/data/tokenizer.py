@@ -18,8 +18,7 @@ from gguf.constants import TokenType
 from edgelora.data.bpe import ByteLevelBPE, spelled_bytes
 from edgelora.data.pretokenizers import PRE_TOKENIZERS
 from edgelora.data.sentencepiece import SPACE, SentencePieceBPE
-from edgelora.data.vocabulary import NEVER_STRIPPED, Vocabulary, vocabulary_from_gguf
-from edgelora.files.gguf import GGUFFile
+from edgelora.data.vocabulary import NEVER_STRIPPED, Vocabulary
 
 # Besides the ids its keys name, llama.cpp ends generation at tokens with these texts, and makes them control tokens.
 END_OF_GENERATION_TEXTS = (
@@ -191,11 +190,6 @@ class Tokenizer:
         if self._space_prefix and ids and self.piece(ids[0]).startswith(b" "):
             raw = raw[1:]
         return raw.decode("utf-8", "replace")
-
-
-def read_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The tokenizer of a GGUF file. Raises BaseModelError for a kind that we cannot reproduce exactly."""
-    return Tokenizer(vocabulary_from_gguf(file))
 
 
 def _corrected(

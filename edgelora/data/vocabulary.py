@@ -102,8 +102,15 @@ def checked(vocabulary: Vocabulary, source: Path) -> Vocabulary:
             fix=f"use a base with SentencePiece, or byte-level BPE and one of: {', '.join(PRE_TOKENIZERS)}",
         )
     faults = _faults(v) + (_bpe_faults(v) if v.model == "gpt2" else _sentencepiece_faults(v))
+    missing = _missing_ids(v)
     if faults:
-        raise _not_whole(source, *faults)
+        raise _not_whole(source, *faults, *missing)
+    if missing:
+        raise BaseModelError(
+            what=f"{source}: its vocabulary has {' and '.join(missing)}",
+            why="llama.cpp would take token 11 in its place, whatever that is",
+            fix="name it in tokenizer_config.json (eos_token, bos_token), and convert that checkpoint again for a GGUF",
+        )
     return v
 
 
@@ -130,14 +137,19 @@ def _bpe_faults(v: Vocabulary) -> list[str]:
         if not {left, right, left + right} <= known:
             faults.append(f"the merge {merge!r} is not of tokens")
             break
-    if "eos" not in v.ids:
-        faults.append("no eos_token_id: llama.cpp would take token 11")
-    if "bos" not in v.ids and (pre.add_bos if v.add_bos is None else v.add_bos):
-        faults.append("texts begin with BOS, but no bos_token_id: llama.cpp would take token 11")
     missing = BYTE_OF.keys() - known
     if missing and pre.ignore_merges and any(missing & set(token) for token in v.tokens):
         faults.append(f"no tokens for {len(missing)} bytes that other tokens are made of")
     return faults
+
+
+def _missing_ids(v: Vocabulary) -> list[str]:
+    """For byte-level BPE; SentencePiece has ids that llama.cpp takes where none are named."""
+    if v.model != "gpt2":
+        return []
+    begins = PRE_TOKENIZERS[v.pre].add_bos if v.add_bos is None else v.add_bos
+    missing = [] if "eos" in v.ids else ["no eos_token_id"]
+    return missing if "bos" in v.ids or not begins else [*missing, "no bos_token_id, though its texts begin with it"]
 
 
 def _sentencepiece_faults(v: Vocabulary) -> list[str]:

@@ -22,10 +22,16 @@ from edgelora.files.safetensors import SafetensorsFile, StoredTensor, is_json_bo
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# Both arguments come from the command line, so that no name is ever read as code.
+PICKLE_STARTS = (b"PK\3\4", b"\x80")  # torch's zip, and a pickle by itself
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*)\.\w+")  # the Trainer's own
+# The arguments come from the command line, so that no name is ever read as code.
 CONVERT_PICKLES = (
     "import sys, transformers as t; [c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], "
     "safe_serialization=True) for c in (t.AutoTokenizer, t.AutoModelForCausalLM)]"
+)
+CONVERT_TENSORS = (
+    'import sys, torch, safetensors.torch as s; found = torch.load(sys.argv[1], "cpu", weights_only=True); '
+    "s.save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, sys.argv[2])"
 )
 MAX_JSON_BYTES = 8 << 20  # an index of 80,000 tensors
 MAX_NAMES_SHOWN = 8
@@ -98,13 +104,11 @@ class Checkpoint:
         )
 
     def _no_weights(self, present: set[str]) -> FileFormatError:
-        if pickles := [name for name in present if Path(name).suffix in PICKLES]:
-            arguments = shlex.join((CONVERT_PICKLES, str(self.path), f"{self.path}-safetensors"))
-            return FileFormatError(
-                what=f"{self.path}: its weights are pickles ({_some(pickles)})",
-                why="a pickle can run any code when it is opened",
-                fix=f"download its safetensors files, or on a machine you trust: python -c {arguments}",
-            )
+        if pickles := [name for name in present if Path(name).suffix in PICKLES and not NO_WEIGHTS.fullmatch(name)]:
+            return _pickled(
+                f"{self.path}: its weights are pickles ({_some(pickles)})",
+                CONVERT_PICKLES, self.path, f"{self.path}-safetensors",
+            )  # fmt: skip
         return FileFormatError(
             what=f"{self.path}: no weights in this folder",
             why=f"a checkpoint holds {WHOLE}, or {INDEX} and its shards",
@@ -137,6 +141,24 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _not_json(path, "it holds no JSON object")
     return value
+
+
+def pickle_fault(path: Path) -> FileFormatError:
+    """What to say of one file that is a pickle, or a zip of them: how to convert it, or the checkpoint around it."""
+    what = f"{path}: this is a pickle"
+    if (path.parent / CONFIG).is_file():
+        folder = path.parent.resolve()
+        return _pickled(what, CONVERT_PICKLES, folder, f"{folder}-safetensors")
+    return _pickled(what, CONVERT_TENSORS, path, path.with_suffix(".safetensors"))
+
+
+def _pickled(what: str, code: str, source: Path, target: Path | str) -> FileFormatError:
+    arguments = shlex.join((code, str(source), str(target)))
+    return FileFormatError(
+        what=what,
+        why="a pickle can run any code when it is opened",
+        fix=f"download its safetensors files, or on a machine you trust: python -c {arguments}",
+    )
 
 
 def _not_json(path: Path, why: str) -> FileFormatError:

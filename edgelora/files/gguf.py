@@ -23,8 +23,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from edgelora.errors import FileFormatError
+from edgelora.files.checkpoint import PICKLE_STARTS, PICKLES, pickle_fault
 
-MAGIC = b"GGUF"
+MAGIC, LFS_POINTER = b"GGUF", b"version "
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last one is zero
 MAX_KEY_BYTES = 65_535
 MAX_DIMS = 4
@@ -112,8 +113,9 @@ class GGUFFile:
         self.path = Path(path)
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
-                raise self._fault("this is a folder or a device, not a file")
+                raise self._fault("this is a folder or a device, not a file", "pass a file")
             with self.path.open("rb") as f:
+                self._refuse_others(f.read(len(LFS_POINTER)))
                 self.size_bytes = os.fstat(f.fileno()).st_size
                 if self.size_bytes < 24:
                     raise self._fault("the file is shorter than a GGUF header")
@@ -166,10 +168,19 @@ class GGUFFile:
 
     # -- reading --------------------------------------------------------------------------------------------------
 
-    def _fault(self, why: str) -> FileFormatError:
-        return FileFormatError(
-            what=f"{self.path}: not a usable GGUF file", why=why, fix="download or export the file again"
-        )
+    def _fault(self, why: str, fix: str = "download or export the file again") -> FileFormatError:
+        return FileFormatError(what=f"{self.path}: not a usable GGUF file", why=why, fix=fix)
+
+    def _refuse_others(self, start: bytes) -> None:
+        """Say of a well-known kind of file what it is."""
+        if start.startswith(MAGIC):
+            return
+        if start == LFS_POINTER:
+            raise self._fault("it is a Git LFS pointer, not the file itself", "fetch it with `git lfs pull`")
+        if start.startswith(PICKLE_STARTS) or self.path.suffix in PICKLES:
+            raise pickle_fault(self.path)
+        if self.path.suffix in (".safetensors", ".json"):
+            raise self._fault("it is one file of a Hugging Face folder", f"pass its folder: {self.path.parent}")
 
     def _take(self, n: int) -> memoryview:
         if n > self.size_bytes - self._at:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from edgelora.errors import AdapterError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
-from edgelora.files.checkpoint import read_json
+from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.safetensors import read_floats
 
@@ -27,6 +27,7 @@ LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,16 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
             (draft / FILE_NAME).write_text(adapter.contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def refuse_pickle(path: Path) -> None:
+    """Raise AdapterError, with how to convert them, if the adapter at `path` has its tensors in a pickle only."""
+    if (path / PICKLE).is_file() and not (path / TENSORS).exists():
+        fault = pickle_fault(path / PICKLE)
+        raise AdapterError(fault.what, fault.why, fault.fix)
+
+
 def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     """Read a LoRA adapter in PEFT's format and check that it fits `linears` (d_out, d_in), every fault at once."""
+    refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
             what=f"{path}: no adapter here",

@@ -25,6 +25,7 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import CONFIG as ADAPTER_CONFIG
 from edgelora.pipeline.inspect_adapter import AdapterFacts, gguf_adapter, is_adapter, peft_adapter
 from edgelora.pipeline.inspect_facts import (
+    Ability,
     TemplateFacts,
     TokenizerFacts,
     TypeShare,
@@ -89,14 +90,6 @@ class Origin:
     contract: dict[str, Any] | None
     certificate: dict[str, Any] | None
     faults: list[str]
-
-
-@dataclass(frozen=True)
-class Ability:
-    """Whether edgelora can do it with these very files, and what is to be said of that."""
-
-    answer: Literal["yes", "no", "convert first"]
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +186,11 @@ def _weights(source: Source, base: Base | None) -> Weights:
 def _opened_shape(base: Base) -> Shape:
     config, rope = base.config, base.config.rope
     found = {name: getattr(config, name) for name in DIMENSIONS}
-    turns: dict[str, Any] = {"theta": rope.theta, "dim": rope.dim, "scaling": rope.scaling}
+    turns: dict[str, Any] = {"theta": rope.theta, "dim": rope.dim}
+    if config.rope_local is not None:
+        turns["local_theta"] = config.rope_local.theta
+    if rope.scaling != "default":
+        turns["scaling"] = rope.scaling
     if rope.factor != 1:
         turns["factor"] = rope.factor
     if rope.original_max_position_embeddings:

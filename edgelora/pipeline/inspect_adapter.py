@@ -14,9 +14,10 @@ from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
-from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
-from edgelora.pipeline.inspect_facts import TypeShare, certificate_of, contract_facts, reason, shares, stated
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, refuse_pickle
+from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
+CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -43,6 +44,9 @@ class AdapterFacts:
     contract: dict[str, Any] | None
     certificate: dict[str, Any] | None
     faults: list[str]
+    export: Ability
+    merge: Ability
+    chat: Ability
 
 
 def is_adapter(file: GGUFFile) -> bool:
@@ -50,7 +54,8 @@ def is_adapter(file: GGUFFile) -> bool:
 
 
 def peft_adapter(path: Path) -> AdapterFacts:
-    """Raises FileFormatError if its two files cannot be read."""
+    """Raises FileFormatError if its two files cannot be read, AdapterError if its tensors are in a pickle only."""
+    refuse_pickle(path)
     config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
     linears = _linears(shapes, "lora_A", "lora_B")
@@ -73,6 +78,8 @@ def peft_adapter(path: Path) -> AdapterFacts:
         _ranks(shapes, "lora_A"), dict(Counter(name.rpartition(".")[2] for name in linears)),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
+        export=_ability(contract, faults), merge=_ability(contract, faults),
+        chat=Ability("no", faults[0]) if faults else CHAT_OF_A_FOLDER,
     )  # fmt: skip
 
 
@@ -94,7 +101,19 @@ def gguf_adapter(file: GGUFFile) -> AdapterFacts:
         dict(Counter(name.removesuffix(".weight").rpartition(".")[2] for name in linears)),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         certificate_of(file), faults,
+        export=Ability("no", "it is exported already"),
+        merge=Ability("no", "only the folder that it was exported from can be merged"),
+        chat=_ability(contract, faults),
     )  # fmt: skip
+
+
+def _ability(contract: Contract | None, faults: list[str]) -> Ability:
+    """What can be done with an adapter over its base: it is held to that one only once there is a base."""
+    if faults:
+        return Ability("no", faults[0])
+    if contract is None:
+        return Ability("yes", "with --allow-unverified-base, over the base it was trained on")
+    return Ability("yes", f"over {contract.base_file.name} ({contract.base_file.quant}) or another quantization of it")
 
 
 def _linears(shapes: Shapes, a: str, b: str) -> dict[str, tuple[int, int]]:

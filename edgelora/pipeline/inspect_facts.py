@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgelora.data.conversation import Message
 from edgelora.data.template import ChatTemplate
@@ -36,6 +36,14 @@ def stated(file: GGUFFile, key: str, kind: type) -> Any:
         return file.get(key, kind)
     except EdgeloraError:
         return None
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Whether edgelora can do it with these very files, and what is to be said of that."""
+
+    answer: Literal["yes", "no", "convert first", "export first"]
+    why: str = ""
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,10 @@ import gguf
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation, read_conversations
-from edgelora.data.encode import encode_conversation
+from edgelora.data.encode import cut, encode_turns
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.turns import Turns
 from edgelora.errors import CertificateError, DataError
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
@@ -35,6 +38,8 @@ class Tokenized:
     text: str
     ids: list[int]
     learned: list[bool] | None = None
+    parts: tuple[int | str, ...] = ()
+    """Of a conversation: the template's own special tokens, and each text between two of them (see `encode.cut`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +69,40 @@ def read_text(path: Path) -> str:
         else:
             with path.open("rb") as f:
                 raw = f.read(LARGEST_TEXT + 1)
-        if len(raw) <= LARGEST_TEXT:
-            return raw.decode()
     except OSError as e:
         raise DataError(
             what=f"{path}: cannot be read ({e.strerror})",
             why="the path is wrong, or is not a file",
             fix="check the spelling of the path",
         ) from e
-    except UnicodeDecodeError as e:
-        raise DataError(
-            what=f"{path}: not a text in UTF-8",
-            why=f"{e.reason} at byte {e.start}; token ids are those of UTF-8",
-            fix="convert the file to UTF-8",
-        ) from e
+    text = _decoded(raw, str(path), "convert the file to UTF-8", whole=len(raw) <= LARGEST_TEXT)
+    if len(raw) <= LARGEST_TEXT:
+        return text
     raise DataError(
         what=f"{path}: a text of more than {LARGEST_TEXT >> 20} MB",
         why="a text is tokenized whole, in memory",
         fix=f"pass a part of it: head -n 10000 {path} | edgelora tokenize … --file -",
     )
+
+
+def text_of_argument(text: str, name: str) -> str:
+    """The text that a shell passed as UTF-8, in whatever locale Python reads its arguments. Raises DataError if not."""
+    try:
+        raw = os.fsencode(text)
+    except UnicodeEncodeError:  # it came from no shell
+        return text
+    return _decoded(raw, name, "write it in UTF-8, or put it into a file in UTF-8 and pass --file")
+
+
+def _decoded(raw: bytes, name: str, fix: str, *, whole: bool = True) -> str:
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
+    except UnicodeDecodeError as e:
+        raise DataError(
+            what=f"{name}: not a text in UTF-8",
+            why=f"{e.reason} at byte {e.start}; token ids are those of UTF-8",
+            fix=fix,
+        ) from e
 
 
 def tokenize_text(base: Base, text: str, *, parse_special: bool = False) -> Tokenized:
@@ -91,19 +111,20 @@ def tokenize_text(base: Base, text: str, *, parse_special: bool = False) -> Toke
         text.encode()
     except UnicodeEncodeError as e:
         raise DataError(
-            what="the text is not Unicode",
-            why=f"{e.reason} at character {e.start}",
-            fix="put it into a file in UTF-8 and pass --file",
+            what=f"half of a surrogate pair at character {e.start} of the text",
+            why="half a pair is no character, and no tokenizer reads it",
+            fix="take it out, or write the whole character",
         ) from e
     return Tokenized(text, base.tokenizer.encode(text, parse_special=parse_special).ids)
 
 
 def tokenize_chats(base: Base, path: Path) -> tuple[int, Iterator[Tokenized]]:
-    """How many conversations a JSONL file holds, and each as it is trained, one after another.
+    """How many conversations a JSONL file (standard input for `-`) holds, and each as it is trained, one by one.
 
     Raises DataError for a file that cannot be read, and for a row that the template refuses when its turn comes.
     """
-    rows, template = read_conversations(path), base.template
+    rows = read_conversations(Path("/dev/stdin") if str(path) == "-" else path)
+    template = base.template
 
     def numbered(number: int, row: Conversation) -> Tokenized:
         try:
@@ -116,9 +137,10 @@ def tokenize_chats(base: Base, path: Path) -> tuple[int, Iterator[Tokenized]]:
 
 def tokenize_chat(tokenizer: Tokenizer, template: ChatTemplate, row: Conversation) -> Tokenized:
     """One conversation as it is trained."""
-    example = encode_conversation(row, tokenizer, template)
-    prompt = template.render(row.messages, tools=row.tools)
-    return Tokenized(prompt.text, example.input_ids.tolist(), example.loss_mask.tolist())
+    said = Turns(row, template)
+    example = encode_turns(said, tokenizer)
+    parts = tuple(part for part, _, _ in cut(said.rendered, tokenizer))
+    return Tokenized(said.rendered.text, example.input_ids.tolist(), example.loss_mask.tolist(), parts)
 
 
 def tokens_of(base: Base, row: Tokenized, first: int | None = None) -> Iterator[Token]:
@@ -142,35 +164,30 @@ def check(
     return run_in_child(_check, base.path, rows, parse_special, on_progress=on_progress)
 
 
-def first_difference(tokenizer: Tokenizer, model: Model, ids: Sequence[int]) -> Difference | None:
-    """Where llama.cpp gives the texts that these ids spell other ids, each between two control tokens by itself."""
-    control, at = set(tokenizer.control.values()), 0
-    for special, group in groupby(ids, control.__contains__):
-        ours = list(group)
-        text = "".join(map(tokenizer.text_of, ours)) if special else tokenizer.decode(ours)
-        if (found := _difference(ours, model.tokenize(text, parse_special=special), at)) is not None:
-            return found
-        at += len(ours)
-    return None
-
-
-def _difference(ours: Sequence[int], theirs: Sequence[int], at: int = 0) -> Difference | None:
-    pairs = enumerate(zip_longest(ours, theirs), at)
-    return next((Difference(i, a, b) for i, (a, b) in pairs if a != b), None)
-
-
 def difference_of_chat(tokenizer: Tokenizer, model: Model, row: Tokenized) -> Difference | None:
     """Where llama.cpp gives a rendered conversation other ids.
 
-    It reads the whole prompt; or text by text, if it would take somebody's words for special tokens.
+    It reads the whole prompt; or part by part, where it would take somebody's words for special tokens.
     """
-    control, bos = set(tokenizer.control.values()), tokenizer.bos_id
-    theirs = model.tokenize(row.text, parse_special=True)
+    if any(isinstance(part, str) and tokenizer.control_pattern.search(part) for part in row.parts):
+        theirs = [i for part in row.parts for i in _part_in_llama_cpp(tokenizer, model, part)]
+    else:
+        theirs = model.tokenize(row.text, parse_special=True)
+    bos = tokenizer.bos_id
     if tokenizer.add_bos and bos is not None and theirs[:1] != [bos]:
         theirs = [bos, *theirs]
-    if sum(i in control for i in theirs) > sum(i in control for i in row.ids):
-        return first_difference(tokenizer, model, row.ids)
     return _difference(row.ids, theirs)
+
+
+def _part_in_llama_cpp(tokenizer: Tokenizer, model: Model, part: int | str) -> list[int]:
+    if isinstance(part, int):
+        return model.tokenize(tokenizer.text_of(part), parse_special=True)
+    return model.tokenize(part, parse_special=False)
+
+
+def _difference(ours: Sequence[int], theirs: Sequence[int]) -> Difference | None:
+    pairs = enumerate(zip_longest(ours, theirs))
+    return next((Difference(i, a, b) for i, (a, b) in pairs if a != b), None)
 
 
 def _check(base_path: Path, rows: Sequence[Tokenized], parse_special: bool, on_progress: OnProgress) -> int:

@@ -1,0 +1,23 @@
+"""How counts and what strangers wrote are put into words on a terminal."""
+
+from __future__ import annotations
+
+
+def count(n: int, noun: str) -> str:
+    """`1 token`, `1,234 tokens`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def visible(text: str | bytes, blank: str = " ") -> str:
+    """A text on one line, with escapes for what a terminal would not show or would obey, and `blank` for a blank."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    return "".join(map(_visible, text)).replace(" ", blank)
+
+
+def _visible(c: str) -> str:
+    if c.isprintable() and c != "\\":
+        return c
+    if "\udc80" <= c <= "\udcff":  # a byte of a character that is not whole
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return f"\\u{ord(c):04x}" if "\x7f" < c <= "\xff" else c.encode("unicode_escape").decode()
