@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from edgelora.data.conversation import Message
-from edgelora.data.meter import MAX_STEPS
+from edgelora.data.rendering.meter import MAX_STEPS
+from edgelora.data.rendering.tracked import MAX_CHARACTERS
 from edgelora.data.template import MAX_SOURCE_CHARACTERS, ChatTemplate
-from edgelora.data.tracked import MAX_CHARACTERS
 from edgelora.errors import DataError
 
 HI = [Message("user", "Hi")]

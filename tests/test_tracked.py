@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgelora.data.spelling import percent, to_json, written
-from edgelora.data.tracked import (
+from edgelora.data.rendering.spelling import percent, to_json, written
+from edgelora.data.rendering.tracked import (
     MAX_CHARACTERS,
     MAX_ITEMS,
     METHODS,

@@ -34,7 +34,7 @@ BASE_FORMATS = ("blocks", "nf4", *FLOATS, *BLOCKS)
 
 
 # Types whose blocks cost a training step a tenth more than dense floats (Q6_K, benchmarks/step.py), and those that ggml
-# reads no faster (benchmarks/dequantize.py). Q4_0, Q8_0, Q4_K and bfloat16 cost 0 to 5 %.
+# reads no faster (benchmarks/dequantize.py). Q4_0, Q8_0, Q4_K and bfloat16 cost 2 to 7 %.
 SLOW = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
 

@@ -153,7 +153,7 @@ class Base:
     def with_template(self, choice: str) -> Base:
         """This base speaking by `choice`: `chatml`, or the path of a Jinja file.
 
-        Raises ConfigError if it has a template of its own, or if there is no such file.
+        Raises ConfigError if it has a template of its own, BaseModelError if there is no such file.
         """
         if self.own_template is not None:
             raise ConfigError(

@@ -35,7 +35,9 @@ def threads() -> int:
 
 def split(n_rows: int, elements: int, worth_a_thread: int) -> list[Piece]:
     """Cut [0, n_rows) into at most one piece per thread, none of fewer elements than are worth one."""
-    pieces = max(1, min(threads(), elements // worth_a_thread, n_rows))
+    pieces = min(elements // worth_a_thread, n_rows)
+    if pieces < 2 or (pieces := min(pieces, threads())) < 2:
+        return [(0, n_rows)]
     return list(itertools.pairwise([n_rows * i // pieces for i in range(pieces + 1)]))
 
 
@@ -52,12 +54,12 @@ def run(pieces: Sequence[Piece], work: Work) -> None:
 def shared_openmp() -> ctypes.CDLL | None:
     """The libgomp that torch computes with, if torch is loaded and brings one (Linux)."""
     torch = sys.modules.get("torch")
-    return None if torch is None or torch.__file__ is None else _libgomp(Path(torch.__file__).parent / "lib")
+    return None if torch is None or torch.__file__ is None else _libgomp(torch.__file__)
 
 
 @cache
-def _libgomp(folder: Path) -> ctypes.CDLL | None:
-    for path in sorted(folder.glob("libgomp*.so*")):
+def _libgomp(torch: str) -> ctypes.CDLL | None:
+    for path in sorted((Path(torch).parent / "lib").glob("libgomp*.so*")):
         library = ctypes.CDLL(str(path))  # the very one that torch has open
         library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         library.GOMP_parallel.restype = None

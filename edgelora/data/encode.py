@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from edgelora.data.conversation import Conversation, Message
+from edgelora.data.rendering.tracked import TEMPLATES_OWN
 from edgelora.data.template import ChatTemplate, Rendered
 from edgelora.data.tokenizer import Tokenizer
-from edgelora.data.tracked import TEMPLATES_OWN
 from edgelora.data.turns import Turn, Turns
 from edgelora.errors import DataError
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from edgelora.data.conversation import Message
-from edgelora.data.sandbox import Sandbox
+from edgelora.data.rendering.sandbox import Sandbox
+from edgelora.data.rendering.tracked import FIRST_ID, GIVEN, MAX_CHARACTERS, LimitError, Tracked, origin_of
 from edgelora.data.tokenizer import Tokenizer
-from edgelora.data.tracked import FIRST_ID, GIVEN, MAX_CHARACTERS, LimitError, Tracked, origin_of
 from edgelora.errors import DataError
 
 MAX_SOURCE_CHARACTERS = 100_000  # the longest of a real model has 17,000

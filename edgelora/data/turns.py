@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from edgelora.data.conversation import Conversation, Message
+from edgelora.data.rendering.tracked import TEMPLATES_OWN
 from edgelora.data.template import ChatTemplate, Rendered, Span
-from edgelora.data.tracked import TEMPLATES_OWN
 from edgelora.errors import DataError
 
 _BEGUN_MARKER = re.compile(r"[<\[][^<>\[\]]*\Z")  # the beginning of one such as <think> or [INST]

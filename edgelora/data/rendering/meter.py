@@ -14,8 +14,8 @@ from jinja2 import TemplateAssertionError, nodes, pass_context
 from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
-from edgelora.data.filters import text_of
-from edgelora.data.tracked import MAX_CHARACTERS, MAX_ITEMS, LimitError, joined
+from edgelora.data.rendering.filters import text_of
+from edgelora.data.rendering.tracked import MAX_CHARACTERS, MAX_ITEMS, LimitError, joined
 
 MAX_STEPS = 200_000  # calls, filters, comparisons and iterations of one rendering; a macro's call counts as 8
 MAX_WORK_CHARACTERS = 8 * MAX_CHARACTERS  # of all texts that one rendering makes; an item of a list counts as 32

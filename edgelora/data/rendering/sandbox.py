@@ -17,10 +17,10 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 
-from edgelora.data.filters import FILTERS, text_of
-from edgelora.data.meter import COUNTING_FILTERS, MeteredContext, Metering, meter_of, metered
-from edgelora.data.spelling import braces, percent
-from edgelora.data.tracked import METHODS, LimitError, check_items, check_size, joined, tracked
+from edgelora.data.rendering.filters import FILTERS, text_of
+from edgelora.data.rendering.meter import COUNTING_FILTERS, MeteredContext, Metering, meter_of, metered
+from edgelora.data.rendering.spelling import braces, percent
+from edgelora.data.rendering.tracked import METHODS, LimitError, check_items, check_size, joined, tracked
 
 MAX_EXPONENT = 64
 MAX_DATE_FORMAT = 200  # characters

@@ -10,7 +10,7 @@ from json.encoder import encode_basestring, encode_basestring_ascii
 from string import Formatter
 from typing import Any
 
-from edgelora.data.tracked import (
+from edgelora.data.rendering.tracked import (
     TEMPLATES_OWN,
     LimitError,
     Tracked,

@@ -13,8 +13,8 @@ from jinja2 import Undefined
 from jinja2 import filters as jinja_filters
 from jinja2.runtime import Context
 
-from edgelora.data.spelling import percent, to_json, written
-from edgelora.data.tracked import check_items, check_size, joined, tracked
+from edgelora.data.rendering.spelling import percent, to_json, written
+from edgelora.data.rendering.tracked import check_items, check_size, joined, tracked
 
 
 def _on_text(method: Callable[..., Any]) -> Callable[..., Any]:
