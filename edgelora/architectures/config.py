@@ -124,7 +124,9 @@ class Architecture:
     model_type: str
     gguf_name: str
     read_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    """The model that a config.json describes. Raises BaseModelError for what is missing, odd or not computed here."""
     read_gguf: Callable[[GGUFFile], ModelConfig]
+    """The same from a GGUF's metadata, as llama.cpp would read it: its defaults stand in for missing keys."""
     norms: LayerNorms = PRE_NORM
     norm_shift: float = 0.0
     """Norms multiply by their HF weight plus this, and GGUF stores the sum."""

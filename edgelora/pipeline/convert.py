@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.base_to_gguf import refuse_unlike, shortened_context, write_base_gguf
+from converters.base_to_gguf import shortened_context, write_base_gguf
 from edgelora.base.model import open_base
 from edgelora.child import run_in_child
 from edgelora.device import physical_cores
@@ -65,7 +65,6 @@ def convert(
     base = open_base(base_path)
     if template is not None:
         base = base.with_template(template)
-    refuse_unlike(base)
     with staged(out, overwrite=overwrite) as draft:
         write_base_gguf(draft, base, dtype, on_progress)
         found, other_ids = run_in_child(_compare, base_path, draft, on_progress=on_progress)
