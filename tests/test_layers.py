@@ -136,27 +136,27 @@ def test_attention_is_that_of_torch_in_each_segment(starts):
 
 @pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks, softcap):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks, softcap, smoothing):
     monkeypatch.setattr(loss, "POSITIONS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     hidden, head = draw(5, 4, grad=True), draw(7, 4, seed=1)
     labels = torch.tensor([0, 6, 3, 3, 2])  # the first and the last row of the head, and one twice
-    ours, nll = LinearCrossEntropy.apply(hidden, Exact(head), labels, softcap)
+    ours = LinearCrossEntropy.apply(hidden, Exact(head), labels, softcap, smoothing)
     explicit_logits = hidden @ head.T
     if softcap:
         explicit_logits = softcap * torch.tanh(explicit_logits / softcap)
-    expected = F.cross_entropy(explicit_logits, labels, reduction="none")
-    torch.testing.assert_close(nll, expected)
-    torch.testing.assert_close(ours, expected.sum())
-    found, wanted = (torch.autograd.grad(x, hidden)[0] for x in (ours, expected.sum()))
+    expected = F.cross_entropy(explicit_logits, labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(ours, expected)
+    weights = draw(5, seed=2)  # each position's gradient is its own
+    found, wanted = (torch.autograd.grad(x @ weights, hidden)[0] for x in (ours, expected))
     torch.testing.assert_close(found, wanted)
 
 
 def test_linear_cross_entropy_survives_logits_that_overflow_exp():
     hidden, head = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])  # logits 1000 and -1000
-    total, nll = LinearCrossEntropy.apply(hidden, Dense(head), torch.tensor([1]))
+    nll = LinearCrossEntropy.apply(hidden, Dense(head), torch.tensor([1]))
     assert nll.tolist() == [2000.0]  # log(e^1000 + e^-1000) - (-1000)
-    assert total == 2000.0
 
 
 def test_logits_are_those_of_the_whole_head(monkeypatch):
@@ -200,7 +200,7 @@ def test_gradient_of_linear_cross_entropy(monkeypatch, chunks, softcap):
     monkeypatch.setattr(loss, "POSITIONS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     head, labels = Exact(draw(7, 4, seed=1)), torch.tensor([0, 6, 3, 3, 2])
-    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels, softcap)[0], draw(5, 4, grad=True))
+    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels, softcap), draw(5, 4, grad=True))
 
 
 def test_gradient_of_frozen_linear():

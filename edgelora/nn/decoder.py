@@ -201,16 +201,10 @@ class Decoder(nn.Module):
         x = self.model.norm(x)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Sum of −log p(label), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
-        total, _ = LinearCrossEntropy.apply(hidden, self.head, labels, self.config.final_logit_softcapping)
-        return total
-
-    @torch.no_grad()
-    def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def nll(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
-        nll: Tensor = LinearCrossEntropy.apply(hidden, self.head, labels, self.config.final_logit_softcapping)[1]
-        return nll
+        cap = self.config.final_logit_softcapping
+        return LinearCrossEntropy.apply(hidden, self.head, labels, cap, smoothing)
 
     @torch.no_grad()
     def logits_of(self, hidden: Tensor) -> Tensor:

@@ -38,15 +38,16 @@ def _log_sum_exp(z: Tensor) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of −log p(label) over positions: hidden (P, d), a frozen head (V, d), labels (P,) → (loss, nll (P,)).
+    """−log p(label) (P,) in nats: hidden (P, d), a frozen head (V, d), labels (P,).
 
-    The gradient is computed in the forward pass, POSITIONS at a time, and only scaled in the backward.
+    With `smoothing` ε the target is (1 − ε) of the label and ε spread evenly over the vocabulary (arXiv:1512.00567).
+    The gradient of each position is computed in the forward pass, POSITIONS at a time, and only scaled in the backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, softcap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, softcap: float | None = None, smoothing: float = 0.0
+    ) -> Tensor:
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         for first in range(0, len(hidden), POSITIONS):
@@ -54,22 +55,26 @@ class LinearCrossEntropy(torch.autograd.Function):
             z = logits(hidden[part], head, softcap)
             label = labels[part, None]
             log_sum = _log_sum_exp(z)
-            nll[part] = (log_sum - z.gather(1, label)).squeeze(1)
+            target = z.gather(1, label)
+            if smoothing:
+                target.mul_(1 - smoothing).add_(z.mean(-1, keepdim=True), alpha=smoothing)
+            nll[part] = (log_sum - target).squeeze(1)
             if d_hidden is not None:
                 for row, last in _slices(head.shape[0]):
                     d_z = z[:, row:last]
                     slope = None if softcap is None else 1 - (d_z / softcap).square_()
                     d_z.sub_(log_sum).exp_()  # p
+                    if smoothing:
+                        d_z.sub_(smoothing / head.shape[0])
                     here = ((label >= row) & (label < last)).squeeze(1).nonzero().squeeze(1)
-                    d_z[here, label[here, 0] - row] -= 1  # p − onehot
+                    d_z[here, label[here, 0] - row] -= 1 - smoothing  # p − target
                     if slope is not None:
                         d_z.mul_(slope)
                     d_hidden[part].addmm_(d_z, head.rows(row, last))
         ctx.save_for_backward(d_hidden)
-        ctx.mark_non_differentiable(nll)
-        return nll.sum(), nll
+        return nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grads[0], None, None, None
+        return d_hidden * grads[0][:, None], None, None, None, None

@@ -34,7 +34,7 @@ def batch_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
     hidden = decoder(ids, positions, list(batch.segment_starts), batch.prefix)
     labels = torch.from_numpy(batch.labels)
     learned = labels != IGNORE
-    return decoder.loss(hidden[learned], labels[learned])
+    return decoder.nll(hidden[learned], labels[learned]).sum()
 
 
 @torch.no_grad()
