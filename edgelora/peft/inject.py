@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -34,3 +37,17 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     for name, linear in decoder.linears.items():
         pair = pairs.get(name)
         linear.delta = None if pair is None else LoraDelta(torch.from_numpy(pair.a), torch.from_numpy(pair.b), 1.0)
+
+
+@contextmanager
+def without_adapter(decoder: Decoder) -> Iterator[None]:
+    """In here every linear layer is the frozen one: the reference of a preference loss needs no second model."""
+    linears = list(decoder.linears.values())
+    deltas = [linear.delta for linear in linears]
+    try:
+        for linear in linears:
+            linear.delta = None
+        yield
+    finally:
+        for linear, delta in zip(linears, deltas, strict=True):
+            linear.delta = delta
