@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SMOOTHING = 0.9  # how much of the smoothed loss each step keeps: an average over about the last ten
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answers to a fixed prompt at this moment. `ended`: by itself, before its room was full."""
+
+    prompt: str
+    text: str
+    ended: bool = True
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One moment of a long job. Fields that do not apply are None."""
+    """One moment of a long job. Fields that do not apply are None.
+
+    `held_out_loss` and `samples` come with the step after which they were measured, and with no other.
+    """
 
     stage: str
     step: int
     total: int
     loss: float | None = None
+    """Of this step: mean −log p over its tokens, in nats."""
     learning_rate: float | None = None
     tokens_per_s: float | None = None
+    """Of real tokens, never padding."""
     eta_s: float | None = None
     peak_bytes: int | None = None
+    epoch: float | None = None
+    """How often the data was seen: 1.5 in the middle of the second time."""
+    smoothed_loss: float | None = None
+    held_out_loss: float | None = None
+    grad_norm: float | None = None
+    """Before clipping."""
+    skipped_steps: int | None = None
+    """How many steps so far were not finite and taught nothing."""
+    samples: tuple[Sample, ...] = ()
 
 
 OnProgress = Callable[[Progress], None]
@@ -28,16 +56,61 @@ def silent(_: Progress) -> None:
     """The listener of whoever does not want to know."""
 
 
-class Pace:
-    """Tokens per second and the time left, over the whole job so far."""
+def as_json(progress: Progress) -> dict[str, Any]:
+    """The fields that apply, as JSON knows them: a number that is not finite is null."""
+    fields = {name: finite(value) for name, value in asdict(progress).items() if value is not None and value != ()}
+    return {"event": "progress", **fields}
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.tokens = total, 0, 0
-        self.start = time.perf_counter()
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Smoothed:
+    """The moving average of a loss, without the bias of its start (Adam's, arXiv:1412.6980, section 3).
+
+    A loss that is not finite leaves it as it is: one skipped step must not spoil the curve. None before the first loss.
+    """
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
+
+    def add(self, loss: float | None) -> float | None:
+        """Count one more loss; returns the new average."""
+        if loss is not None and math.isfinite(loss):
+            self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        return self.value
+
+
+class Pace:
+    """Tokens per second and the time left, over the whole job so far.
+
+    `first` steps of `total` were done before (a resumed run): they count neither as work nor as time.
+    """
+
+    def __init__(self, total: int, first: int = 0) -> None:
+        self.total, self.first, self.done, self.tokens = total, first, first, 0
+        self.start, self._aside = time.perf_counter(), 0.0
 
     def step(self, tokens: int, steps: int = 1) -> tuple[float, float]:
         """Count `steps` more with `tokens` in them; returns (tokens/s, seconds left)."""
         self.done += steps
         self.tokens += tokens
         elapsed = max(time.perf_counter() - self.start, 1e-9)
-        return self.tokens / elapsed, elapsed / self.done * (self.total - self.done)
+        left = elapsed / (self.done - self.first) * (self.total - self.done)
+        return self.tokens / max(elapsed - self._aside, 1e-9), left
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside (an evaluation, a checkpoint) takes of the time that is left, but slows no token."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside += time.perf_counter() - began
