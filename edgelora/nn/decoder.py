@@ -19,6 +19,7 @@ from edgelora.architectures.names import FINAL_NORM
 from edgelora.architectures.rope import Rope
 from edgelora.nn.activations import GATES
 from edgelora.nn.attention import Scores, SegmentAttention
+from edgelora.nn.cache import KeyValues
 from edgelora.nn.linear import Linear, Weight
 from edgelora.nn.loss import LinearCrossEntropy, logits
 from edgelora.nn.mixture import Expert, Mixture
@@ -81,6 +82,8 @@ class Attention(nn.Module):
                 Norm(frozen.vectors[f"{prefix}.{name}_norm.weight"], config.rms_norm_eps) for name in "qk"
             )
         self.norm_per_head = architecture.qk_norm == "head"
+        self.cache: KeyValues | None = None
+        """While sequences grow (`nn/generate.py`): their keys and values so far. None: a row is all there is."""
 
     def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
         if self.fused:
@@ -89,7 +92,8 @@ class Attention(nn.Module):
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k = self._ready(q, self.q_norm, tables), self._ready(k, self.k_norm, tables)
-        out = SegmentAttention.apply(q, k, v.unflatten(-1, (-1, self.head_dim)), starts, prefix, self.scores)
+        attend = SegmentAttention.apply if self.cache is None else self.cache.attend
+        out = attend(q, k, v.unflatten(-1, (-1, self.head_dim)), starts, prefix, self.scores)
         return self.o_proj(out.flatten(1))
 
     def _ready(self, x: Tensor, norm: Norm | None, tables: Tables) -> Tensor:
