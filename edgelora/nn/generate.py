@@ -95,6 +95,7 @@ class Growing:
     def __init__(self, decoder: Decoder, layers: list[Attention], sequences: Sequence[Sequence[int]]) -> None:
         self._decoder, self._layers = decoder, layers
         self._sequences = [list(ids) for ids in sequences]
+        self._seen: list[int] = []
         self._forget()
 
     def next_logits(self) -> Tensor:
