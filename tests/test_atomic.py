@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from edgelora.child import run_in_child
 from edgelora.errors import CertificateError, EngineError, OutputError
-from edgelora.files.atomic import refuse_existing, staged, write_text
+from edgelora.files.atomic import REPLACED, refuse_existing, remove, require_space, staged, sweep, write_text
 from edgelora.progress import OnProgress, Progress
 
 
@@ -195,6 +196,111 @@ def test_a_folder_one_may_not_write_to(tmp_path):
     with pytest.raises(OutputError, match="nothing can be made here"):
         write_file(tmp_path / "out")
     tmp_path.chmod(0o700)
+
+
+# -- what is removed, and what a killed process left --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [{"out/a": b"old", "out/deep/b": b"x"}, {"out": b"old"}], ids=["folder", "file"])
+def test_what_is_removed_is_whole_or_gone(tmp_path, files):
+    lay(tmp_path / "good", files)
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        remove(tmp_path / "good" / "out")
+    assert list((tmp_path / "good").iterdir()) == []
+    for at in range(1, disk.calls + 1):
+        folder = tmp_path / str(at)
+        lay(folder, files)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fail_at=at, error=KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                remove(folder / "out")
+        assert {name: raw for name, raw in tree(folder).items() if not name.startswith(".")} in (files, {})
+        sweep(folder)
+        assert tree(folder) in (files, {}), f"call {at}"
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    lay(tmp_path, {"precious/a": b"mine"})
+    (tmp_path / "out").symlink_to(tmp_path / "precious")
+    remove(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+    assert tree(tmp_path) == {"precious/a": b"mine"}
+
+
+def killed(write, folder: Path, at: int) -> None:
+    """As if the process had died before its `at`-th call: nothing is cleaned up."""
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, fail_at=at, for_good=True, error=KeyboardInterrupt())
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            write(folder / "out")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_killed_process_left_is_swept(tmp_path, case):
+    write, before, after = CASES[case]
+    lay(tmp_path / "good", before)
+    for at in range(1, n_calls(write, tmp_path / "good") + 1):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        lay(folder, before)
+        killed(write, folder, at)
+        sweep(folder)
+        assert tree(folder) in (before, after), f"call {at}"
+        assert [p.name for p in folder.iterdir()] == ["out"] * bool(tree(folder)), f"call {at}"
+
+
+def test_only_what_staging_left_is_swept(tmp_path):
+    room = {".edgelora-out-abcd_123/out/a": b"half"}
+    kept = {
+        "out/a": b"x", ".edgelora-out": b"x", ".edgelora-out-ABCDEFGH": b"x", ".edgelora": b"x",
+        ".edgelora-other-abcd1234/other": b"half", ".edgelora-out-2-abcd1234/out-2": b"half",
+    }  # fmt: skip
+    lay(tmp_path, room | kept)
+    sweep(tmp_path, "out")
+    assert tree(tmp_path) == kept
+    sweep(tmp_path)
+    assert tree(tmp_path) == {name: raw for name, raw in kept.items() if raw != b"half"}
+
+
+def test_what_stands_there_is_not_put_back_over(tmp_path):
+    lay(tmp_path, {"out": b"new", f".edgelora-out-abcdefgh/{REPLACED}": b"old", ".edgelora-out-abcdefgh/out": b"x"})
+    sweep(tmp_path)
+    assert tree(tmp_path) == {"out": b"new"}
+
+
+def test_a_room_that_is_a_link_leads_nowhere(tmp_path):
+    lay(tmp_path, {f"precious/{REPLACED}": b"mine", "precious/out": b"mine too"})
+    (tmp_path / ".edgelora-out-abcdefgh").symlink_to(tmp_path / "precious")
+    sweep(tmp_path)
+    assert tree(tmp_path) == {f"precious/{REPLACED}": b"mine", "precious/out": b"mine too"}
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_folder_that_is_not_there_needs_no_sweeping(tmp_path):
+    sweep(tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 1_500_000))
+    require_space(tmp_path / "run", 1_500_000, "the checkpoints")
+    with pytest.raises(OutputError) as caught:
+        require_space(tmp_path / "run", 3_600_000, "the checkpoints")
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: the checkpoints need 3,600,000 bytes, and 1,500,000 are free\n"
+        "  why: the disk would be full before the end\n"
+        "  fix: free 2 MB or more there, or choose a folder on another disk"
+    )
+
+
+def test_the_space_is_that_of_the_disk_under_a_folder_to_come(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path / "a" / "b", free // 2, "the checkpoints")
+    with pytest.raises(OutputError):
+        require_space(tmp_path / "a" / "b", 1 << 60, "the checkpoints")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- a child process: the functions below run in it ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Nothing half-written ever stands under its final name: write beside, fsync, rename, fsync the folder.
+"""Nothing half-written or half-removed ever stands under its final name: write beside, fsync, rename, fsync the folder.
 
 Knows nothing of what is written.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from edgelora.errors import OutputError
 
 REPLACED = "replaced"
 STAGE_PREFIX = ".edgelora-"
+STAGE_NAME = re.compile(re.escape(STAGE_PREFIX) + r"(?P<name>.+)-[a-z0-9_]{8}")  # as tempfile and `remove` draw them
 
 
 def refuse_existing(path: Path, overwrite: bool = False, *, folder: bool = False) -> None:
@@ -112,3 +115,60 @@ def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
     """Write `text` as UTF-8 to `path` in one step."""
     with staged(path, overwrite=overwrite) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+def remove(path: Path) -> None:
+    """Remove the file or folder `path`; a kill at any instant leaves it whole or gone. Raises OSError."""
+    aside = path.with_name(f"{STAGE_PREFIX}{path.name}-{secrets.token_hex(4)}")  # no new folder: the disk may be full
+    path.rename(aside)
+    with contextlib.suppress(OSError):  # else the deletions could reach the disk before the rename
+        _fsync(path.parent)
+    _delete(aside)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of what they wrote in `folder`, or of `name` there alone; never raises.
+
+    Hold the lock of what stands there: what a living process is writing at this moment looks the same. What was moved
+    aside for a new one that did not come is put back.
+    """
+    with contextlib.suppress(OSError):
+        for room in sorted(folder.iterdir()):
+            found = STAGE_NAME.fullmatch(room.name)
+            if found and name in (None, found["name"]):
+                with contextlib.suppress(OSError):  # the others all the same
+                    _put_back(room, folder / found["name"])
+                    _delete(room)
+
+
+def _put_back(room: Path, path: Path) -> None:
+    left = {REPLACED, path.name}  # what `_replace` leaves between its two renames
+    if not os.path.lexists(path) and _is_folder(room) and {p.name for p in room.iterdir()} == left:
+        (room / REPLACED).rename(path)
+
+
+def _delete(path: Path) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one itself: what a link leads to is not ours."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise OutputError if the disk under `folder`, which need not exist yet, has less than `needed_bytes` free.
+
+    `what` needs the space, in the plural: "the checkpoints".
+    """
+    stands = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(stands).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            what=f"{folder}: {what} need {needed_bytes:,} bytes, and {free_bytes:,} are free",
+            why="the disk would be full before the end",
+            fix=f"free {(needed_bytes - free_bytes) / 1e6:.0f} MB or more there, or choose a folder on another disk",
+        )
