@@ -23,21 +23,28 @@ LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.floa
 
 
 def gguf_pairs(adapter: Adapter, base: Base) -> dict[str, LoraPair]:
-    """The adapter's pairs by GGUF tensor name, B in GGUF's row order, every scale in B."""
+    """The adapter's pairs by GGUF tensor name, B and a DoRA's lengths in GGUF's row order, every scale in B."""
     pairs = {}
     for module, pair in adapter.pairs().items():
         order = gguf_row_order(base.architecture, base.config, module)
-        b = pair.b if order is None else pair.b[order]
-        pairs[base.tensor_of(module)] = LoraPair(pair.a, b)
+        if order is not None:
+            pair = LoraPair(pair.a, pair.b[order], None if pair.magnitude is None else pair.magnitude[order])
+        pairs[base.tensor_of(module)] = pair
     return pairs
 
 
 def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:
     """Write the GGUF to `out` (a staged path), with a reserved place for the certificate.
 
-    Raises ExportError if a value does not fit into `dtype`.
+    Raises ExportError if a value does not fit into `dtype`, or if it is a DoRA.
     """
     pairs = gguf_pairs(adapter, base)
+    if any(pair.magnitude is not None for pair in pairs.values()):
+        raise ExportError(
+            what=f"{name}: a DoRA cannot be an adapter of llama.cpp",
+            why="llama.cpp adds B A x to W x; a DoRA scales every row of the sum as well",
+            fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
+        )
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
     writer.add_type("adapter")
     writer.add_name(name)

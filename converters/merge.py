@@ -1,6 +1,7 @@
 """Base + adapters → one merged GGUF in F16, one tensor in memory at a time. Imports no torch.
 
-Each weight is dequantized, W + s · B A is computed in float32 and rounded once to F16. Norms stay F32.
+Each weight is dequantized, W + Σ s · ΔW is computed in float32 (every ΔW over the base's own W) and rounded once to
+F16. Norms stay F32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf.constants import GGMLQuantizationType, LlamaFileType
+from gguf.constants import LlamaFileType
 
 from converters.adapter_to_gguf import gguf_pairs
 from converters.metadata import copy_metadata
@@ -71,21 +72,20 @@ def _merged_tensors(base: Base, parts: Sequence[Part]) -> Iterator[np.ndarray]:
         if len(info.shape) == 1:
             yield weight.reshape(-1)
         else:
-            yield _add(name, weight, info.type, [(p[name], s) for p, s in pairs if name in p]).reshape(info.shape)
+            yield _add(name, weight, [(p[name], s) for p, s in pairs if name in p]).reshape(info.shape)
 
 
-def _add(
-    name: str, weight: np.ndarray, kind: GGMLQuantizationType, deltas: Sequence[tuple[LoraPair, float]]
-) -> np.ndarray:
-    if deltas and kind == GGMLQuantizationType.F32:
-        weight = weight.copy()  # the file's own memory
+def _add(name: str, weight: np.ndarray, deltas: Sequence[tuple[LoraPair, float]]) -> np.ndarray:
+    merged = weight.copy() if deltas else weight
     for pair, scale in deltas:
-        weight += scale * (pair.b @ pair.a)
+        change = pair.change(weight)
+        change *= scale
+        merged += change
     with np.errstate(over="ignore"):
-        half = weight.astype(np.float16)
+        half = merged.astype(np.float16)
     if not np.isfinite(half).all():
         raise ExportError(
-            what=f"{name}: a merged weight does not fit into F16 (largest {np.abs(weight).max():.3g})",
+            what=f"{name}: a merged weight does not fit into F16 (largest {np.abs(merged).max():.3g})",
             why="F16 ends at 65504; the adapter or its scale is too strong",
             fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,45 @@ from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.safetensors import read_floats
 
-# Settings of PEFT under which y = Wx + s B A x is not what the adapter computes.
-BEYOND_PLAIN_LORA = (
-    "use_dora", "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens",
+# Settings of PEFT under which neither a LoRA nor a DoRA is what the adapter computes.
+BEYOND_LORA = (
+    "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "use_qalora",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
 LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
+SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """`a` (r, d_in) and `b` (d_out, r) float32 with every scale already in `b`: ΔW = b @ a."""
+    """`a` (r, d_in) and `b` (d_out, r) float32 with every scale already in `b`: ΔW = b @ a.
+
+    A DoRA has a `magnitude` (d_out,) float32 too: the rows of W + b @ a are brought to these lengths.
+    """
 
     a: np.ndarray
     b: np.ndarray
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
         return len(self.a)
+
+    def change(self, weight: np.ndarray) -> np.ndarray:
+        """ΔW (d_out, d_in) float32: what makes of this `weight` the adapted one."""
+        change: np.ndarray = self.b @ self.a
+        if self.magnitude is not None:
+            change += weight
+            lengths = np.sqrt(np.einsum("ij,ij->i", change, change))
+            change *= (self.magnitude / np.maximum(lengths, SHORTEST))[:, None]
+            change -= weight
+        return change
 
 
 @dataclass(frozen=True)
@@ -51,13 +68,14 @@ class Adapter:
     contract: Contract | None = None
 
     def pairs(self) -> dict[str, LoraPair]:
-        """Each module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B."""
+        """Each module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B; a DoRA's lengths."""
         out = {}
         for module, parts in self.tensors.items():
             rank = len(parts["lora_A"])
             alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
             scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-            out[module] = LoraPair(parts["lora_A"].astype(np.float32), parts["lora_B"].astype(np.float32) * scale)
+            a, b = parts["lora_A"].astype(np.float32), parts["lora_B"].astype(np.float32) * scale
+            out[module] = LoraPair(a, b, parts[MAGNITUDE].astype(np.float32) if MAGNITUDE in parts else None)
         return out
 
 
@@ -81,7 +99,7 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
     """Write the folder `path` in one step."""
     refuse_to_write(path, overwrite)
     flat = {
-        f"{PREFIX}{module}.{part}.weight": np.ascontiguousarray(value)
+        f"{PREFIX}{module}.{part}{'' if part == MAGNITUDE else '.weight'}": np.ascontiguousarray(value)
         for module, parts in adapter.tensors.items()
         for part, value in parts.items()
     }
@@ -100,7 +118,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Read a LoRA adapter in PEFT's format and check that it fits `linears` (d_out, d_in), every fault at once."""
+    """Read a LoRA or DoRA in PEFT's format and check that it fits `linears` (d_out, d_in), every fault at once."""
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -115,13 +133,14 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     flat = read_floats(path / TENSORS)
     tensors: dict[str, dict[str, np.ndarray]] = {}
     faults = _settings_faults(settings)
+    wanted = ("lora_A", "lora_B", MAGNITUDE) if settings.get("use_dora") else ("lora_A", "lora_B")
     for name, value in flat.items():
         module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if part not in ("lora_A", "lora_B") or not name.startswith(PREFIX):
-            faults.append(f"{name} is no part of a plain LoRA")
+        if part not in wanted or not name.startswith(PREFIX):
+            faults.append(f"{name} is no part of a {'DoRA' if MAGNITUDE in wanted else 'plain LoRA'}")
         else:
             tensors.setdefault(module, {})[part] = value
-    faults += _tensor_faults(tensors, linears)
+    faults += _tensor_faults(tensors, linears, wanted)
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AdapterError(
@@ -139,7 +158,7 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
 def _settings_faults(settings: Any) -> list[str]:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         return [f"{CONFIG} is not that of a LoRA"]
-    faults = [f"{key} is set" for key in BEYOND_PLAIN_LORA if settings.get(key)]
+    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
     start = settings.get("init_lora_weights", True)
@@ -167,21 +186,27 @@ def _is_number(value: Any) -> bool:
 
 
 def _tensor_faults(
-    tensors: Mapping[str, Mapping[str, np.ndarray]], linears: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, Mapping[str, np.ndarray]], linears: Mapping[str, tuple[int, int]], wanted: Sequence[str]
 ) -> list[str]:
     faults = [] if tensors else ["it holds no LoRA tensors"]
     for module, parts in tensors.items():
         if module not in linears:
             faults.append(f"{module} is no linear layer of this model")
-            continue
-        a, b = parts.get("lora_A"), parts.get("lora_B")
-        if a is None or b is None:
-            faults.append(f"{module}: lora_{'A' if a is None else 'B'} is missing")
-            continue
-        d_out, d_in = linears[module]
-        rank = a.shape[0] if a.ndim == 2 else 0
-        if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
-            faults.append(f"{module}: lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")
-        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
-            faults.append(f"{module}: it holds NaN or infinite values")
+        elif missing := [part for part in wanted if part not in parts]:
+            faults.append(f"{module}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        else:
+            faults += [f"{module}: {fault}" for fault in _shape_faults(parts, *linears[module])]
+            if not all(np.isfinite(part).all() for part in parts.values()):
+                faults.append(f"{module}: it holds NaN or infinite values")
+    return faults
+
+
+def _shape_faults(parts: Mapping[str, np.ndarray], d_out: int, d_in: int) -> list[str]:
+    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE)
+    rank = a.shape[0] if a.ndim == 2 else 0
+    faults = []
+    if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
+        faults.append(f"lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")
+    if magnitude is not None and magnitude.shape != (d_out,):
+        faults.append(f"{MAGNITUDE} is {magnitude.shape}, expected ({d_out},)")
     return faults

@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
-from edgelora.peft.adapter import Adapter
+from edgelora.nn.linear import Delta, Weight
+from edgelora.peft.adapter import Adapter, LoraPair
+from edgelora.peft.dora import DoraDelta
 from edgelora.peft.lora import LoraDelta
 from edgelora.peft.methods import METHODS
 
 
-def inject(decoder: Decoder, method: str, rank: int, alpha: float, seed: int) -> list[torch.nn.Parameter]:
-    """Give every linear layer a fresh delta; returns the parameters to train. Deterministic under `seed`."""
+def inject(
+    decoder: Decoder, method: str, rank: int, alpha: float, seed: int, targets: Iterable[str] = ()
+) -> list[torch.nn.Parameter]:
+    """Give the linear layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
+
+    `targets`: the layers to adapt, by the ends of their names; none for all. Raises ConfigError if one fits no layer.
+    """
     generator = torch.Generator().manual_seed(seed)
-    for linear in decoder.linears.values():
-        linear.delta = METHODS[method].fresh(linear.weight.shape, rank, alpha, generator)
+    chosen = _targeted(list(decoder.linears), tuple(targets))
+    for name, linear in decoder.linears.items():
+        linear.delta = METHODS[method].fresh(linear.weight, rank, alpha, generator) if name in chosen else None
     return list(decoder.parameters())
+
+
+def _targeted(names: list[str], targets: tuple[str, ...]) -> set[str]:
+    """The names that end in one of `targets` after a dot (PEFT's rule); all of them where there are no targets."""
+    fitting = {target: {n for n in names if n == target or n.endswith(f".{target}")} for target in targets}
+    if unknown := [target for target, found in fitting.items() if not found]:
+        there = sorted({name.rpartition(".")[2] for name in names})
+        near = [n for target in unknown for n in difflib.get_close_matches(target, there, 1)]
+        raise ConfigError(
+            what=f"target_modules: no linear layer of this model is named {', '.join(unknown)}",
+            why=f"its linear layers are {', '.join(there)}",
+            fix=f"did you mean {', '.join(near)}?" if near else "name some of these, or none to adapt them all",
+        )
+    return set().union(*fitting.values()) if targets else set(names)
+
+
+def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base: str) -> dict[str, object]:
+    """What PEFT's adapter_config.json says of the adapter on `decoder`."""
+    adapted = [name for name, linear in decoder.linears.items() if linear.delta is not None]
+    ends = {name.rpartition(".")[2] for name in adapted}
+    everywhere = all(name in adapted for name in decoder.linears if name.rpartition(".")[2] in ends)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(ends if everywhere else adapted),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        **METHODS[method].settings,
+    }
 
 
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
@@ -35,8 +80,14 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     """Make `adapter` what the decoder computes, in place of whatever was on it. None takes it off."""
     pairs = adapter.pairs() if adapter else {}
     for name, linear in decoder.linears.items():
-        pair = pairs.get(name)
-        linear.delta = None if pair is None else LoraDelta(torch.from_numpy(pair.a), torch.from_numpy(pair.b), 1.0)
+        linear.delta = _delta(pairs[name], linear.weight) if name in pairs else None
+
+
+def _delta(pair: LoraPair, weight: Weight) -> Delta:
+    a, b = torch.from_numpy(pair.a), torch.from_numpy(pair.b)
+    if pair.magnitude is None:
+        return LoraDelta(a, b, 1.0)
+    return DoraDelta(a, b, 1.0, torch.from_numpy(pair.magnitude), weight)
 
 
 @contextmanager

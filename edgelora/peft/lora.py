@@ -21,12 +21,15 @@ class LoraDelta(nn.Module):
         return LoraLinear.apply(x, weight, self.lora_A, self.lora_B, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"lora_A": self.lora_A.detach(), "lora_B": self.lora_B.detach()}
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
-def fresh(shape: tuple[int, int], rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
-    """A new delta for a weight (d_out, d_in): A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT), B zero."""
+def fresh_pair(shape: tuple[int, int], rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A and B for a weight (d_out, d_in): A uniform in ±1/√d_in (Kaiming with a = √5, as PEFT), B zero."""
     d_out, d_in = shape
     bound = 1 / math.sqrt(d_in)
-    a = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
-    return LoraDelta(a, torch.zeros(d_out, rank), alpha / rank)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator), torch.zeros(d_out, rank)
+
+
+def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
+    return LoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / rank)

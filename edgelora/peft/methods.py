@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from edgelora.nn.linear import Delta
-from edgelora.peft import lora
+from edgelora.nn.linear import Delta, Weight
+from edgelora.peft import dora, lora, rslora
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a linear layer. `fresh(shape, rank, alpha, generator)` makes its trainable half."""
+    """A way to adapt a linear layer. `fresh(weight, rank, alpha, generator)` makes its trainable half."""
 
     name: str
     paper: str
     trains: str
     exits: tuple[str, ...]
-    fresh: Callable[[tuple[int, int], int, float, torch.Generator], Delta]
+    fresh: Callable[[Weight, int, float, torch.Generator], Delta]
+    settings: Mapping[str, bool] = field(default_factory=dict)
+    """What PEFT's adapter_config.json says of it, beyond a LoRA."""
+    faster: tuple[str, ...] = ()
+    """The tensors that learn `loraplus_ratio` times faster than the others."""
 
 
 METHODS: dict[str, Method] = {
@@ -29,5 +33,29 @@ METHODS: dict[str, Method] = {
         trains="A (r, d_in) and B (d_out, r) for each linear layer",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
+    ),
+    "rslora": Method(
+        name="rslora",
+        paper="arXiv:2312.03732",
+        trains="A and B, scaled by α/√r",
+        exits=("adapter", "merged"),
+        fresh=rslora.fresh,
+        settings={"use_rslora": True},
+    ),
+    "loraplus": Method(
+        name="loraplus",
+        paper="arXiv:2402.12354",
+        trains="A and B, B with a higher learning rate",
+        exits=("adapter", "merged"),
+        fresh=lora.fresh,
+        faster=("lora_B",),
+    ),
+    "dora": Method(
+        name="dora",
+        paper="arXiv:2402.09353",
+        trains="A, B and the length m (d_out,) of each row of the adapted weight",
+        exits=("merged",),  # llama.cpp adds B A x to W x, and has no place for a factor on the sum
+        fresh=dora.fresh,
+        settings={"use_dora": True},
     ),
 }

@@ -1,0 +1,45 @@
+"""DoRA (arXiv:2402.09353): y = x (m ∘ (W + s B A) / ‖W + s B A‖)ᵀ. A LoRA turns the rows of W, m trains their lengths.
+
+The lengths ‖W + s B A‖ are constants to the gradient (section 4.3 of the paper, and PEFT).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from edgelora.nn.linear import Weight
+from edgelora.peft.adapter import SHORTEST
+from edgelora.peft.lora import LoraDelta, fresh_pair
+
+
+class DoraDelta(LoraDelta):
+    """lora_A (r, d_in), lora_B (d_out, r) and lora_magnitude_vector (d_out,), float32; W's own lengths if it is None.
+
+    Keeps one activation (T, d_out) more for the backward pass than a LoRA, and reads W twice.
+    """
+
+    squares: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, weight: Weight) -> None:
+        super().__init__(a, b, scale)
+        squares = torch.linalg.vector_norm(weight.dequantize(), dim=1).square()  # (d_out,)
+        self.lora_magnitude_vector = nn.Parameter(squares.sqrt() if magnitude is None else magnitude)
+        self.register_buffer("squares", squares, persistent=False)
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        lengths = row_lengths(weight, self.squares, self.lora_A, self.lora_B, self.scale)
+        return super().forward(x, weight) * (self.lora_magnitude_vector / lengths)
+
+
+@torch.no_grad()
+def row_lengths(weight: Weight, squares: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖w + s b A‖ of every row (d_out,), without the matrix W + s B A: from ‖w‖² (`squares`), W Aᵀ and A Aᵀ."""
+    cross = weight.dequantize(a.dtype) @ a.T  # (d_out, r)
+    gram = a @ a.T  # (r, r)
+    added = (b * (2 * scale * cross + scale**2 * (b @ gram))).sum(1)
+    return (squares + added).clamp_(min=0).sqrt_().clamp_(min=SHORTEST)
+
+
+def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> DoraDelta:
+    return DoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / rank, None, weight)

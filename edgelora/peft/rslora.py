@@ -1,0 +1,14 @@
+"""Rank-stabilized LoRA (arXiv:2312.03732): a LoRA scaled by α/√r, under which gradients do not fade as r grows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from edgelora.nn.linear import Weight
+from edgelora.peft.lora import LoraDelta, fresh_pair
+
+
+def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
+    return LoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / math.sqrt(rank))

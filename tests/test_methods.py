@@ -1,0 +1,347 @@
+"""Every row of METHODS against PEFT on the same weights, in both directions, and through every exit it names."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.numpy import load_file
+
+from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.base.weights import Dense
+from edgelora.errors import AdapterError, ConfigError, ExportError
+from edgelora.peft import dora
+from edgelora.peft.adapter import CONFIG, MAGNITUDE, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.dora import DoraDelta, row_lengths
+from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.methods import METHODS
+from edgelora.pipeline.merge import merge
+
+IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
+RANK, ALPHA = 4, 6
+LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
+TARGETS = {"all": (), "two kinds": ("q_proj", "down_proj"), "one layer's": tuple(LAYER1)}
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return open_base(tiny.path)
+
+
+@pytest.fixture
+def decoder(base):
+    return build_decoder(base)
+
+
+def stir(decoder, seed=1):
+    """Move every trained tensor of the adapter on `decoder` away from its start, lengths by up to a fifth."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            noise = torch.rand(parameter.shape, generator=generator) - 0.5
+            if name.endswith(MAGNITUDE):
+                parameter.mul_(1 + 0.4 * noise)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def loss_of(decoder):
+    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
+    return decoder.nll(hidden[:-1], IDS[1:]).mean()
+
+
+def written(decoder, base, method, folder):
+    adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path)), collect(decoder))
+    write_adapter(folder, adapter)
+    return adapter
+
+
+# -- PEFT is the oracle -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_computes_the_same_outputs_and_gradients(
+    base, decoder, tiny, transformers_model, tmp_path, method, targets
+):
+    inject(decoder, method, RANK, ALPHA, seed=0, targets=targets)
+    stir(decoder)
+    written(decoder, base, method, tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine", is_trainable=True).eval()
+    found = theirs(IDS[None], labels=IDS[None])
+    torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
+
+    loss = loss_of(decoder)
+    torch.testing.assert_close(loss, found.loss, atol=1e-5, rtol=0)
+    loss.backward()
+    found.loss.backward()
+    gradients = {
+        name.removeprefix(PREFIX).replace(".default", "").removesuffix(".weight"): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    ours = {name.replace(".delta", ""): parameter.grad for name, parameter in decoder.named_parameters()}
+    assert set(ours) == set(gradients)
+    for name, gradient in ours.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(gradient, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_peft_saved_computes_the_same_here(decoder, tiny, transformers_model, tmp_path, method):
+    settings = METHODS[method].settings
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=False, **settings)
+    theirs = get_peft_model(transformers_model(tiny), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:  # PEFT's random B is strong enough to amplify rounding
+            parameter.data *= 1.1 if "magnitude" in name else 0.3
+    theirs.save_pretrained(tmp_path)
+    before = decoder.logits(IDS)
+    attach(decoder, read_adapter(tmp_path, tiny.linears))
+    assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
+    torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_files_have_the_names_and_settings_of_pefts(base, decoder, tiny, transformers_model, tmp_path, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    written(decoder, base, method, tmp_path / "mine")
+    model = transformers_model(tiny)
+    names = [f"{PREFIX}{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    theirs = get_peft_model(
+        model,
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **METHODS[method].settings),
+    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(theirs).items()}
+    assert {name: value.shape for name, value in load_file(tmp_path / "mine" / TENSORS).items()} == shapes
+    ours, config = json.loads((tmp_path / "mine" / CONFIG).read_text()), theirs.peft_config["default"].to_dict()
+    for key in ("peft_type", "r", "lora_alpha", "bias", "use_rslora", "use_dora"):
+        assert ours[key] == config[key], key
+    ends = tuple(f".{target}" for target in ours["target_modules"])
+    assert {name for name in names if name.endswith(ends)} == {f"{PREFIX}{name}" for name in tiny.linears}
+
+
+# -- what holds for every method ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_starts_at_the_bases_function(decoder, method):
+    before = decoder.logits(IDS)
+    inject(decoder, method, rank=4, alpha=8, seed=0)
+    assert torch.equal(decoder.logits(IDS), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_methods_own_parameters_are_trained(decoder, method):
+    parameters = inject(decoder, method, rank=4, alpha=8, seed=0)
+    names = [name for name, _ in decoder.named_parameters()]
+    assert len(parameters) == len(names)
+    assert all(".delta." in name for name in names)
+    assert {name.split(".delta.")[0] for name in names} == set(decoder.linears)
+    loss_of(decoder).backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    assert any(parameter.grad.any() for parameter in parameters)
+    assert not any(buffer.requires_grad for buffer in decoder.buffers())
+    assert not decoder.embedding.values.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_decides_the_start(decoder, method):
+    starts = [[p.detach().clone() for p in inject(decoder, method, 4, 8, seed)] for seed in (0, 0, 1)]
+    same = [[torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)] for other in starts[1:]]
+    assert all(same[0])
+    assert not all(same[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_down_the_gradient_lowers_the_loss(decoder, method):
+    parameters = inject(decoder, method, 4, 8, seed=0)
+    stir(decoder)
+    before = loss_of(decoder)
+    before.backward()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter -= 1e-3 * parameter.grad
+        assert loss_of(decoder) < before - 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_path, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    stir(decoder)
+    live = decoder.logits(IDS)
+    written(decoder, base, method, tmp_path / "mine")
+    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "merged" in method.exits])
+def test_merged_is_unmerged(decoder, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    stir(decoder)
+    live = decoder.logits(IDS)
+    adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, "-"), collect(decoder))
+    attach(decoder, None)
+    for name, pair in adapter.pairs().items():
+        weight = decoder.linears[name].weight.dequantize()
+        decoder.linears[name].weight = Dense(weight + torch.from_numpy(pair.change(weight.numpy())))
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny, tmp_path, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    stir(decoder)
+    adapter = written(decoder, base, method, tmp_path / "mine")
+    live = decoder.logits(IDS)
+
+    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", quant="F16", allow_unverified=True)
+    merged = build_decoder(open_base(tmp_path / "merged.gguf")).logits(IDS)
+    torch.testing.assert_close(merged, live, atol=2e-2, rtol=0)  # every weight rounded to F16 once
+    assert float((live - build_decoder(base).logits(IDS)).abs().max()) > 0.2
+
+    if "adapter" in METHODS[method].exits:
+        write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine")
+        return
+    with pytest.raises(ExportError) as e:
+        write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine")
+    assert "merge" in e.value.fix
+    assert not (tmp_path / "mine.gguf").exists()
+
+
+# -- DoRA ---------------------------------------------------------------------------------------------------------
+
+
+class Exact:
+    """A `Weight` that keeps its float64 values."""
+
+    def __init__(self, values):
+        self.values, self.shape, self.size_bytes = values, tuple(values.shape), values.nbytes
+
+    def dequantize(self, dtype=torch.float64):
+        return self.values.to(dtype)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_lengths_are_those_of_the_matrix_that_is_never_made():
+    weight, a, b, scale = Exact(draw(7, 5)), draw(3, 5, seed=1), draw(7, 3, seed=2), 1.7
+    found = row_lengths(weight, weight.values.square().sum(1), a, b, scale)
+    torch.testing.assert_close(found, torch.linalg.vector_norm(weight.values + scale * b @ a, dim=1))
+
+
+def test_gradient_of_dora_is_that_of_constant_lengths(monkeypatch):
+    weight, scale = Exact(draw(7, 5)), 1.7
+    inputs = [draw(4, 5, seed=1), draw(3, 5, seed=2), draw(7, 3, seed=3), draw(7, seed=4).abs()]
+    lengths = torch.linalg.vector_norm(weight.values + scale * inputs[2] @ inputs[1], dim=1)
+    monkeypatch.setattr(dora, "row_lengths", lambda *_: lengths)  # what the gradient takes them for
+
+    def function(x, a, b, m):
+        delta = DoraDelta(a.detach(), b.detach(), scale, m.detach(), Exact(weight.values))
+        return torch.func.functional_call(delta, {"lora_A": a, "lora_B": b, MAGNITUDE: m}, (x, weight))
+
+    assert torch.autograd.gradcheck(function, [one.requires_grad_() for one in inputs], atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_of_zeros_stays_one_and_is_finite():
+    """Models are padded to a width that K-quants can hold: rows of zeros are real."""
+    values = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    values[2] = 0
+    delta = dora.fresh(Dense(values), 2, 4.0, torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=0.1, weight_decay=0)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    for _ in range(3):
+        y = delta(x, Dense(values))
+        (y - 1).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.isfinite(y).all()
+    assert not y[:, 2].any()
+    assert y[:, 0].any()
+
+
+def test_half_a_dora_is_halfway_to_the_whole(base, decoder, tiny, tmp_path):
+    inject(decoder, "dora", RANK, ALPHA, seed=0)
+    stir(decoder)
+    adapter = written(decoder, base, "dora", tmp_path / "mine")
+    folder = tmp_path / "mine"
+    merge(tiny.path, [(folder, 0.5), (folder, 0.25)], tmp_path / "merged.gguf", quant="F16", allow_unverified=True)
+    merged, module = build_decoder(open_base(tmp_path / "merged.gguf")), LAYER1[0]
+    w = build_decoder(base).linears[module].weight.dequantize().numpy()
+    wanted = w + 0.75 * adapter.pairs()[module].change(w)
+    np.testing.assert_allclose(merged.linears[module].weight.dequantize().numpy(), wanted, atol=1e-3)
+
+
+DAMAGE = {
+    "missing": (lambda t, name: t.pop(name), "lora_magnitude_vector is missing"),
+    "of another length": (lambda t, name: t.update({name: np.ones(3, np.float32)}), "is (3,), expected (256,)"),
+    "not finite": (lambda t, name: t[name].__setitem__(0, np.nan), "NaN"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_magnitude_is_refused(decoder, tiny, tmp_path, damage):
+    change, said = DAMAGE[damage]
+    inject(decoder, "dora", RANK, ALPHA, seed=0)
+    tensors = collect(decoder)
+    change(tensors[LAYER1[0]], MAGNITUDE)
+    write_adapter(tmp_path / "mine", Adapter(adapter_config(decoder, "dora", RANK, ALPHA, "-"), tensors))
+    with pytest.raises(AdapterError) as e:
+        read_adapter(tmp_path / "mine", tiny.linears)
+    assert f"{LAYER1[0]}: " in e.value.what
+    assert said in e.value.what
+
+
+def test_a_magnitude_in_what_calls_itself_a_lora_is_refused(decoder, tiny, tmp_path):
+    inject(decoder, "dora", RANK, ALPHA, seed=0)
+    config = adapter_config(decoder, "dora", RANK, ALPHA, "-") | {"use_dora": False}
+    write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
+    with pytest.raises(AdapterError, match="is no part of a plain LoRA"):
+        read_adapter(tmp_path / "mine", tiny.linears)
+
+
+# -- which layers -------------------------------------------------------------------------------------------------
+
+
+def test_only_the_targets_are_adapted(decoder):
+    inject(decoder, "lora", 2, 4, seed=0)  # what was on it comes off
+    inject(decoder, "lora", 2, 4, seed=0, targets=["q_proj", "layers.1.mlp.down_proj"])
+    adapted = [name for name, linear in decoder.linears.items() if linear.delta is not None]
+    assert adapted == [
+        "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj",
+    ]  # fmt: skip
+    assert list(collect(decoder)) == adapted
+    # an end that others share would adapt those too when PEFT reads it
+    assert adapter_config(decoder, "lora", 2, 4, "-")["target_modules"] == sorted(adapted)
+
+
+def test_a_target_that_fits_nothing_is_named_with_what_there_is(decoder):
+    with pytest.raises(ConfigError) as e:
+        inject(decoder, "lora", 2, 4, seed=0, targets=["q_proj", "q_porj", "router"])
+    assert str(e.value).splitlines() == [
+        "target_modules: no linear layer of this model is named q_porj, router",
+        "  why: its linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        "  fix: did you mean q_proj?",
+    ]
+
+
+def test_loraplus_is_a_lora_to_everything_but_the_optimizer(decoder):
+    starts = [inject(decoder, method, RANK, ALPHA, seed=0) for method in ("lora", "loraplus")]
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    assert METHODS["loraplus"].faster == ("lora_B",)
+
+
+def test_rslora_is_scaled_by_the_root_of_its_rank(decoder):
+    inject(decoder, "rslora", rank=9, alpha=6, seed=0)
+    assert {linear.delta.scale for linear in decoder.linears.values()} == {2.0}
