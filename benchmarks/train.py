@@ -1,6 +1,6 @@
 """Training against what people use: TRL's SFTTrainer, transformers + PEFT in a plain loop, and bitsandbytes NF4.
 
-    .venv/bin/python benchmarks/train.py [--rows ragged-bf16,learning] [--rounds 5] [--out benchmarks/results/train.json]
+    .venv/bin/python benchmarks/train.py [--rows PART,PART] [--rounds 5] [--out benchmarks/results/train.json]
 
 SmolLM2-135M, LoRA of rank 16 on every linear layer, ragged chats, 4 rows a step, all sides over the same bf16 weights.
 Each side is a process that stays alive; they take the same steps in turns, and the medians over rounds are compared.

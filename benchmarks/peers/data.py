@@ -49,8 +49,8 @@ def chats(base: Base, count: int, seed: int = 0) -> list[tuple[Conversation, Exa
     lengths = np.random.default_rng(seed).lognormal(np.log(MEDIAN), SIGMA, count).clip(SHORTEST, LONGEST)
     source, found = texts(), []
     for length in lengths.astype(int):
-        question, words = next(source), []
-        question = " ".join(question.split()[:60])  # a long one would leave a short chat without an answer
+        question = " ".join(next(source).split()[:60])  # a long one would leave a short chat without an answer
+        words: list[str] = []
         while len(base.tokenizer.encode(" ".join(words)).ids) < length:
             words += next(source).split(" ")
         found.append(_cut(base, question, words, int(length)))
