@@ -1,0 +1,52 @@
+"""The metrics of a run as TensorBoard's event files, for who has TensorBoard open anyway (extra `tensorboard`)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import TracebackType
+
+from edgelora.errors import ConfigError
+from edgelora.training.metrics import Metrics
+
+TAGS = {
+    "loss": "loss/train",
+    "held_out_loss": "loss/held-out",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "tokens_per_s": "speed/tokens_per_s",
+    "peak_bytes": "memory/peak_bytes",
+}
+
+
+class TensorBoardLog:
+    """Event files in `folder`, for a run that goes on behind step `after` (None: for a new run); a context.
+
+    TensorBoard hides what an earlier process wrote of later steps. Raises ConfigError if tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, after: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as e:
+            raise ConfigError(
+                what="--tensorboard: the package tensorboard is not installed",
+                why="edgelora writes its event files with it, and does not need it for anything else",
+                fix="pip install 'edgelora[tensorboard]', or leave --tensorboard out: curve.png shows the same",
+            ) from e
+        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+
+    def append(self, metrics: Metrics) -> None:
+        """Write what was measured; an answer to a prompt as text."""
+        for name, tag in TAGS.items():
+            value = getattr(metrics, name)
+            if value is not None and math.isfinite(value):
+                self._writer.add_scalar(tag, value, metrics.step)
+        for sample in metrics.samples:
+            self._writer.add_text(f"sample/{sample.prompt}", sample.text, metrics.step)
+
+    def __enter__(self) -> TensorBoardLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._writer.close()
