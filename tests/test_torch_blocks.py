@@ -1,14 +1,19 @@
-"""Blocks dequantized by torch alone against ggml's own kernels, bit for bit."""
+"""Blocks dequantized by torch alone against ggml's own kernels, bit for bit; and with operations that MPS has."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from edgelora.base import ggml
+from edgelora.base.nf4 import quantize_nf4
 from edgelora.base.torch_blocks import DEQUANTIZE, DeviceBlocks, dequantize_blocks
 from edgelora.base.weights import Dense, GGUFBlocks, from_rows
 from edgelora.errors import BaseModelError
@@ -115,3 +120,73 @@ def test_a_type_without_device_code_is_refused_when_it_moves(kind):
 def test_blocks_of_another_width_are_refused(shape):
     with pytest.raises(ValueError, match="are not rows of 32 Q8_0 weights"):
         dequantize_blocks(torch.zeros(shape, dtype=torch.uint8), Type.Q8_0, 32)
+
+
+# -- other devices: NF4's torch code, and torch's own list of what MPS has
+
+
+@pytest.mark.parametrize("shape", [(33, 80), (100, 77), (1, 1)], ids=str)
+def test_nf4_on_a_device_is_nf4_on_the_cpu(shape):
+    weight = quantize_nf4(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    n = len(weight.codes)
+    for first, last in [(0, n), (n // 3, n // 2 + 1), (n, n)]:
+        assert torch.equal(weight._blocks_on_device(first, last), weight._blocks(first, last))
+    moved = weight.to("meta")
+    assert (moved.rows(0, 1).device.type, moved.dequantize(torch.bfloat16).shape) == ("meta", shape)
+
+
+class Recorded(TorchDispatchMode):
+    """The operations that run, and the types of what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes = set(), set()
+
+    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.names.add(function.name().removeprefix("aten::"))
+        self.dtypes |= {leaf.dtype for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)}
+        return out
+
+
+def mps_operations():
+    """Of torch's list of operations, those with a version for MPS, and those written for any device."""
+    torchgen = pytest.importorskip("torchgen", reason="this torch comes without its list of operations")
+    yaml = pytest.importorskip("yaml", reason="PyYAML, to read torch's list of operations, is not installed")
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    own, shared = set(), set()
+    entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    rows = {entry["func"].partition("(")[0]: entry for entry in entries}
+    for name, entry in rows.items():
+        keys = ",".join(rows[entry.get("structured_delegate", name)].get("dispatch") or ["Composite"])
+        if "MPS" in keys:
+            own.add(name)
+        elif "Composite" in keys:
+            shared.add(name)
+    return own, shared
+
+
+# Written for any device: views, copies and what makes tensors; and those that call an operation which MPS has.
+ANYWHERE = {
+    "_to_copy", "_unsafe_view", "arange", "clone", "copy_", "detach", "lift_fresh", "slice.Tensor",
+    "split_with_sizes", "transpose.int", "unsqueeze", "view.dtype",
+}  # fmt: skip
+CALLS = {"bitwise_and.Scalar": "bitwise_and.Tensor_out", "remainder.Scalar": "remainder.Tensor", "stack": "cat"}
+
+
+def test_mps_has_every_operation():
+    """`>>` of bytes, which was wrong on MPS before torch 2.6 (pytorch#144190), is among them."""
+    own, shared = mps_operations()
+    ids = torch.tensor([1, 0])
+    nf4 = quantize_nf4(torch.randn(4, 100, generator=torch.Generator().manual_seed(0)))
+    weights = [DeviceBlocks(torch.from_numpy(real_blocks(kind)), kind, COLUMNS) for kind in DEQUANTIZE]
+    with Recorded() as ran:
+        for weight in weights:
+            weight.dequantize(torch.bfloat16), weight.rows(0, 2), weight.gather(ids)
+        nf4._blocks_on_device(1, 3).to(torch.bfloat16), nf4.gather(ids)
+    assert ran.names & own >= {"__rshift__.Scalar", "bitwise_or.Tensor", "index_select", "mul_.Tensor"}
+    others = ran.names - own
+    assert others <= shared
+    assert others <= ANYWHERE | set(CALLS)
+    assert {CALLS[name] for name in others & set(CALLS)} <= own
+    assert torch.float64 not in ran.dtypes

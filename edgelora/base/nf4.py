@@ -7,13 +7,18 @@ compress_statistics=True)` on x86-64), bit for bit, so that a base quantized her
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from edgelora.base.products import Products, has_triton
 from edgelora.base.team import run, split
 from edgelora.base.weights import scratch
 from edgelora.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from edgelora.base.triton_blocks import Stored
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale of their own
@@ -33,7 +38,7 @@ ELEMENTS_PER_THREAD = 1 << 18  # fewer are not worth another thread
 QUANTIZED_AT_ONCE = 1 << 16
 
 
-class NF4:
+class NF4(Products):
     """A weight (d_out, d_in) as NF4: 4.127 bits each. Blocks run over the flattened rows, as in bitsandbytes.
 
     codes: uint8 (n_blocks, 32), the even weight in the high nibble; the last block is filled up with zeros.
@@ -54,21 +59,46 @@ class NF4:
         return NF4(self.shape, *(part.to(device) for part in parts))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        out = self.rows(0, self.shape[0])
-        return out if dtype == torch.float32 else out.to(dtype)
+        if (stored := self.for_triton()) is not None:
+            from edgelora.base import triton_blocks
 
-    def rows(self, first: int, last: int) -> Tensor:
+            return triton_blocks.dequantize(stored, dtype)
+        return self.rows(0, self.shape[0], dtype)
+
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        if (stored := self.for_triton()) is not None:
+            from edgelora.base import triton_blocks
+
+            return triton_blocks.rows(stored, first, last)
         columns = self.shape[1]
         begin, end = first * columns, last * columns
         first_block, last_block = begin // BLOCK, -(-end // BLOCK)
-        flat = self._blocks(first_block, last_block).view(-1)
-        return flat[begin - first_block * BLOCK : end - first_block * BLOCK].view(last - first, columns)
+        blocks = self._blocks if self.codes.device.type == "cpu" else self._blocks_on_device
+        flat = blocks(first_block, last_block).view(-1)
+        out = flat[begin - first_block * BLOCK : end - first_block * BLOCK].view(last - first, columns)
+        return out if dtype == torch.float32 else scratch(last - first, columns, dtype, out.device).copy_(out)
 
     def gather(self, ids: Tensor) -> Tensor:
         at = ids[:, None] * self.shape[1] + torch.arange(self.shape[1], device=ids.device)  # (n, d_in)
         pair = self.codes.view(-1)[at // 2]
         nibble = torch.where(at % 2 == 0, pair >> 4, pair & 15)
         return _levels(ids.device)[nibble.int()].mul_(self._scales(0, len(self.codes))[at // BLOCK])
+
+    def for_triton(self) -> Stored | None:
+        device = self.codes.device
+        if not has_triton(device):
+            return None
+        from edgelora.base import triton_blocks
+
+        parts = (self.codes, self.scale_codes, self.scale_of_scales, self.offset)
+        return triton_blocks.of_nf4(self.shape, *parts, _levels(device), _dynamic_map(device))
+
+    def _blocks_on_device(self, first: int, last: int) -> Tensor:
+        """What `_blocks` gives, in memory of its own and by operations that MPS has."""
+        pairs = self.codes[first:last]
+        codes = torch.stack([pairs >> 4, pairs & 15], -1).view(-1).int()
+        weights = torch.index_select(_levels(pairs.device), 0, codes).view(-1, BLOCK)
+        return weights.mul_(self._scales(first, last)[:, None])
 
     def _blocks(self, first: int, last: int) -> Tensor:
         """Blocks [first, last) as float32 (last - first, 64), in the scratch buffer.

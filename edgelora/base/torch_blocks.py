@@ -1,6 +1,8 @@
-"""Dequantize GGUF blocks with torch operations alone: for devices that ggml's own kernels cannot reach (CUDA, MPS).
+"""GGUF blocks on devices that ggml's kernels cannot reach: by Triton on NVIDIA GPUs, else by torch operations alone.
 
-Every function takes blocks uint8 (n, bytes per block) and gives float32 (n, weights per block), with each rounding
+The torch code runs on every device: of all its operations torch has a version for MPS, and none makes float64.
+
+Each function takes blocks uint8 (n, bytes per block) and gives float32 (n, weights per block), with each rounding
 where ggml-quants.c has it, so results are ggml's bit for bit. A ggml whose compiler contracted a product and a sum into
 one operation (usual on ARM, never seen on x86-64) differs in the last bit where a type has a minimum: Q4_1, Q5_1, Q2_K,
 Q4_K, Q5_K.
@@ -10,12 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from edgelora.base.products import Products, has_triton
 from edgelora.errors import BaseModelError
+
+if TYPE_CHECKING:
+    from edgelora.base.triton_blocks import Stored
 
 Type = GGMLQuantizationType
 
@@ -171,7 +178,11 @@ def _function(kind: Type) -> Callable[[Tensor], Tensor]:
     return DEQUANTIZE[kind]
 
 
-class DeviceBlocks:
+# The types with a kernel in base/triton_blocks.py, which is imported where it runs only.
+TRITON = frozenset({Type.Q4_0, Type.Q8_0, Type.Q4_K, Type.Q6_K})
+
+
+class DeviceBlocks(Products):
     """A weight kept in GGUF blocks on a device: `blocks` uint8 (d_out, bytes per row) of type `kind`."""
 
     def __init__(self, blocks: Tensor, kind: Type, columns: int) -> None:
@@ -184,10 +195,27 @@ class DeviceBlocks:
         return DeviceBlocks(self.blocks.to(device), self.kind, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dequantize_blocks(self.blocks, self.kind, self.shape[1], dtype)
+        return self._floats(self.blocks, dtype)
 
     def rows(self, first: int, last: int) -> Tensor:
-        return dequantize_blocks(self.blocks[first:last], self.kind, self.shape[1])
+        return self._floats(self.blocks[first:last])
 
     def gather(self, ids: Tensor) -> Tensor:
-        return dequantize_blocks(self.blocks[ids], self.kind, self.shape[1])
+        return self._floats(self.blocks[ids])
+
+    def for_triton(self) -> Stored | None:
+        return self._stored(self.blocks)
+
+    def _floats(self, blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        if (stored := self._stored(blocks)) is not None:
+            from edgelora.base import triton_blocks
+
+            return triton_blocks.dequantize(stored, dtype)
+        return dequantize_blocks(blocks, self.kind, self.shape[1], dtype)
+
+    def _stored(self, blocks: Tensor) -> Stored | None:
+        if self.kind not in TRITON or not has_triton(blocks.device):
+            return None
+        from edgelora.base import triton_blocks
+
+        return triton_blocks.of_blocks(blocks, self.kind, self.shape[1])
