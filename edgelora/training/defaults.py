@@ -1,0 +1,105 @@
+"""Rank, α and learning rate where they are left to us: by the base's size, the method and the objective, with sources.
+
+Starting points, not optima: `edgelora train --sweep` finds those on the data at hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from edgelora.config import Method, Objective, TrainConfig
+from edgelora.device import Choice
+
+RANK, SCALE_AT_RANK = 16, 2.0  # α/r at this rank, whatever the method; what it is at others differs
+SMALL, LARGE = 1e9, 14e9  # weights; QLoRA's border is "larger than 13B", and models of that class have up to 14
+
+
+class Rate(NamedTuple):
+    value: float
+    why: str
+
+
+# Peak learning rates of AdamW for a LoRA that is fine-tuned on answers.
+SMALL_RATE = Rate(
+    1e-3,
+    "ten times full fine-tuning's (LoRA Without Regret, Thinking Machines 2025): their rule for a width d, "
+    "10 · 5e-5 · (2000/d)^0.78, gives 1.3e-3 to 9e-4 for models below 1B, 576 to 960 wide",
+)
+MIDDLE_RATE = Rate(
+    2e-4,
+    "QLoRA's for 7B and 13B over 4-bit weights (arXiv:2305.14314, appendix B), Unsloth's and Axolotl's recipes from 1B",
+)
+LARGE_RATE = Rate(1e-4, "QLoRA's for 33B and 65B (arXiv:2305.14314, appendix B)")
+
+# What is left of it for preferences: such losses only nudge a model that can answer already.
+OBJECTIVE_SHARE: dict[Objective, Rate] = {
+    "sft": Rate(1.0, ""),
+    "dpo": Rate(1 / 40, "a fortieth for DPO (TRL's and Unsloth's recipes: 5e-6 where answers take 2e-4)"),
+    "ipo": Rate(1 / 40, "a fortieth for IPO, as for DPO (TRL's and Unsloth's recipes: 5e-6 where answers take 2e-4)"),
+    "kto": Rate(1 / 40, "a fortieth for KTO (its best is like DPO's, says TRL's recipe)"),
+    "orpo": Rate(0.4, "two fifths for ORPO (TRL's recipe for a LoRA: 8e-5 where answers take 2e-4)"),
+}
+
+LION_SHARE = Rate(
+    1 / 5, "a fifth for Lion, whose steps are larger: 3 to 10 times lower than AdamW's (arXiv:2302.06675)"
+)
+
+
+def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, Choice]]:
+    """`config` with rank, alpha and learning rate filled in where they are None, and why each was chosen.
+
+    n_weights: of the whole base. How they are stored makes no difference: QLoRA found the rates of 16-bit LoRA to hold
+    over 4-bit weights, and no source says otherwise below.
+    """
+    values: dict[str, float] = {}
+    choices: dict[str, Choice] = {}
+    if config.rank is None:
+        values["rank"] = RANK
+        choices["rank"] = Choice(str(RANK), _why_rank(config.method))
+    rank = config.rank or RANK
+    if config.alpha is None:
+        values["alpha"], why = _alpha(config.method, rank)
+        choices["alpha"] = Choice(f"{values['alpha']:g}", why)
+    if config.learning_rate is None:
+        values["learning_rate"], why = _learning_rate(config, n_weights)
+        choices["learning_rate"] = Choice(f"{values['learning_rate']:g}", why)
+    return config.model_copy(update=values), choices
+
+
+def _why_rank(method: Method) -> str:
+    if method == "dora":
+        return "as good as 32 for LLaMA2-7B and LLaMA3-8B (tables of DoRA's repository, github.com/NVlabs/DoRA)"
+    return (
+        "on data sets of this kind the rank hardly matters once all layers are adapted (QLoRA, arXiv:2305.14314, "
+        "figure 4; LoRA Without Regret); Unsloth's recipes take 16 or 32"
+    )
+
+
+def _alpha(method: Method, rank: int) -> tuple[float, str]:
+    if method == "rslora":
+        alpha = SCALE_AT_RANK * RANK**0.5
+        return (
+            alpha,
+            f"α/√r is {SCALE_AT_RANK:g} at r {RANK}, as a LoRA's, and holds gradients steady (arXiv:2312.03732)",
+        )
+    if method == "dora":
+        return SCALE_AT_RANK * rank, "twice the rank, as in DoRA's own runs (arXiv:2402.09353, github.com/NVlabs/DoRA)"
+    return SCALE_AT_RANK * RANK, "one α for all ranks: the best learning rate then stays the same (LoRA Without Regret)"
+
+
+def _learning_rate(config: TrainConfig, n_weights: int) -> tuple[float, str]:
+    base = SMALL_RATE if n_weights < SMALL else MIDDLE_RATE if n_weights < LARGE else LARGE_RATE
+    shares = [OBJECTIVE_SHARE[config.objective]]
+    if config.optimizer == "lion":
+        shares.append(LION_SHARE)
+    if config.method == "loraplus":
+        share = config.loraplus_ratio**-0.5
+        shares.append(
+            Rate(share, f"{share:.2g} of it for A, as B learns faster by as much (PEFT's example: 5e-5 with 16)")
+        )
+    if config.method == "dora" and n_weights >= SMALL:
+        shares.append(Rate(1.0, "DoRA's own runs over 7B and 8B took 1e-4 to 2e-4"))
+    value = base.value
+    for share in shares:
+        value *= share.value
+    return float(f"{value:.3g}"), "; ".join([base.why, *(share.why for share in shares if share.why)])
