@@ -23,6 +23,7 @@ from typing import Any
 
 from peers import data
 from peers.channel import Side, run_once
+from peers.gradients import errors, write_adapter
 from peers.table import table
 
 from edgelora.base.model import open_base
@@ -142,24 +143,25 @@ class Bench:
 
     def gradients(self) -> dict[str, Any]:
         """Median over tensors of ‖g − g₀‖ / ‖g₀‖ at one seeded adapter with A and B like trained ones."""
-        from peers.gradients import errors, write_adapter
-
         adapter, found, facts = self.work / "adapter.npz", {}, {}
         write_adapter(open_base(self.work / "model").linears, adapter)
         for name, side in GRADIENTS.items():
             with self.start(name, side) as running:
                 found[name] = self.work / f"gradients {name}.npz"
-                running.do("gradients", adapter=str(adapter), to=str(found[name]), batch=data.BATCH)
+                running.do("load", adapter=str(adapter))
+                running.do("gradients", to=str(found[name]), batch=data.BATCH)
                 facts[name] = running.facts
         return {"facts": facts, "errors": errors(found, OURS)}
 
     def learning(self) -> dict[str, Any]:
-        """Held-out loss after the same number of steps over the same rows, for each seed."""
+        """Held-out loss after the same steps over the same rows from the same adapter, for each seed of all three."""
         losses: dict[str, list[float]] = {name: [] for name in LEARNING}
-        before, total = 0.0, self.args.learning_steps
+        before, total, adapter = 0.0, self.args.learning_steps, self.work / "adapter.npz"
         for seed in range(self.args.seeds):
+            write_adapter(open_base(self.work / "model").linears, adapter, spread=0.0, seed=seed)
             for name, side in LEARNING.items():
                 with self.start(name, side, seed=seed, total=total) as running:
+                    running.do("load", adapter=str(adapter))
                     before = before or running.do("held_out")["loss"]
                     running.steps(total)
                     losses[name].append(running.do("held_out")["loss"])

@@ -1,4 +1,4 @@
-"""How far the gradients of one number format are from those of another. numpy only."""
+"""One adapter for all sides to begin with, and how far gradients of two number formats are apart. numpy only."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from peers.data import RANK
 SPREAD = 0.01  # of B: what AdamW at 1e-3 makes of it in about ten steps; at B = 0 the gradient of A would be 0
 
 
-def write_adapter(linears: Mapping[str, tuple[int, int]], path: Path) -> None:
-    """A seeded LoRA for every linear layer (d_out, d_in): A as it is drawn at the start, B as if trained a little."""
-    random = np.random.default_rng(0)
+def write_adapter(linears: Mapping[str, tuple[int, int]], path: Path, spread: float = SPREAD, seed: int = 0) -> None:
+    """A seeded LoRA for every linear layer (d_out, d_in): A as it is drawn at the start, B normal about 0."""
+    random = np.random.default_rng(seed)
     tensors = {}
     for name, (d_out, d_in) in linears.items():
         tensors[f"{name}.lora_A"] = random.uniform(-(d_in**-0.5), d_in**-0.5, (RANK, d_in)).astype(np.float32)
-        tensors[f"{name}.lora_B"] = random.normal(0, SPREAD, (d_out, RANK)).astype(np.float32)
-    np.savez(path, **tensors)
+        tensors[f"{name}.lora_B"] = random.normal(0, spread, (d_out, RANK)).astype(np.float32)
+    np.savez(path, **tensors)  # type: ignore[arg-type]
 
 
 def errors(found: Mapping[str, Path], ours: str) -> dict[str, float]:

@@ -25,6 +25,7 @@ from peers.data import ALPHA, RANK, batches, learning_rate, load
 
 MICRO_BATCH_TOKENS = 768
 MAX_GRAD_NORM = 1.0
+COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(settings: dict[str, Any], turn: Turnstile) -> None:
@@ -35,12 +36,13 @@ def main(settings: dict[str, Any], turn: Turnstile) -> None:
     else:
         examples = load(folder / f"{settings['data']}.npz")
     held = choose_base_dtype(settings["held"], base, free_memory_bytes())
-    decoder = build_decoder(base, held.value)
+    decoder = build_decoder(base, held.value, COMPUTE[settings["dtype"]])
     parameters = inject(decoder, "lora", RANK, ALPHA, settings["seed"] or 0)
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, foreach=True)
-    turn.facts = {"torch": torch.__version__, "held": held.value, "asked": settings["dtype"], "dtype": "f32"}
+    turn.facts = {"torch": torch.__version__, "held": held.value, "compute": str(decoder.compute)}
     turn.handlers = {
         "held_out": lambda _: {"loss": _held_out(decoder, load(folder / "held_out.npz"))},
+        "load": lambda asked: _load(_named(decoder), asked["adapter"]),
         "gradients": lambda asked: _gradients(decoder, examples, asked),
     }
     for number, rows in enumerate(batches(examples, settings["batch"], settings["seed"])):
@@ -66,18 +68,27 @@ def _held_out(decoder: Decoder, examples: list[Example]) -> float:
     return sum(float(batch_loss(decoder, batch)) for batch in packed) / sum(batch.n_loss_tokens for batch in packed)
 
 
-def _gradients(decoder: Decoder, examples: list[Example], asked: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of the first batch at the adapter in the file `adapter`, into the file `to`."""
-    named = {
+def _named(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
+    return {
         f"{name}.{part}": getattr(linear.delta, part)
         for name, linear in decoder.linears.items()
         for part in ("lora_A", "lora_B")
     }
-    with np.load(asked["adapter"]) as given, torch.no_grad():
+
+
+@torch.no_grad()
+def _load(named: dict[str, torch.nn.Parameter], adapter: str) -> dict[str, Any]:
+    with np.load(adapter) as given:
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(given[name]))
+    return {}
+
+
+def _gradients(decoder: Decoder, examples: list[Example], asked: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of the first batch, into the file `to`."""
     _backward(decoder, best_fit(next(batches(examples, asked["batch"])), MICRO_BATCH_TOKENS))
-    np.savez(asked["to"], **{name: parameter.grad.numpy() for name, parameter in named.items()})
+    grads = {name: parameter.grad for name, parameter in _named(decoder).items()}
+    np.savez(asked["to"], **{name: grad.numpy() for name, grad in grads.items() if grad is not None})  # type: ignore[arg-type]
     decoder.zero_grad(set_to_none=True)
     return {}
 

@@ -72,6 +72,7 @@ def main(settings: dict[str, Any], turn: Turnstile) -> None:
     turn.facts = {"precision": precision, "parameters": sum(p.numel() for p in parameters)}
     turn.handlers = {
         "held_out": lambda _: {"loss": _held_out(model, load(folder / "held_out.npz"))},
+        "load": lambda asked: _load(_named(model), asked["adapter"]),
         "gradients": lambda asked: _gradients(model, examples, casting(), asked),
     }
     for number, rows in enumerate(batches(examples, settings["batch"], settings["seed"])):
@@ -95,23 +96,33 @@ def _held_out(model: Any, examples: list[Example]) -> float:
     return total / sum(int(e.loss_mask[1:].sum()) for e in examples)
 
 
-def _gradients(
-    model: Any, examples: list[Example], casting: AbstractContextManager[Any], asked: dict[str, Any]
-) -> dict[str, Any]:
-    """Gradients of the first batch at the adapter in the file `adapter`, into the file `to`."""
-    named = {
+def _named(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters by the base's names of their modules."""
+    return {
         name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    with np.load(asked["adapter"]) as given, torch.no_grad():
+
+
+@torch.no_grad()
+def _load(named: dict[str, torch.nn.Parameter], adapter: str) -> dict[str, Any]:
+    with np.load(adapter) as given:
         assert set(given.files) == set(named)
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(given[name]))
+    return {}
+
+
+def _gradients(
+    model: Any, examples: list[Example], casting: AbstractContextManager[Any], asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Gradients of the first batch, into the file `to`."""
     with casting:
         loss = model(**collate(next(batches(examples, asked["batch"])))).loss
     loss.backward()
-    np.savez(asked["to"], **{name: parameter.grad.float().numpy() for name, parameter in named.items()})
+    grads = {name: parameter.grad for name, parameter in _named(model).items()}
+    np.savez(asked["to"], **{name: grad.float().numpy() for name, grad in grads.items() if grad is not None})  # type: ignore[arg-type]
     model.zero_grad(set_to_none=True)
     return {}
 
