@@ -19,7 +19,7 @@ import sys, subprocess
 from pathlib import Path
 from edgelora.files.lock import locked
 with locked(Path(sys.argv[1])):
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=sys.stdin)  # lives on when this one is killed
+    child = subprocess.Popen(["cat"], stdin=sys.stdin)  # lives on when this one is killed
     print("held", flush=True)
     child.wait()
 """

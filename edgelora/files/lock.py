@@ -19,7 +19,7 @@ def locked(path: Path) -> Iterator[None]:
     had there. Child processes that are started by exec do not inherit it.
     """
     # No link is followed: the lock of a folder that came from elsewhere could empty any file of the user's.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)

@@ -97,8 +97,6 @@ def read_latest(folder: Path, on_damage: Callable[[str], None]) -> Snapshot | No
 def read_checkpoint(path: Path) -> Snapshot:
     """The snapshot in `path`. Raises FileFormatError for a checkpoint that is not, to the byte, as it was written."""
     try:
-        if path.is_symlink() or not path.is_dir():
-            raise _damaged(path, "it is no folder")
         verify(path)
         SafetensorsFile(path / TENSORS)  # bounds what the library below is given
         state = State.model_validate(read_json(path / STATE))
@@ -130,16 +128,14 @@ def _write(draft: Path, snapshot: Snapshot) -> None:
 
 
 def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, contiguous and each alone in its memory, as safetensors wants them; copied where they are not."""
+    """On the CPU, contiguous and no two in one memory, as safetensors wants them; copied where they are not."""
     alone: dict[str, torch.Tensor] = {}
     taken = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        memory = own.untyped_storage()
-        if memory.nbytes() != own.nbytes or memory.data_ptr() in taken:
-            own = own.clone()
-        taken.add(own.untyped_storage().data_ptr())
-        alone[name] = own
+        memory = own.untyped_storage().data_ptr()
+        alone[name] = own.clone() if memory in taken else own
+        taken.add(memory)
     return alone
 
 
