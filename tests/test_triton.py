@@ -131,6 +131,7 @@ def test_rows_of_nf4_are_rows_of_the_whole(shape):
     for first, last in [(0, n), (n // 3, n // 2 + 1), (n - 1, n), (n, n)]:
         assert torch.equal(there.rows(first, last).cpu(), whole[first:last])
     assert torch.equal(there.dequantize().cpu(), whole)
+    assert torch.equal(there.rows(0, n, torch.float16).cpu(), whole.half())
 
 
 @pytest.mark.usefixtures("on_triton")
@@ -144,8 +145,9 @@ def test_a_weight_on_a_device_is_the_weight_in_the_file(kind, monkeypatch):
     close = {"rtol": 1e-6, "atol": 1e-6}  # where this ggml contracts d * q - m, see above
     torch.testing.assert_close(there.dequantize().cpu(), here.dequantize(), **close)
     torch.testing.assert_close(there.rows(2, 5).cpu(), here.rows(2, 5), **close)
+    torch.testing.assert_close(there.rows(2, 5, torch.float16).cpu(), here.rows(2, 5).half(), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(there.gather(ids.to(DEVICE)).cpu(), here.gather(ids), **close)
-    assert (there.rows(4, 4).shape, len(calls)) == ((0, 512), 4)
+    assert (there.rows(4, 4).shape, len(calls)) == ((0, 512), 5)
 
 
 # -- products

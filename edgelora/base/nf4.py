@@ -59,17 +59,13 @@ class NF4(Products):
         return NF4(self.shape, *(part.to(device) for part in parts))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        if (stored := self.for_triton()) is not None:
-            from edgelora.base import triton_blocks
-
-            return triton_blocks.dequantize(stored, dtype)
         return self.rows(0, self.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         if (stored := self.for_triton()) is not None:
             from edgelora.base import triton_blocks
 
-            return triton_blocks.rows(stored, first, last)
+            return triton_blocks.rows(stored, first, last, dtype)
         columns = self.shape[1]
         begin, end = first * columns, last * columns
         first_block, last_block = begin // BLOCK, -(-end // BLOCK)

@@ -197,8 +197,8 @@ class DeviceBlocks(Products):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._floats(self.blocks, dtype)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        return self._floats(self.blocks[first:last])
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._floats(self.blocks[first:last], dtype)
 
     def gather(self, ids: Tensor) -> Tensor:
         return self._floats(self.blocks[ids])
