@@ -172,6 +172,41 @@ def test_merged_is_unmerged(tiny, tmp_path):
     assert found.kl_mean <= 1e-4  # weights rounded to F16 once
 
 
+def make_dora(base):
+    """A DoRA whose rows are up to a fifth longer or shorter than the base's, each by its own factor."""
+    adapter, decoder, draw = make_adapter(base, use_dora=True), build_decoder(base), np.random.default_rng(1)
+    tensors = {}
+    for name, parts in adapter.tensors.items():
+        lengths = decoder.linears[name].weight.dequantize().norm(dim=1).numpy()
+        factors = draw.uniform(0.8, 1.2, lengths.shape).astype(np.float32)
+        tensors[name] = {**parts, "lora_magnitude_vector": lengths * factors}
+    return Adapter(adapter.config, tensors, adapter.contract)
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0])
+def test_llama_cpp_computes_a_merged_dora_as_torch_does(make_tiny, tmp_path, kind):
+    path = make_tiny(kind).path
+    base = open_base(path)
+    write_adapter(tmp_path / "mine", make_dora(base))
+    merge(path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
+    theirs = llama_logits(tmp_path / "merged.gguf")
+    found = fidelity([(torch_logits(base, make_dora(base)), theirs)])
+    assert found.kl_mean <= 1e-4  # weights rounded to F16 once
+    assert fidelity([(torch_logits(base, make_adapter(base)), theirs)]).kl_mean > 100 * found.kl_mean  # lengths matter
+
+
+def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
+    write_adapter(tmp_path / "mine", make_dora(open_base(tiny.path)))
+    with pytest.raises(ExportError) as error:
+        export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf")
+    assert str(error.value).splitlines() == [
+        "mine: a DoRA cannot be an adapter of llama.cpp",
+        "  why: llama.cpp adds B A x to W x; a DoRA scales every row of the sum as well",
+        "  fix: merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
 def test_two_adapters_merge_at_their_scales(tiny, tmp_path):
     base = open_base(tiny.path)
     one, two = make_adapter(base, seed=1), make_adapter(base, seed=2)
