@@ -25,7 +25,7 @@ class Sample:
 class Progress:
     """One moment of a long job. Fields that do not apply are None.
 
-    `held_out_loss` and `samples` come with the step after which they were measured, and with no other.
+    `held_out_loss`, `best` and `samples` come with the step after which they were measured, and with no other.
     """
 
     stage: str
@@ -42,6 +42,8 @@ class Progress:
     """How often the data was seen: 1.5 in the middle of the second time."""
     smoothed_loss: float | None = None
     held_out_loss: float | None = None
+    best: bool | None = None
+    """Whether no held-out loss of this run was lower before."""
     grad_norm: float | None = None
     """Before clipping."""
     skipped_steps: int | None = None
