@@ -1,4 +1,5 @@
-"""Reading conversations: every fault of a file at once, with its line."""
+"""Reading conversations whole: every fault of a file at once, with its line. Formats and files: test_formats.py,
+test_sources.py."""
 
 from __future__ import annotations
 
@@ -7,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edgelora.data.conversation import DATA_FORMATS, Conversation, Message, read_conversations
+from edgelora.data.conversation import Conversation, Message, read_conversations
 from edgelora.errors import DataError
 
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello ✓"}]}'
 PARSED = Conversation((Message("user", "Hi"), Message("assistant", "Hello ✓")))
-
-# one good row for each format, and what it reads as
-GOOD_ROWS = {"chat": (ROW, PARSED)}
 
 
 def write(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Path:
@@ -32,11 +30,17 @@ def faults(path: Path) -> list[str]:
     return caught.value.what.split("\n  ")[1:]
 
 
-@pytest.mark.parametrize("name", DATA_FORMATS)
-def test_a_good_row_of_every_format(tmp_path, name):
-    row, parsed = GOOD_ROWS[name]
-    assert DATA_FORMATS[name].key in json.loads(row)
-    assert read_conversations(write(tmp_path, row)) == [parsed]
+def test_a_conversation_of_another_format(tmp_path):
+    path = write(tmp_path, ROW, '{"instruction": "Hi", "input": "", "output": "Hello ✓"}')
+    assert read_conversations(path) == [PARSED, PARSED]
+
+
+def test_rows_that_are_no_conversations_are_named(tmp_path):
+    path = write(tmp_path, ROW, '{"text": "Hi"}', '{"input_ids": [1, 2]}')
+    assert faults(path) == [
+        f"{path}:2: a row of the format text, not a conversation",
+        f"{path}:3: a row of the format tokenized, not a conversation",
+    ]
 
 
 def test_prompt_and_answer():
@@ -96,7 +100,12 @@ BROKEN = {
     "nested deeply": ("[" * 100_000, "nested too deeply"),
     "nested deeply in a row": ('{"messages": ' + "[" * 100_000, "nested too deeply"),
     "a number of 5000 digits": ('{"messages": ' + "1" * 5000 + "}", "digits"),
-    "no known key": ('{"text": "Hi"}', "none of the keys messages is in this row"),
+    "no known key": ('{"question": "Hi", "x": 1}', "no format has the keys of this row: question, x"),
+    "no key": ("{}", "no format has the keys of this row: none"),
+    "a weight of a user": (chat({**USER, "weight": 1}, SAYS), "`weight` in a message by `user`"),
+    "a negative weight": (chat(USER, {**SAYS, "weight": -1}), "`weight` is not a number from 0 up"),
+    "an infinite weight": ('{"messages": [{"role": "assistant", "content": "a", "weight": Infinity}]}', "`weight`"),
+    "a weight that is a truth value": (chat(USER, {**SAYS, "weight": True}), "`weight`"),
     "tool calls of a user": (chat({**USER, "tool_calls": [CALL]}, SAYS), "`tool_calls`"),
     "tool calls that are no list": (chat(USER, {"role": "assistant", "tool_calls": CALL}), "`tool_calls`"),
     "a tool call without a name": (chat(USER, {"role": "assistant", "tool_calls": [{"function": {}}]}), "name"),
