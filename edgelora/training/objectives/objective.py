@@ -1,0 +1,112 @@
+"""What an objective is, and the mean of a step or of held-out rows, which no size of micro-batch changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from edgelora.config import TrainConfig
+from edgelora.data.pack import Batch
+from edgelora.nn.decoder import Decoder
+
+Row = TypeVar("Row", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean in the making: those of parts are added, and the sum is that of the whole."""
+
+    total: float
+    count: float
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        """0 of nothing."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a loss needs beside its batch."""
+
+    beta: float
+    label_smoothing: float = 0.0
+    step_mean: float = 0.0
+    """What `Objective.step_mean` came to over all batches of the step, on all processes."""
+
+
+class Scored(NamedTuple):
+    """The loss of a batch, to be differentiated, and numbers to show beside it (by the names that TRL gives them)."""
+
+    loss: Tensor
+    numbers: dict[str, Mean]
+
+
+class Objective(Protocol[Row]):
+    """What a step minimises. It holds no state: the same batch and adapter give the same loss."""
+
+    name: str
+    paper: str
+    rows: type
+    """What `pack` takes: Example, Pair or Labelled."""
+
+    def pack(self, rows: Sequence[Row], max_tokens: int, /) -> list[Batch]:
+        """The micro-batches of a step over `rows`, of about `max_tokens` tokens. Deterministic."""
+        ...
+
+    def units(self, batch: Batch, /) -> float:
+        """How many of what the loss of a step is a mean over are in `batch`: tokens to learn, pairs or rows."""
+        ...
+
+    def step_mean(self, decoder: Decoder, batches: Sequence[Batch], /) -> Mean:
+        """A number that the loss of each batch needs of all batches of the step. Never differentiated."""
+        ...
+
+    def loss(self, decoder: Decoder, batch: Batch, settings: Settings, /) -> Scored:
+        """Sum of the loss over the units of `batch`."""
+        ...
+
+
+def mean_losses(
+    objective: Objective[Row],
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    over_processes: Callable[[list[float]], list[float]] = lambda sums: sums,
+) -> Iterator[Scored]:
+    """The share of each micro-batch in the loss of the step: together they are its mean over all units of the step.
+
+    One at a time: go backward through each before the next is asked for, so that one graph is alive.
+    `over_processes` adds up the numbers it is given over all processes that share the step; gradients are then summed.
+    """
+    here = objective.step_mean(decoder, batches)
+    units, total, count = over_processes([sum(map(objective.units, batches)), here.total, here.count])
+    settings = Settings(config.beta, config.label_smoothing, Mean(total, count).value)
+    for batch in batches:
+        scored = objective.loss(decoder, batch, settings)
+        yield scored._replace(loss=scored.loss / units)
+
+
+@torch.no_grad()
+def held_out(
+    objective: Objective[Row], decoder: Decoder, rows: Sequence[Row], config: TrainConfig, max_tokens: int
+) -> tuple[float, dict[str, float]]:
+    """The loss over `rows`, without label smoothing, and the mean of each number beside it."""
+    plain = config.model_copy(update={"label_smoothing": 0.0})
+    scored = list(mean_losses(objective, decoder, objective.pack(rows, max_tokens), plain))
+    return sum(float(s.loss) for s in scored), means(scored)
+
+
+def means(scored: Sequence[Scored]) -> dict[str, float]:
+    """Each number over all batches. A mean of nothing (no row of that kind) is left out."""
+    sums: dict[str, Mean] = {}
+    for name, part in (item for s in scored for item in s.numbers.items()):
+        sums[name] = sums.get(name, Mean(0.0, 0.0)) + part
+    return {name: mean.value for name, mean in sums.items() if mean.count}
