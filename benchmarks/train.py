@@ -76,6 +76,12 @@ GRADIENTS = {
     f"{OURS} f32": ("ours", {}),
     f"{OURS} bf16": ("ours", {"dtype": "bf16"}),
 }  # fmt: skip
+PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ragged, bf16": ("ours", {"dtype": "bf16"}),
+    "ragged, f32": ("ours", {}),
+    "full rows of 1024, bf16": ("ours", {"dtype": "bf16", "data": "full-1024", **FULL}),
+    "ragged, Q4_0": ("ours", {"dtype": "bf16", "held": "q4_0"}),
+}  # fmt: skip
 LEARNING = {"stack": ("stack", {"precision": "bf16"}), OURS: ("ours", {"dtype": "bf16"})}
 
 
@@ -167,11 +173,21 @@ class Bench:
                     losses[name].append(running.do("held_out")["loss"])
         return {"steps": total, "untrained": before, "losses": losses}
 
+    def profile(self) -> dict[str, Any]:
+        """Where a step of ours spends its time: what limits it where a target is missed."""
+        found = {}
+        for name, side in PROFILES.items():
+            with self.start(f"profile {name}", side) as running:
+                running.steps(1)
+                found[name] = running.do("profile", batch=side[1].get("batch", data.BATCH))
+        return {"ms": found}
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     other: dict[str, Callable[[Bench], dict[str, Any]]] = {
         "start": Bench.starts, "peak": Bench.peak, "gradients": Bench.gradients, "learning": Bench.learning,
+        "profile": Bench.profile,
     }  # fmt: skip
     every = (*PARTS, *other)
     parser.add_argument("--rows", default=",".join(every), help="parts to measure: %(default)s")

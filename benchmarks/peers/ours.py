@@ -44,6 +44,7 @@ def main(settings: dict[str, Any], turn: Turnstile) -> None:
         "held_out": lambda _: {"loss": _held_out(decoder, load(folder / "held_out.npz"))},
         "load": lambda asked: _load(_named(decoder), asked["adapter"]),
         "gradients": lambda asked: _gradients(decoder, examples, asked),
+        "profile": lambda asked: _profile(decoder, examples, asked),
     }
     for number, rows in enumerate(batches(examples, settings["batch"], settings["seed"])):
         turn.begin()
@@ -91,6 +92,16 @@ def _gradients(decoder: Decoder, examples: list[Example], asked: dict[str, Any])
     np.savez(asked["to"], **{name: grad.numpy() for name, grad in grads.items() if grad is not None})  # type: ignore[arg-type]
     decoder.zero_grad(set_to_none=True)
     return {}
+
+
+def _profile(decoder: Decoder, examples: list[Example], asked: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds that each operator of torch takes by itself in the first batch, the longest first."""
+    packed = best_fit(next(batches(examples, asked["batch"])), MICRO_BATCH_TOKENS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _backward(decoder, packed)
+    decoder.zero_grad(set_to_none=True)
+    found = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
+    return dict(sorted(found.items(), key=lambda event: -event[1]))
 
 
 def _flops(decoder: Decoder, batch: Batch) -> float:

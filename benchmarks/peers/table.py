@@ -48,6 +48,7 @@ GOALS = (
     Goal("bitsandbytes NF4, ours over NF4", "4bit", f"{OURS}, nf4", "stack", 4, 0.25),
     Goal("bitsandbytes NF4, ours over Q4_K, 768 wide", "4bit-768", f"{OURS}, q4_k", "stack", 4, 0.25),
 )
+SHOWN = 10  # operators of a profile
 START, SHARES, GRADIENT, LEARNING = 0.25, {"f32": 0.70, "bf16": 0.55}, 0.05, 0.005
 
 
@@ -56,6 +57,7 @@ def table(parts: Mapping[str, Any]) -> list[Row]:
     rows = [row for goal in GOALS if goal.part in parts for row in _against(goal, parts[goal.part])]
     others: dict[str, Callable[[Mapping[str, Any]], list[Row]]] = {
         "start": _start, "peak": _peak, "gradients": _gradients, "learning": _learning,
+        "profile": _profile,
     }  # fmt: skip
     return rows + [row for part, make in others.items() if part in parts for row in make(parts[part])]
 
@@ -117,3 +119,12 @@ def _learning(part: Mapping[str, Any]) -> list[Row]:
     what = f"held-out loss after {part['steps']} steps against transformers + PEFT, {len(part['losses'][OURS])} seeds"
     found = f"{gap:+.2%} ({peer:.4f} → {ours:.4f}; untrained {part['untrained']:.3f})"
     return [Row(what, f"within {LEARNING:.1%}", found, abs(gap) <= LEARNING)]
+
+
+def _profile(part: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for name, ms in part["ms"].items():
+        total = sum(ms.values())
+        shares = [f"{operator.removeprefix('aten::')} {one / total:.0%}" for operator, one in list(ms.items())[:SHOWN]]
+        rows.append(Row(f"where the time goes, {name}", "", f"{', '.join(shares)} of {total:.0f} ms", None))
+    return rows
