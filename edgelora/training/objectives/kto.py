@@ -69,9 +69,8 @@ class KTO:
     @torch.no_grad()
     def step_mean(self, decoder: Decoder, batches: Sequence[Batch]) -> Mean:
         """log π/π_ref of the mismatched answers."""
-        parts = [part for batch in batches for part in _labelled(batch).mismatched]
-        ratios = torch.cat([log_ratios(decoder, part)[0] for part in parts])
-        return Mean(float(ratios.sum()), len(ratios))
+        ratios = [log_ratios(decoder, part)[0] for batch in batches for part in _labelled(batch).mismatched]
+        return Mean(sum(float(r.sum()) for r in ratios), sum(map(len, ratios)))
 
     def loss(self, decoder: Decoder, batch: Batch, settings: Settings) -> Scored:
         ratios, policy = log_ratios(decoder, batch)
