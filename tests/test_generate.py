@@ -9,6 +9,8 @@ from test_architectures import CASES, WINDOW, ids
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.nn.attention import Scores, SegmentAttention
+from edgelora.nn.cache import KeyValues
 from edgelora.nn.decoder import Attention
 from edgelora.nn.generate import Sampling, Until, generate, growing
 from edgelora.peft.inject import inject
@@ -74,6 +76,22 @@ def test_greedy_answers_are_those_of_transformers(tiny, decoder, transformers_mo
             max_new_tokens=24, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert ours == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_last_token_looks_back_as_in_a_whole_segment(window, dtype, atol):
+    """Also for the numbers of half the width that a GPU or a new CPU multiplies."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(12, heads, 16, generator=draw).to(dtype) for heads in (6, 2, 2))
+    how = Scores(0.25, window, softcap=3.0)
+    cache = KeyValues()
+    cache.attend(q[:8], k[:8], v[:8], [0, 8], 0, how)
+    for last in range(8, 12):
+        found = cache.attend(q[last : last + 1], k[last : last + 1], v[last : last + 1], [0, 1], 0, how)
+        whole = SegmentAttention.apply(q[: last + 1], k[: last + 1], v[: last + 1], [0, last + 1], 0, how)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found[0], whole[last], atol=atol, rtol=0)
 
 
 # -- where an answer ends -----------------------------------------------------------------------------------------

@@ -43,9 +43,13 @@ def _grown(kept: list[Tensor], new: Tensor, window: int | None) -> list[Tensor]:
 
 
 def _look_back(q: Tensor, k: Tensor, v: Tensor, how: Scores) -> Tensor:
-    """The last token of a sequence sees everything in its window: q (H, d), k and v (m, KV, d) → (H, d)."""
-    groups = q.view(k.shape[1], -1, q.shape[-1])  # (KV, G, d)
-    scores = torch.einsum("kgd,mkd->kgm", groups, k) * how.scale
+    """The last token of a sequence sees everything in its window: q (H, d), k and v (m, KV, d) → (H, d).
+
+    Computed in float32 also where they are narrower, as SegmentAttention does.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.to(wide).unflatten(0, (k.shape[1], -1))  # (KV, G, d)
+    scores = torch.einsum("kgd,mkd->kgm", groups, k.to(wide)) * how.scale
     if how.softcap is not None:
         scores = (scores / how.softcap).tanh() * how.softcap
-    return torch.einsum("kgm,mkd->kgd", scores.softmax(-1), v).reshape(q.shape)
+    return torch.einsum("kgm,mkd->kgd", scores.softmax(-1), v.to(wide)).flatten(0, 1).to(q.dtype)
