@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgelora.data.encode import Example
+from edgelora.data.order import Order, n_steps
+
+__all__ = ["IGNORE", "Batch", "best_fit", "n_steps", "pack", "shared_prefix", "steps"]
 
 IGNORE = -100
 
@@ -17,8 +20,8 @@ IGNORE = -100
 class Batch:
     """One packed row: a prefix that all its examples begin with, computed once, then the rest of each example.
 
-    `labels[t]` is the id that must follow token t, or IGNORE where nothing is learned. `n_tokens` counts the tokens of
-    the examples, the shared ones once for each.
+    `labels[t]` is the id that must follow token t, or IGNORE where nothing is learned; `weights[t]` is what it counts
+    in the loss (None: 1). `n_tokens` counts the tokens of the examples, the shared ones once for each.
     """
 
     input_ids: np.ndarray  # (T,)
@@ -27,10 +30,18 @@ class Batch:
     segment_starts: tuple[int, ...]  # n + 1 borders, from `prefix` to T
     labels: np.ndarray  # (T,)
     n_tokens: int
+    weights: np.ndarray | None = None  # (T,) float32
 
     @property
     def n_loss_tokens(self) -> int:
         return int(np.count_nonzero(self.labels != IGNORE))
+
+    @property
+    def loss_weight(self) -> float:
+        """What all its labels together count in the loss: their number, where they have no weights."""
+        if self.weights is None:
+            return float(self.n_loss_tokens)
+        return float(self.weights[self.labels != IGNORE].sum(dtype=np.float64))
 
 
 def shared_prefix(examples: Sequence[Example]) -> int:
@@ -61,7 +72,17 @@ def pack(examples: Sequence[Example]) -> Batch:
         segment_starts=tuple(int(s) for s in starts),
         labels=np.concatenate(labels),
         n_tokens=sum(len(e) for e in examples),
+        weights=None if all(e.weights is None for e in examples) else _weights(examples, prefix),
     )
+
+
+def _weights(examples: Sequence[Example], prefix: int) -> np.ndarray:
+    """What follows each token counts (T,); 0 where nothing is learned."""
+    parts = [np.zeros(prefix, np.float32)]
+    for e in examples:
+        counts = e.loss_mask.astype(np.float32) if e.weights is None else e.weights
+        parts.append(np.append(counts[1:], np.float32(0))[prefix:])
+    return np.concatenate(parts)
 
 
 def best_fit(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
@@ -70,34 +91,28 @@ def best_fit(examples: Sequence[Example], max_tokens: int) -> list[Batch]:
     An example longer than `max_tokens` gets a row of its own. Deterministic.
     """
     prefix = shared_prefix(examples)
-    rows: list[list[Example]] = []
-    free: list[int] = []
-    for example in sorted(examples, key=len, reverse=True):
-        fits = [i for i, room in enumerate(free) if room >= len(example) - prefix]
-        if fits:
-            best = min(fits, key=lambda i: free[i])
-            rows[best].append(example)
-            free[best] -= len(example) - prefix
-        else:
-            rows.append([example])
-            free.append(max_tokens - len(example))
-    return [pack(row) for row in rows]
+    rows = _fitted([len(e) - prefix for e in examples], max_tokens - prefix)
+    return [pack([examples[i] for i in row]) for row in rows]
+
+
+def _fitted(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of things of these sizes in rows of at most `room`: best fit, the longest first (Johnson 1974)."""
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted: of rows with the same room the first is taken
+    for number in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+        at = bisect.bisect_left(free, (sizes[number], -1))
+        left, row = free.pop(at) if at < len(free) else (room, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        bisect.insort(free, (left - sizes[number], row))
+    return rows
 
 
 def steps(
     examples: Sequence[Example], batch_rows: int, max_tokens: int, epochs: float, seed: int
 ) -> Iterator[list[Batch]]:
     """For each optimizer step its micro-batches: `batch_rows` shuffled examples, packed; the same for the same seed."""
-    total = n_steps(len(examples), batch_rows, epochs)
-    order: list[int] = []
-    shuffle = np.random.default_rng(seed)
-    for _ in range(total):
-        while len(order) < batch_rows:
-            order.extend(shuffle.permutation(len(examples)).tolist())
-        chosen, order = order[:batch_rows], order[batch_rows:]
-        yield best_fit([examples[i] for i in chosen], max_tokens)
-
-
-def n_steps(n_examples: int, batch_rows: int, epochs: float) -> int:
-    """Enough steps that `epochs` passes leave no row out."""
-    return max(1, math.ceil(round(n_examples * epochs / batch_rows, 6)))
+    order = Order([len(examples)], batch_rows, seed)
+    for step in range(order.n_steps(epochs)):
+        yield best_fit([examples[i] for i in order.rows(step)], max_tokens)

@@ -1,0 +1,137 @@
+"""Rows → examples of at most `max_length` tokens. What does not fit keeps whole turns where it can, and is counted.
+
+A conversation loses turns from its end; its system message and first question stay, and only where not even the first
+answer fits whole is that answer cut. A document is no answer that could break off: it becomes several examples.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from edgelora.data.encode import Example, LossOn, encode_conversation, encode_document, encode_tokenized
+from edgelora.data.rows import Conversation, Document, Preference, Rated, Row
+from edgelora.data.template import ChatTemplate
+from edgelora.data.tokenizer import Tokenizer
+
+
+class Speech(Protocol):
+    """What a base model says of how it is spoken to. `template` may raise where it has none: documents need none."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def template(self) -> ChatTemplate: ...
+
+
+class Cut(NamedTuple):
+    """What a row lost. `kept` of `tokens` are left, 0 where nothing to learn was left and the row was left out.
+
+    `turns`: the assistant's turns that were left out whole; `ends`: answers that lost their end.
+    """
+
+    tokens: int
+    kept: int
+    turns: int
+    ends: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples that a row became: two of a preference (chosen, rejected), several of a long document, else one.
+
+    `tokens` it had before anything was cut; `examples` is empty where nothing to learn was left.
+    """
+
+    examples: tuple[Example, ...]
+    tokens: int
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become examples. Without `truncate` only documents are held to `max_length`: the caller refuses the
+    rest, naming the rows. Raises DataError for a row that cannot be encoded."""
+
+    speech: Speech
+    max_length: int | None = None
+    truncate: bool = False
+    loss_on: LossOn = "all"
+
+    def encode(self, row: Row) -> Encoded:
+        """The examples of a row, each at most `max_length` long where it may be cut."""
+        if isinstance(row, Document):
+            return self._document(row)
+        if isinstance(row, Conversation):
+            return self._conversation(row)
+        if isinstance(row, Preference):
+            return self._ends_cut(self._whole(row.chosen), self._whole(row.rejected))
+        if isinstance(row, Rated):
+            return self._ends_cut(self._whole(row.conversation))
+        return self._ends_cut(encode_tokenized(row, self.speech.tokenizer))
+
+    def _whole(self, conversation: Conversation) -> Example:
+        return encode_conversation(conversation, self.speech.tokenizer, self.speech.template, self.loss_on)
+
+    def _fits(self, length: int) -> bool:
+        return not self.truncate or self.max_length is None or length <= self.max_length
+
+    def _conversation(self, row: Conversation) -> Encoded:
+        whole = self._whole(row)
+        if self._fits(len(whole)) or self.max_length is None:
+            return _encoded(len(whole), None, whole)
+
+        @cache
+        def up_to(end: int) -> Example:
+            return self._whole(replace(row, messages=row.messages[:end]))
+
+        ends = [i for i, message in enumerate(row.messages, 1) if message.role == "assistant"]
+        fitting = bisect.bisect_right(ends, self.max_length, key=lambda end: len(up_to(end)))
+        dropped = len(ends) - fitting
+        if fitting and (kept := up_to(ends[fitting - 1])).n_loss_tokens:
+            return _encoded(len(whole), Cut(len(whole), len(kept), dropped, 0), kept)
+        kept = up_to(ends[fitting])[: self.max_length]
+        return _encoded(len(whole), Cut(len(whole), len(kept), dropped - 1, 1), kept)
+
+    def _ends_cut(self, *examples: Example) -> Encoded:
+        """One or two answers to a prompt: there are no turns to leave out."""
+        tokens = sum(map(len, examples))
+        if all(self._fits(len(e)) for e in examples):
+            return _encoded(tokens, None, *examples)
+        kept = [e[: self.max_length] for e in examples]
+        n_ends = sum(bool(e.loss_mask[self.max_length :].any()) for e in examples)
+        return _encoded(tokens, Cut(tokens, sum(map(len, kept)), 0, n_ends), *kept)
+
+    def _document(self, row: Document) -> Encoded:
+        whole = encode_document(row, self.speech.tokenizer)
+        if self.max_length is None or len(whole) <= self.max_length:
+            return _encoded(len(whole), None, whole)
+        return _encoded(len(whole), None, *split(whole, self.max_length))
+
+
+def split(document: Example, max_length: int) -> list[Example]:
+    """Parts of at most `max_length` tokens in which every token of the document is learned once.
+
+    Each part begins with BOS if the document does; else with the last token of the part before it, so that the first
+    of its own has something to follow.
+    """
+    ids, begins = document.input_ids, not document.loss_mask[0]
+    parts = []
+    for at in range(0, len(ids) - 1, max_length - 1):
+        part = ids[at : at + max_length].copy()
+        if begins:
+            part[0] = ids[0]
+        parts.append(Example(part, np.arange(len(part)) > 0))
+    return parts
+
+
+def _encoded(tokens: int, cut: Cut | None, *examples: Example) -> Encoded:
+    """Without the examples, if one of them teaches nothing."""
+    if all(e.n_loss_tokens for e in examples):
+        return Encoded(examples, tokens, cut)
+    return Encoded((), tokens, None if cut is None else Cut(cut.tokens, 0, cut.turns, cut.ends))
