@@ -1,0 +1,115 @@
+"""Data as a base model will see it, before it is trained on: what is in it, what is odd, and the first rows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from edgelora.base.model import Base
+from edgelora.data.check import Check, Tally, histogram
+from edgelora.data.dataset import LEARNS_FROM, EncodedRow, encode_rows
+from edgelora.data.encode import Example, LossOn
+from edgelora.data.fit import Encoder
+from edgelora.data.formats import AUTO
+from edgelora.data.rows import Row
+from edgelora.data.sources import read_rows
+from edgelora.progress import OnProgress, Progress, silent
+
+TELL_EVERY = 200  # rows
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of the data: the same as a run would ask. `preview`: how many rows are shown."""
+
+    max_length: int | None = None
+    data_format: str = AUTO
+    loss_on: LossOn = "all"
+    preview: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens in a row that are learned, or that are not, as text; special tokens by their names."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as the model will see it: the parts of each of its examples."""
+
+    place: str
+    format: str
+    examples: tuple[tuple[Part, ...], ...]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """valid: what was found in the held-out rows, if there are any. max_length: what the rows were held to."""
+
+    check: Check
+    valid: Check | None
+    max_length: int
+    shown: tuple[Shown, ...]
+
+    @property
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(from, to, rows): how many tokens rows have."""
+        return histogram(self.check.lengths)
+
+
+def check_data(
+    base: Base,
+    paths: Sequence[Path],
+    valid: Path | None = None,
+    ask: Ask | None = None,
+    on_progress: OnProgress = silent,
+) -> Checked:
+    """Read and encode every row of files and folders as training would, one at a time, and count.
+
+    Rows longer than max_length (None: the base's context) are cut as with --truncate, to see what that would cost.
+    Raises DataError for files that are broken.
+    """
+    ask = ask or Ask()
+    max_length = min(ask.max_length or base.context, base.context)
+    encoder = Encoder(base, max_length, truncate=True, loss_on=ask.loss_on)
+    tally, shown, done = Tally(base.tokenizer), list[Shown](), 0
+    for path in paths:
+        for row in encode_rows(path, encoder, objective_of(path, ask.data_format), ask.data_format):
+            tally.add(row)
+            if len(shown) < ask.preview:
+                shown.append(_shown(row, base))
+            done += 1
+            if done % TELL_EVERY == 0:
+                on_progress(Progress("check", done, 0))
+    held_out = None
+    if valid is not None:
+        held_out = Tally(base.tokenizer)
+        for row in encode_rows(valid, encoder, objective_of(valid, ask.data_format), ask.data_format):
+            held_out.add(row)
+    return Checked(tally.result(held_out), held_out.result() if held_out else None, max_length, tuple(shown))
+
+
+def _shown(row: EncodedRow, base: Base) -> Shown:
+    return Shown(str(row.place), row.format, tuple(_parts(example, base) for example in row.encoded.examples))
+
+
+def _parts(example: Example, base: Base) -> tuple[Part, ...]:
+    learned = example.loss_mask.tolist()
+    learned[0] = False  # nothing comes before it
+    parts = []
+    for is_learned, run in groupby(zip(example.input_ids.tolist(), learned, strict=True), key=itemgetter(1)):
+        raw = b"".join(base.tokenizer.piece(token, special=True) for token, _ in run)
+        parts.append(Part(raw.decode("utf-8", "replace"), is_learned))
+    return tuple(parts)
+
+
+def objective_of(path: Path, data_format: str = AUTO) -> str:
+    """The objective that learns from rows like the first one of a file."""
+    first: Row = next(read_rows(path, data_format)).row
+    return next(name for name, (kinds, _) in LEARNS_FROM.items() if isinstance(first, kinds))
