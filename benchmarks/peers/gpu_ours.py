@@ -16,15 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base import ggml
-from edgelora.base.device_memory import hold_to
 from edgelora.base.nf4 import quantize_nf4
 from edgelora.base.torch_blocks import DeviceBlocks
 from edgelora.base.weights import Dense
 from edgelora.nn.decoder import Decoder, Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
-from peers.channel import Turnstile
-from peers.gpu_shape import ALPHA, DEVIATION, LEARNING_RATE, MAX_GRAD_NORM, RANK, SHAPES, THETA, ids, peaks
+from peers.gpu import ALPHA, DEVIATION, RANK, SHAPES, THETA, Built, serve
 
 SEEDED_ROWS = 64  # of random blocks: quantizing billions of weights to Q4_K would take the CPU minutes
 
@@ -52,7 +50,7 @@ def matrix(name: str, shape: tuple[int, int], held: str, device: str) -> Weight:
 
 def build(shape: str, held: str, device: str) -> Decoder:
     """The decoder with a fresh LoRA, and nothing else, on `device`; products in bfloat16."""
-    config = ModelConfig(model_type="llama", rope=Rope(THETA, int(SHAPES[shape]["head_dim"])), **SHAPES[shape])  # type: ignore[arg-type]
+    config = ModelConfig(model_type="llama", rope=Rope(THETA, SHAPES[shape]["head_dim"]), **SHAPES[shape])
     architecture = ARCHITECTURES["llama"]
     matrices: dict[str, Weight] = {}
     vectors: dict[str, Tensor] = {}
@@ -61,9 +59,7 @@ def build(shape: str, held: str, device: str) -> Decoder:
             vectors[name] = torch.ones(size)
         else:
             matrices[name.removesuffix(".weight")] = matrix(name, (size[0], size[1]), held, device)
-    embedding, head = matrices.pop(EMBEDDING), matrices.pop(HEAD) if HEAD in matrices else None
-    if head is None:
-        head = matrix(f"{HEAD}.weight", embedding.shape, held, device)
+    embedding, head = matrices.pop(EMBEDDING), matrices.pop(HEAD)
     decoder = Decoder(architecture, config, Frozen(matrices, vectors, embedding, head, torch.bfloat16))
     inject(decoder, "lora", RANK, ALPHA, seed=0)
     recompute(decoder)
@@ -79,47 +75,17 @@ def recompute(decoder: Decoder) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
 
 
-def main(settings: dict[str, Any], turn: Turnstile) -> None:
-    shape, device = settings["shape"], settings["device"]
-    if settings["hold"]:
-        hold_to(settings["hold"])
-    torch.manual_seed(0)
-    decoder = build(shape, settings["held"], device)
-    parameters = list(decoder.parameters())
-    if device == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
+def prepared(settings: dict[str, Any], row: Tensor) -> Built:
+    decoder = build(settings["shape"], settings["held"], settings["device"])
+    positions = torch.arange(len(row), device=row.device)
 
-        optimizer: Any = PagedAdamW8bit(parameters, lr=LEARNING_RATE)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    row = ids(shape, settings["tokens"], device)
-    positions = torch.arange(len(row), device=device)
-
-    def step() -> float:
+    def loss() -> Tensor:
         hidden = decoder(row, positions, [0, len(row)])
-        loss = decoder.nll(hidden[:-1], row[1:]).mean()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())  # waits for the GPU
+        return decoder.nll(hidden[:-1], row[1:]).mean()
 
-    weights = [linear.weight for linear in decoder.linears.values()]
-    turn.facts = {
-        "first_loss": step(), "parameters": sum(p.numel() for p in parameters),
-        "frozen_bytes": sum(w.size_bytes for w in (*weights, decoder.embedding, decoder.head)),
-    }  # fmt: skip
-    turn.handlers = {"peaks": lambda _: peaks(device)}
-    while True:
-        turn.begin()
-        step()
-        turn.end(tokens=len(row))
+    weights = [*(linear.weight for linear in decoder.linears.values()), decoder.embedding, decoder.head]
+    return list(decoder.parameters()), loss, {"frozen_bytes": sum(weight.size_bytes for weight in weights)}
 
 
 if __name__ == "__main__":
-    turnstile = Turnstile()
-    try:
-        main(json.loads(sys.argv[1]), turnstile)
-    except torch.OutOfMemoryError as e:
-        turnstile.facts = {"out_of_memory": str(e).splitlines()[0]}
-        turnstile.begin()
+    serve(prepared, json.loads(sys.argv[1]))

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from edgelora.base.device_memory import hold_to
-from peers.channel import Turnstile
-from peers.gpu_shape import ALPHA, DEVIATION, LEARNING_RATE, MAX_GRAD_NORM, RANK, SHAPES, THETA, ids, peaks
+from peers.gpu import ALPHA, DEVIATION, RANK, SHAPES, THETA, Built, serve
 
 
 def quantized(linear: torch.nn.Linear, device: str) -> Linear4bit:
@@ -60,42 +59,15 @@ def build(shape: str, lean: bool, device: str) -> Any:
     return get_peft_model(model, lora).train()
 
 
-def main(settings: dict[str, Any], turn: Turnstile) -> None:
-    shape, device = settings["shape"], settings["device"]
-    if settings["hold"]:
-        hold_to(settings["hold"])
-    torch.manual_seed(0)
-    model = build(shape, settings["lean"], device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if device == "cuda":
-        from bitsandbytes.optim import PagedAdamW8bit
+def prepared(settings: dict[str, Any], row: Tensor) -> Built:
+    model, ids = build(settings["shape"], settings["lean"], settings["device"]), row[None]  # (1, T)
 
-        optimizer: Any = PagedAdamW8bit(parameters, lr=LEARNING_RATE)
-    else:
-        optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
-    row = ids(shape, settings["tokens"], device)[None]  # (1, T)
+    def loss() -> Tensor:
+        with torch.autocast(row.device.type, torch.bfloat16):  # as transformers' Trainer with bf16=True
+            return model(input_ids=ids, labels=ids).loss
 
-    def step() -> float:
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(input_ids=row, labels=row).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())  # waits for the GPU
-
-    turn.facts = {"first_loss": step(), "parameters": sum(p.numel() for p in parameters)}
-    turn.handlers = {"peaks": lambda _: peaks(device)}
-    while True:
-        turn.begin()
-        step()
-        turn.end(tokens=row.shape[1])
+    return [parameter for parameter in model.parameters() if parameter.requires_grad], loss, {}
 
 
 if __name__ == "__main__":
-    turnstile = Turnstile()
-    try:
-        main(json.loads(sys.argv[1]), turnstile)
-    except torch.OutOfMemoryError as e:
-        turnstile.facts = {"out_of_memory": str(e).splitlines()[0]}
-        turnstile.begin()
+    serve(prepared, json.loads(sys.argv[1]))

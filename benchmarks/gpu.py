@@ -1,0 +1,141 @@
+"""QLoRA of a Llama-3-8B shape on one NVIDIA GPU: tokens/s and peak memory against transformers + PEFT + bitsandbytes.
+
+    .venv/bin/python benchmarks/gpu.py [--hold 12GB,8GB] [--rounds 3] [--out benchmarks/results/gpu.json]
+
+Random weights of the model's shape, built on the GPU without a checkpoint: NF4 on both sides, Q4_K on ours. LoRA of
+rank 16 on every linear layer, rows of 2048 tokens, recomputation, paged 8-bit AdamW. Each side runs alone, in a process
+held to the memory of a consumer card, and the sides take turns. `--try` runs a tiny shape on the CPU, to see that the
+benchmark itself works: its numbers say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peers.channel import Side
+from peers.gpu import SHAPES
+
+from edgelora.device import physical_cores
+
+SPEED, MEMORY = 1.8, 0.6  # at least and at most, times the peer at the same limit
+FREE = "free"  # held to nothing
+
+# name → (program in peers/, settings)
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "edgelora, NF4": ("gpu_ours", {"held": "nf4"}),
+    "edgelora, Q4_K": ("gpu_ours", {"held": "q4_k"}),
+    "stack": ("gpu_stack", {"lean": False}),
+    "stack, embedding and head in bf16": ("gpu_stack", {"lean": True}),
+}
+PEERS = [name for name, (program, _) in SIDES.items() if program == "gpu_stack"]
+VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+
+
+def visit(name: str, hold: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
+    """Build a side, let it take its steps, end it: tokens/s and peaks, or that it ran out of memory."""
+    program, settings = SIDES[name]
+    where = {"shape": args.shape, "device": args.device, "tokens": args.tokens}
+    given = {**settings, **where, "hold": None if hold == FREE else hold}
+    with Side(program, given, log, physical_cores()) as side:
+        if "out_of_memory" in side.facts:
+            return dict(side.facts)
+        taken = side.steps(args.steps)
+        return {**side.facts, **side.do("peaks"), "tokens_per_s": taken["tokens"] / taken["seconds"]}
+
+
+def summary(visits: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Medians over the rounds; None if a round ran out of memory."""
+    if any("out_of_memory" in taken for taken in visits):
+        return None
+    return {key: median(taken[key] for taken in visits) for key in ("tokens_per_s", "used_bytes") if key in visits[0]}
+
+
+def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """One row for each limit and side; ours are compared with the fastest peer that fits there."""
+    table = []
+    for hold, sides in found.items():
+        means = {name: summary(visits) for name, visits in sides.items()}
+        peers = [mean for name, mean in means.items() if name in PEERS and mean is not None]
+        best = max(peers, key=lambda mean: float(mean["tokens_per_s"]), default=None)
+        for name, mean in means.items():
+            row: dict[str, Any] = {"hold": hold, "side": name, "fits": mean is not None, **(mean or {})}
+            if name not in PEERS and mean is not None and best is not None:
+                row["speed"] = mean["tokens_per_s"] / best["tokens_per_s"]
+                row["met"] = row["speed"] >= SPEED
+                if "used_bytes" in mean:
+                    row["memory"] = mean["used_bytes"] / best["used_bytes"]
+                    row["met"] = row["met"] and row["memory"] <= MEMORY
+            elif name not in PEERS:
+                row["met"] = mean is not None  # it runs where no peer does
+            table.append(row)
+    return table
+
+
+def show(table: list[dict[str, Any]]) -> None:
+    print(f"| held to | side | tokens/s | peak GB | times the peer's speed (≥ {SPEED}) | memory (≤ {MEMORY}) | |")
+    print("|---|---|---:|---:|---:|---:|---|")
+    for row in table:
+        if not row["fits"]:
+            cells = ["out of memory", "", "", ""]
+        else:
+            peak = f"{row['used_bytes'] / 1e9:.2f}" if "used_bytes" in row else "–"
+            ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("speed", "memory")]
+            cells = [f"{row['tokens_per_s']:.0f}", peak, *ratios]
+        verdict = "" if "met" not in row else "met" if row["met"] else "NOT MET"
+        print(f"| {row['hold']} | {row['side']} | {' | '.join(cells)} | {verdict} |")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--hold", default=f"{FREE},12GB,8GB", help=f"memory limits; `{FREE}`: the whole card")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="of each side in a round, besides one that warms up")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--try", dest="tried", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    args.device = "cuda"
+    if args.tried:
+        args.device, args.shape, args.tokens, args.hold = "cpu", "tiny", 128, FREE
+    elif not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU that torch can use; --try shows that it works without one")
+    card = "no GPU: numbers say nothing" if args.tried else torch.cuda.get_device_name()
+    print(f"{card}; {args.shape}, {args.tokens} tokens; {', '.join(f'{n} {v}' for n, v in versions().items())}\n")
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {hold: {} for hold in args.hold.split(",")}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(args.rounds):
+            for hold, sides in found.items():
+                for name in SIDES:
+                    sides.setdefault(name, []).append(visit(name, hold, args, Path(folder) / "log"))
+    table = rows(found)
+    if args.tried:
+        table = [{key: value for key, value in row.items() if key != "met"} for row in table]
+    show(table)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"card": card, "shape": args.shape, "tokens": args.tokens, "versions": versions(), "rows": table}
+        args.out.write_text(json.dumps({**result, "visits": found}, indent=2) + "\n", encoding="utf-8")
+    return 0 if all(row.get("met", True) for row in table) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
