@@ -491,6 +491,15 @@ def test_kto_gives_each_prompt_the_answer_of_the_row_before_it():
     assert learned == {(1, 1, 31, 32, 33, 34): [31, 32, 33, 34], (2, 2, 2, 11, 12): [11, 12], (3, 21): [21]}
 
 
+def test_an_answer_keeps_its_weights_under_another_prompt():
+    weights = np.array([0, 0, 0.5, 2], np.float32)
+    weighted = Example(np.array([1, 1, 11, 12]), weights > 0, weights=weights)
+    (batch,) = OBJECTIVES["kto"].pack([Labelled(weighted, True), Labelled(example([2], [21]), False)], 100)
+    (part,) = batch.mismatched
+    counts = dict(zip(part.labels.tolist(), part.weights.tolist(), strict=True))
+    assert {label: counts[label] for label in (11, 12, 21)} == {11: 0.5, 12: 2.0, 21: 1.0}
+
+
 def test_kto_knows_which_answers_are_to_be_given():
     rows = rows_for("kto", texts(9))
     for batch in OBJECTIVES["kto"].pack(rows, 50):
@@ -538,6 +547,15 @@ def test_pairs_of_one_prompt_share_it():
     (batch,) = OBJECTIVES["dpo"].pack(pairs, 200)
     assert batch.prefix == 99
     assert len(batch.input_ids) == 99 + 8 * 3
+
+
+@pytest.mark.parametrize(("budget", "n_batches"), [(99 + 4 * 3, 1), (99 + 4 * 3 - 1, 2)])
+def test_a_micro_batch_is_counted_as_it_is_packed(budget, n_batches):
+    prompt = ids(np.random.default_rng(9), 100)
+    pairs = [Pair(example(prompt, [i, 11]), example(prompt, [i, 12])) for i in (3, 4)]
+    batches = OBJECTIVES["dpo"].pack(pairs, budget)
+    assert len(batches) == n_batches
+    assert max(len(batch.input_ids) for batch in batches) == (budget if n_batches == 1 else 99 + 2 * 3)
 
 
 sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12)
