@@ -1,11 +1,55 @@
-"""Settings of a training run, checked when they are made."""
+"""Settings of a training run, checked when they are made. None where a setting is chosen from the base and the data."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+Method = Literal["lora", "rslora", "loraplus", "dora"]
+Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
+BaseDtype = Literal[
+    "auto", "blocks", "nf4", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+    "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+]  # fmt: skip
+
+
+class Source(NamedTuple):
+    """A file or folder of rows, and how often each of its rows is seen in an epoch: 2 is twice, 0.5 a random half."""
+
+    path: Path
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return str(self.path) if self.weight == 1.0 else f"{self.path}:{self.weight:g}"
+
+
+def _source(value: Any) -> Source:
+    """`rows.jsonl` or `rows.jsonl:0.5`."""
+    if isinstance(value, Source):
+        return value
+    path, colon, number = str(value).rpartition(":")
+    try:
+        source = Source(Path(path), float(number)) if colon and path else Source(Path(value))
+    except ValueError:
+        source = Source(Path(value))  # a path with a colon in it
+    if not 0 < source.weight <= 1000:
+        raise ValueError(f"the weight of {source.path} is {source.weight:g}, it must lie between 0 and 1000")
+    return source
+
+
+def _sources(value: Any) -> Any:
+    """One source or several."""
+    several = isinstance(value, list | tuple) and not isinstance(value, Source)
+    return tuple(_source(one) for one in (value if several else [value]))
+
+
+Sources = Annotated[
+    tuple[Source, ...], BeforeValidator(_sources), PlainSerializer(lambda sources: [str(source) for source in sources])
+]
 
 
 class TrainConfig(BaseModel):
@@ -14,32 +58,85 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: Path
-    data: Path
+    data: Sources = Field(min_length=1)
+    """Rows to learn: files or folders, each with `:weight` behind it where they are mixed."""
     out: Path
     valid: Path | None = None
-    """Held-out rows: their loss is measured at the end."""
-    method: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0)
-    learning_rate: float = Field(1e-3, gt=0, lt=1)
-    """At the peak. 1e-3 is for models under a billion weights: ten times what is usual for full fine-tuning
-    (LoRA Without Regret, Thinking Machines 2025, found that factor across sizes)."""
-    epochs: float = Field(2.0, gt=0)
-    batch_rows: int = Field(8, ge=1)
-    """Rows for each optimizer step; the loss is the mean over all their tokens to learn."""
-    micro_batch_tokens: int = Field(768, ge=16)
-    """Rows are packed into pieces of about this many tokens; memory grows with it, little else does."""
-    max_length: int = Field(1024, ge=8)
-    warmup_steps: int = Field(10, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    base_dtype: Literal[
-        "auto", "blocks", "nf4", "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
-        "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
-    ] = "auto"  # fmt: skip
-    """How the frozen weights are held: `blocks` as the file stores them, dequantized on use; or turned on opening into
-    floats, NF4 or a type of llama.cpp's."""
+    """Held-out rows: their loss is measured every `eval_every` steps and at the end."""
+
+    # -- the data
+    data_format: str = "auto"
+    """How rows are read: `auto` recognises each by its keys (see DATA_FORMATS in data/formats.py)."""
+    loss_on: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learned: every one, or the last of each conversation."""
+    truncate: bool = False
+    """Cut rows that are longer than max_length (whole turns where that is possible) instead of refusing them."""
+    max_length: int | None = Field(None, ge=8)
+    """The longest row allowed, in tokens. None: what the memory plan allows, at most the base's context."""
     chat_template: str | None = None
     """For a base that has no chat template: `chatml`, or the path of a Jinja file. It travels with the adapter."""
+
+    # -- the adapter
+    method: Method = "lora"
+    rank: int | None = Field(None, ge=1, le=1024)
+    alpha: float | None = Field(None, gt=0)
+    target_modules: tuple[str, ...] = ()
+    """The linear layers that are adapted, by the ends of their names (`q_proj`, `down_proj` …). Empty: all of them."""
+    objective: Objective = "sft"
+    beta: float = Field(0.1, gt=0)
+    """DPO, IPO, KTO: how strongly the adapter is held to the base; ORPO: the weight of the odds ratio."""
+
+    # -- the step
+    learning_rate: float | None = Field(None, gt=0, lt=1)
+    """At its peak. None: by the size of the base and the method (training/defaults.py has the sources)."""
+    epochs: float = Field(2.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_rows: int = Field(8, ge=1)
+    """Rows for each optimizer step; the loss is the mean over all their tokens to learn."""
+    micro_batch_tokens: int | None = Field(None, ge=16)
+    """Rows are packed into pieces of about this many tokens; memory grows with it, little else does. None: planned."""
+    optimizer: Optimizer = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    loraplus_ratio: float = Field(16.0, ge=1)
+    """LoRA+: how much higher the learning rate of B is than that of A."""
+    schedule: Schedule = "linear"
+    warmup_steps: int = Field(10, ge=0)
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """WSD: the share of the steps over which the learning rate falls at the end."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    neftune_alpha: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """The adapter that is kept is the moving average of the trained one, where this is above 0."""
+
+    # -- the machine
+    device: str = "auto"
+    dtype: Literal["auto", "f32", "bf16"] = "auto"
+    """The number format of matrix products. Residual stream, norms and adapters are float32 always."""
+    base_dtype: BaseDtype = "auto"
+    """How the frozen weights are held: `blocks` as the file stores them, dequantized on use; or turned on opening into
+    floats, NF4 or a type of llama.cpp's."""
+    recompute: Literal["auto", "off", "full"] = "auto"
+    """Whether a layer's activations are computed again in the backward pass instead of kept."""
+    offload: bool = False
+    """CUDA: keep activations in the machine's memory until the backward pass needs them."""
+    max_gpu_memory: str | None = Field(None, pattern=r"^\d+(\.\d+)?\s*(GB|GiB|MB|MiB)$")
+    """CUDA: hold the process to this much of the card's memory, such as `8GB`."""
+
+    # -- during the run
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between two measurements of the held-out loss. None: ten in a run."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many measurements without a better held-out loss."""
+    samples: tuple[str, ...] = ()
+    """Prompts that are answered at each measurement, to be read."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between two checkpoints. None: every 100, and at each measurement."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints are kept beside the best."""
+    tensorboard: bool = False
     seed: int = Field(0, ge=0)
+    resume: bool = False
     overwrite: bool = False

@@ -18,8 +18,8 @@ from edgelora.base.weights import Dense
 from edgelora.nn import attention, loss
 from edgelora.nn.activations import GATES, SwiGLU, swiglu
 from edgelora.nn.attention import Scores, SegmentAttention
-from edgelora.nn.linear import FrozenLinear, LoraLinear
-from edgelora.nn.loss import LinearCrossEntropy
+from edgelora.nn.linear import FrozenLinear, LoraLinears
+from edgelora.nn.loss import LinearCrossEntropy, Target
 from edgelora.nn.norm import RMSNorm
 from edgelora.nn.recompute import recomputed
 from edgelora.nn.rotary import Rotary, rotary_tables
@@ -47,8 +47,8 @@ class Exact:
     def dequantize(self, dtype=torch.float64):
         return self.values.to(dtype)
 
-    def rows(self, first, last):
-        return self.values[first:last]
+    def rows(self, first, last, dtype=torch.float64):
+        return self.values[first:last].to(dtype)
 
 
 def draw(*shape, seed=0, dtype=torch.float64, grad=False):
@@ -134,15 +134,15 @@ def test_attention_is_that_of_torch_in_each_segment(starts):
     torch.testing.assert_close(found, per_segment(q, k, v, starts))
 
 
-@pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
+@pytest.mark.parametrize("chunks", [(1 << 20, 8192), (2 * 7, 3)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_linear_cross_entropy_is_that_of_torch_on_explicit_logits(monkeypatch, chunks, softcap, smoothing):
-    monkeypatch.setattr(loss, "POSITIONS", chunks[0])
+    monkeypatch.setattr(loss, "LOGITS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     hidden, head = draw(5, 4, grad=True), draw(7, 4, seed=1)
     labels = torch.tensor([0, 6, 3, 3, 2])  # the first and the last row of the head, and one twice
-    ours = LinearCrossEntropy.apply(hidden, Exact(head), labels, softcap, smoothing)
+    ours = LinearCrossEntropy.apply(hidden, Exact(head), labels, Target(softcap, smoothing))
     explicit_logits = hidden @ head.T
     if softcap:
         explicit_logits = softcap * torch.tanh(explicit_logits / softcap)
@@ -194,13 +194,13 @@ def test_gradient_of_attention(monkeypatch, tile, kv_heads, how, starts, prefix)
     assert gradcheck(lambda *qkv: SegmentAttention.apply(*qkv, starts, prefix, how), q, k, v.requires_grad_())
 
 
-@pytest.mark.parametrize("chunks", [(128, 8192), (2, 3)])
+@pytest.mark.parametrize("chunks", [(1 << 20, 8192), (2 * 7, 3)])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_gradient_of_linear_cross_entropy(monkeypatch, chunks, softcap):
-    monkeypatch.setattr(loss, "POSITIONS", chunks[0])
+    monkeypatch.setattr(loss, "LOGITS", chunks[0])
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", chunks[1])
     head, labels = Exact(draw(7, 4, seed=1)), torch.tensor([0, 6, 3, 3, 2])
-    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels, softcap), draw(5, 4, grad=True))
+    assert gradcheck(lambda x: LinearCrossEntropy.apply(x, head, labels, Target(softcap)), draw(5, 4, grad=True))
 
 
 def test_gradient_of_frozen_linear():
@@ -208,15 +208,17 @@ def test_gradient_of_frozen_linear():
     assert gradcheck(lambda x: FrozenLinear.apply(x, weight), draw(5, 4, grad=True))
 
 
-def test_gradient_of_lora_linear():
-    weight = Dense(draw(3, 4, seed=1))
-    x, a, b = draw(5, 4, grad=True), draw(2, 4, seed=2, grad=True), draw(3, 2, seed=3, grad=True)
-    assert gradcheck(lambda x, a, b: LoraLinear.apply(x, weight, a, b, 1.7), x, a, b)
+def test_gradient_of_loras_over_the_same_input():
+    weights = [Dense(draw(3, 4, seed=1)), Dense(draw(2, 4, seed=5))]
+    x, *pairs = draw(5, 4), draw(2, 4, seed=2), draw(3, 2, seed=3), draw(1, 4, seed=6), draw(2, 1, seed=7)
+    inputs = [tensor.requires_grad_() for tensor in (x, *pairs)]
+    assert gradcheck(lambda x, *pairs: LoraLinears.apply(x, weights, [1.7, 0.3], *pairs), *inputs)
 
 
-def test_lora_linear_is_the_sum_of_both_paths():
+def test_a_lora_is_the_sum_of_both_paths():
     x, w, a, b = draw(5, 4), draw(3, 4, seed=1), draw(2, 4, seed=2), draw(3, 2, seed=3)
-    torch.testing.assert_close(LoraLinear.apply(x, Dense(w), a, b, 1.7), x @ (w + 1.7 * b @ a).T)
+    (y,) = LoraLinears.apply(x, [Dense(w)], [1.7], a, b)
+    torch.testing.assert_close(y, x @ (w + 1.7 * b @ a).T)
 
 
 # -- recomputed ---------------------------------------------------------------------------------------------------

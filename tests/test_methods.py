@@ -17,7 +17,16 @@ from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
 from edgelora.errors import AdapterError, ConfigError, ExportError
 from edgelora.peft import dora
-from edgelora.peft.adapter import CONFIG, MAGNITUDE, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import (
+    CONFIG,
+    MAGNITUDE,
+    PREFIX,
+    TENSORS,
+    Adapter,
+    LoraPair,
+    read_adapter,
+    write_adapter,
+)
 from edgelora.peft.dora import DoraDelta, row_lengths
 from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
@@ -269,6 +278,25 @@ def test_a_row_of_zeros_stays_one_and_is_finite():
     assert torch.isfinite(y).all()
     assert not y[:, 2].any()
     assert y[:, 0].any()
+    a, b, m = (part.numpy() for part in delta.tensors().values())
+    change = LoraPair(a, b * delta.scale, m).change(values.numpy())  # merged
+    assert not change[2].any()
+    assert change[0].any()
+
+
+def test_beside_bfloat16_products_the_factor_stays_float32():
+    """As a bfloat16, 1.003 would be 1 for every token."""
+    generator = torch.Generator().manual_seed(0)
+    weight = Dense(torch.randn(512, 64, generator=generator))
+    delta = dora.fresh(weight, 2, 4.0, generator)
+    x = torch.randn(64, 64, generator=generator).bfloat16()
+    with torch.no_grad():
+        before = delta(x, weight)
+        delta.lora_magnitude_vector *= 1.003
+        after = delta(x, weight)
+    assert after.dtype == torch.bfloat16
+    before, after = before.float(), after.float()
+    assert float((after * before).sum() / before.square().sum()) == pytest.approx(1.003, abs=1e-3)
 
 
 def test_half_a_dora_is_halfway_to_the_whole(base, decoder, tiny, tmp_path):

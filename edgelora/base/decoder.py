@@ -10,8 +10,10 @@ from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder, Frozen
 
 
-def build_decoder(base: Base, base_dtype: str = "blocks") -> Decoder:
+def build_decoder(base: Base, base_dtype: str = "blocks", compute: torch.dtype = torch.float32) -> Decoder:
     """A decoder over the weights of `base`, held as `base_dtype` (see `base/hold.py`), tensor by tensor.
+
+    Its matrix products are computed in `compute`.
 
     With `blocks`, only rotary projections of a GGUF are copied (their rows move), the rest is mapped.
     """
@@ -29,4 +31,4 @@ def build_decoder(base: Base, base_dtype: str = "blocks") -> Decoder:
     embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks")
     tied = base.config.tie_word_embeddings
     head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks")
-    return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head))
+    return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head, compute))

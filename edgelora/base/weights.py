@@ -46,19 +46,11 @@ class Dense:
         return Dense(self.values.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        if self.values.dtype == dtype:
-            return self.values
-        if dtype != torch.float32:
-            return self.values.to(dtype)
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0], dtype)
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         part = self.values[first:last]
-        return (
-            part
-            if part.dtype == torch.float32
-            else scratch(last - first, self.shape[1], device=part.device).copy_(part)
-        )
+        return part if part.dtype == dtype else scratch(last - first, self.shape[1], dtype, part.device).copy_(part)
 
     def gather(self, ids: Tensor) -> Tensor:
         return self.values[ids].to(torch.float32)
@@ -80,13 +72,13 @@ class GGUFBlocks:
         return DeviceBlocks(_tensor(self.blocks).to(device), self.kind, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        out = self.rows(0, self.shape[0])
-        return out if dtype == torch.float32 else out.to(dtype)
+        return self.rows(0, self.shape[0], dtype)
 
-    def rows(self, first: int, last: int) -> Tensor:
-        out = scratch(last - first, self.shape[1])
-        self._reader.read(first, last, out.data_ptr())
-        return out
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        narrow = dtype == torch.bfloat16
+        out = scratch(last - first, self.shape[1], dtype if narrow else torch.float32)
+        self._reader.read(first, last, out.data_ptr(), bfloat16=narrow)
+        return out if narrow or dtype == torch.float32 else out.to(dtype)
 
     def gather(self, ids: Tensor) -> Tensor:
         return torch.from_numpy(ggml.dequantize(self.blocks[ids.numpy()], self.kind, self.shape[1]))

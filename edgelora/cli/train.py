@@ -21,15 +21,15 @@ def train(
     data: Annotated[Path, typer.Argument(help="Rows to learn: JSONL, a conversation a line.", show_default=False)],
     out: Out,
     valid: Annotated[Path | None, typer.Option(help="Held-out rows whose loss is measured at the end.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank r of the adapter.")] = DEFAULT["rank"],
-    alpha: Annotated[float, typer.Option(help="α: the adapter is scaled by α/r.")] = DEFAULT["alpha"],
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = DEFAULT["learning_rate"],
+    rank: Annotated[int | None, typer.Option(help="Rank r of the adapter.")] = DEFAULT["rank"],
+    alpha: Annotated[float | None, typer.Option(help="α: the adapter is scaled by α/r.")] = DEFAULT["alpha"],
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = DEFAULT["learning_rate"],
     epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = DEFAULT["epochs"],
     batch_rows: Annotated[int, typer.Option(help="Rows for each optimizer step.")] = DEFAULT["batch_rows"],
-    micro_batch_tokens: Annotated[int, typer.Option(help="Tokens computed at once; decides the memory.")] = DEFAULT[
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once; decides the memory.")] = DEFAULT[
         "micro_batch_tokens"
     ],
-    max_length: Annotated[int, typer.Option(help="The longest row allowed, in tokens.")] = DEFAULT["max_length"],
+    max_length: Annotated[int | None, typer.Option(help="The longest row allowed, in tokens.")] = DEFAULT["max_length"],
     base_dtype: Annotated[
         str, typer.Option(help="How the base is held: auto, blocks (as stored), nf4, bf16, f32, q4_k …")
     ] = DEFAULT["base_dtype"],

@@ -21,11 +21,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (dy,) = grads
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        d_up = dy * silu
-        slope = (1 - sigmoid).mul_(silu).add_(sigmoid)  # d silu / d gate
-        return slope.mul_(dy).mul_(up), d_up
+        return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
 
 
 class GeGLU(torch.autograd.Function):
@@ -44,8 +40,13 @@ class GeGLU(torch.autograd.Function):
         return d_gate, F.gelu(gate, approximate="tanh").mul_(dy)
 
 
+def silu(x: Tensor) -> Tensor:
+    # in float32 torch's sigmoid is five times faster than its silu (CPU, 2.13); in bfloat16 it would round twice
+    return F.silu(x) if x.dtype == torch.bfloat16 else torch.sigmoid(x).mul_(x)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
+    return silu(gate).mul_(up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:

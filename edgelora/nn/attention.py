@@ -1,13 +1,15 @@
 """Causal attention inside the segments of a packed row, with grouped key-value heads and windows, tile by tile.
 
 Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one segment against the keys before them.
-The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135).
+The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). A tile is
+computed in float32 also where q, k and v are narrower: it is a small part of a step, and the part that bears it least.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +25,16 @@ def _tiles(starts: list[int]) -> Iterator[tuple[int, int, int]]:
             yield begin, first, min(first + QUERY_TILE, end)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """float32 of anything narrower, laid out as its shape says."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(n, H, d) → (KV, G * n, d): the queries of the heads that share a key-value head, one after the other."""
-    n, heads, d = x.shape
-    return x.view(n, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3).reshape(kv_heads, -1, d)
+    d = x.shape[-1]
+    return _wide(x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)).view(kv_heads, -1, d)
 
 
 def _ungroup(x: Tensor, n: int) -> Tensor:
@@ -47,8 +55,8 @@ class Scores(NamedTuple):
 
 
 def _scores(q: Tensor, k: Tensor, how: Scores) -> Tensor:
-    """q (KV, G * n, d), k (KV, m, d) → (KV, G * n, m)."""
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(how.scale)
+    """q (KV, G * n, d), times how.scale already, and k (KV, m, d) → (KV, G * n, m)."""
+    scores = torch.bmm(q, k.transpose(1, 2))
     return scores if how.softcap is None else scores.div_(how.softcap).tanh_().mul_(how.softcap)
 
 
@@ -57,13 +65,18 @@ def _hide(scores: Tensor, n: int, window: int | None) -> Tensor:
     kv_heads, _, m = scores.shape
     view = scores.view(kv_heads, -1, n, m)
     if window is None or window >= m:
-        future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu_(1)
-        view[..., m - n :].masked_fill_(future, float("-inf"))
+        view[..., m - n :].add_(_unseen(n, n, n, scores.dtype, scores.device))
     else:
-        everything = torch.ones(n, m, dtype=torch.bool, device=scores.device)
-        hidden = everything.triu(m - n + 1) | everything.tril_(m - n - window)
-        view.masked_fill_(hidden, float("-inf"))
+        view.add_(_unseen(n, m, window, scores.dtype, scores.device))
     return scores
+
+
+@lru_cache(maxsize=64)  # every layer asks for the same few
+def _unseen(n: int, m: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n, m): −inf where the last n of m tokens may not look, else 0."""
+    everything = torch.ones(n, m, dtype=torch.bool, device=device)
+    hidden = everything.triu(m - n + 1) | everything.tril_(m - n - window)
+    return torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 def _seen(prefix: int, begin: int, first: int, last: int, window: int | None) -> list[slice]:
@@ -76,7 +89,7 @@ def _seen(prefix: int, begin: int, first: int, last: int, window: int | None) ->
 
 def _keys(x: Tensor, seen: list[slice]) -> Tensor:
     """(T, KV, d) → (KV, m, d)."""
-    return (x[seen[0]] if len(seen) == 1 else torch.cat([x[part] for part in seen])).transpose(0, 1)
+    return _wide((x[seen[0]] if len(seen) == 1 else torch.cat([x[part] for part in seen])).transpose(0, 1))
 
 
 class SegmentAttention(torch.autograd.Function):
@@ -94,7 +107,7 @@ class SegmentAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         for begin, first, last in _tiles(borders):
             seen, n = _seen(prefix, begin, first, last, how.window), last - first
-            scores = _scores(_group(q[first:last], k.shape[1]), _keys(k, seen), how)
+            scores = _scores(_group(q[first:last], k.shape[1]) * how.scale, _keys(k, seen), how)
             p = _hide(scores, n, how.window).softmax(-1)
             out[first:last] = _ungroup(torch.bmm(p, _keys(v, seen)), n)
         return out
@@ -104,22 +117,22 @@ class SegmentAttention(torch.autograd.Function):
         (d_out,) = grads
         q, k, v = ctx.saved_tensors
         how: Scores = ctx.how
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, (dk, dv) = torch.empty_like(q), (_wide(torch.zeros_like(x)) for x in (k, v))
         for begin, first, last in _tiles(ctx.borders):
             seen, n, kv_heads = _seen(ctx.prefix, begin, first, last, how.window), last - first, k.shape[1]
             keys, values = _keys(k, seen), _keys(v, seen)
-            queries, d_rows = _group(q[first:last], kv_heads), _group(d_out[first:last], kv_heads)
+            queries, d_rows = _group(q[first:last], kv_heads) * how.scale, _group(d_out[first:last], kv_heads)
             scores = _scores(queries, keys, how)
             slope = None if how.softcap is None else 1 - (scores / how.softcap).square_()
             p = _hide(scores, n, how.window).softmax(-1)  # (KV, G * n, m)
             _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), seen)
-            ds = torch.bmm(d_rows, values.transpose(1, 2)).mul_(p)
-            ds.sub_(p.mul_(ds.sum(-1, keepdim=True))).mul_(how.scale)
+            dp = torch.bmm(d_rows, values.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             if slope is not None:
                 ds.mul_(slope)
-            dq[first:last] = _ungroup(torch.bmm(ds, keys), n)
+            dq[first:last] = _ungroup(torch.bmm(ds, keys).mul_(how.scale), n)
             _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), seen)
-        return dq, dk, dv, None, None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _add(total: Tensor, part: Tensor, seen: list[slice]) -> None:

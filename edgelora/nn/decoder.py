@@ -20,8 +20,8 @@ from edgelora.architectures.rope import Rope
 from edgelora.nn.activations import GATES
 from edgelora.nn.attention import Scores, SegmentAttention
 from edgelora.nn.cache import KeyValues
-from edgelora.nn.linear import Linear, Weight
-from edgelora.nn.loss import LinearCrossEntropy, logits
+from edgelora.nn.linear import Linear, Weight, together
+from edgelora.nn.loss import LinearCrossEntropy, Target, logits
 from edgelora.nn.mixture import Expert, Mixture
 from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.recompute import recomputed
@@ -38,6 +38,8 @@ class Frozen:
     vectors: Mapping[str, Tensor]
     embedding: Weight
     head: Weight
+    compute: torch.dtype = torch.float32
+    """The dtype of matrix products and of what lies between them; the residual stream and norms are float32."""
 
     def linear(self, module: str) -> Linear:
         return Linear(self.matrices[module], self.vectors.get(f"{module}.bias"))
@@ -46,17 +48,17 @@ class Frozen:
 class Norm(nn.Module):
     weight: Tensor
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.dtype = eps, dtype
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, self.weight, self.eps)
+        return RMSNorm.apply(x, self.weight, self.eps, self.dtype)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same values without a place in the graph."""
-        return rms_norm(x, self.weight, self.eps)[0]
+        return rms_norm(x, self.weight, self.eps)[0].to(self.dtype)
 
 
 class Attention(nn.Module):
@@ -79,7 +81,8 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if architecture.qk_norm is not None:
             self.q_norm, self.k_norm = (
-                Norm(frozen.vectors[f"{prefix}.{name}_norm.weight"], config.rms_norm_eps) for name in "qk"
+                Norm(frozen.vectors[f"{prefix}.{name}_norm.weight"], config.rms_norm_eps, frozen.compute)
+                for name in "qk"
             )
         self.norm_per_head = architecture.qk_norm == "head"
         self.cache: KeyValues | None = None
@@ -90,7 +93,7 @@ class Attention(nn.Module):
             sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
             q, k, v = self.qkv_proj(x).split(sizes, dim=-1)  # (T, H·d), (T, KV·d), (T, KV·d)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = together(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._ready(q, self.q_norm, tables), self._ready(k, self.k_norm, tables)
         attend = SegmentAttention.apply if self.cache is None else self.cache.attend
         out = attend(q, k, v.unflatten(-1, (-1, self.head_dim)), starts, prefix, self.scores)
@@ -120,7 +123,10 @@ class MLP(nn.Module):
         self.down_proj = frozen.linear(f"{prefix}.down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = together(x, (self.gate_proj, self.up_proj))
         hidden = self.gate.function.apply(gate, up)
         with recomputed(hidden, partial(self.gate.plain, gate.detach(), up.detach())):
             return self.down_proj(hidden)
@@ -142,13 +148,14 @@ class Layer(nn.Module):
 
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> None:
         super().__init__()
-        self.norms, self.multiplier = architecture.norms, config.residual_multiplier
+        self.norms, self.multiplier, self.compute = architecture.norms, config.residual_multiplier, frozen.compute
         self.self_attn = Attention(architecture, config, frozen, layer)
         self.mlp = (MLP if architecture.experts is None else _mixture)(architecture, config, frozen, layer)
         for name in self.norms:
             if name is not None:
                 weight = frozen.vectors[f"model.layers.{layer}.{name}.weight"]
-                self.add_module(name, Norm(weight, config.rms_norm_eps))
+                reads = name in (self.norms.before_attention, self.norms.before_mlp)
+                self.add_module(name, Norm(weight, config.rms_norm_eps, frozen.compute if reads else torch.float32))
 
     def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
         norms = self.norms
@@ -158,7 +165,7 @@ class Layer(nn.Module):
 
     def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
         saved: AbstractContextManager[None] = nullcontext()
-        normed = x
+        normed = x.to(self.compute)
         if before is not None:
             norm: Norm = getattr(self, before)
             normed = norm(x)
@@ -182,7 +189,7 @@ class Decoder(nn.Module):
 
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
-        self.config, self.embedding, self.head = config, frozen.embedding, frozen.head
+        self.config, self.embedding, self.head, self.compute = config, frozen.embedding, frozen.head, frozen.compute
         self.model = Body(architecture, config, frozen)
 
     @property
@@ -207,8 +214,8 @@ class Decoder(nn.Module):
 
     def nll(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
-        cap = self.config.final_logit_softcapping
-        return LinearCrossEntropy.apply(hidden, self.head, labels, cap, smoothing)
+        how = Target(self.config.final_logit_softcapping, smoothing, self.compute)
+        return LinearCrossEntropy.apply(hidden, self.head, labels, how)
 
     @torch.no_grad()
     def logits_of(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ class Weight(Protocol):
         """(d_out, d_in). May lie in a scratch buffer that the next call on this thread overwrites."""
         ...
 
-    def rows(self, first: int, last: int) -> Tensor:
-        """float32 (last - first, d_in), with the same life as `dequantize`'s."""
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(last - first, d_in), with the same life as `dequantize`'s."""
         ...
 
     def gather(self, ids: Tensor) -> Tensor:
@@ -28,8 +29,21 @@ class Weight(Protocol):
         ...
 
 
+class Factors(NamedTuple):
+    """An adapter that is a product beside the frozen one: `a` (r, d_in), `b` (d_out, r), times `scale`."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 class Delta(Protocol):
     """What an adapter puts in the place of `x @ W.T` (see `peft/`)."""
+
+    @property
+    def factors(self) -> Factors | None:
+        """What it is made of, if it is `x @ W.T + scale (x @ a.T) @ b.T`; then it is never called."""
+        ...
 
     def __call__(self, x: Tensor, weight: Weight) -> Tensor: ...
 
@@ -51,8 +65,34 @@ class Linear(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = FrozenLinear.apply(x, self.weight) if self.delta is None else self.delta(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return together(x, (self,))[0]
+
+    def finish(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def together(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
+    """What several linear layers make of the same x: in one node of the graph, where each of them has a LoRA."""
+    factors = [linear.delta.factors for linear in linears if linear.delta is not None]
+    pairs = [pair for pair in factors if pair is not None]
+    if len(pairs) == len(linears):
+        flat = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
+        ys = LoraLinears.apply(x, [linear.weight for linear in linears], [pair.scale for pair in pairs], *flat)
+    else:
+        ys = tuple(_alone(x, linear.weight, linear.delta) for linear in linears)
+    return tuple(linear.finish(y) for linear, y in zip(linears, ys, strict=True))
+
+
+def _alone(x: Tensor, weight: Weight, delta: Delta | None) -> Tensor:
+    if delta is None:
+        return FrozenLinear.apply(x, weight)
+    return delta(x, weight) if delta.factors is None else lora(x, weight, delta.factors)
+
+
+def lora(x: Tensor, weight: Weight, factors: Factors) -> Tensor:
+    """x Wᵀ + scale (x aᵀ) bᵀ."""
+    y: Tensor = LoraLinears.apply(x, [weight], [factors.scale], factors.a, factors.b)[0]
+    return y
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -69,28 +109,41 @@ class FrozenLinear(torch.autograd.Function):
         return dy @ ctx.weight.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None, None
 
 
-class LoraLinear(torch.autograd.Function):
-    """x Wᵀ + s (x Aᵀ) Bᵀ in one node (LoRA, arXiv:2106.09685, equation 3).
+class LoraLinears(torch.autograd.Function):
+    """yᵢ = x Wᵢᵀ + sᵢ (x Aᵢᵀ) Bᵢᵀ over the same x, in one node (LoRA, arXiv:2106.09685, equation 3).
 
-    x (T, d_in), A (r, d_in), B (d_out, r), s a float. Saves x, A, B and x Aᵀ (T, r).
+    x (T, d_in) in the dtype of the products; Wᵢ frozen (d_out, d_in), Aᵢ (r, d_in), Bᵢ (d_out, r) float32, sᵢ floats.
+    All Aᵢ are one matrix here: a product as narrow as one of them is a slow one. Saves x, the pairs, and x Aᵀ (T, Σ r).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        down = x @ a.T  # (T, r)
-        y = F.linear(x, weight.dequantize(x.dtype))
-        y.addmm_(down, b.T, alpha=scale)
-        ctx.save_for_backward(x, a, b, down)
-        ctx.weight, ctx.scale = weight, scale
-        return y
+    def forward(
+        ctx: Any, x: Tensor, weights: Sequence[Weight], scales: Sequence[float], *pairs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ranks = [len(a) for a in pairs[0::2]]
+        down = x @ torch.cat(pairs[0::2]).to(x.dtype).T  # (T, Σ r)
+        ys = []
+        for weight, scale, b, part in zip(weights, scales, pairs[1::2], down.split(ranks, 1), strict=True):
+            y = F.linear(x, weight.dequantize(x.dtype))
+            ys.append(y.addmm_(part, b.to(x.dtype).T, alpha=scale))
+        ctx.save_for_backward(x, down, *pairs)
+        ctx.weights, ctx.scales, ctx.ranks = weights, scales, ranks
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
-        (dy,) = grads
-        x, a, b, down = ctx.saved_tensors
-        d_down = (dy @ b).mul_(ctx.scale)  # (T, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = dy @ ctx.weight.dequantize(dy.dtype)
-            dx.addmm_(d_down, a)
-        return dx, None, d_down.T @ x, (dy.T @ down).mul_(ctx.scale), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, *pairs = ctx.saved_tensors
+        d_down, dx, d_bs = torch.empty_like(down), None, []
+        narrow = zip(down.split(ctx.ranks, 1), d_down.split(ctx.ranks, 1), strict=True)  # (T, r) of each
+        for weight, scale, b, (part, d_part), dy in zip(
+            ctx.weights, ctx.scales, pairs[1::2], narrow, grads, strict=True
+        ):
+            d_bs.append((part.T @ dy).T.to(b.dtype).mul_(scale))  # in this order the faster product
+            torch.mm(dy, (b * scale).to(dy.dtype), out=d_part)
+            if ctx.needs_input_grad[0]:
+                w = weight.dequantize(dy.dtype)
+                dx = dy @ w if dx is None else dx.addmm_(dy, w)
+        if dx is not None:
+            dx.addmm_(d_down, torch.cat(pairs[0::2]).to(dx.dtype))
+        d_as = (d_down.T @ x).to(pairs[0].dtype).split(ctx.ranks)
+        return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)

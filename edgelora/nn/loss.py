@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgelora.nn.linear import Weight
 
-POSITIONS = 128  # rows of logits alive at once: 128 x 49,152 floats are 24 MiB
+LOGITS = 48 << 18  # alive at once, 48 MiB of them: 256 positions of a vocabulary of 49,152
 VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
 
 
@@ -17,9 +17,9 @@ def _slices(n_rows: int) -> list[tuple[int, int]]:
     return [(first, min(first + VOCABULARY_ROWS, n_rows)) for first in range(0, n_rows, VOCABULARY_ROWS)]
 
 
-def logits(hidden: Tensor, head: Weight, softcap: float | None = None) -> Tensor:
+def logits(hidden: Tensor, head: Weight, softcap: float | None = None, out: Tensor | None = None) -> Tensor:
     """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time, bent below `softcap` (Gemma 2)."""
-    out = hidden.new_empty(len(hidden), head.shape[0])
+    out = hidden.new_empty(len(hidden), head.shape[0]) if out is None else out
     for first, last in _slices(head.shape[0]):
         part = out[:, first:last]
         torch.mm(hidden, head.rows(first, last).T, out=part)
@@ -28,53 +28,64 @@ def logits(hidden: Tensor, head: Weight, softcap: float | None = None) -> Tensor
     return out
 
 
-def _log_sum_exp(z: Tensor) -> Tensor:
-    """(P, V) → (P, 1) without a second (P, V) in memory."""
-    top = z.amax(-1, keepdim=True)
-    total = torch.zeros_like(top)
-    for first, last in _slices(z.shape[1]):
-        total += (z[:, first:last] - top).exp_().sum(-1, keepdim=True)
-    return top + total.log()
+class Target(NamedTuple):
+    """What cross-entropy asks for beside the label: a bent logit (Gemma 2), and ε of label smoothing.
+
+    Products of the backward pass are computed in `compute`; logits always in float32, where bfloat16 would be off by a
+    tenth of a nat.
+    """
+
+    softcap: float | None = None
+    smoothing: float = 0.0
+    compute: torch.dtype | None = None
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """−log p(label) (P,) in nats: hidden (P, d), a frozen head (V, d), labels (P,).
 
-    With `smoothing` ε the target is (1 − ε) of the label and ε spread evenly over the vocabulary (arXiv:1512.00567).
-    The gradient of each position is computed in the forward pass, POSITIONS at a time, and only scaled in the backward.
+    With smoothing ε the target is (1 − ε) of the label and ε spread evenly over the vocabulary (arXiv:1512.00567).
+    The gradient of each position is computed in the forward pass, a few at a time, and only scaled in the backward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, softcap: float | None = None, smoothing: float = 0.0
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, how: Target = Target()) -> Tensor:  # noqa: B008
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(hidden), POSITIONS):
-            part = slice(first, first + POSITIONS)
-            z = logits(hidden[part], head, softcap)
+        step = max(1, min(len(hidden), LOGITS // head.shape[0]))
+        buffer = hidden.new_empty(step, head.shape[0])
+        for first in range(0, len(hidden), step):
+            part = slice(first, first + step)
             label = labels[part, None]
-            log_sum = _log_sum_exp(z)
+            z = logits(hidden[part], head, how.softcap, buffer[: len(label)])
+            slope = None if how.softcap is None or d_hidden is None else 1 - (z / how.softcap).square_()
             target = z.gather(1, label)
-            if smoothing:
-                target.mul_(1 - smoothing).add_(z.mean(-1, keepdim=True), alpha=smoothing)
-            nll[part] = (log_sum - target).squeeze(1)
+            if how.smoothing:
+                target.mul_(1 - how.smoothing).add_(z.mean(-1, keepdim=True), alpha=how.smoothing)
+            top = z.amax(-1, keepdim=True)
+            p = torch.softmax(z, -1, out=z)
+            # log Σ exp z from the likeliest token: p there is no less than 1 / V, so its logarithm is exact enough
+            nll[part] = (top - p.amax(-1, keepdim=True).log() - target).squeeze(1)
             if d_hidden is not None:
-                for row, last in _slices(head.shape[0]):
-                    d_z = z[:, row:last]
-                    slope = None if softcap is None else 1 - (d_z / softcap).square_()
-                    d_z.sub_(log_sum).exp_()  # p
-                    if smoothing:
-                        d_z.sub_(smoothing / head.shape[0])
-                    here = ((label >= row) & (label < last)).squeeze(1).nonzero().squeeze(1)
-                    d_z[here, label[here, 0] - row] -= 1 - smoothing  # p − target
-                    if slope is not None:
-                        d_z.mul_(slope)
-                    d_hidden[part].addmm_(d_z, head.rows(row, last))
+                d_z = p.scatter_add_(1, label, torch.full_like(target, how.smoothing - 1))
+                if how.smoothing:
+                    d_z.sub_(how.smoothing / head.shape[0])
+                if slope is not None:
+                    d_z.mul_(slope)
+                _accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
         ctx.save_for_backward(d_hidden)
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grads[0][:, None], None, None, None, None
+        return d_hidden * grads[0][:, None], None, None, None
+
+
+def _accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) -> None:
+    """d_hidden (P, d) += d_z (P, V) @ head (V, d), a slice of the vocabulary at a time."""
+    for first, last in _slices(head.shape[0]):
+        part = d_z[:, first:last]
+        if dtype == d_hidden.dtype:
+            d_hidden.addmm_(part, head.rows(first, last))
+        else:
+            d_hidden.add_(part.to(dtype) @ head.rows(first, last, dtype))

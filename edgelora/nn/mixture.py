@@ -32,11 +32,11 @@ class Mixture(nn.Module):
         self.per_token, self.normalize = per_token, normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        probabilities = FrozenLinear.apply(x, self.router).softmax(-1)  # (T, E)
+        probabilities = FrozenLinear.apply(x.float(), self.router).softmax(-1)  # (T, E)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)  # (T, k)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = torch.zeros_like(x)
+        out = torch.zeros_like(x, dtype=torch.float32)
         for i, expert in enumerate(self.experts):
             tokens, rank = (chosen == i).nonzero(as_tuple=True)
             if len(tokens):

@@ -33,15 +33,15 @@ class Rotary(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = 2 * cos.shape[-1]
-    first, second = x[..., :rotated].chunk(2, dim=-1)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rotated, wide = 2 * cos.shape[-1], x.to(cos.dtype)  # a product rounded to bfloat16 before its sum would lose much
+    first, second = wide[..., :rotated].chunk(2, dim=-1)
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
     one, two = out[..., :rotated].chunk(2, dim=-1)
     torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=two).addcmul_(first, sin)
     if rotated < x.shape[-1]:
         out[..., rotated:] = x[..., rotated:]
-    return out
+    return out.to(x.dtype)
 
 
 def rotary_tables(

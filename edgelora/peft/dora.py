@@ -8,28 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgelora.nn.linear import Weight
+from edgelora.nn.linear import LoraLinears, Weight
 from edgelora.peft.adapter import SHORTEST
-from edgelora.peft.lora import LoraDelta, fresh_pair
+from edgelora.peft.lora import fresh_pair
 
 
-class DoraDelta(LoraDelta):
+class DoraDelta(nn.Module):
     """lora_A (r, d_in), lora_B (d_out, r) and lora_magnitude_vector (d_out,), float32; W's own lengths if it is None.
 
     Keeps one activation (T, d_out) more for the backward pass than a LoRA, and reads W twice.
     """
 
+    factors = None
     squares: Tensor
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None, weight: Weight) -> None:
-        super().__init__(a, b, scale)
+        super().__init__()
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
         squares = torch.linalg.vector_norm(weight.dequantize(), dim=1).square()  # (d_out,)
         self.lora_magnitude_vector = nn.Parameter(squares.sqrt() if magnitude is None else magnitude)
         self.register_buffer("squares", squares, persistent=False)
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         lengths = row_lengths(weight, self.squares, self.lora_A, self.lora_B, self.scale)
-        return super().forward(x, weight) * (self.lora_magnitude_vector / lengths)
+        (along,) = LoraLinears.apply(x, [weight], [self.scale], self.lora_A, self.lora_B)  # (T, d_out)
+        # in float32 beside bfloat16 products too: a factor rounded to 8 bits would be as wrong for every token
+        return (along * (self.lora_magnitude_vector / lengths)).to(x.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from edgelora.nn.linear import LoraLinear, Weight
+from edgelora.nn.linear import Factors, Weight
 
 
 class LoraDelta(nn.Module):
@@ -17,8 +17,9 @@ class LoraDelta(nn.Module):
         super().__init__()
         self.lora_A, self.lora_B, self.scale = nn.Parameter(a), nn.Parameter(b), scale
 
-    def forward(self, x: Tensor, weight: Weight) -> Tensor:
-        return LoraLinear.apply(x, weight, self.lora_A, self.lora_B, self.scale)
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.lora_A, self.lora_B, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

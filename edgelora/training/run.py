@@ -48,12 +48,14 @@ def run_training(
     Raises EdgeloraError for every fault of the input before the first step; writes nothing unless the run ends well.
     """
     started = time.perf_counter()
+    config = _resolved(config)
     refuse_to_write(config.out, config.overwrite)
     base = open_base(config.base)
     if config.chat_template is not None:
         base = base.with_template(config.chat_template)
-    data_sha256 = sha256_file(config.data) if config.data.is_file() else ""
-    rows = read_conversations(config.data)
+    data = config.data[0].path
+    data_sha256 = sha256_file(data) if data.is_file() else ""
+    rows = read_conversations(data)
     examples = _encode(rows, base, config)
     held_out = _encode(read_conversations(config.valid), base, config) if config.valid else []
     choices = {
@@ -77,6 +79,12 @@ def run_training(
     adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), contract)
     write_adapter(config.out, adapter, overwrite=config.overwrite)
     return run
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """Every setting that was left to us, chosen."""
+    chosen = {"rank": 16, "alpha": 32.0, "learning_rate": 1e-3, "micro_batch_tokens": 768, "max_length": 1024}
+    return config.model_copy(update={name: value for name, value in chosen.items() if getattr(config, name) is None})
 
 
 def _encode(rows: Sequence[Conversation], base: Base, config: TrainConfig) -> list[Example]:
@@ -118,7 +126,7 @@ def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, rows:
         training={
             **settings,
             "template_date": date.today().isoformat() if base.template.tells_the_date else None,
-            "data": {"name": config.data.name, "rows": run.n_rows, "sha256": data_sha256},
+            "data": {"name": config.data[0].path.name, "rows": run.n_rows, "sha256": data_sha256},
             "choices": {name: asdict(choice) for name, choice in run.choices.items()},
             "steps": run.n_steps,
             "skipped_steps": run.result.skipped_steps,
