@@ -14,20 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.base.model import Base
-from edgelora.data.conversation import Conversation, Message
 from edgelora.data.encode import Example, encode_conversation
+from edgelora.data.rows import Conversation, Message
 from edgelora.home import CHECKOUT
+from edgelora.training.schedule import share_at
 
 BATCH = 4
 N_CHATS, N_HELD_OUT, N_FULL_ROWS = 256, 48, 24
 SHORTEST, LONGEST, MEDIAN, SIGMA = 50, 500, 158, 0.5  # log-normal: the median is their geometric mean
-RANK, ALPHA, LEARNING_RATE, WARMUP = 16, 32.0, 1e-3, 5
+RANK, ALPHA, LEARNING_RATE, WARMUP, MAX_GRAD_NORM = 16, 32.0, 1e-3, 5, 1.0
 
 
-def learning_rate(step: int, total: int) -> float:
-    """Linear up over WARMUP steps, then linear down to 0 after `total`; the same on every side."""
-    share = (step + 1) / WARMUP if step < WARMUP else max(0.0, (total - step) / max(1, total - WARMUP))
-    return LEARNING_RATE * share
+def share(step: int, total: int) -> float:
+    """The share of LEARNING_RATE at `step` of `total`: linear up, then linear down to 0, the same on every side."""
+    return share_at("linear", step, total, WARMUP, decay_share=1.0)
 
 
 def texts() -> Iterator[str]:
@@ -78,7 +78,7 @@ def _chat(base: Base, question: str, words: list[str]) -> tuple[Conversation, Ex
 
 @dataclass(frozen=True)
 class Facts:
-    """What makes the data easy or hard: share of tokens with loss, of padding in a batch, of a shared beginning."""
+    """What makes the data easy or hard: the share of tokens with loss, and a padded batch in tokens that count."""
 
     rows: int
     mean_tokens: float

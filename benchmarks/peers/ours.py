@@ -1,4 +1,4 @@
-"""The side of edgelora: packed rows through its own decoder, adapter and loss."""
+"""The side of edgelora: its packed rows, decoder, adapter, objective and optimizer, as a run puts them together."""
 
 from __future__ import annotations
 
@@ -13,60 +13,74 @@ import torch
 from edgelora.base.decoder import build_decoder
 from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import open_base
+from edgelora.config import TrainConfig
 from edgelora.data.conversation import read_conversations
 from edgelora.data.encode import Example, encode_all
-from edgelora.data.pack import Batch, best_fit
+from edgelora.data.pack import Batch
 from edgelora.device import free_memory_bytes
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
-from edgelora.training.loop import batch_loss
+from edgelora.training.objectives import objective_of
+from edgelora.training.objectives.objective import held_out, mean_losses
+from edgelora.training.optim import build_optimizer, set_share
 from peers.channel import Turnstile
-from peers.data import ALPHA, RANK, batches, learning_rate, load
+from peers.data import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK, batches, load, share
 
 MICRO_BATCH_TOKENS = 768
-MAX_GRAD_NORM = 1.0
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Run:
+    """A decoder with its adapter, and how a step goes over it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.folder = Path(settings["folder"])
+        self.config = TrainConfig(
+            base=self.folder / settings["model"], data=self.folder / "messages.jsonl", out=self.folder / "adapter",
+            rank=RANK, alpha=ALPHA, learning_rate=LEARNING_RATE, seed=settings["seed"] or 0,
+        )  # fmt: skip
+        base = open_base(self.config.base)
+        if settings["data"] == "chats":  # from the words, as a user's run
+            rows = read_conversations(self.config.data[0].path)
+            self.examples = encode_all(rows, base.tokenizer, base.template, base.config.max_position_embeddings)
+        else:
+            self.examples = load(self.folder / f"{settings['data']}.npz")
+        self.held = choose_base_dtype(settings["held"], base, free_memory_bytes()).value
+        self.decoder = build_decoder(base, self.held, COMPUTE[settings["dtype"]])
+        self.parameters = inject(self.decoder, self.config.method, RANK, ALPHA, self.config.seed)
+        self.objective = objective_of(self.config)
+        self.optimizer = build_optimizer(self.decoder.named_parameters(), self.config)
+
+    def pack(self, rows: list[Example]) -> list[Batch]:
+        return self.objective.pack(rows, MICRO_BATCH_TOKENS)
+
+    def backward(self, packed: list[Batch]) -> None:
+        for scored in mean_losses(self.objective, self.decoder, packed, self.config):
+            torch.autograd.backward(scored.loss)
+
+    def held_out(self) -> dict[str, Any]:
+        rows = load(self.folder / "held_out.npz")
+        return {"loss": held_out(self.objective, self.decoder, rows, self.config, MICRO_BATCH_TOKENS)[0]}
+
+
 def main(settings: dict[str, Any], turn: Turnstile) -> None:
-    folder = Path(settings["folder"])
-    base = open_base(folder / settings["model"])
-    if settings["data"] == "chats":  # from the words, as a user's run
-        examples = encode_all(read_conversations(folder / "messages.jsonl"), base.tokenizer, base.template, 1024)
-    else:
-        examples = load(folder / f"{settings['data']}.npz")
-    held = choose_base_dtype(settings["held"], base, free_memory_bytes())
-    decoder = build_decoder(base, held.value, COMPUTE[settings["dtype"]])
-    parameters = inject(decoder, "lora", RANK, ALPHA, settings["seed"] or 0)
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, foreach=True)
-    turn.facts = {"torch": torch.__version__, "held": held.value, "compute": str(decoder.compute)}
+    run = Run(settings)
+    turn.facts = {"held": run.held, "compute": str(run.decoder.compute)}
     turn.handlers = {
-        "held_out": lambda _: {"loss": _held_out(decoder, load(folder / "held_out.npz"))},
-        "load": lambda asked: _load(_named(decoder), asked["adapter"]),
-        "gradients": lambda asked: _gradients(decoder, examples, asked),
-        "profile": lambda asked: _profile(decoder, examples, asked),
+        "held_out": lambda _: run.held_out(),
+        "load": lambda asked: _load(_named(run.decoder), asked["adapter"]),
+        "gradients": lambda asked: _gradients(run, asked),
+        "profile": lambda asked: _profile(run, asked),
     }
-    for number, rows in enumerate(batches(examples, settings["batch"], settings["seed"])):
+    for number, rows in enumerate(batches(run.examples, settings["batch"], settings["seed"])):
         turn.begin()
-        packed = best_fit(rows, MICRO_BATCH_TOKENS)
-        _backward(decoder, packed)
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, settings["total"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        turn.end(tokens=sum(map(len, rows)), flops=sum(_flops(decoder, batch) for batch in packed))
-
-
-def _backward(decoder: Decoder, packed: list[Batch]) -> None:
-    n_tokens = sum(batch.n_loss_tokens for batch in packed)
-    for batch in packed:
-        torch.autograd.backward(batch_loss(decoder, batch) / n_tokens)
-
-
-@torch.no_grad()
-def _held_out(decoder: Decoder, examples: list[Example]) -> float:
-    packed = best_fit(examples, MICRO_BATCH_TOKENS)
-    return sum(float(batch_loss(decoder, batch)) for batch in packed) / sum(batch.n_loss_tokens for batch in packed)
+        packed = run.pack(rows)
+        run.backward(packed)
+        torch.nn.utils.clip_grad_norm_(run.parameters, MAX_GRAD_NORM)
+        set_share(run.optimizer, share(number, settings["total"]))
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        turn.end(tokens=sum(map(len, rows)), flops=sum(_flops(run.decoder, batch) for batch in packed))
 
 
 def _named(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
@@ -85,21 +99,21 @@ def _load(named: dict[str, torch.nn.Parameter], adapter: str) -> dict[str, Any]:
     return {}
 
 
-def _gradients(decoder: Decoder, examples: list[Example], asked: dict[str, Any]) -> dict[str, Any]:
+def _gradients(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     """Gradients of the first batch, into the file `to`."""
-    _backward(decoder, best_fit(next(batches(examples, asked["batch"])), MICRO_BATCH_TOKENS))
-    grads = {name: parameter.grad for name, parameter in _named(decoder).items()}
+    run.backward(run.pack(next(batches(run.examples, asked["batch"]))))
+    grads = {name: parameter.grad for name, parameter in _named(run.decoder).items()}
     np.savez(asked["to"], **{name: grad.numpy() for name, grad in grads.items() if grad is not None})  # type: ignore[arg-type]
-    decoder.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=True)
     return {}
 
 
-def _profile(decoder: Decoder, examples: list[Example], asked: dict[str, Any]) -> dict[str, Any]:
+def _profile(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds that each operator of torch takes by itself in the first batch, the longest first."""
-    packed = best_fit(next(batches(examples, asked["batch"])), MICRO_BATCH_TOKENS)
+    packed = run.pack(next(batches(run.examples, asked["batch"])))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        _backward(decoder, packed)
-    decoder.zero_grad(set_to_none=True)
+        run.backward(packed)
+    run.optimizer.zero_grad(set_to_none=True)
     found = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     return dict(sorted(found.items(), key=lambda event: -event[1]))
 

@@ -20,9 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from edgelora.data.encode import Example
 from peers.channel import Turnstile
-from peers.data import ALPHA, RANK, batches, learning_rate, load
-
-MAX_GRAD_NORM = 1.0
+from peers.data import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK, batches, load, share
 
 
 def build(folder: Path, precision: str) -> Any:
@@ -40,7 +38,9 @@ def build(folder: Path, precision: str) -> Any:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model.config.use_cache = False
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, lora).train()
 
 
@@ -81,7 +81,7 @@ def main(settings: dict[str, Any], turn: Turnstile) -> None:
             loss = model(**collate(rows)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.param_groups[0]["lr"] = learning_rate(number, settings["total"])
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * share(number, settings["total"])
         optimizer.step()
         optimizer.zero_grad()
         turn.end(tokens=sum(map(len, rows)))

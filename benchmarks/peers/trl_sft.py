@@ -47,7 +47,7 @@ def main(settings: dict[str, Any], turn: Turnstile) -> None:
         output_dir=str(folder / "trl"), per_device_train_batch_size=settings["batch"], max_steps=ENDLESS,
         report_to="none", save_strategy="no", use_cpu=True,  # without a GPU it asks for this
     )  # fmt: skip
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Counted(
         model=str(folder / settings["model"]), args=config, train_dataset=dataset, peft_config=lora, callbacks=[Turns()]
     )
