@@ -211,7 +211,7 @@ def test_rows_come_back_as_they_were_encoded(base, tmp_path):
     encoder = Encoder(base)
     wanted = [e for found in encode_rows(path, encoder) for e in found.encoded.examples]
     data = load_examples([path], encoder)
-    assert (len(data), data.counts, data.unlearned, data.cuts) == (5, (5,), 0, [])
+    assert (len(data), data.counts, data.unlearned, data.cuts, data.cut) == (5, (5,), 0, [], Cut(0, 0, 0, 0))
     assert all(same(a, b) for a, b in zip(data, wanted, strict=True))
     assert data.lengths.tolist() == [len(e) for e in wanted]
     assert data.n_tokens == sum(map(len, wanted))
@@ -329,6 +329,7 @@ def test_long_rows_are_refused_by_their_places_or_cut(base, tmp_path):
     assert [(place.number, cut) for place, cut in data.cuts] == [
         (2, Cut(lengths[1], 40, 0, 1)), (3, Cut(lengths[2], 0, 0, 1)),
     ]  # fmt: skip
+    assert data.cut == Cut(lengths[1] + lengths[2], 40, 0, 2)
     assert data.unlearned == 1
     assert max(data.lengths) <= 40
     assert data.counts == (2 + -(-(lengths[3] - 1) // 39),)  # the document became several rows

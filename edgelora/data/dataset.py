@@ -21,6 +21,7 @@ from edgelora.data.store import IN_MEMORY_BYTES, Store
 from edgelora.errors import DataError
 
 MOST_LONG_ROWS_NAMED = 10
+NO_CUT = Cut(0, 0, 0, 0)
 
 
 Item = TypeVar("Item")
@@ -105,6 +106,13 @@ class Dataset(Generic[Item]):
         return int(self.lengths.sum())
 
     @property
+    def cut(self) -> Cut:
+        """What `cuts` come to, all together."""
+        return (
+            Cut(*(sum(column) for column in zip(*(cut for _, cut in self.cuts), strict=True))) if self.cuts else NO_CUT
+        )
+
+    @property
     def on_disk(self) -> bool:
         """Whether it was too large for memory."""
         return self._store.on_disk
@@ -133,7 +141,8 @@ class _Facts:
             self.labels.append(row.row.desirable)
         said = conversation_of(row.row)
         first = said.messages[0] if said is not None else None
-        self.systems.add(first.content if first is not None and first.role == "system" else None)
+        if len(self.systems) < 2:  # two are enough to know that they are not the same
+            self.systems.add(first.content if first is not None and first.role == "system" else None)
         self.single_turn &= said is not None and sum(m.role == "user" for m in said.messages) == 1
 
 

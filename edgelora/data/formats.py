@@ -66,7 +66,7 @@ def parse_completion(row: RawRow) -> Conversation:
 def parse_kto(row: RawRow) -> Rated:
     """`{"prompt", "completion", "label": true}`, as TRL has it."""
     if not isinstance(row["label"], bool):
-        raise ValueError("`label` is neither true nor false")
+        raise ValueError("`label` is neither true nor false (the format completion does without it)")
     return Rated(parse_completion(row), row["label"])
 
 

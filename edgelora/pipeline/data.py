@@ -86,7 +86,7 @@ def check_data(
                 shown.append(_shown(row, base))
             done += 1
             if done % TELL_EVERY == 0:
-                on_progress(Progress("check", done, 0))
+                on_progress(Progress("check", done, done))
     held_out = None
     if valid is not None:
         held_out = Tally(base.tokenizer)
