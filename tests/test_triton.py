@@ -195,14 +195,19 @@ def test_the_weights_of_a_model_multiply_on_their_device(how, monkeypatch):
     monkeypatch.setattr(triton_matmul, "_measure", lambda *_: most)
     monkeypatch.setattr(triton_matmul, "measured", {})
     draw = torch.Generator().manual_seed(0)
-    x, dy = torch.randn(20, 256, generator=draw), torch.randn(20, 64, generator=draw)
+    x, dy = torch.randn(20, 256, generator=draw).half(), torch.randn(20, 64, generator=draw).half()
     blocks = blocks_of(Type.Q4_K, 64, 256)
     for here in (GGUFBlocks(blocks, Type.Q4_K, 256), nf4_weight((64, 256))):
-        dense = here.dequantize().clone()
+        dense = here.dequantize(torch.float16).clone().float()
         there = DeviceBlocks(torch.from_numpy(blocks).to(DEVICE), Type.Q4_K, 256)
         there = there if isinstance(here, GGUFBlocks) else here.to(DEVICE)
-        torch.testing.assert_close(there.times_transposed(x.to(DEVICE)).cpu(), x @ dense.T, rtol=1e-5, atol=1e-3)
-        torch.testing.assert_close(there.times(dy.to(DEVICE)).cpu(), dy @ dense, rtol=1e-5, atol=1e-3)
+        for found, expected in [
+            (there.times_transposed(x.to(DEVICE)), x.float() @ dense.T),
+            (there.times(dy.to(DEVICE)), dy.float() @ dense),
+        ]:
+            close = {"rtol": 1e-3, "atol": 1e-4 * float(expected.abs().max())}
+            torch.testing.assert_close(found.cpu().float(), expected, **close)
+    assert {key[0] for key in triton_matmul.measured} == {"_times_transposed", "_times"}
 
 
 # -- which way
@@ -225,12 +230,14 @@ def test_a_shape_is_timed_once_and_never_for_many_tokens(monkeypatch):
     forward, backward = triton_matmul._times_transposed, triton_matmul._times
     weight = stored(blocks_of(Type.Q8_0, 8, 64), Type.Q8_0, 64)
 
-    def fused(kernel, n_tokens, how="auto"):
-        return triton_matmul._is_fused(kernel, torch.zeros(n_tokens, 64, device=DEVICE), weight, how)
+    def fused(kernel, n_tokens, how="auto", dtype=torch.bfloat16):
+        return triton_matmul._is_fused(kernel, torch.zeros(n_tokens, 64, dtype=dtype, device=DEVICE), weight, how)
 
     assert [fused(forward, n) for n in (257, 16, 17, 1, 0)] == [False, True, False, True, False]
     assert timed == [forward]
     assert fused(backward, 16)
+    assert timed == [forward, backward]
+    assert not fused(forward, 1, dtype=torch.float32)
     assert timed == [forward, backward]
     assert [fused(forward, 4096, how) for how in ("fused", "dense")] == [True, False]
     # a row of 77 weights ends within a group

@@ -121,7 +121,8 @@ def crossover(fused: Callable[[int], float], dense: Callable[[int], float]) -> C
 def _is_fused(kernel: Any, x: Tensor, weight: Stored, how: How) -> bool:
     if how == "dense" or weight.shape[1] % GROUP or not len(x):
         return False  # rows of NF4 need not be whole groups
-    if how == "fused" or len(x) > TRIED[-1]:
+    # float32 has no tensor cores that keep its precision: the kernel compiles to products that spill out of registers
+    if how == "fused" or len(x) > TRIED[-1] or x.dtype == torch.float32:
         return how == "fused"
     key = (kernel.__name__, weight.kind, weight.shape, x.dtype, x.device)
     if key not in measured:
