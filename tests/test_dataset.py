@@ -160,7 +160,7 @@ def test_truncation_cuts_inside_an_answer_only_where_the_first_does_not_fit(base
         found = Encoder(base, max_length, truncate=True).encode(LONG)
         if max_length <= answer:  # not even a word of the answer is left
             assert found.examples == ()
-            assert found.cut == Cut(whole, 0, 2, 1)
+            assert found.cut == Cut(whole, 0, 3, 0)
         else:
             assert same(found.examples[0], first[:max_length])
             assert found.cut == Cut(whole, max_length, 2, 1)
@@ -327,9 +327,9 @@ def test_long_rows_are_refused_by_their_places_or_cut(base, tmp_path):
     assert caught.value.fix == f"pass --max-length {max(lengths[:3])} or --truncate, or shorten these rows"
     data = load_examples([path], Encoder(base, 40, truncate=True))
     assert [(place.number, cut) for place, cut in data.cuts] == [
-        (2, Cut(lengths[1], 40, 0, 1)), (3, Cut(lengths[2], 0, 0, 1)),
+        (2, Cut(lengths[1], 40, 0, 1)), (3, Cut(lengths[2], 0, 1, 0)),
     ]  # fmt: skip
-    assert data.cut == Cut(lengths[1] + lengths[2], 40, 0, 2)
+    assert data.cut == Cut(lengths[1] + lengths[2], 40, 1, 1)
     assert data.unlearned == 1
     assert max(data.lengths) <= 40
     assert data.counts == (2 + -(-(lengths[3] - 1) // 39),)  # the document became several rows

@@ -98,7 +98,7 @@ def _lines(found: Checked) -> list[str]:
         f"format    {kinds}",
         f"rows      {c.rows:,}" + ("" if found.valid is None else f", held-out {found.valid.rows:,}"),
         f"tokens    {c.tokens:,}, of which {c.loss_share:.1%} are learned ({c.loss_tokens:,})",
-        f"answers   {count(c.one_token, 'answer')} of one token",
+        f"answers   {c.one_token:,} of one token",
         f"too long  {count(c.cut, 'row')} over {found.max_length:,} tokens"
         + (f": --truncate takes {count(c.lost_tokens, 'token')}, {count(c.lost_turns, 'whole answer')} "
            f"and the end of {c.lost_ends:,}" if c.cut else ""),

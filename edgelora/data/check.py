@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ class Check:
 
     formats: rows of each. tokens: before anything was cut. lengths (n_rows,): tokens of each row, both answers of a
     pair counted. cut, lost_tokens, lost_turns, lost_ends: rows that were (or would be) shortened to max_length, and
-    what they lost: tokens, whole answers, ends of answers. left_out: rows in which nothing is learned. duplicates,
-    special, empty: the first places of such rows; the counts are beside them.
+    what they lost: tokens, whole answers, ends of answers. left_out: rows in which nothing is learned. duplicates:
+    rows that are the same as an earlier one; overlap: those that are held out too. special, empty: rows with the text
+    of a special token, or with an empty answer. one_token: answers of one token, the end of the turn not counted.
     """
 
     formats: dict[str, int]
@@ -176,13 +178,15 @@ class Tally:
 
 
 def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]:
-    """(from, to, rows) of ranges of equal width over the lengths, each `from` ≤ length ≤ `to`."""
+    """(from, to, rows) of at most `bins` ranges over the lengths (n,), each `from` ≤ length ≤ `to`.
+
+    Each range is longer than the one before it by the same factor: rows are short, and a few are very long.
+    """
     if not len(lengths):
         return []
-    low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // bins))
-    counts = np.bincount((lengths - low) // width)
-    return [(low + i * width, low + (i + 1) * width - 1, int(n)) for i, n in enumerate(counts)]
+    edges = np.unique(np.rint(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1)).astype(np.int64))
+    counts = np.histogram(lengths, edges)[0]
+    return [(low, high - 1, n) for (low, high), n in zip(pairwise(edges.tolist()), counts.tolist(), strict=True)]
 
 
 def _digest(examples: Iterable[Example]) -> int:

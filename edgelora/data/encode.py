@@ -90,7 +90,7 @@ def encode_turns(
             why="the chat template leaves the assistant's words out of the prompt",
             fix="use a base whose template shows assistant messages",
         )
-    return _with_bos_example([i for i, _, _ in pieces], counts, tokenizer, group)
+    return _example([i for i, _, _ in pieces], counts, tokenizer, group)
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> Example:
@@ -101,7 +101,7 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> Example:
     ids = list(tokenizer.encode(document.text).ids)
     if tokenizer.eos_id is not None:
         ids.append(tokenizer.eos_id)
-    return _with_bos_example(ids, np.ones(len(ids), np.float32), tokenizer)
+    return _example(ids, np.ones(len(ids), np.float32), tokenizer)
 
 
 def encode_tokenized(row: Tokenized, tokenizer: Tokenizer) -> Example:
@@ -116,7 +116,7 @@ def encode_tokenized(row: Tokenized, tokenizer: Tokenizer) -> Example:
     return Example(ids, learned)
 
 
-def _with_bos_example(ids: list[int], counts: np.ndarray, tokenizer: Tokenizer, group: str | None = None) -> Example:
+def _example(ids: list[int], counts: np.ndarray, tokenizer: Tokenizer, group: str | None = None) -> Example:
     whole = _with_bos(ids, tokenizer)
     counts = np.concatenate([np.zeros(len(whole) - len(ids), np.float32), counts])
     learned = counts > 0

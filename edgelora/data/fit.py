@@ -32,7 +32,7 @@ class Speech(Protocol):
 class Cut(NamedTuple):
     """What a row lost. `kept` of `tokens` are left, 0 where nothing to learn was left and the row was left out.
 
-    `turns`: the assistant's turns that were left out whole; `ends`: answers that lost their end.
+    `turns`: the assistant's turns that were left out whole; `ends`: answers that lost only their end.
     """
 
     tokens: int
@@ -134,4 +134,4 @@ def _encoded(tokens: int, cut: Cut | None, *examples: Example) -> Encoded:
     """Without the examples, if one of them teaches nothing."""
     if all(e.n_loss_tokens for e in examples):
         return Encoded(examples, tokens, cut)
-    return Encoded((), tokens, None if cut is None else Cut(cut.tokens, 0, cut.turns, cut.ends))
+    return Encoded((), tokens, None if cut is None else Cut(cut.tokens, 0, cut.turns + cut.ends, 0))
