@@ -55,12 +55,14 @@ Sources = Annotated[
 class TrainConfig(BaseModel):
     """What `edgelora train` does. Unknown settings are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     base: Path
+    """The base model: a .gguf file, or a Hugging Face folder."""
     data: Sources = Field(min_length=1)
     """Rows to learn: files or folders, each with `:weight` behind it where they are mixed."""
     out: Path
+    """The folder that the adapter becomes. What belongs to the run stands beside it, in OUT.run."""
     valid: Path | None = None
     """Held-out rows: their loss is measured every `eval_every` steps and at the end."""
 
@@ -78,11 +80,15 @@ class TrainConfig(BaseModel):
 
     # -- the adapter
     method: Method = "lora"
+    """How the base is adapted: LoRA, rank-stabilised LoRA, LoRA+ (B learns faster) or DoRA."""
     rank: int | None = Field(None, ge=1, le=1024)
+    """Rank r of the adapter."""
     alpha: float | None = Field(None, gt=0)
+    """α: the adapter is scaled by α/r (rsLoRA: α/√r)."""
     target_modules: tuple[str, ...] = ()
     """The linear layers that are adapted, by the ends of their names (`q_proj`, `down_proj` …). Empty: all of them."""
     objective: Objective = "sft"
+    """What is minimised: SFT on answers, DPO, IPO or ORPO on pairs of them, KTO on rated ones."""
     beta: float = Field(0.1, gt=0)
     """DPO, IPO, KTO: how strongly the adapter is held to the base; ORPO: the weight of the odds ratio."""
 
@@ -90,29 +96,41 @@ class TrainConfig(BaseModel):
     learning_rate: float | None = Field(None, gt=0, lt=1)
     """At its peak. None: by the size of the base and the method (training/defaults.py has the sources)."""
     epochs: float = Field(2.0, gt=0)
+    """How often each row is seen."""
     max_steps: int | None = Field(None, ge=1)
+    """At most so many optimizer steps."""
     batch_rows: int = Field(8, ge=1)
     """Rows for each optimizer step; the loss is the mean over all their tokens to learn."""
     micro_batch_tokens: int | None = Field(None, ge=16)
     """Rows are packed into pieces of about this many tokens; memory grows with it, little else does. None: planned."""
     optimizer: Optimizer = "adamw"
+    """AdamW; paged 8-bit AdamW (CUDA); Adafactor, which keeps less; Lion."""
     weight_decay: float = Field(0.0, ge=0)
+    """How strongly the adapter's matrices are pulled towards zero."""
     beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
+    """How much of the mean gradient each step keeps."""
+    beta2: float | None = Field(None, ge=0, lt=1)
+    """None: each optimizer's own, 0.999 for AdamW and 0.99 for Lion."""
     loraplus_ratio: float = Field(16.0, ge=1)
     """LoRA+: how much higher the learning rate of B is than that of A."""
     schedule: Schedule = "linear"
+    """How the learning rate falls behind the warm-up."""
     warmup_steps: int = Field(10, ge=0)
+    """Steps over which the learning rate rises; at most half of the run."""
     decay_share: float = Field(0.2, gt=0, le=1)
     """WSD: the share of the steps over which the learning rate falls at the end."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Longer gradients are cut to this."""
     neftune_alpha: float = Field(0.0, ge=0)
+    """NEFTune: noise on the embeddings while training (5 is usual); 0 for none."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """The share of each target that is spread over the whole vocabulary."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """The adapter that is kept is the moving average of the trained one, where this is above 0."""
 
     # -- the machine
     device: str = "auto"
+    """Where training runs: auto, cpu, cuda or mps."""
     dtype: Literal["auto", "f32", "bf16"] = "auto"
     """The number format of matrix products. Residual stream, norms and adapters are float32 always."""
     base_dtype: BaseDtype = "auto"
@@ -137,6 +155,10 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the last checkpoints are kept beside the best."""
     tensorboard: bool = False
+    """Write TensorBoard's event files too (extra `tensorboard`)."""
     seed: int = Field(0, ge=0)
+    """Same seed, data and machine: same adapter, bit for bit (CPU)."""
     resume: bool = False
+    """Go on with the run that was begun at --out, exactly where it was."""
     overwrite: bool = False
+    """Replace what stands at --out."""

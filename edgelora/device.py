@@ -8,8 +8,13 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from edgelora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,22 +25,68 @@ class Choice:
     why: str
 
 
-def choose_device() -> Choice:
-    """Where training runs. This version computes on the CPU only and says so when a GPU is there."""
+def choose_device(asked: str = "auto") -> Choice:
+    """Where training runs: `cpu`, `cuda` or `mps`. Raises ConfigError for a device that is not here."""
     import torch
 
-    if torch.cuda.is_available():
-        return Choice(
-            "cpu", f"{torch.cuda.get_device_name()} is there, but block kernels are written for the CPU so far"
-        )
-    if torch.backends.mps.is_available():
-        return Choice("cpu", "an Apple GPU is there, but block kernels are written for the CPU so far")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if asked != "auto":
+        if not there.get(asked.partition(":")[0], False):
+            raise ConfigError(
+                what=f"--device {asked}: there is none that torch can use",
+                why=f"torch {torch.__version__} sees {', '.join(name for name, is_there in there.items() if is_there)}",
+                fix="leave --device out, or install the build of torch for it (make quickstart TORCH=default)",
+            )
+        return Choice(asked, "asked for")
+    if there["cuda"]:
+        return Choice("cuda", torch.cuda.get_device_name())
+    if there["mps"]:
+        return Choice("cpu", "an Apple GPU is there, but training on one was never measured: --device mps tries it")
     return Choice("cpu", "no GPU that torch can use")
 
 
-def choose_dtype() -> Choice:
-    """The number format of matrix products in training."""
-    return Choice("float32", "the training step is written for float32 so far; bfloat16 would be less precise")
+def choose_dtype(asked: str = "auto", device: str = "cpu") -> Choice:
+    """The number format of matrix products: `bf16` where the hardware multiplies it faster than `f32`."""
+    import torch
+
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    if device.startswith("cuda"):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Choice("bf16", "this GPU has it") if fast else Choice("f32", "this GPU has no bfloat16")
+    flags = processor_flags() & {"amx_bf16", "avx512_bf16"} if device == "cpu" else set()
+    if flags:
+        return Choice("bf16", f"this CPU multiplies it twice as fast ({', '.join(sorted(flags))})")
+    return Choice("f32", "bfloat16 would be slower here and less precise")
+
+
+def choose_products(device: str = "cpu") -> Choice:
+    """Whose float32 products are used on a CPU: MKL's (`highest` to torch), or oneDNN's (`medium`)."""
+    if device != "cpu" or "AuthenticAMD" not in _cpuinfo("vendor_id"):
+        return Choice("highest", "torch's own choice")
+    # `medium` would allow AMX to round to bfloat16; AMD's CPUs have none, and oneDNN then computes in full float32
+    return Choice("medium", "MKL takes a slow path on AMD's CPUs: oneDNN's float32 products are twice as fast there")
+
+
+@contextmanager
+def computing(products: Choice, threads: int) -> Iterator[None]:
+    """torch with these settings, and afterwards with those it had."""
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision(products.value)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
+
+
+def compute_threads() -> int:
+    """How many threads torch gets: one for each core, or what OMP_NUM_THREADS says."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(asked)) if asked.isdigit() else physical_cores()
 
 
 def physical_cores() -> int:
@@ -89,10 +140,23 @@ def _output(*command: str) -> str:
 
 def processor_name() -> str:
     """The CPU's name for reports."""
+    return (
+        _cpuinfo("model name")
+        or _output("sysctl", "-n", "machdep.cpu.brand_string")
+        or platform.processor()
+        or platform.machine()
+    )
+
+
+def processor_flags() -> set[str]:
+    """What Linux says this CPU can do; empty elsewhere."""
+    return set(_cpuinfo("flags").split())
+
+
+@cache
+def _cpuinfo(key: str) -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or platform.machine()
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.partition("\t")[0].strip() == key), "")

@@ -82,6 +82,13 @@ class Smoothed:
     def value(self) -> float | None:
         return self._sum / self._weight if self._weight else None
 
+    def state(self) -> list[str]:
+        """Its numbers to the last bit, for `restore`."""
+        return [self._sum.hex(), self._weight.hex()]
+
+    def restore(self, state: list[str]) -> None:
+        self._sum, self._weight = (float.fromhex(number) for number in state)
+
     def add(self, loss: float | None) -> float | None:
         """Count one more loss; returns the new average."""
         if loss is not None and math.isfinite(loss):

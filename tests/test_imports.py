@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
-        "peft", "base", "nn", "data", "files", "device", "versions", "config", "progress", "errors",
+        "peft", "base", "nn", "architectures", "data", "files", "invocation", "device", "versions", "config",
+        "progress", "errors",
     },
     "peft": {"nn", "architectures", "files", "errors"},
     "base": {"nn", "architectures", "data", "files", "device", "errors"},
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "child": {"progress", "errors"},
     "home": {"errors"},
     "invocation": set(),
-    "device": set(),
+    "device": {"errors"},
     "versions": set(),
     "config": set(),
     "progress": set(),

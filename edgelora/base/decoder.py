@@ -10,12 +10,13 @@ from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder, Frozen
 
 
-def build_decoder(base: Base, base_dtype: str = "blocks", compute: torch.dtype = torch.float32) -> Decoder:
-    """A decoder over the weights of `base`, held as `base_dtype` (see `base/hold.py`), tensor by tensor.
+def build_decoder(
+    base: Base, base_dtype: str = "blocks", compute: torch.dtype = torch.float32, device: str = "cpu"
+) -> Decoder:
+    """A decoder over the weights of `base`, held as `base_dtype` (see `base/hold.py`), tensor by tensor on `device`.
 
-    Its matrix products are computed in `compute`.
-
-    With `blocks`, only rotary projections of a GGUF are copied (their rows move), the rest is mapped.
+    Its matrix products are computed in `compute`. With `blocks`, only rotary projections of a GGUF are copied (their
+    rows move), the rest is mapped.
     """
     shapes = tensor_shapes(base.architecture, base.config, base.biased)
     experts = base.architecture.experts
@@ -23,12 +24,12 @@ def build_decoder(base: Base, base_dtype: str = "blocks", compute: torch.dtype =
     matrices, vectors = {}, {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            vectors[name] = torch.from_numpy(base.tensors.vector(name).copy())
+            vectors[name] = torch.from_numpy(base.tensors.vector(name).copy()).to(device)
         elif name not in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
             how = "f32" if router is not None and name.endswith(router) else base_dtype
-            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), how)
+            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), how).to(device)
     # the vocabulary's rows are looked up or multiplied a slice at a time, from where they are stored
-    embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks")
+    embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks").to(device)
     tied = base.config.tie_word_embeddings
-    head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks")
+    head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks").to(device)
     return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head, compute))

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from edgelora.cli import evaluate, export, inspect, look, tokenize, train
+from edgelora.cli import data, evaluate, export, inspect, look, tokenize, train
 from edgelora.cli.chat import chat
 from edgelora.cli.convert import convert
 from edgelora.cli.state import state
@@ -31,6 +31,7 @@ app.command(name="eval")(evaluate.evaluate)
 app.command()(chat)
 app.command()(inspect.inspect)
 app.command()(tokenize.tokenize)
+app.add_typer(data.app, name="data")
 app.command()(look.doctor)
 
 
@@ -52,6 +53,6 @@ def run(arguments: list[str] | None = None) -> int:
     except EdgeloraError as e:
         if state.debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"{e}" if e.exit_code > 128 else f"error: {e}", file=sys.stderr)
         return e.exit_code
     return 0

@@ -4,78 +4,83 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
-from edgelora.cli.arguments import Base, Json, Out, Overwrite
+from edgelora.cli.arguments import Json
+from edgelora.cli.options import as_toml, settled, with_options
 from edgelora.config import TrainConfig
-from edgelora.errors import ConfigError
 
-DEFAULT: dict[str, Any] = {name: field.default for name, field in TrainConfig.model_fields.items()}
+if TYPE_CHECKING:
+    from edgelora.cli.display import Display, JsonLines
+    from edgelora.training.run import Run
+
+PANELS = {
+    "out": "The run", "data_format": "Data", "method": "Adapter", "learning_rate": "Step", "device": "Machine",
+    "eval_every": "While it runs",
+}  # fmt: skip
 
 
+@with_options(TrainConfig, skip={"base", "data"}, panels=PANELS)
 def train(
-    base: Base,
-    data: Annotated[Path, typer.Argument(help="Rows to learn: JSONL, a conversation a line.", show_default=False)],
-    out: Out,
-    valid: Annotated[Path | None, typer.Option(help="Held-out rows whose loss is measured at the end.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank r of the adapter.")] = DEFAULT["rank"],
-    alpha: Annotated[float | None, typer.Option(help="α: the adapter is scaled by α/r.")] = DEFAULT["alpha"],
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = DEFAULT["learning_rate"],
-    epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = DEFAULT["epochs"],
-    batch_rows: Annotated[int, typer.Option(help="Rows for each optimizer step.")] = DEFAULT["batch_rows"],
-    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens computed at once; decides the memory.")] = DEFAULT[
-        "micro_batch_tokens"
-    ],
-    max_length: Annotated[int | None, typer.Option(help="The longest row allowed, in tokens.")] = DEFAULT["max_length"],
-    base_dtype: Annotated[
-        str, typer.Option(help="How the base is held: auto, blocks (as stored), nf4, bf16, f32, q4_k …")
-    ] = DEFAULT["base_dtype"],
-    chat_template: Annotated[
-        str | None, typer.Option(help="For a base without one: chatml, or a Jinja file.", show_default=False)
+    base: Annotated[
+        Path | None, typer.Argument(help="The base model: a .gguf file, or a Hugging Face folder.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, data and machine: same adapter.")] = DEFAULT["seed"],
-    overwrite: Overwrite = False,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Rows to learn: files or folders, FILE:0.5 to mix.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings in a TOML file; options override them.", show_default=False)
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML and stop.")] = False,
     as_json: Json = False,
+    **settings: Any,
 ) -> None:
-    """Train a LoRA adapter over a GGUF file or a Hugging Face checkpoint, on the assistant's words only.
+    """Train an adapter over a GGUF file or a Hugging Face checkpoint, on the assistant's words only.
 
     Example: `edgelora train base.gguf rows.jsonl --out adapters/mine`
     """
-    from edgelora.cli.display import Display
-    from edgelora.invocation import command
+    from edgelora.cli.display import listener
 
-    with Display() as display:
-        config = _config({
-            "base": base, "data": data, "out": out, "valid": valid, "rank": rank, "alpha": alpha,
-            "learning_rate": learning_rate, "epochs": epochs, "batch_rows": batch_rows,
-            "micro_batch_tokens": micro_batch_tokens, "max_length": max_length, "base_dtype": base_dtype,
-            "chat_template": chat_template, "seed": seed, "overwrite": overwrite,
-        })  # fmt: skip
+    asked = settled(TrainConfig, config, {"base": base, "data": data, **settings})
+    if print_config:
+        print(as_toml(asked))
+        return
+    with listener(as_json) as display:
         from edgelora.training.run import run_training
 
-        run = run_training(config, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"))
-        held = "" if run.result.held_out_loss is None else f", held-out loss {run.result.held_out_loss:.4f}"
-        display.say(
-            f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
-            f"{run.result.tokens_per_s:.0f} tokens/s, peak memory {run.peak_bytes / 1e6:.0f} MB{held}"
+        run = run_training(
+            asked, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"), display.note
         )
-        display.say("next: " + command("export", base, run.out, "--out", Path(f"{run.out}.gguf")))
+        tell(run, asked, display)
     if as_json:
-        result = run.result
-        print(json.dumps({
-            "out": str(run.out), "steps": run.n_steps, "rows": run.n_rows, "seconds": run.seconds,
-            "tokens_per_s": result.tokens_per_s, "peak_bytes": run.peak_bytes, "last_loss": result.losses[-1],
-            "held_out_loss": result.held_out_loss, "skipped_steps": result.skipped_steps,
-        }))  # fmt: skip
+        print(json.dumps(summary(run)))
 
 
-def _config(settings: dict[str, object]) -> TrainConfig:
-    """A TrainConfig, or a ConfigError that names every setting that cannot be."""
-    try:
-        return TrainConfig.model_validate(settings)
-    except ValidationError as e:
-        faults = "; ".join(f"--{str(f['loc'][0]).replace('_', '-')}: {f['msg']}" for f in e.errors())
-        raise ConfigError(faults, "these settings cannot train anything", "see `edgelora train --help`") from e
+def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
+    """The result in a line or two, and what to type next."""
+    from edgelora.invocation import command
+
+    held = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.4f}"
+    display.say(
+        f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
+        f"{run.tokens_per_s:.0f} tokens/s, peak memory {run.peak_bytes / 1e6:.0f} MB{held}"
+    )
+    if run.step != run.n_steps:
+        display.note(f"it is the adapter of step {run.step}, whose held-out loss was the lowest")
+    if config.method == "dora":
+        display.say("next: " + command("merge", config.base, "--adapter", run.out, "--out", Path(f"{run.out}.gguf")))
+    else:
+        display.say("next: " + command("export", config.base, run.out, "--out", Path(f"{run.out}.gguf")))
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """For --json."""
+    last = run.losses[-1] if run.losses else None
+    return {
+        "out": str(run.out), "folder": str(run.folder), "steps": run.n_steps, "adapter_of_step": run.step,
+        "rows": run.n_rows, "seconds": run.seconds, "tokens_per_s": run.tokens_per_s, "peak_bytes": run.peak_bytes,
+        "last_loss": last if last == last else None, "held_out_loss": run.held_out_loss,
+        "skipped_steps": run.skipped_steps,
+    }  # fmt: skip

@@ -16,6 +16,10 @@ class Weight(Protocol):
     shape: tuple[int, int]
     size_bytes: int
 
+    def to(self, device: torch.device | str) -> Weight:
+        """The same in the memory of `device`."""
+        ...
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(d_out, d_in). May lie in a scratch buffer that the next call on this thread overwrites."""
         ...

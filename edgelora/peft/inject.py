@@ -94,11 +94,13 @@ def _delta(pair: LoraPair, weight: Weight) -> Delta:
 def without_adapter(decoder: Decoder) -> Iterator[None]:
     """In here every linear layer is the frozen one: the reference of a preference loss needs no second model."""
     linears = list(decoder.linears.values())
-    deltas = [linear.delta for linear in linears]
+    deltas, noise = [linear.delta for linear in linears], decoder.noise
     try:
+        decoder.noise = None
         for linear in linears:
             linear.delta = None
         yield
     finally:
+        decoder.noise = noise
         for linear, delta in zip(linears, deltas, strict=True):
             linear.delta = delta

@@ -1,114 +1,246 @@
-"""The training loop: packed micro-batches → gradients → AdamW. Knows no files: it takes examples and a decoder."""
+"""The training loop: rows → micro-batches → gradients → a step, measured and kept now and then. Knows no files."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from edgelora.config import TrainConfig
-from edgelora.data.encode import Example
-from edgelora.data.pack import IGNORE, Batch, best_fit, n_steps, steps
+from edgelora.data.order import Order
+from edgelora.data.pack import Batch
 from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
-from edgelora.progress import OnProgress, Pace, Progress, silent
+from edgelora.progress import Pace, Progress, Sample
+from edgelora.training.neftune import neftune
+from edgelora.training.objectives.objective import Objective, held_out, mean_losses
+from edgelora.training.optim import set_share
+from edgelora.training.schedule import share_at
+from edgelora.training.state import Best, State
+from edgelora.training.world import Alone, World
 
 MAX_BAD_STEPS = 3
+SAVE_EVERY_S = 600.0  # also in the midst of a step, whose micro-batches may take longer than this
+SAVE_EVERY_STEPS = 100
+MEASUREMENTS = 10  # of the held-out loss in a run, beside that of the base
+
+
+class Numbered(Protocol):
+    """Rows by their numbers: a `Dataset`, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a run learned: the loss of each step (mean over its tokens), and how many steps were not finite."""
+class Job:
+    """What is trained on what: rows by their numbers, the order in which they are seen, and rows held out.
 
-    losses: list[float]
-    held_out_loss: float | None
-    skipped_steps: int
-    tokens_per_s: float
-
-
-def batch_loss(decoder: Decoder, batch: Batch) -> torch.Tensor:
-    """Sum of −log p over the tokens of `batch` that are learned."""
-    ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
-    hidden = decoder(ids, positions, list(batch.segment_starts), batch.prefix)
-    labels = torch.from_numpy(batch.labels)
-    learned = labels != IGNORE
-    return decoder.nll(hidden[learned], labels[learned]).sum()
-
-
-@torch.no_grad()
-def held_out_loss(decoder: Decoder, examples: Sequence[Example], max_tokens: int) -> float:
-    """Mean −log p over all answer tokens of `examples`, in nats."""
-    batches = best_fit(examples, max_tokens)
-    total = sum(float(batch_loss(decoder, b)) for b in batches)
-    return total / sum(b.n_loss_tokens for b in batches)
-
-
-def learning_rate_at(step: int, total: int, warmup: int) -> float:
-    """The share of the peak learning rate at `step` (from 0): linear up over `warmup`, then linear down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def train(
-    decoder: Decoder,
-    parameters: list[torch.nn.Parameter],
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    config: TrainConfig,
-    on_progress: OnProgress = silent,
-    peak_bytes: Callable[[], int | None] = lambda: None,
-) -> Result:
-    """Train `parameters` of `decoder` in place. Deterministic on CPU under config.seed.
-
-    A step whose loss or gradient is not finite is skipped and counted; MAX_BAD_STEPS in a row stop the run.
+    config: rank, learning_rate, micro_batch_tokens … must have been chosen. `sampler` answers a few fixed prompts.
     """
-    total = n_steps(len(examples), config.batch_rows, config.epochs)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=True)
-    warmup = min(config.warmup_steps, total // 2)
-    pace, losses, skipped, in_a_row = Pace(total), [], 0, 0
-    plan = steps(examples, config.batch_rows, config.micro_batch_tokens, config.epochs, config.seed)
-    speed = 0.0
-    for number, batches in enumerate(plan):
-        rate = config.learning_rate * learning_rate_at(number, total, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _accumulate(decoder, batches)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if torch.isfinite(norm) and math.isfinite(loss):
-            optimizer.step()
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
-        if in_a_row == MAX_BAD_STEPS:
-            raise not_finite(f"in {in_a_row} steps in a row (step {number + 1})", config.learning_rate)
-        losses.append(loss)
-        speed, eta = pace.step(sum(b.n_tokens for b in batches))
-        on_progress(Progress(
-            "train", number + 1, total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
-            peak_bytes=peak_bytes(),
-        ))  # fmt: skip
-    final = held_out_loss(decoder, held_out, config.micro_batch_tokens) if held_out else None
-    return Result(losses, final, skipped, speed)
+
+    decoder: Decoder
+    objective: Objective[Any]
+    rows: Numbered
+    order: Order
+    config: TrainConfig
+    held_out: Numbered = ()
+    sampler: Callable[[Decoder], tuple[Sample, ...]] | None = None
+    world: World = field(default_factory=Alone)
+
+    @property
+    def total(self) -> int:
+        return self.order.n_steps(self.config.epochs, self.config.max_steps)
+
+    @property
+    def eval_every(self) -> int:
+        return self.config.eval_every or max(1, math.ceil(self.total / MEASUREMENTS))
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step: the same whenever it is asked for."""
+        assert self.config.micro_batch_tokens is not None
+        return self.objective.pack([self.rows[i] for i in self.order.rows(step)], self.config.micro_batch_tokens)
 
 
-def not_finite(when: str, learning_rate: float) -> EdgeloraError:
+class Watch(Protocol):
+    """Who is told of a run while it goes on, keeps its checkpoints, and may ask it to stop."""
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None: ...
+
+    def save(self, state: State) -> None: ...
+
+    def asked_to_stop(self) -> bool: ...
+
+    def peak_bytes(self) -> int | None: ...
+
+
+def train(job: Job, state: State, watch: Watch) -> bool:
+    """Train from where `state` is to the end; returns whether it came there (False: asked to stop, and saved).
+
+    A step whose loss or gradient is not finite is skipped and counted; MAX_BAD_STEPS in a row end the run with an
+    error, the last good state saved. Deterministic on the CPU under config.seed, wherever it was stopped and resumed.
+    """
+    clock, pace = _Clock(state), Pace(job.total, state.step)
+    if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
+        with pace.aside():
+            _tell_of_the_base(job, state, watch, clock)
+    while state.step < job.total:
+        batches = job.world.share(job.batches(state.step))
+        for _ in _accumulate(job, state, batches):
+            if clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
+                with pace.aside():
+                    clock.save(watch, state)
+        loss, norm, rate = _update(job, state)
+        tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
+        speed, eta = pace.step(tokens)
+        with pace.aside():
+            measured = _measure(job, state, state.step)
+        watch.stepped(
+            Progress(
+                "train", state.step, job.total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
+                peak_bytes=watch.peak_bytes(), epoch=job.order.epoch_at(state.step),
+                smoothed_loss=state.smoothed.add(loss), grad_norm=norm, skipped_steps=state.skipped, **measured,
+            ),
+            tokens, clock.now(),
+        )  # fmt: skip
+        if state.in_a_row == MAX_BAD_STEPS:
+            clock.save(watch, state)
+            raise not_finite(f"in {state.in_a_row} steps in a row (step {state.step})", job.config.learning_rate)
+        stop = job.world.any(watch.asked_to_stop())
+        enough = job.config.patience is not None and state.stale >= job.config.patience
+        if stop or enough or state.step == job.total or _is_due(job, state.step, clock):
+            with pace.aside():
+                clock.save(watch, state)
+        if enough:
+            return True
+        if stop and state.step < job.total:
+            return False
+    return True
+
+
+def not_finite(when: str, learning_rate: float | None) -> EdgeloraError:
     return EdgeloraError(
         what=f"the loss was not a finite number {when}",
         why="the learning rate is too high for this model, or the base holds broken weights",
-        fix=f"try --learning-rate {learning_rate / 5:g}",
+        fix=f"try --learning-rate {(learning_rate or 0) / 5:g}",
     )
 
 
-def _accumulate(decoder: Decoder, batches: Sequence[Batch]) -> float:
-    """Add up the gradients of all micro-batches; every learned token of the step weighs the same."""
-    n_tokens = sum(b.n_loss_tokens for b in batches)
-    total = 0.0
-    for batch in batches:
-        loss = batch_loss(decoder, batch) / n_tokens
-        loss.backward()
-        total += float(loss.detach())
-    return total
+class _Clock:
+    """The seconds of the run, those of earlier processes included, and how long ago it was saved."""
+
+    def __init__(self, state: State) -> None:
+        self._before, self._start = state.seconds, time.perf_counter()
+        self._saved = self._start
+
+    def now(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def since_save(self) -> float:
+        return time.perf_counter() - self._saved
+
+    def save(self, watch: Watch, state: State) -> None:
+        state.seconds = self.now()
+        watch.save(state)
+        self._saved = time.perf_counter()
+
+
+def _is_due(job: Job, step: int, clock: _Clock) -> bool:
+    """Whether a checkpoint is: at every measurement too, so that the best one can be kept."""
+    every = job.config.save_every
+    if every is not None and step % every == 0:
+        return True
+    measured = bool(job.held_out) and step % job.eval_every == 0
+    return measured or clock.since_save() > SAVE_EVERY_S or (every is None and step % SAVE_EVERY_STEPS == 0)
+
+
+def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iterator[None]:
+    """Add up the gradients of the micro-batches that `state` has not seen; yields after each of them."""
+    losses = mean_losses(job.objective, job.decoder, batches, job.config, job.world.sum, first=state.micro)
+    while True:
+        with _noise(job, state):
+            scored = next(losses, None)
+            if scored is None:
+                return
+            torch.autograd.backward(scored.loss)
+        state.partial += float(scored.loss.detach())
+        state.micro += 1
+        yield
+
+
+@contextmanager
+def _noise(job: Job, state: State) -> Iterator[None]:
+    """NEFTune's noise on the embeddings, while something is learned from them and only then."""
+    alpha = job.config.neftune_alpha
+    job.decoder.noise = partial(neftune, alpha=alpha, generator=state.noise) if alpha else None
+    try:
+        yield
+    finally:
+        job.decoder.noise = None
+
+
+def _update(job: Job, state: State) -> tuple[float, float, float]:
+    """The optimizer's step over the summed gradients → the loss of the step, the gradient's norm, the learning rate."""
+    config, parameters = job.config, list(state.parameters.values())
+    assert config.learning_rate is not None
+    share = share_at(config.schedule, state.step, job.total, config.warmup_steps, config.decay_share)
+    set_share(state.optimizer, share)
+    job.world.sum_gradients(parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    (loss,) = job.world.sum([state.partial])
+    if math.isfinite(norm) and math.isfinite(loss):
+        state.optimizer.step()
+        state.in_a_row = 0
+        if state.ema:
+            state.ema.update()
+    else:
+        state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step, state.micro, state.partial = state.step + 1, 0, 0.0
+    return loss, norm, share * config.learning_rate
+
+
+def averaged(state: State) -> AbstractContextManager[None]:
+    """In here the parameters are what is kept: their moving average, where there is one."""
+    return nullcontext() if state.ema is None or not state.ema.steps else state.ema.swapped()
+
+
+def held_out_loss(job: Job, state: State) -> float:
+    """The objective's mean loss over the rows held out; for answers mean −log p in nats."""
+    assert job.config.micro_batch_tokens is not None
+    rows = [job.held_out[i] for i in range(len(job.held_out))]
+    with averaged(state):
+        return held_out(job.objective, job.decoder, rows, job.config, job.config.micro_batch_tokens)[0]
+
+
+def _measure(job: Job, state: State, step: int) -> dict[str, Any]:
+    """The held-out loss and the answers to the fixed prompts, if their time has come."""
+    if step % job.eval_every and step != job.total:
+        return {}
+    measured: dict[str, Any] = {}
+    if len(job.held_out):
+        loss = held_out_loss(job, state)
+        is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
+        state.stale = 0 if is_best else state.stale + 1
+        if is_best:
+            state.best = Best(step, loss)
+        measured |= {"held_out_loss": loss, "best": is_best}
+    if job.sampler is not None:
+        with averaged(state):
+            measured["samples"] = job.sampler(job.decoder)
+    return measured
+
+
+def _tell_of_the_base(job: Job, state: State, watch: Watch, clock: _Clock) -> None:
+    """Before the first step: what there is to improve on. Not a candidate for the best."""
+    measured = _measure(job, state, 0)
+    state.best, state.stale = None, 0
+    if measured:
+        watch.stepped(Progress("train", 0, job.total, epoch=0.0, **measured), 0, clock.now())

@@ -3,137 +3,246 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from edgelora.base.decoder import build_decoder
-from edgelora.base.hold import choose_base_dtype
+from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
-from edgelora.data.conversation import Conversation, common_system, read_conversations
-from edgelora.data.encode import Example, encode_all
-from edgelora.device import Choice, choose_device, choose_dtype, free_memory_bytes, peak_memory_bytes, physical_cores
-from edgelora.files.contract import Contract, sha256_file
+from edgelora.data.order import Order
+from edgelora.device import Choice, compute_threads, computing, peak_memory_bytes
+from edgelora.errors import ConfigError
+from edgelora.files.atomic import require_space
+from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
-from edgelora.peft.inject import collect, inject
+from edgelora.peft.inject import adapter_config, collect, inject
 from edgelora.progress import OnProgress, silent
-from edgelora.training.loop import Result, not_finite, train
-from edgelora.versions import versions
+from edgelora.training.certified import contract_of
+from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
+from edgelora.training.folder import RunFolder
+from edgelora.training.interrupt import Stopped, interruptible
+from edgelora.training.loop import Job, averaged, not_finite, train
+from edgelora.training.metrics import Metrics
+from edgelora.training.objectives import objective_of
+from edgelora.training.recorder import Recorder
+from edgelora.training.resume import Earlier, earlier_run, settings
+from edgelora.training.rows import Rows, load_rows
+from edgelora.training.sample import Sampler
+from edgelora.training.settle import settle
+from edgelora.training.state import State
+from edgelora.versions import revision, versions
+
+COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run ended in."""
+    """What a run ended in: the adapter, and what it measured on the way.
+
+    step: whose adapter it is. losses: of each step, mean over what it learned. seconds and peak_bytes: of this process.
+    """
 
     out: Path
-    result: Result
+    folder: Path
+    step: int
+    losses: list[float]
+    held_out_loss: float | None
+    skipped_steps: int
+    tokens_per_s: float
     choices: dict[str, Choice]
     n_rows: int
-    n_steps: int
     seconds: float
     peak_bytes: int
 
+    @property
+    def n_steps(self) -> int:
+        return len(self.losses)
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """Who hears of a run: `on_choice` what was chosen and why, before the first step; `on_note` what is odd."""
+
+    on_progress: OnProgress = silent
+    on_choice: Callable[[str, Choice], None] = lambda *_: None
+    on_note: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run before its first step: everything that could be refused was."""
+
+    asked: TrainConfig
+    config: TrainConfig
+    base: Base
+    rows: Rows
+    choices: dict[str, Choice]
+    digests: dict[str, str]
+    earlier: Earlier | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
 
 def run_training(
-    config: TrainConfig, on_progress: OnProgress = silent, on_choice: Callable[[str, Choice], None] = lambda *_: None
+    config: TrainConfig,
+    on_progress: OnProgress = silent,
+    on_choice: Callable[[str, Choice], None] = lambda *_: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Run:
-    """Train and write the adapter to config.out (PEFT's format and `edgelora.json`).
+    """Train and write the adapter to config.out (PEFT's format and `edgelora.json`), the run's own files beside it.
 
-    `on_choice` hears what was chosen and why, before the first step.
-
-    Raises EdgeloraError for every fault of the input before the first step; writes nothing unless the run ends well.
+    Raises EdgeloraError for every fault of the input before the first step. Asked to stop (Ctrl-C, SIGTERM), it ends
+    the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. The adapter's folder stands
+    only when the run has ended well.
     """
-    started = time.perf_counter()
-    config = _resolved(config)
-    refuse_to_write(config.out, config.overwrite)
-    base = open_base(config.base)
-    if config.chat_template is not None:
-        base = base.with_template(config.chat_template)
-    data = config.data[0].path
-    data_sha256 = sha256_file(data) if data.is_file() else ""
-    rows = read_conversations(data)
-    examples = _encode(rows, base, config)
-    held_out = _encode(read_conversations(config.valid), base, config) if config.valid else []
-    choices = {
-        "device": choose_device(),
-        "dtype": choose_dtype(),
-        "base_dtype": choose_base_dtype(config.base_dtype, base, free_memory_bytes()),
-    }
-    for name, choice in choices.items():
-        on_choice(name, choice)
-    torch.set_num_threads(physical_cores())
-    decoder = build_decoder(base, choices["base_dtype"].value)
-    parameters = inject(decoder, config.method, config.rank, config.alpha, config.seed)
-    result = train(decoder, parameters, examples, held_out, config, on_progress, peak_memory_bytes)
-    if result.skipped_steps == len(result.losses):
-        raise not_finite("in any step", config.learning_rate)
-    run = Run(
-        config.out, result, choices, len(examples), len(result.losses), time.perf_counter() - started,
-        peak_memory_bytes(),
-    )  # fmt: skip
-    contract = _contract(config, base, run, data_sha256, rows)
-    adapter = Adapter(peft_config(config, base, decoder.linears), collect(decoder), contract)
-    write_adapter(config.out, adapter, overwrite=config.overwrite)
+    started, folder = time.perf_counter(), RunFolder(config.out)
+    heard = Listeners(on_progress, on_choice, on_note)
+    ready = _make_ready(config, folder, heard)
+    with folder.held(ready.asked), computing(ready.choices["products"], compute_threads()), _explained(ready.config):
+        job, state = _build(ready)
+        _require_space(folder, state, ready.config)
+        if ready.earlier is not None:
+            state.restore(ready.earlier.snapshot)
+        folder.write_facts(ready.facts)
+        title = f"{ready.base.path.name} · {config.method} r {ready.config.rank} · {ready.config.data[0].path.name}"
+        after = None if ready.earlier is None else state.step
+        with Recorder(folder, ready.config, ready.facts, title, after) as recorder, interruptible() as interrupt:
+            recorder.on_progress, recorder.interrupt = heard.on_progress, interrupt
+            whole = train(job, state, recorder)
+            if not whole:
+                recorder.draw()
+                raise _stopped(ready.asked, state, job.total, interrupt.exit_code, interrupt.asked)
+            metrics = recorder.metrics()
+            if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
+                raise not_finite("in any step", ready.config.learning_rate)
+            run = _keep(ready, job, state, folder, metrics, started)
+            recorder.draw()
+    folder.write_facts({**ready.facts, "result": _result(run)})
     return run
 
 
-def _resolved(config: TrainConfig) -> TrainConfig:
-    """Every setting that was left to us, chosen."""
-    chosen = {"rank": 16, "alpha": 32.0, "learning_rate": 1e-3, "micro_batch_tokens": 768, "max_length": 1024}
-    return config.model_copy(update={name: value for name, value in chosen.items() if getattr(config, name) is None})
-
-
-def _encode(rows: Sequence[Conversation], base: Base, config: TrainConfig) -> list[Example]:
-    longest = min(config.max_length, base.config.max_position_embeddings)
-    return encode_all(rows, base.tokenizer, base.template, longest)
-
-
-def peft_config(config: TrainConfig, base: Base, modules: Iterable[str]) -> dict[str, object]:
-    """What PEFT's adapter_config.json says of this adapter."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.path),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in modules}),
-        "bias": "none",
-        "use_rslora": False,
-        "inference_mode": True,
+def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Ready:
+    """Read, choose and check. Writes nothing."""
+    refuse_to_write(config.out, config.overwrite or (config.resume and folder.is_begun))
+    folder.refuse_a_run(config)
+    earlier = earlier_run(folder, heard.on_note) if config.resume else None
+    asked = config if earlier is None else earlier.with_wishes(config)
+    objective_of(asked)  # refuses settings that contradict each other
+    base = open_base(asked.base)
+    if asked.chat_template is not None:
+        base = base.with_template(asked.chat_template)
+    if earlier is None:
+        settled, choices = settle(asked, base)
+    else:
+        kept = {name: getattr(asked, name) for name in asked.model_fields_set & {"out", "resume", "overwrite"}}
+        kept |= {"base": asked.base, "data": asked.data, "valid": asked.valid, "save_every": asked.save_every}
+        settled = earlier.settled.model_copy(update=kept)
+        choices = {name: Choice(**choice) for name, choice in earlier.choices.items()}
+        heard.on_note(f"going on behind step {earlier.snapshot.step}")
+    for name, choice in choices.items():
+        heard.on_choice(name, choice)
+    rows = load_rows(settled, base, heard.on_note)
+    digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
+    if earlier is not None:
+        earlier.require_same(digests)
+    facts = {
+        "asked": settings(asked),
+        "settled": settings(settled),
+        "choices": {name: asdict(choice) for name, choice in choices.items()},
+        "digests": digests,
+        "versions": versions(),
+        "revision": revision(),
     }
+    return Ready(asked, settled, base, rows, choices, digests, earlier, facts)
 
 
-def _contract(config: TrainConfig, base: Base, run: Run, data_sha256: str, rows: Sequence[Conversation]) -> Contract:
-    """The contract of a fresh adapter: its base, how it was trained, and what it reached."""
-    elsewhere = {"base", "data", "valid", "out", "overwrite", "method", "chat_template"}
-    settings = config.model_dump(mode="json", exclude=elsewhere)
-    return Contract(
-        version=versions()["edgelora"],
-        base=base.fingerprint,
-        base_file=base.base_file,
-        tokenizer_sha256=base.tokenizer.sha256,
-        chat_template_sha256=base.template_sha256,
-        chat_template=base.chosen_template,
-        eog_ids=base.tokenizer.eog_ids,
-        system=common_system(rows),
-        single_turn=all(sum(m.role == "user" for m in row.messages) == 1 for row in rows),
-        method=config.method,
-        training={
-            **settings,
-            "template_date": date.today().isoformat() if base.template.tells_the_date else None,
-            "data": {"name": config.data[0].path.name, "rows": run.n_rows, "sha256": data_sha256},
-            "choices": {name: asdict(choice) for name, choice in run.choices.items()},
-            "steps": run.n_steps,
-            "skipped_steps": run.result.skipped_steps,
-            "seconds": round(run.seconds, 1),
-            "peak_bytes": run.peak_bytes,
-            "tokens_per_s": round(run.result.tokens_per_s, 1),
-        },
-        evaluation={"held_out_loss_torch": run.result.held_out_loss, "last_loss": run.result.losses[-1]},
-        versions=versions(),
+def _build(ready: Ready) -> tuple[Job, State]:
+    c = ready.config
+    assert c.rank is not None
+    assert c.alpha is not None
+    if c.max_gpu_memory is not None:
+        hold_to(c.max_gpu_memory)
+    decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype], c.device)
+    inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules)
+    decoder.to(c.device)
+    sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if c.samples else None
+    order = Order(ready.rows.train.counts, c.batch_rows, c.seed, [source.weight for source in c.data])
+    job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler)
+    return job, State(decoder.named_parameters(), c)
+
+
+def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None:
+    """For the checkpoints that will stand there at once: the kept ones, the best, and the one being written."""
+    copies = 4 + (config.ema_decay > 0)  # weights, two moments, a gradient in the midst of a step
+    one = copies * sum(parameter.nbytes for parameter in state.parameters.values())
+    require_space(folder.path, (config.keep_checkpoints + 2) * one, "the checkpoints")
+
+
+def _keep(ready: Ready, job: Job, state: State, folder: RunFolder, metrics: list[Metrics], started: float) -> Run:
+    """Write the adapter: that of the last step, or the best one where the run was to stop at it."""
+    c, losses = ready.config, [m.loss for m in metrics if m.loss is not None]
+    step, held_out = state.step, next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
+    if c.patience is not None and state.best is not None and state.best.step != state.step:
+        step, held_out = state.best
+        state.restore(read_checkpoint(checkpoint_path(folder.checkpoints, step)))
+    skipped = metrics[-1].skipped_steps
+    speed = metrics[-1].tokens_per_s or 0.0
+    run = Run(
+        c.out, folder.path, step, losses, held_out, skipped, speed, ready.choices, len(ready.rows.train),
+        time.perf_counter() - started, peak_memory_bytes(),
+    )  # fmt: skip
+    assert c.rank is not None
+    assert c.alpha is not None
+    with averaged(state):
+        tensors = collect(job.decoder)
+    described = adapter_config(job.decoder, c.method, c.rank, c.alpha, str(ready.base.path))
+    contract = contract_of(c, ready.base, ready.rows, ready.choices, _result(run))
+    write_adapter(c.out, Adapter(described, tensors, contract), overwrite=c.overwrite or c.resume)
+    return run
+
+
+def _result(run: Run) -> dict[str, Any]:
+    return {
+        "steps": run.n_steps, "adapter_of_step": run.step, "skipped_steps": run.skipped_steps,
+        "seconds": round(run.seconds, 1), "peak_bytes": run.peak_bytes, "tokens_per_s": round(run.tokens_per_s, 1),
+        "last_loss": run.losses[-1] if run.losses and run.losses[-1] == run.losses[-1] else None,
+        "held_out_loss": run.held_out_loss,
+    }  # fmt: skip
+
+
+def _stopped(config: TrainConfig, state: State, total: int, code: int, asked: Any) -> Stopped:
+    again = command("train", config.base, *map(str, config.data), "--out", config.out, "--resume")
+    return Stopped(
+        what=f"stopped behind step {state.step} of {total}; nothing is lost",
+        why="Ctrl-C" if code == 130 else f"the signal {getattr(asked, 'name', 'SIGTERM')}",
+        fix=f"go on with: {again}",
+        exit_code=code,
+    )
+
+
+@contextmanager
+def _explained(config: TrainConfig) -> Iterator[None]:
+    """Where memory runs out in here, say what would need less of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        text = str(e)
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        raise out_of_memory(config, text.splitlines()[0] if text else "no more memory") from e
+
+
+def out_of_memory(config: TrainConfig, said: str) -> ConfigError:
+    half = max(64, (config.micro_batch_tokens or 768) // 2)
+    way = "--recompute full" if config.recompute == "off" else f"--micro-batch-tokens {half}"
+    return ConfigError(
+        what=f"there was not enough memory for a step ({said})",
+        why=f"micro-batches of {config.micro_batch_tokens} tokens over a base held as {config.base_dtype}; "
+        "`edgelora plan` shows where the memory goes",
+        fix=f"pass {way}, or free some memory; with --resume it goes on from the last checkpoint",
     )

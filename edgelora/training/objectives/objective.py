@@ -77,19 +77,22 @@ class Objective(Protocol[Row]):
 def mean_losses(
     objective: Objective[Row],
     decoder: Decoder,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch | None],
     config: TrainConfig,
     over_processes: Callable[[list[float]], list[float]] = lambda sums: sums,
+    first: int = 0,
 ) -> Iterator[Scored]:
     """The share of each micro-batch in the loss of the step: together they are its mean over all units of the step.
 
-    One at a time: go backward through each before the next is asked for, so that one graph is alive.
+    One at a time: go backward through each before the next is asked for, so that one graph is alive. The `first` ones
+    are passed over: their gradients are there already. A None is another process's micro-batch, and no work here.
     `over_processes` adds up the numbers it is given over all processes that share the step; gradients are then summed.
     """
-    here = objective.step_mean(decoder, batches)
-    units, total, count = over_processes([sum(map(objective.units, batches)), here.total, here.count])
+    mine = [batch for batch in batches if batch is not None]
+    here = objective.step_mean(decoder, mine)
+    units, total, count = over_processes([sum(map(objective.units, mine)), here.total, here.count])
     settings = Settings(config.beta, config.label_smoothing, Mean(total, count).value)
-    for batch in batches:
+    for batch in mine[first:]:
         scored = objective.loss(decoder, batch, settings)
         yield scored._replace(loss=scored.loss / units)
 

@@ -1,0 +1,126 @@
+"""Command-line options out of a pydantic model: a field is an option, its docstring the help, its default the default.
+
+What is not given on the command line is left to a TOML file or to the model, so defaults stand in one place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from edgelora.errors import ConfigError
+
+
+def with_options(
+    model: type[BaseModel], skip: set[str], panels: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command whose last parameter is `**settings` an option for each field of `model` that is not in `skip`.
+
+    panels: the heading under which a field and those after it are listed. The command gets None for what is not given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        panel, added = None, []
+        for name, field in model.model_fields.items():
+            panel = panels.get(name, panel)
+            if name not in skip:
+                added.append(_parameter(name, field, panel))
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=_help(field), rich_help_panel=panel, show_default=False
+    )  # fmt: skip
+    kind = Annotated[_typed(field.annotation), option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def _help(field: FieldInfo) -> str:
+    """The docstring, and the default where one is fixed."""
+    text = " ".join((field.description or "").split())
+    shown = field.default not in (None, False, ()) and not field.is_required()
+    return f"{text} Default: {field.default}." if shown else text
+
+
+def _typed(annotation: Any) -> Any:
+    """What typer understands of a field's type: None stands for an option that is not given."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is tuple:
+        return list[str] | None
+    if get_origin(annotation) is Literal or annotation in (int, float, bool, str, Path):
+        return annotation | None
+    return str | None
+
+
+def settled(model: type[BaseModel], file: Path | None, given: Mapping[str, Any]) -> Any:
+    """A `model` of the settings in a TOML file and, over them, those `given` on the command line (None: not given).
+
+    Raises ConfigError that names every setting that cannot be, and for unknown ones the nearest name.
+    """
+    settings = {} if file is None else read_toml(file, model)
+    settings |= {name: value for name, value in given.items() if value is not None and value != []}
+    try:
+        return model.model_validate(settings)
+    except ValidationError as e:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'][:1]))}: {fault['msg']}" for fault in e.errors())
+        raise ConfigError(faults, "these settings cannot train anything", "see `edgelora train --help`") from e
+
+
+def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """The settings in a TOML file; paths in it are relative to where one stands, as on the command line."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            what=f"{path}: no TOML file that can be read ({e})",
+            why="settings stand in it as `name = value`, a line each",
+            fix="start from what `edgelora train --print-config` prints",
+        ) from e
+    unknown = [name for name in settings if name not in model.model_fields]
+    if unknown:
+        near = {name: difflib.get_close_matches(name, model.model_fields, 1) for name in unknown}
+        said = ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in near.items())
+        raise ConfigError(
+            what=f"{path}: unknown settings: {said}",
+            why="a misspelt setting would be silently ignored",
+            fix="`edgelora train --print-config` prints them all",
+        )
+    return settings
+
+
+def as_toml(config: BaseModel) -> str:
+    """Every setting with its docstring above it; those that are left to be chosen are commented out."""
+    lines = []
+    for name, field in type(config).model_fields.items():
+        value = config.model_dump(mode="json")[name]
+        lines += [f"# {line}" for line in " ".join((field.description or "").split()).splitlines()]
+        lines += [f"# {name} = " if value is None else f"{name} = {_toml(value)}", ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in value)
+        return f'"{escaped}"'
+    return repr(value)

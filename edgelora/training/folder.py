@@ -1,0 +1,61 @@
+"""The folder of a run, beside the adapter that it makes: `adapters/mine` and `adapters/mine.run/`.
+
+It holds `run.json`, `metrics.jsonl`, `curve.png`, `checkpoints/` and the lock of the process that works in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgelora.config import TrainConfig
+from edgelora.errors import OutputError
+from edgelora.files.atomic import remove, sweep, write_text
+from edgelora.files.lock import locked
+
+MADE_BY_A_RUN = ("run.json", "metrics.jsonl", "curve.png", "checkpoints", "tensorboard")
+
+
+class RunFolder:
+    """Paths in it, and who may work there."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(f"{out.name}.run")
+        self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        self.curve, self.facts, self.tensorboard = (
+            self.path / "curve.png", self.path / "run.json", self.path / "tensorboard",
+        )  # fmt: skip
+
+    @property
+    def is_begun(self) -> bool:
+        return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
+
+    @contextmanager
+    def held(self, config: TrainConfig) -> Iterator[None]:
+        """Alone in the folder, with what killed processes left swept away; empty, unless the run is to go on."""
+        with locked(self.path / "lock"):
+            sweep(self.path)
+            sweep(self.checkpoints)
+            sweep(self.out.absolute().parent, self.out.name)
+            if not config.resume:
+                for name in MADE_BY_A_RUN:
+                    with contextlib.suppress(FileNotFoundError):
+                        remove(self.path / name)
+            yield
+
+    def refuse_a_run(self, config: TrainConfig) -> None:
+        """Raise OutputError if a run was begun here and nobody said what shall become of it."""
+        if self.is_begun and not (config.resume or config.overwrite or self.out.exists()):
+            raise OutputError(
+                what=f"{self.path}: a run was begun here and has not ended",
+                why="a new one would overwrite its checkpoints",
+                fix="pass --resume to go on with it, or --overwrite to start anew",
+            )
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        write_text(self.facts, json.dumps(facts, indent=2, ensure_ascii=False) + "\n", overwrite=True)

@@ -1,0 +1,62 @@
+"""Ctrl-C and a polite kill: the first one asks the run to stop where it can go on later, the second stops it now."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from edgelora.errors import EdgeloraError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(EdgeloraError):
+    """A run that was asked to stop, and stands at a checkpoint."""
+
+    def __init__(self, what: str, why: str, fix: str, exit_code: int = 130) -> None:
+        super().__init__(what, why, fix)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[EdgeloraError], tuple[str, str, str, int]]:  # type: ignore[override]
+        return type(self), (self.what, self.why, self.fix, self.exit_code)
+
+
+class Interrupt:
+    """`asked`: the signal that asked for a stop, or None."""
+
+    asked: signal.Signals | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked is not None:
+            now(signal.Signals(number))
+        self.asked = signal.Signals(number)
+
+    @property
+    def exit_code(self) -> int:
+        """130 for Ctrl-C, 143 for SIGTERM: as a shell has it."""
+        return 128 + (self.asked or signal.SIGINT)
+
+
+def now(asked: signal.Signals) -> NoReturn:
+    if asked is signal.SIGTERM:
+        raise SystemExit(128 + asked)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Listen to both signals in this block. Only the main thread can: elsewhere nothing is changed."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,95 @@
+"""What a run writes down while it goes on: metrics, checkpoints and the curve; and who hears of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from edgelora.config import TrainConfig
+from edgelora.device import peak_memory_bytes
+from edgelora.progress import OnProgress, Progress
+from edgelora.training.checkpoint import write_checkpoint
+from edgelora.training.curve import draw_curve
+from edgelora.training.folder import RunFolder
+from edgelora.training.interrupt import Interrupt
+from edgelora.training.metrics import Metrics, MetricsLog, metrics_of, read_metrics
+from edgelora.training.state import State
+from edgelora.training.tensorboard import TensorBoardLog
+
+DRAW_EVERY_S = 60.0
+
+
+class Recorder:
+    """A `loop.Watch` that writes into a run folder, and goes on behind step `after` (None: a new run). A context."""
+
+    def __init__(
+        self, folder: RunFolder, config: TrainConfig, facts: Mapping[str, Any], title: str, after: int | None
+    ) -> None:
+        self._folder, self._config, self._facts, self._title = folder, config, dict(facts), title
+        self._after, self._drawn = after, time.perf_counter()
+        self.on_progress: OnProgress | None = None
+        self.interrupt = Interrupt()
+
+    def __enter__(self) -> Recorder:
+        with ExitStack() as stack:
+            self._log = stack.enter_context(MetricsLog(self._folder.metrics, self._after))
+            self._board = None
+            if self._config.tensorboard:
+                self._board = stack.enter_context(TensorBoardLog(self._folder.tensorboard, self._after))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:
+        metrics = metrics_of(progress, tokens, seconds)
+        self._log.append(metrics)
+        if self._board is not None:
+            self._board.append(metrics)
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+    def save(self, state: State) -> None:
+        self._log.sync()
+        best = None if state.best is None else state.best.step
+        snapshot = state.snapshot(self._facts)
+        write_checkpoint(self._folder.checkpoints, snapshot, keep_last=self._config.keep_checkpoints, best=best)
+        if time.perf_counter() - self._drawn > DRAW_EVERY_S:
+            self.draw()
+
+    def asked_to_stop(self) -> bool:
+        return self.interrupt.asked is not None
+
+    def peak_bytes(self) -> int | None:
+        return peak_memory_bytes()
+
+    def draw(self) -> None:
+        """`curve.png` as the run stands now."""
+        draw_curve(self._folder.curve, self.metrics(), self._title)
+        self._drawn = time.perf_counter()
+
+    def metrics(self) -> list[Metrics]:
+        return read_metrics(self._folder.metrics)
+
+
+class Silent:
+    """A `loop.Watch` of a process that only computes: another one writes."""
+
+    def __init__(self) -> None:
+        self.interrupt = Interrupt()
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:
+        pass
+
+    def save(self, state: State) -> None:
+        pass
+
+    def asked_to_stop(self) -> bool:
+        return self.interrupt.asked is not None
+
+    def peak_bytes(self) -> int | None:
+        return None

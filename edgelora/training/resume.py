@@ -1,0 +1,71 @@
+"""Going on with a run: its last checkpoint, and that it is the same run that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import ValidationError
+
+from edgelora.config import TrainConfig
+from edgelora.errors import ConfigError, FileFormatError
+from edgelora.training.checkpoint import Snapshot, read_latest
+from edgelora.training.folder import RunFolder
+
+# what may be said otherwise when a run goes on: it changes no number
+FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard"}
+
+
+class Earlier:
+    """A run that was begun: what was asked of it, what was chosen for it, and where it stands."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        try:
+            self.asked = TrainConfig.model_validate(snapshot.facts["asked"])
+            self.settled = TrainConfig.model_validate(snapshot.facts["settled"])
+            self.choices: dict[str, dict[str, str]] = dict(snapshot.facts["choices"])
+            self.digests: dict[str, str] = dict(snapshot.facts["digests"])
+        except (KeyError, TypeError, ValueError, ValidationError) as e:
+            raise FileFormatError(
+                what=f"the checkpoint of step {snapshot.step} does not say what run it belongs to",
+                why=f"another version of edgelora wrote it ({type(e).__name__})",
+                fix="start anew with --overwrite",
+            ) from e
+
+    def with_wishes(self, config: TrainConfig) -> TrainConfig:
+        """What was asked of the earlier run, with what `config` may say otherwise. Raises ConfigError for the rest."""
+        said = {name: getattr(config, name) for name in config.model_fields_set - FREE}
+        other = {name: value for name, value in said.items() if value != getattr(self.asked, name)}
+        # the same files elsewhere: their digests are compared instead
+        other = {name: value for name, value in other.items() if name not in ("base", "data", "valid")}
+        if other:
+            listed = "; ".join(f"{name} is {v!r}, was {getattr(self.asked, name)!r}" for name, v in other.items())
+            raise _another(listed)
+        wishes = {name: getattr(config, name) for name in config.model_fields_set & (FREE | {"base", "data", "valid"})}
+        return self.asked.model_copy(update=wishes)
+
+    def require_same(self, digests: dict[str, str]) -> None:
+        """Raise ConfigError if the base, the rows or those held out are others."""
+        other = [name for name, digest in digests.items() if self.digests.get(name) != digest]
+        if other:
+            raise _another("; ".join(f"the {name} changed" for name in other))
+
+
+def earlier_run(folder: RunFolder, on_note: Callable[[str], None]) -> Earlier | None:
+    """The run in `folder` at its last whole checkpoint, None if it has none. `on_note` hears of damaged ones."""
+    snapshot = read_latest(folder.checkpoints, on_note)
+    return None if snapshot is None else Earlier(snapshot)
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """For a checkpoint: JSON that makes the same config again."""
+    return config.model_dump(mode="json")
+
+
+def _another(differences: str) -> ConfigError:
+    return ConfigError(
+        what=f"this is not the run that was begun: {differences}",
+        why="going on would be neither that run nor a new one",
+        fix="leave these settings and files as they were, or start anew with --overwrite",
+    )

@@ -1,0 +1,88 @@
+"""Everything of a run that changes with its steps: what a checkpoint keeps, and what it is put back from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from edgelora.config import TrainConfig
+from edgelora.errors import FileFormatError
+from edgelora.progress import Smoothed
+from edgelora.training.checkpoint import Snapshot
+from edgelora.training.ema import Ema
+from edgelora.training.optim import build_optimizer, flatten_state, load_state
+
+
+class Best(NamedTuple):
+    """The lowest held-out loss so far, and the step after which it was measured."""
+
+    step: int
+    loss: float
+
+
+class State:
+    """step: optimizer steps done. micro: micro-batches of the next one whose gradients are summed already, and
+    `partial` the share of its loss that they came to. skipped: steps that were not finite; in_a_row: the last ones.
+    stale: measurements since the best one. seconds: of the run so far, in all the processes that worked on it.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
+        self.parameters = dict(named_parameters)
+        self.optimizer = build_optimizer(self.parameters.items(), config)
+        self.ema = Ema(self.parameters.items(), config.ema_decay) if config.ema_decay else None
+        self.noise = torch.Generator().manual_seed(config.seed)  # NEFTune's
+        self.smoothed = Smoothed()
+        self.best: Best | None = None
+        self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
+        self.partial = self.seconds = 0.0
+
+    def snapshot(self, facts: dict[str, Any]) -> Snapshot:
+        """This moment, and `facts` of the run beside it. The tensors are the live ones: write them before the next."""
+        tensors: dict[str, Tensor] = {"rng.noise": self.noise.get_state()}
+        tensors |= _named("parameter", {name: p.detach() for name, p in self.parameters.items()})
+        tensors |= _named("optimizer", flatten_state(self.optimizer))
+        tensors |= _named("ema", self.ema.state() if self.ema else {})
+        if self.micro:
+            tensors |= _named("gradient", {n: p.grad for n, p in self.parameters.items() if p.grad is not None})
+        counters = {name: getattr(self, name) for name in ("skipped", "in_a_row", "stale", "seconds")}
+        best = None if self.best is None else [self.best.step, self.best.loss.hex()]
+        exact = {"partial": self.partial.hex(), "smoothed": self.smoothed.state(), "best": best}
+        return Snapshot(self.step, self.micro, tensors, {**facts, "state": counters | exact})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to that moment, bit for bit. Raises FileFormatError if it is one of another model or method."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for full, tensor in snapshot.tensors.items():
+            group, _, name = full.partition(".")
+            groups.setdefault(group, {})[name] = tensor
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(groups["parameter"][name])
+                grad = groups.get("gradient", {}).get(name)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+            load_state(self.optimizer, groups.get("optimizer", {}))
+            if self.ema:
+                self.ema.load(groups["ema"])
+            self.noise.set_state(groups["rng"]["noise"])
+            self._count(snapshot)
+        except (KeyError, ValueError, TypeError, RuntimeError) as e:
+            raise FileFormatError(
+                what=f"the checkpoint of step {snapshot.step} does not fit this run ({type(e).__name__}: {e})",
+                why="it was kept by a run over another model, with another method, or by another version",
+                fix="start anew with --overwrite",
+            ) from e
+
+    def _count(self, snapshot: Snapshot) -> None:
+        facts = snapshot.facts["state"]
+        self.step, self.micro = snapshot.step, snapshot.micro
+        self.skipped, self.in_a_row, self.stale = (int(facts[name]) for name in ("skipped", "in_a_row", "stale"))
+        self.partial, self.seconds = float.fromhex(facts["partial"]), float(facts["seconds"])
+        self.smoothed.restore(facts["smoothed"])
+        self.best = None if facts["best"] is None else Best(int(facts["best"][0]), float.fromhex(facts["best"][1]))
+
+
+def _named(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}.{name}": tensor for name, tensor in tensors.items()}
