@@ -6,13 +6,15 @@ runs one packed row of tokens at a time and knows neither files nor adapters; mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 from edgelora.architectures.config import Architecture, ModelConfig
 from edgelora.architectures.names import FINAL_NORM
@@ -24,7 +26,7 @@ from edgelora.nn.linear import Linear, Weight, together
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits
 from edgelora.nn.mixture import Expert, Mixture
 from edgelora.nn.norm import RMSNorm, rms_norm
-from edgelora.nn.recompute import recomputed
+from edgelora.nn.recompute import recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
@@ -191,6 +193,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.embedding, self.head, self.compute = config, frozen.embedding, frozen.head, frozen.compute
         self.model = Body(architecture, config, frozen)
+        self.recompute = False
+        """Whether a layer keeps its input alone, and is computed again in the backward pass."""
+        self.offload = False
+        """CUDA, with `recompute`: these inputs wait for the backward pass in the machine's memory."""
+        self.noise: Callable[[Tensor, list[int]], Tensor] | None = None
+        """While training, what is done to embeddings (T, d) of segments of these lengths (NEFTune)."""
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -205,10 +213,14 @@ class Decoder(nn.Module):
         x = self.embedding.gather(input_ids)
         if c.embedding_multiplier != 1.0:
             x = x * c.embedding_multiplier
+        if self.noise is not None:
+            x = self.noise(x, [b - a for a, b in itertools.pairwise([0, *segment_starts]) if b > a])
         ropes = {rope for i in range(c.num_hidden_layers) if (rope := c.rope_of(i)) is not None}
         tables = {rope: rotary_tables(positions, rope, segment_starts, prefix) for rope in ropes}
-        for layer in self.model.layers:
-            x = layer(x, tables, segment_starts, prefix)
+        with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+            for layer in self.model.layers:
+                run = partial(layer, tables=tables, starts=segment_starts, prefix=prefix)
+                x = run_again(run, x, layer.parameters()) if self.recompute else run(x)
         x = self.model.norm(x)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling
 

@@ -1,8 +1,8 @@
-"""Trade a little arithmetic for a lot of memory: save how a tensor was made instead of the tensor."""
+"""Trade arithmetic for memory: save how a tensor was made instead of the tensor, or of a layer nothing but its input."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -47,3 +47,33 @@ def recomputed(value: Tensor, make: Callable[[], Tensor]) -> AbstractContextMana
         return packed.get() if isinstance(packed, _Recipe) else packed
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+class _Again(torch.autograd.Function):
+    """run(x), of which x alone is saved: the backward runs it once more, with a graph of its own.
+
+    Not torch.utils.checkpoint: it sees what is saved through hooks, and those of `recomputed` inside hide it from them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.run, ctx.parameters = run, parameters
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
+        inputs = [t for t, needed in zip((x, *ctx.parameters), ctx.needs_input_grad[1:], strict=True) if needed]
+        with torch.enable_grad():
+            y = ctx.run(x)
+        found = iter(torch.autograd.grad(y, inputs, grads[0]))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+
+
+def run_again(run: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """run(x) with the same gradients, bit for bit, that keeps x alone and is run again in the backward pass.
+
+    `parameters`: whatever else in `run` has a gradient. The same x must give the same result each time.
+    """
+    return _Again.apply(run, x, *parameters) if torch.is_grad_enabled() else run(x)
