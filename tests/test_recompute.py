@@ -82,7 +82,7 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.made = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):

@@ -1,4 +1,4 @@
-"""Trade arithmetic for memory: save how a tensor was made instead of the tensor, or of a layer nothing but its input."""
+"""Trade arithmetic for memory: save how a tensor was made, not the tensor; or of a whole layer only its input."""
 
 from __future__ import annotations
 
