@@ -125,8 +125,12 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     return True
 
 
-def not_finite(when: str, learning_rate: float | None) -> EdgeloraError:
-    return EdgeloraError(
+class NotFinite(EdgeloraError):
+    """Nothing can be learned with these settings: the loss is no number."""
+
+
+def not_finite(when: str, learning_rate: float | None) -> NotFinite:
+    return NotFinite(
         what=f"the loss was not a finite number {when}",
         why="the learning rate is too high for this model, or the base holds broken weights",
         fix=f"try --learning-rate {(learning_rate or 0) / 5:g}",

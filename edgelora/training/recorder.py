@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -32,6 +32,8 @@ class Recorder:
         self._after, self._drawn = after, time.perf_counter()
         self.on_progress: OnProgress | None = None
         self.interrupt = Interrupt()
+        self.stop_when: Callable[[Progress], bool] | None = None
+        self._enough = False
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -52,6 +54,7 @@ class Recorder:
             self._board.append(metrics)
         if self.on_progress is not None:
             self.on_progress(progress)
+        self._enough = self.stop_when is not None and self.stop_when(progress)
 
     def save(self, state: State) -> None:
         self._log.sync()
@@ -62,7 +65,7 @@ class Recorder:
             self.draw()
 
     def asked_to_stop(self) -> bool:
-        return self.interrupt.asked is not None
+        return self._enough or self.interrupt.asked is not None
 
     def peak_bytes(self) -> int | None:
         return peak_memory_bytes()

@@ -22,7 +22,7 @@ from edgelora.files.atomic import require_space
 from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import adapter_config, collect, inject
-from edgelora.progress import OnProgress, silent
+from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.folder import RunFolder
@@ -93,12 +93,13 @@ def run_training(
     on_progress: OnProgress = silent,
     on_choice: Callable[[str, Choice], None] = lambda *_: None,
     on_note: Callable[[str], None] = lambda _: None,
+    stop_when: Callable[[Progress], bool] | None = None,
 ) -> Run:
     """Train and write the adapter to config.out (PEFT's format and `edgelora.json`), the run's own files beside it.
 
     Raises EdgeloraError for every fault of the input before the first step. Asked to stop (Ctrl-C, SIGTERM), it ends
-    the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. The adapter's folder stands
-    only when the run has ended well.
+    the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. `stop_when` is asked behind
+    each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
     """
     started, folder = time.perf_counter(), RunFolder(config.out)
     heard = Listeners(on_progress, on_choice, on_note)
@@ -112,7 +113,7 @@ def run_training(
         title = f"{ready.base.path.name} · {config.method} r {ready.config.rank} · {ready.config.data[0].path.name}"
         after = None if ready.earlier is None else state.step
         with Recorder(folder, ready.config, ready.facts, title, after) as recorder, interruptible() as interrupt:
-            recorder.on_progress, recorder.interrupt = heard.on_progress, interrupt
+            recorder.on_progress, recorder.interrupt, recorder.stop_when = heard.on_progress, interrupt, stop_when
             whole = train(job, state, recorder)
             if not whole:
                 recorder.draw()
