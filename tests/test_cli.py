@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,9 @@ from edgelora.errors import AdapterError, ConfigError, DataError
 from edgelora.files.contract import Contract
 from edgelora.peft.adapter import Adapter, write_adapter
 
+GROUPS = {"data": ["check"]}
 COMMANDS = sorted(typer.main.get_command(app).commands)
+HELPED = [[name, *more] for name in COMMANDS for more in ([[one] for one in GROUPS[name]] if name in GROUPS else [[]])]
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -49,10 +53,19 @@ def files(tmp_path_factory, tiny, make_tiny) -> SimpleNamespace:
     at.nothing.mkdir()
     at.here.write_bytes(b"mine")
     at.rows, at.broken, at.empty, at.mute = (room / f"{n}.jsonl" for n in ("rows", "broken", "empty", "mute"))
-    at.rows.write_text(ROW * 4, encoding="utf-8")
+    at.rows.write_text("".join(ROW.replace("Hi", f"Hi {i}") for i in range(4)), encoding="utf-8")
     at.broken.write_text(ROW + "{\n" + ROW + "[]\n", encoding="utf-8")
     at.empty.write_text("\n", encoding="utf-8")
     at.mute.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
+    at.blank = room / "blank.jsonl"  # rows with an answer that is read and not learned
+    at.blank.write_text(ROW.replace('"Hello"', '"Hello", "weight": 0') * 2, encoding="utf-8")
+    at.misspelt, at.torn, at.wrong, at.settings = (
+        room / f"{n}.toml" for n in ("misspelt", "torn", "wrong", "settings")
+    )
+    at.settings.write_text(f"base = '{at.base}'\ndata = '{at.rows}'\n", encoding="utf-8")
+    at.misspelt.write_text("learning_rat = 1e-3\nzzz = 1\n", encoding="utf-8")
+    at.torn.write_text("rank = \n", encoding="utf-8")
+    at.wrong.write_text(f"{at.settings.read_text()}rank = 'many'\n", encoding="utf-8")
     at.stranger = room / "stranger.gguf"
     writer = gguf.GGUFWriter(at.stranger, "mamba")
     writer.write_header_to_file()
@@ -90,12 +103,19 @@ def test_help_names_every_command(capsys):
     assert shown.err == ""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_an_example(capsys, name):
-    assert run([name, "--help"]) == 0
+@pytest.mark.parametrize("words", HELPED, ids=" ".join)
+def test_every_command_has_an_example(capsys, words):
+    assert run([*words, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Example:" in shown
-    assert f"edgelora {name}" in shown.split("Example:")[1]
+    assert f"edgelora {' '.join(words)}" in shown.split("Example:")[1]
+
+
+def test_every_group_is_known():
+    found = {
+        name: sorted(c.commands) for name, c in typer.main.get_command(app).commands.items() if hasattr(c, "commands")
+    }
+    assert found == GROUPS
 
 
 def test_no_command_at_all_is_help(capsys):
@@ -124,8 +144,19 @@ REFUSED = {
     "train {base} {rows} --out {out} --learning-rate nan": "--learning-rate",
     "train {base} {rows} --out {out} --alpha inf": "--alpha",
     "train {base} {rows} --out {out} --epochs inf": "--epochs",
-    "train {base} {rows} --out {out} --base-dtype int3": "--base-dtype",
     "train {base} {rows} --out {out} --max-length 8": "4 rows are longer than 8 tokens",
+    "train {base} {rows}:0 --out {out}": "DATA: Value error, the weight of ",
+    "train {base} {rows} --out {out} --max-gpu-memory 8": "--max-gpu-memory: ",
+    "train {base} {rows} --out {out} --target-modules q_porj": "no linear layer of this model is named q_porj",
+    "train {base} {rows} --out {out} --data-format csv": "the data format csv",
+    "train {base} {rows} --out {out} --device tpu": "--device tpu: there is none that torch can use",
+    "train {base} {rows} --out {out} --objective dpo": "rows.jsonl:1: a row of the format ",
+    "train {base} {blank} --out {out}": "no row has a token to learn: all labels are masked",
+    "train --config {misspelt} --out {out}": "unknown settings: learning_rat (did you mean learning_rate?), zzz",
+    "train --config {torn} --out {out}": "no TOML file that can be read",
+    "train --config {missing} --out {out}": "no TOML file that can be read",
+    "train --config {wrong} --out {out}": "error: rank: Input should be a valid integer",
+    "data check {broken} --base {base}": "broken.jsonl: 2 broken lines",
     "export {missing} {adapter} --out {out}": "no such file",
     "export {base} {missing} --out {out}": "no adapter here",
     "export {base} {nothing} --out {out}": "no adapter here",
@@ -178,7 +209,8 @@ def test_a_wrong_input_is_three_lines_on_stderr(capsys, files, tmp_path, line):
     "line",
     [
         "no-such-command", "train", "train {base} {rows}", "train {base} {rows} --out {out} --rank many",
-        "train {base} {rows} --out {out} --no-such-option", "merge {base} --out {out}", "quantize {base} {out}",
+        "train {base} {rows} --out {out} --no-such-option", "train {base} {rows} --out {out} --base-dtype int3",
+        "train --config {settings}", "data check {rows}", "merge {base} --out {out}", "quantize {base} {out}",
         "eval {base}", "chat",
     ],
 )  # fmt: skip
@@ -252,33 +284,74 @@ def test_a_name_one_can_type_in_chat(text):
     assert caught.value.fix == "write --adapter NAME=FILE"
 
 
-def test_ctrl_c_stops_a_training_and_leaves_nothing(tiny, tmp_path):
-    rows = ROOT / "examples" / "home" / "test.jsonl"
-    out = tmp_path / "mine"
-    command = [
-        sys.executable,
-        "-m",
-        "edgelora",
-        "train",
-        str(tiny.path),
-        str(rows),
-        "--out",
-        str(out),
-        "--epochs",
-        "500",
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
-        assert any("train 1/" in child.stderr.readline() for _ in range(20))
+# -- train --------------------------------------------------------------------------------------------------------
+
+
+def trains(files: SimpleNamespace, out: Path, *more: str) -> list[str]:
+    return ["train", str(files.base), str(files.rows), "--out", str(out), "--epochs", "0.05", "--rank", "2", *more]
+
+
+def test_ctrl_c_stops_a_training_where_it_can_go_on(tiny, tmp_path):
+    rows, out = ROOT / "examples" / "home" / "test.jsonl", tmp_path / "mine"
+    command = [sys.executable, "-m", "edgelora", "train", str(tiny.path), str(rows), "--out", str(out)]
+    with subprocess.Popen([*command, "--epochs", "500"], stderr=subprocess.PIPE, text=True) as child:
+        assert any("train 1/" in child.stderr.readline() for _ in range(40))
         child.send_signal(signal.SIGINT)
-        said = child.stderr.read()
+        what, why, fix = child.stderr.read().splitlines()[-3:]
     assert child.returncode == 130
-    assert "stopped" in said
-    assert "Traceback" not in said
-    assert list(tmp_path.iterdir()) == []
+    assert re.fullmatch(r"stopped behind step \d+ of \d+; nothing is lost", what)
+    assert why == "  why: Ctrl-C"
+    assert fix.startswith("  fix: go on with: ")
+    assert fix.endswith("--resume")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.run"]
 
 
-def test_choices_are_said_with_their_reasons_before_the_first_step(tiny, tmp_path, capsys):
-    rows = ROOT / "examples" / "home" / "test.jsonl"
-    assert run(["train", str(tiny.path), str(rows), "--out", str(tmp_path / "mine"), "--epochs", "0.05"]) == 0
+def test_choices_are_said_with_their_reasons_before_the_first_step(files, tmp_path, capsys):
+    assert run(trains(files, tmp_path / "mine")) == 0
     said = capsys.readouterr().err
     assert said.index("base_dtype: blocks (") < said.index("train 1/")
+    assert said.index("learning_rate: 0.001 (") < said.index("train 1/")
+    assert "export" in said.splitlines()[-1]  # what to type next
+
+
+def test_the_result_as_json(files, tmp_path, capsys):
+    assert run(trains(files, tmp_path / "mine", "--json", "--valid", str(files.rows))) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert (found["out"], found["folder"]) == (str(tmp_path / "mine"), str(tmp_path / "mine.run"))
+    assert (found["steps"], found["adapter_of_step"], found["rows"], found["skipped_steps"]) == (1, 1, 4, 0)
+    assert all(found[name] > 0 for name in ("seconds", "tokens_per_s", "peak_bytes", "last_loss", "held_out_loss"))
+    events = [json.loads(line) for line in shown.err.splitlines()]
+    assert {event["event"] for event in events} == {"said", "note", "progress"}
+    assert [e["step"] for e in events if e["event"] == "progress"] == [0, 1]
+
+
+def test_a_dora_is_merged_next(files, tmp_path, capsys):
+    assert run(trains(files, tmp_path / "mine", "--method", "dora")) == 0
+    assert " merge " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_settings_in_a_file_are_overridden_on_the_command_line(files, tmp_path, capsys):
+    words = ["train", "--config", str(files.settings), "--out", str(tmp_path / "mine"), "--max-steps", "1"]
+    assert run([*words, "--rank", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+    assert json.loads((tmp_path / "mine" / "adapter_config.json").read_text())["r"] == 3
+
+
+def test_what_print_config_prints_is_a_config(files, tmp_path, capsys):
+    words = trains(files, tmp_path / "mine", "--optimizer", "lion", "--samples", 'Say "hi"\n', "--tensorboard")
+    assert run([*words, "--print-config"]) == 0
+    first = capsys.readouterr().out
+    (tmp_path / "printed.toml").write_text(first, encoding="utf-8")
+    assert run(["train", "--config", str(tmp_path / "printed.toml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert 'optimizer = "lion"' in first
+    assert "# learning_rate = " in first  # left to be chosen
+    assert [p.name for p in tmp_path.iterdir()] == ["printed.toml"]
+
+
+def test_a_run_that_was_begun_is_not_overwritten_unasked(files, tmp_path, capsys):
+    (tmp_path / "mine.run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert run(trains(files, tmp_path / "mine")) == 1
+    assert "a run was begun here and has not ended" in capsys.readouterr().err
+    assert run(trains(files, tmp_path / "mine", "--overwrite")) == 0

@@ -1,4 +1,4 @@
-"""A training run on a tiny Q8_0 model: it learns, repeats under a seed, and leaves one whole folder or nothing."""
+"""A training run on a tiny Q8_0 model: it learns, repeats under a seed, and leaves one whole adapter or none."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from torch.nn import functional as F
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
-from edgelora.data.conversation import read_conversations
-from edgelora.data.encode import Example, encode_all
-from edgelora.errors import DataError, EdgeloraError, OutputError
+from edgelora.data.dataset import load_examples
+from edgelora.data.fit import Encoder
+from edgelora.errors import ConfigError, DataError, EdgeloraError, OutputError
 from edgelora.files.contract import read_contract
 from edgelora.peft.adapter import TENSORS, read_adapter
-from edgelora.peft.inject import attach, collect, inject
+from edgelora.peft.inject import attach
 from edgelora.training import loop
-from edgelora.training.loop import MAX_BAD_STEPS, held_out_loss, learning_rate_at, train
+from edgelora.training.metrics import read_metrics
+from edgelora.training.objectives import objective_of
+from edgelora.training.objectives.objective import held_out
 from edgelora.training.run import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["adapter_config.json", "adapter_model.safetensors", "edgelora.json"]
+RUN_FILES = ["checkpoints", "curve.png", "lock", "metrics.jsonl", "run.json"]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(make_tiny, data):
-    """`settings(out, **changes)`: a run of six steps over the Q8_0 model."""
+    """`settings(out, **changes)`: a run of six steps over the Q8_0 model, in float32 on every machine."""
 
     def make(out, **changes):
         base = make_tiny(Type.Q8_0).path
-        defaults = {"rank": 4, "learning_rate": 5e-3, "warmup_steps": 2, "epochs": 2, "valid": data[1]}
+        defaults = {"rank": 4, "learning_rate": 5e-3, "warmup_steps": 2, "epochs": 2, "valid": data[1], "dtype": "f32"}
         return TrainConfig(**{"base": base, "data": data[0], "out": out} | defaults | changes)
 
     return make
@@ -60,6 +63,22 @@ def ran(settings, tmp_path_factory):
     return run_training(config, events.append), events, config
 
 
+@pytest.fixture
+def broken_steps(monkeypatch):
+    """`broken_steps(numbers, value)`: `value` is added to the losses of these steps, counted from 0."""
+
+    def breaks(numbers, value):
+        count, real = iter(range(1000)), loop.mean_losses
+
+        def broken(*args, **options):
+            added = value if next(count) in numbers else 0.0
+            return (scored._replace(loss=scored.loss + added) for scored in real(*args, **options))
+
+        monkeypatch.setattr(loop, "mean_losses", broken)
+
+    return breaks
+
+
 def digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -68,27 +87,36 @@ def digest(path):
 
 
 def test_the_loss_falls(ran):
-    losses = ran[0].result.losses
+    losses = ran[0].losses
     assert len(losses) == 6  # 24 rows * 2 epochs / 8 rows a step
     assert losses[0] > math.log(512) * 0.9  # a random model knows nothing of its 512 tokens
     assert np.mean(losses[-2:]) < losses[0] - 0.5
 
 
-def test_the_held_out_loss_is_that_of_the_saved_adapter(ran, data):
+def examples_of(base, path):
+    return list(load_examples([path], Encoder(base, 1024)))
+
+
+def loss_over(decoder, examples, settings, max_tokens=768):
+    config = settings("-")
+    return held_out(objective_of(config), decoder, examples, config, max_tokens)[0]
+
+
+def test_the_held_out_loss_is_that_of_the_saved_adapter(ran, settings, data):
     run, _, config = ran
     base = open_base(config.base)
-    examples = encode_all(read_conversations(data[1]), base.tokenizer, base.template, 1024)
-    decoder = build_decoder(base)
-    before = held_out_loss(decoder, examples, 768)
+    examples, decoder = examples_of(base, data[1]), build_decoder(base)
+    before = loss_over(decoder, examples, settings)
     attach(decoder, read_adapter(run.out, base.linears))
-    assert held_out_loss(decoder, examples, 768) == pytest.approx(run.result.held_out_loss, rel=1e-4)
-    assert run.result.held_out_loss < before
+    assert loss_over(decoder, examples, settings) == pytest.approx(run.held_out_loss, rel=1e-4)
+    assert run.held_out_loss < before
+    assert read_metrics(run.folder / "metrics.jsonl")[0].held_out_loss == pytest.approx(before, rel=1e-6)  # step 0
 
 
 @pytest.mark.parametrize("max_tokens", [64, 768])
-def test_held_out_loss_is_that_of_transformers(tiny, data, transformers_model, max_tokens):
+def test_held_out_loss_is_that_of_transformers(tiny, data, settings, transformers_model, max_tokens):
     base = open_base(tiny.path)
-    examples = encode_all(read_conversations(data[1]), base.tokenizer, base.template, 1024)
+    examples = examples_of(base, data[1])
     model, nll, n_tokens = transformers_model(tiny), 0.0, 0
     for e in examples:
         ids = torch.from_numpy(e.input_ids)
@@ -96,23 +124,8 @@ def test_held_out_loss_is_that_of_transformers(tiny, data, transformers_model, m
         logits = model(ids[None]).logits[0, :-1].detach()
         nll += float(F.cross_entropy(logits[learned], ids[1:][learned], reduction="sum"))
         n_tokens += int(learned.sum())
-    assert held_out_loss(build_decoder(base), examples, max_tokens) == pytest.approx(nll / n_tokens, rel=1e-5)
-
-
-def test_each_learned_token_of_a_step_weighs_the_same(tiny, settings):
-    """One step over micro-batches of unequal size gives the gradient, so the weights, of one packed row."""
-    draw = np.random.default_rng(0)
-    examples = [Example(draw.integers(3, 512, n), np.arange(n) > n // 2) for n in (30, 12, 5, 3)]
-    results = []
-    for budget in (16, 768):
-        decoder = build_decoder(open_base(tiny.path))
-        config = settings("-", batch_rows=4, epochs=1, micro_batch_tokens=budget)
-        result = train(decoder, inject(decoder, "lora", 4, 8, 0), examples, [], config)
-        results.append((result.losses, collect(decoder)))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    for name, parts in results[0][1].items():
-        for part, value in parts.items():
-            np.testing.assert_allclose(value, results[1][1][name][part], atol=1e-4, err_msg=f"{name}.{part}")
+    ours = loss_over(build_decoder(base), examples, settings, max_tokens)
+    assert ours == pytest.approx(nll / n_tokens, rel=1e-5)
 
 
 # -- determinism --------------------------------------------------------------------------------------------------
@@ -121,7 +134,7 @@ def test_each_learned_token_of_a_step_weighs_the_same(tiny, settings):
 def test_the_same_seed_gives_the_same_bytes(ran, settings, tmp_path):
     again = run_training(settings(tmp_path / "again", valid=None))
     assert digest(again.out / TENSORS) == digest(ran[0].out / TENSORS)
-    assert again.result.losses == ran[0].result.losses
+    assert again.losses == ran[0].losses
 
 
 def test_another_seed_gives_another_adapter(ran, settings, tmp_path):
@@ -132,10 +145,28 @@ def test_another_seed_gives_another_adapter(ran, settings, tmp_path):
 # -- what a run leaves --------------------------------------------------------------------------------------------
 
 
-def test_the_folder_holds_three_files_and_nothing_is_beside_it(ran):
-    out = ran[0].out
-    assert sorted(f.name for f in out.iterdir()) == FILES
-    assert [f.name for f in out.parent.iterdir()] == ["adapter"]
+def test_the_folder_holds_three_files_and_the_run_stands_beside_it(ran):
+    run = ran[0]
+    assert sorted(f.name for f in run.out.iterdir()) == FILES
+    assert sorted(f.name for f in run.out.parent.iterdir()) == ["adapter", "adapter.run"]
+    assert run.folder == run.out.with_name("adapter.run")
+    assert sorted(f.name for f in run.folder.iterdir()) == RUN_FILES
+    assert (run.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert read_metrics(run.folder / "metrics.jsonl")[-1].step == run.n_steps
+
+
+def test_run_json_says_what_was_asked_chosen_and_reached(ran):
+    run, _, config = ran
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert TrainConfig.model_validate(facts["asked"]) == config
+    settled = TrainConfig.model_validate(facts["settled"])
+    assert settled.alpha == 32  # one α for all ranks
+    assert "auto" not in (settled.device, settled.dtype, settled.base_dtype, settled.recompute)
+    assert None not in (settled.max_length, settled.micro_batch_tokens)
+    assert facts["digests"]["base"] == digest(config.base)
+    assert (facts["result"]["steps"], facts["result"]["adapter_of_step"]) == (6, 6)
+    assert facts["result"]["held_out_loss"] == run.held_out_loss
+    assert {"edgelora", "torch"} <= facts["versions"].keys()
 
 
 def test_the_contract_says_what_was_trained_on_what(ran, data):
@@ -148,28 +179,34 @@ def test_the_contract_says_what_was_trained_on_what(ran, data):
     assert contract.eog_ids == (0, 2)  # <|endoftext|>, <|im_end|>
     assert contract.tokenizer_sha256 == base.tokenizer.sha256
     assert contract.method == "lora"
-    assert contract.training["data"] == {"name": "train.jsonl", "rows": 24, "sha256": digest(data[0])}
+    (source,) = contract.training["data"]
+    assert source == {"name": "train.jsonl", "rows": 24, "weight": 1.0, "sha256": digest(data[0])}
     assert (contract.training["steps"], contract.training["seed"], contract.training["rank"]) == (6, 0, 4)
-    assert contract.evaluation["held_out_loss_torch"] == run.result.held_out_loss
-    assert contract.evaluation["last_loss"] == run.result.losses[-1]
+    assert contract.evaluation["held_out_loss"] == run.held_out_loss
+    assert contract.evaluation["last_loss"] == run.losses[-1]
     assert {"edgelora", "torch"} <= contract.versions.keys()
 
 
 def test_every_choice_has_its_reason(ran):
     contract = read_contract((ran[0].out / "edgelora.json").read_text(), "edgelora.json")
     choices = contract.training["choices"]
-    assert choices.keys() == {"device", "dtype", "base_dtype"}
-    assert all(choice["value"] and len(choice["why"]) > 10 for choice in choices.values())
+    assert choices.keys() >= {"device", "dtype", "products", "base_dtype", "alpha"}
+    assert not choices.keys() & {"rank", "learning_rate"}  # asked for, not chosen
+    assert all(choice["value"] and choice["why"] for choice in choices.values())
 
 
 def test_progress_counts_every_step(ran):
     events = ran[1]
-    assert [(e.stage, e.step, e.total) for e in events] == [("train", i, 6) for i in range(1, 7)]
-    assert [e.loss for e in events] == ran[0].result.losses
+    assert [(e.stage, e.step, e.total) for e in events] == [("train", i, 6) for i in range(7)]
+    assert events[0].loss is None  # the base, before the first step
+    assert all(e.held_out_loss is not None for e in events)
+    events = events[1:]
+    assert [e.loss for e in events] == ran[0].losses
+    assert [e.epoch for e in events] == pytest.approx([i / 3 for i in range(1, 7)])
     shares = [0.5, 1, 1, 0.75, 0.5, 0.25]  # two steps up, four down
     assert [e.learning_rate for e in events] == pytest.approx([5e-3 * share for share in shares])
     assert events[-1].eta_s == 0
-    assert all(e.tokens_per_s > 0 and e.peak_bytes > 0 for e in events)
+    assert all(e.tokens_per_s > 0 and e.peak_bytes > 0 and e.grad_norm > 0 for e in events)
 
 
 # -- faults -------------------------------------------------------------------------------------------------------
@@ -204,7 +241,8 @@ def test_overwrite_replaces_the_folder(settings, tmp_path):
     run_training(settings(out, epochs=0.3, valid=None, seed=1, overwrite=True))
     assert sorted(f.name for f in out.iterdir()) == FILES
     assert digest(out / TENSORS) != before
-    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "adapter.run"]
+    assert [m.step for m in read_metrics(first.folder / "metrics.jsonl")] == [1]  # of the second run alone
 
 
 def test_a_row_that_is_too_long_leaves_nothing(settings, tmp_path):
@@ -224,8 +262,15 @@ def test_a_run_that_is_stopped_leaves_what_stood_there(settings, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_training(settings(out, overwrite=True), stop)
-    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "adapter.run"]
     assert (out / "keep.txt").read_text() == "mine"
+
+
+def test_unknown_targets_are_refused_before_anything_is_written(settings, tmp_path):
+    with pytest.raises(ConfigError, match="no linear layer of this model is named q_porj") as e:
+        run_training(settings(tmp_path / "adapter", target_modules=["q_porj"]))
+    assert e.value.fix == "did you mean q_proj?"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwriting_never_deletes_what_is_no_adapter(settings, tmp_path):
@@ -241,103 +286,26 @@ def test_a_run_whose_every_step_was_skipped_writes_nothing(settings, tmp_path, b
     broken_steps({0}, float("nan"))
     with pytest.raises(EdgeloraError, match="in any step"):
         run_training(settings(tmp_path / "adapter", epochs=0.05))
-    assert list(tmp_path.iterdir()) == []
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter.run"]
 
 
-# -- numbers that are not finite ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def broken_steps(monkeypatch):
-    """`broken_steps(numbers, value)`: the loss of these steps (from 0, one micro-batch each) has `value` added."""
-
-    def breaks(numbers, value):
-        count, real = iter(range(1000)), loop.batch_loss
-        broken = lambda decoder, batch: real(decoder, batch) + (value if next(count) in numbers else 0)  # noqa: E731
-        monkeypatch.setattr(loop, "batch_loss", broken)
-
-    return breaks
-
-
-def train_alone(tiny, settings, n_steps):
-    decoder = build_decoder(open_base(tiny.path))
-    draw = np.random.default_rng(0)
-    examples = [Example(draw.integers(3, 512, 12), np.arange(12) > 0) for _ in range(n_steps)]
-    config = settings("-", batch_rows=1, epochs=1)
-    return train(decoder, inject(decoder, "lora", 4, 8, 0), examples, [], config), collect(decoder)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_skipped_and_counted(tiny, settings, broken_steps, value):
-    broken_steps({0}, value)
-    result, tensors = train_alone(tiny, settings, 1)
-    assert result.skipped_steps == 1
-    assert not any(parts["lora_B"].any() for parts in tensors.values())  # B starts at zero: nothing was learned
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tiny, settings, monkeypatch):
-    real = loop.batch_loss
-
-    def finite_loss_but_no_gradient(decoder, batch):
-        loss = real(decoder, batch)
-        loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
-
-    monkeypatch.setattr(loop, "batch_loss", finite_loss_but_no_gradient)
-    result, tensors = train_alone(tiny, settings, 1)
-    assert math.isfinite(result.losses[0])
-    assert result.skipped_steps == 1
-    assert not any(parts["lora_B"].any() for parts in tensors.values())
-
-
-def test_training_goes_on_after_bad_steps(tiny, settings, broken_steps):
-    broken_steps({1, 2, 4}, math.nan)
-    result, tensors = train_alone(tiny, settings, 6)
-    assert result.skipped_steps == 3
-    assert np.flatnonzero(np.isnan(result.losses)).tolist() == [1, 2, 4]
-    assert all(np.isfinite(value).all() for parts in tensors.values() for value in parts.values())
-    assert any(parts["lora_B"].any() for parts in tensors.values())
-
-
-def test_three_bad_steps_in_a_row_stop_the_run(tiny, settings, broken_steps):
-    broken_steps({1, 2, 3}, math.nan)
-    with pytest.raises(EdgeloraError) as e:
-        train_alone(tiny, settings, 6)
-    assert e.value.what == f"the loss was not a finite number in {MAX_BAD_STEPS} steps in a row (step 4)"
-    assert "learning rate" in e.value.why
-    assert e.value.fix == "try --learning-rate 0.001"  # a fifth of 5e-3
+def test_three_bad_steps_in_a_row_keep_the_last_good_state(settings, tmp_path, broken_steps):
+    broken_steps({2, 3, 4}, math.nan)
+    out = tmp_path / "adapter"
+    with pytest.raises(EdgeloraError, match="3 steps in a row"):
+        run_training(settings(out, valid=None))
+    assert not out.exists()
+    assert [path.name for path in (tmp_path / "adapter.run" / "checkpoints").iterdir()] == ["step-00000005"]
+    run = run_training(settings(out, valid=None, resume=True))  # the losses are whole again
+    assert (run.n_steps, run.skipped_steps) == (6, 3)
+    assert math.isfinite(run.losses[-1])
 
 
 def test_a_run_whose_last_step_was_skipped_can_be_read_again(settings, broken_steps, tmp_path):
     broken_steps({1}, math.nan)
     out = tmp_path / "adapter"
-    run = run_training(settings(out, epochs=2 / 3, valid=None, micro_batch_tokens=4096))  # two steps of eight rows
-    assert run.result.skipped_steps == 1
+    run = run_training(settings(out, epochs=2 / 3, valid=None))  # two steps of eight rows
+    assert run.skipped_steps == 1
     text = (out / "edgelora.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert read_contract(text, "edgelora.json").evaluation["last_loss"] is None
-
-
-# -- the learning rate --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("step", "share"),
-    [(0, 1 / 4), (3, 1), (4, 1), (5, 5 / 6), (9, 1 / 6), (10, 0)],  # up in 4, then down over the other 6 of 10
-)
-def test_learning_rate_goes_up_and_down(step, share):
-    assert learning_rate_at(step, total=10, warmup=4) == pytest.approx(share)
-
-
-def test_learning_rate_without_warmup_starts_at_the_peak():
-    assert learning_rate_at(0, total=1, warmup=0) == 1
-    assert learning_rate_at(0, total=10, warmup=0) == 1
-
-
-def test_warmup_takes_at_most_half_of_a_short_run(tiny, settings):
-    rates = []
-    decoder = build_decoder(open_base(tiny.path))
-    examples = [Example(np.arange(3, 11), np.arange(8) > 0)] * 4
-    config = settings("-", batch_rows=1, epochs=1, warmup_steps=100, learning_rate=0.001)
-    train(decoder, inject(decoder, "lora", 4, 8, 0), examples, [], config, lambda e: rates.append(e.learning_rate))
-    assert rates == pytest.approx([0.0005, 0.001, 0.001, 0.0005])

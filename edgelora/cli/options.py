@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -69,18 +69,25 @@ def _typed(annotation: Any) -> Any:
     return str | None
 
 
-def settled(model: type[BaseModel], file: Path | None, given: Mapping[str, Any]) -> Any:
+def settled(
+    model: type[BaseModel], file: Path | None, given: Mapping[str, Any], arguments: Collection[str] = ()
+) -> Any:
     """A `model` of the settings in a TOML file and, over them, those `given` on the command line (None: not given).
 
-    Raises ConfigError that names every setting that cannot be, and for unknown ones the nearest name.
+    arguments: those that are given by their place. Raises ConfigError that names every setting that cannot be, each as
+    it was written, and for unknown ones the nearest name; what is missing in both places is wrong usage.
     """
     settings = {} if file is None else read_toml(file, model)
-    settings |= {name: value for name, value in given.items() if value is not None and value != []}
+    said = {name: value for name, value in given.items() if value is not None and value != []}
     try:
-        return model.model_validate(settings)
+        return model.model_validate(settings | said)
     except ValidationError as e:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'][:1]))}: {fault['msg']}" for fault in e.errors())
-        raise ConfigError(faults, "these settings cannot train anything", "see `edgelora train --help`") from e
+        typed = {name: name.upper() if name in arguments else f"--{name.replace('_', '-')}" for name in given}
+        faults = [(str(fault["loc"][0]), fault["type"], fault["msg"]) for fault in e.errors()]
+        if missing := [typed[name] for name, kind, _ in faults if kind == "missing"]:
+            raise typer.BadParameter("missing, and not in a --config file", param_hint=missing) from e
+        listed = "; ".join(f"{typed[name] if name in said else name}: {message}" for name, _, message in faults)
+        raise ConfigError(listed, "these settings cannot train anything", "see `edgelora train --help`") from e
 
 
 def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def train(
     """
     from edgelora.cli.display import listener
 
-    asked = settled(TrainConfig, config, {"base": base, "data": data, **settings})
+    asked = settled(TrainConfig, config, {"base": base, "data": data, **settings}, arguments=("base", "data"))
     if print_config:
         print(as_toml(asked))
         return

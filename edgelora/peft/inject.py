@@ -26,14 +26,17 @@ def inject(
     `targets`: the layers to adapt, by the ends of their names; none for all. Raises ConfigError if one fits no layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = _targeted(list(decoder.linears), tuple(targets))
+    chosen = targeted(list(decoder.linears), tuple(targets))
     for name, linear in decoder.linears.items():
         linear.delta = METHODS[method].fresh(linear.weight, rank, alpha, generator) if name in chosen else None
     return list(decoder.parameters())
 
 
-def _targeted(names: list[str], targets: tuple[str, ...]) -> set[str]:
-    """The names that end in one of `targets` after a dot (PEFT's rule); all of them where there are no targets."""
+def targeted(names: list[str], targets: tuple[str, ...]) -> set[str]:
+    """The names that end in one of `targets` after a dot (PEFT's rule); all of them where there are no targets.
+
+    Raises ConfigError if one fits no name.
+    """
     fitting = {target: {n for n in names if n == target or n.endswith(f".{target}")} for target in targets}
     if unknown := [target for target, found in fitting.items() if not found]:
         there = sorted({name.rpartition(".")[2] for name in names})

@@ -21,7 +21,7 @@ from edgelora.errors import ConfigError
 from edgelora.files.atomic import require_space
 from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
-from edgelora.peft.inject import adapter_config, collect, inject
+from edgelora.peft.inject import adapter_config, collect, inject, targeted
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
@@ -137,6 +137,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Rea
     base = open_base(asked.base)
     if asked.chat_template is not None:
         base = base.with_template(asked.chat_template)
+    targeted(list(base.linears), asked.target_modules)
     if earlier is None:
         settled, choices = settle(asked, base)
     else:
@@ -145,12 +146,12 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Rea
         settled = earlier.settled.model_copy(update=kept)
         choices = {name: Choice(**choice) for name, choice in earlier.choices.items()}
         heard.on_note(f"going on behind step {earlier.snapshot.step}")
-    for name, choice in choices.items():
-        heard.on_choice(name, choice)
     rows = load_rows(settled, base, heard.on_note)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
     if earlier is not None:
         earlier.require_same(digests)
+    for name, choice in choices.items():  # behind all that can be refused: an error stands alone
+        heard.on_choice(name, choice)
     facts = {
         "asked": settings(asked),
         "settled": settings(settled),
