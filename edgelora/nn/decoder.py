@@ -26,6 +26,7 @@ from edgelora.nn.linear import Linear, Weight, together
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits
 from edgelora.nn.mixture import Expert, Mixture
 from edgelora.nn.norm import RMSNorm, rms_norm
+from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.recompute import recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 
@@ -191,6 +192,7 @@ class Decoder(nn.Module):
 
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
+        bound_primitives()
         self.config, self.embedding, self.head, self.compute = config, frozen.embedding, frozen.head, frozen.compute
         self.model = Body(architecture, config, frozen)
         self.recompute = False
