@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -496,3 +498,28 @@ def test_preferences_and_lion_take_smaller_steps():
     assert chosen(8e9, objective="dpo")[0].learning_rate == 5e-6
     assert chosen(8e9, objective="orpo")[0].learning_rate == 8e-5
     assert chosen(8e9, optimizer="lion")[0].learning_rate == 4e-5
+
+
+# -- what a run imports -------------------------------------------------------------------------------------------
+
+STEP = """
+import sys
+import torch
+from edgelora.config import TrainConfig
+from edgelora.training.optim import build_optimizer, flatten_state, load_state
+parameter = torch.nn.Parameter(torch.zeros(2, 2))
+config = TrainConfig(base="-", data="-", out="-", learning_rate=0.1, optimizer=sys.argv[1])
+optimizer = build_optimizer([("lora_A", parameter)], config)
+parameter.grad = torch.ones(2, 2)
+optimizer.step()
+optimizer.zero_grad()
+load_state(optimizer, flatten_state(optimizer))
+assert parameter.abs().sum() > 0
+sys.exit(" ".join(name for name in ("torch._dynamo", "sympy") if name in sys.modules) or 0)
+"""
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_a_step_does_without_torchs_compiler(name):
+    done = subprocess.run([sys.executable, "-c", STEP, name], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
