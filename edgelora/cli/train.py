@@ -34,6 +34,10 @@ def train(
         Path | None, typer.Option(help="Settings in a TOML file; options override them.", show_default=False)
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML and stop.")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="Rank settings by held-out loss: rank=4,8,16 lr=1e-4,5e-4.", show_default=False),
+    ] = None,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
@@ -41,11 +45,17 @@ def train(
 
     Example: `edgelora train base.gguf rows.jsonl --out adapters/mine`
     """
+    from edgelora.cli import sweep as sweeping
     from edgelora.cli.display import listener
 
+    if sweep:
+        sweep, base, data = sweeping.taken_apart(sweep, base, data)
     asked = settled(TrainConfig, config, {"base": base, "data": data, **settings}, arguments=("base", "data"))
     if print_config:
         print(as_toml(asked))
+        return
+    if sweep:
+        sweeping.sweep(asked, sweep, as_json)
         return
     with listener(as_json) as display:
         from edgelora.training.run import run_training
