@@ -91,7 +91,7 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
         with pace.aside():
             _tell_of_the_base(job, state, watch, clock)
-    while state.step < job.total:
+    while state.step < job.total and not _is_enough(job, state):
         batches = job.world.share(job.batches(state.step))
         for _ in _accumulate(job, state, batches):
             if clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
@@ -114,13 +114,11 @@ def train(job: Job, state: State, watch: Watch) -> bool:
             clock.save(watch, state)
             raise not_finite(f"in {state.in_a_row} steps in a row (step {state.step})", job.config.learning_rate)
         stop = job.world.any(watch.asked_to_stop())
-        enough = job.config.patience is not None and state.stale >= job.config.patience
-        if stop or enough or state.step == job.total or _is_due(job, state.step, clock):
+        is_over = state.step == job.total or _is_enough(job, state)
+        if stop or is_over or _is_due(job, state.step, clock):
             with pace.aside():
                 clock.save(watch, state)
-        if enough:
-            return True
-        if stop and state.step < job.total:
+        if stop and not is_over:
             return False
     return True
 
@@ -154,6 +152,11 @@ class _Clock:
         state.seconds = self.now()
         watch.save(state)
         self._saved = time.perf_counter()
+
+
+def _is_enough(job: Job, state: State) -> bool:
+    """Whether the held-out loss has not fallen for as long as one was patient."""
+    return job.config.patience is not None and state.stale >= job.config.patience
 
 
 def _is_due(job: Job, step: int, clock: _Clock) -> bool:
