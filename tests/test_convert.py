@@ -310,7 +310,7 @@ def test_an_adapter_trained_over_the_checkpoint_runs_over_its_gguf(make_checkpoi
     rows = tmp_path / "rows.jsonl"
     rows.write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
     trained = run_training(TrainConfig(base=folder, data=rows, out=tmp_path / "mine", epochs=4, rank=4))
-    assert trained.result.losses[-1] < trained.result.losses[0]
+    assert trained.losses[-1] < trained.losses[0]
     convert(folder, tmp_path / "base.gguf")
     certificate = export(tmp_path / "base.gguf", tmp_path / "mine", tmp_path / "mine.gguf")
     assert certificate.passed

@@ -15,7 +15,8 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.data.encode import Example, encode_conversation
-from edgelora.errors import AdapterError, EdgeloraError, EngineError, FileFormatError
+from edgelora.data.rows import Conversation
+from edgelora.errors import AdapterError, DataError, EdgeloraError, EngineError, FileFormatError
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.evaluate.score import bootstrap, questions, score
 from edgelora.pipeline.export import DEFAULT_CHECK
@@ -189,6 +190,21 @@ def test_scoring_tells_the_groups_apart(tiny):
     found = score(Parrot(), rows, questions(rows, base.tokenizer, base.template), base.tokenizer)
     assert (found.all.exact, found.groups["known"].exact, found.groups["new"].exact) == (7, 3, 4)
     assert found.all.loss == 1.0
+
+
+def test_an_answer_of_weight_0_is_no_reference(tiny):
+    base = open_base(tiny.path)
+    asked, answered = DEFAULT_CHECK[0].messages[-2:]
+    unscored = Conversation((asked, replace(answered, weight=0.0)))
+    learned_before = Conversation((asked, answered, asked, replace(answered, weight=0.0)))
+    for row in (unscored, learned_before):
+        with pytest.raises(DataError) as fault:
+            questions([DEFAULT_CHECK[0], row], base.tokenizer, base.template)
+        assert str(fault.value).splitlines() == [
+            "row 2: its last answer has the weight 0",
+            "  why: the last answer is what is scored, and this one is marked as no answer to give",
+            "  fix: give it a weight, or leave the row out",
+        ]
 
 
 def test_the_interval_covers_the_share_and_narrows_with_rows():

@@ -15,7 +15,7 @@ from converters.adapter_to_gguf import gguf_pairs, write_adapter_gguf
 from converters.metadata import copy_metadata
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
-from edgelora.errors import AdapterError, CertificateError, ExportError, OutputError
+from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract
 from edgelora.files.gguf import GGUFFile, Value
@@ -135,6 +135,20 @@ def test_export_certifies_and_signs(make_tiny, tmp_path, kind):
     assert read_adapter(tmp_path / "mine", base.linears).contract.certificate == inside
     if kind in (Type.F32, Type.F16):
         assert certificate.adapter.kl_mean <= 1e-4
+
+
+def test_export_compares_where_something_is_learned(tiny, tmp_path):
+    """Rows whose answers have the weight 0 have nothing to compare; a file of nothing else is refused."""
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    learned = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+    unlearned = {"messages": [learned["messages"][0], {**learned["messages"][1], "weight": 0}]}
+    for name, rows in (("some", [unlearned, learned]), ("none", [unlearned])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    certificate = export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", data=tmp_path / "some.jsonl")
+    assert (certificate.passed, certificate.n_prompts) == (True, 1)
+    with pytest.raises(DataError, match="no row has an answer to compare"):
+        export(tiny.path, tmp_path / "mine", tmp_path / "other.gguf", data=tmp_path / "none.jsonl")
+    assert not (tmp_path / "other.gguf").exists()
 
 
 def test_export_refuses_another_base_and_an_existing_file(make_tiny, tiny, tmp_path):

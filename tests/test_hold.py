@@ -104,7 +104,7 @@ def test_training_over_any_way_learns_and_says_what_it_was(tiny, tmp_path, how):
     row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
     rows.write_text((json.dumps(row) + "\n") * 8, encoding="utf-8")
     run = run_training(TrainConfig(base=tiny.path, data=rows, out=tmp_path / "a", base_dtype=how, epochs=6, rank=4))
-    assert run.result.losses[-1] < run.result.losses[0]
+    assert run.losses[-1] < run.losses[0]
     contract = json.loads((tmp_path / "a" / "edgelora.json").read_text())
     assert contract["training"]["choices"]["base_dtype"]["value"] == how
 

@@ -30,6 +30,7 @@ from edgelora.pipeline.inspect_facts import shares, template_facts
 from edgelora.pipeline.merge import quantize
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+DATA = [{"name": "train.jsonl", "rows": 924, "weight": 1.0}, {"name": "more.jsonl", "rows": 7, "weight": 0.5}]
 CERTIFICATE = {"passed": True, "kl_limit": 0.01, "adapter": {"kl_mean": 0.001, "same_top": 0.98, "n_tokens": 87}}
 
 
@@ -39,8 +40,8 @@ def an_adapter(path: Path, **config: object) -> Adapter:
     contract = Contract(
         version="0", base=base.fingerprint, base_file=base.base_file, tokenizer_sha256=base.tokenizer.sha256,
         chat_template_sha256=base.template_sha256, eog_ids=base.tokenizer.eog_ids, method="lora", system="Be brief.",
-        training={"epochs": 1.5, "rank": 4, "data": {"name": "train.jsonl", "rows": 924}, "choices": {"a": {}}},
-        evaluation={"held_out_loss_torch": 0.25}, versions={"edgelora": "0"}, certificate=CERTIFICATE,
+        training={"epochs": 1.5, "rank": 4, "data": DATA, "choices": {"a": {}}},
+        evaluation={"held_out_loss": 0.25}, versions={"edgelora": "0"}, certificate=CERTIFICATE,
     )  # fmt: skip
     draw = np.random.default_rng(0)
     tensors = {
@@ -343,13 +344,25 @@ def test_a_peft_adapter(peft, tiny, capsys):
     assert facts.contract["base"]["fingerprint"] == open_base(tiny.path).fingerprint.short
     assert (facts.certificate, facts.faults) == (CERTIFICATE, [])
     shown = " ".join(printed(capsys, peft).split())
-    for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj", "924 rows of train.jsonl",
-                 "epochs 1.5, rank 4", "held out loss torch 0.25", "certificate says of itself: passed", "Be brief.",
+    for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj", "924 rows of train.jsonl, 7 rows of more.jsonl",
+                 "epochs 1.5, rank 4", "held out loss 0.25", "certificate says of itself: passed", "Be brief.",
                  f"export ✓ yes: over {tiny.path.name} (F32) or another quantization of it",
                  "chat ! export first: "):  # fmt: skip
         assert part in shown
     assert "✓ passed" not in shown
     assert (facts.export.answer, facts.merge, facts.chat.answer) == ("yes", facts.export, "export first")
+
+
+def test_a_dora_is_merged_not_exported(tiny, tmp_path, capsys):
+    adapter = an_adapter(tiny.path, use_dora=True)
+    for parts in adapter.tensors.values():
+        parts["lora_magnitude_vector"] = np.ones(len(parts["lora_B"]), np.float32)
+    write_adapter(tmp_path / "mine", adapter)
+    facts = inspect(tmp_path / "mine")
+    assert facts.faults == []
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("no", "yes", "no")
+    shown = " ".join(printed(capsys, tmp_path / "mine").split())
+    assert shown.count("no: a DoRA cannot be an adapter of llama.cpp: merge it into its base with") == 2
 
 
 def test_a_gguf_adapter(tiny, tmp_path, capsys):
@@ -393,7 +406,7 @@ def broken(folder: Path, change: str) -> None:
     ("change", "fault"),
     [
         ("half", "lora_A is missing"), ("nan", "it holds NaN or infinite values"), ("rank", "expected (r, "),
-        ("flat", "expected (r, "), ("stranger", "score.weight is no part of a plain LoRA"), ("dora", "use_dora is set"),
+        ("flat", "expected (r, "), ("stranger", "score.weight is no part of a plain LoRA"), ("dora", "lora_magnitude_vector is missing"),
         ("contract", "the contract cannot be read (base_file: "),
     ],
 )  # fmt: skip

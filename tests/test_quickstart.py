@@ -33,7 +33,8 @@ def test_every_step_and_every_file(small_task, tmp_path):
     result = quickstart(lines.append, lambda p: stages.add(p.stage))
     folder = tmp_path / "models" / "quickstart"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "home", "home-F16.gguf", "home-Q4_K_M.gguf", "home-Q8_0.gguf", "home.gguf", "report.json", "report.md",
+        "home", "home-F16.gguf", "home-Q4_K_M.gguf", "home-Q8_0.gguf", "home.gguf", "home.run", "report.json",
+        "report.md",
     ]  # fmt: skip
     assert result.base.samefile(default_base())
     assert open_base(result.base).fingerprint == open_base(small_task).fingerprint

@@ -118,6 +118,15 @@ def test_chats_are_shown_as_they_are_trained(tiny, rows, capsys):
     assert "".join(learned) == "Done.<|im_end|>"
 
 
+def test_a_turn_of_weight_0_is_shown_as_not_learned(tiny, tmp_path, capsys):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    row = {"messages": [*said, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (found,) = shown(capsys, tiny.path, "--chat", tmp_path / "rows.jsonl")["rows"]
+    learned = [piece for piece, has_loss in zip(found["pieces"], found["loss_mask"], strict=True) if has_loss]
+    assert "".join(learned) == "d<|im_end|>"
+
+
 def test_a_base_without_a_template_takes_a_chosen_one(make_tiny, rows, capsys):
     mute = make_tiny(template=None).path
     assert run(["tokenize", str(mute), "--chat", str(rows)]) == 1

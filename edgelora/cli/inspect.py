@@ -239,8 +239,10 @@ def _contract(contract: Mapping[str, Any]) -> Rows:
     base, training = contract["base"], contract["training"]
     yield "base", _plain(f"{base['name']}, {base['quant']}, identity {base['fingerprint']}")
     data = training.get("data")
-    if isinstance(data, dict):
-        yield "data", _plain(f"{_value(data.get('rows'))} rows of {_value(data.get('name'))}")
+    sources = [source for source in (data if isinstance(data, list) else [data]) if isinstance(source, dict)]
+    if sources:
+        listed = (f"{_value(source.get('rows'))} rows of {_value(source.get('name'))}" for source in sources)
+        yield "data", _plain(", ".join(listed))
     if contract["system"] is not None:
         yield "system", _plain(contract["system"])
     shown = {key: training[key] for key in TRAINING if key in training}

@@ -50,13 +50,19 @@ class Scored:
 def questions(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[Question]:
     """Each row's prompt and its last assistant turn as the reference.
 
-    Raises DataError if the template writes a conversation otherwise than its beginning.
+    Raises DataError for an answer of weight 0, or if the template writes a conversation otherwise than its beginning.
     """
     out = []
     for number, conversation in enumerate(conversations, 1):
         prompt = encode_prompt(conversation.prompt, tokenizer, template, conversation.tools)
         example = encode_conversation(conversation, tokenizer, template)
         whole = example.input_ids.tolist()
+        if not conversation.messages[-1].weight:
+            raise DataError(
+                what=f"row {number}: its last answer has the weight 0",
+                why="the last answer is what is scored, and this one is marked as no answer to give",
+                fix="give it a weight, or leave the row out",
+            )
         last = int(example.loss_mask.nonzero()[0][-1]) + 1
         if whole[: len(prompt)] != prompt or last <= len(prompt):
             raise DataError(

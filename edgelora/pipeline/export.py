@@ -14,10 +14,10 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation, Message, read_conversations
-from edgelora.data.encode import encode_conversation
+from edgelora.data.encode import encode_conversation, turn_weights
 from edgelora.data.pack import IGNORE, pack
 from edgelora.device import physical_cores
-from edgelora.errors import AdapterError, CertificateError
+from edgelora.errors import AdapterError, CertificateError, DataError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.files.atomic import refuse_existing, staged, write_text
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, require_same_base
@@ -101,7 +101,7 @@ def export(
     refuse_existing(out, overwrite)
     base = open_base(base_path)
     adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
-    rows = read_conversations(data)[:CHECKED_ROWS] if data else list(DEFAULT_CHECK)
+    rows = _rows_to_check(data) if data else list(DEFAULT_CHECK)
     with staged(out, overwrite=overwrite) as draft:
         write_adapter_gguf(draft, adapter, base, out.stem, dtype)
         certificate = run_in_child(_certify, base_path, adapter_path, draft, rows, on_progress=on_progress)
@@ -120,6 +120,18 @@ def export(
         signed = adapter.contract.model_copy(update={"certificate": certificate.as_dict()})
         write_text(adapter_path / FILE_NAME, signed.model_dump_json(indent=2) + "\n", overwrite=True)
     return certificate
+
+
+def _rows_to_check(data: Path) -> list[Conversation]:
+    """The first rows in which something is learned: what comes before it is compared with it."""
+    rows = [row for row in read_conversations(data) if any(turn_weights(row))][:CHECKED_ROWS]
+    if not rows:
+        raise DataError(
+            what=f"{data}: no row has an answer to compare",
+            why="every assistant message in it has the weight 0",
+            fix="pass other rows with --data, or leave it out",
+        )
+    return rows
 
 
 def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:

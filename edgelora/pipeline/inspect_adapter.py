@@ -18,6 +18,7 @@ from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, refuse_
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
 CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
+NOT_OF_A_DORA = Ability("no", "a DoRA cannot be an adapter of llama.cpp: merge it into its base with `edgelora merge`")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -71,6 +72,10 @@ def peft_adapter(path: Path) -> AdapterFacts:
     base = config.get("base_model_name_or_path")
     alpha = config.get("lora_alpha")
     types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
+    merge = _ability(contract, faults)
+    export, chat = (NOT_OF_A_DORA,) * 2 if config.get("use_dora") else (merge, CHAT_OF_A_FOLDER)
+    if faults:
+        export = chat = merge
     return AdapterFacts(
         "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
         contract.base_file.name if contract else str(base) if base else None,
@@ -78,8 +83,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
         _ranks(shapes, "lora_A"), dict(Counter(name.rpartition(".")[2] for name in linears)),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
-        export=_ability(contract, faults), merge=_ability(contract, faults),
-        chat=Ability("no", faults[0]) if faults else CHAT_OF_A_FOLDER,
+        export=export, merge=merge, chat=chat,
     )  # fmt: skip
 
 

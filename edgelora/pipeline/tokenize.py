@@ -18,7 +18,7 @@ import gguf
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation, read_conversations
-from edgelora.data.encode import cut, encode_turns
+from edgelora.data.encode import cut, encode_turns, turn_weights
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.turns import Turns
@@ -138,7 +138,7 @@ def tokenize_chats(base: Base, path: Path) -> tuple[int, Iterator[Tokenized]]:
 def tokenize_chat(tokenizer: Tokenizer, template: ChatTemplate, row: Conversation) -> Tokenized:
     """One conversation as it is trained."""
     said = Turns(row, template)
-    example = encode_turns(said, tokenizer)
+    example = encode_turns(said, tokenizer, weights=turn_weights(row))
     parts = tuple(part for part, _, _ in cut(said.rendered, tokenizer))
     return Tokenized(said.rendered.text, example.input_ids.tolist(), example.loss_mask.tolist(), parts)
 
