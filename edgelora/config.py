@@ -140,6 +140,9 @@ class TrainConfig(BaseModel):
     """Whether a layer's activations are computed again in the backward pass instead of kept."""
     offload: bool = False
     """CUDA: keep activations in the machine's memory until the backward pass needs them."""
+    shard_base: bool = False
+    """Under torchrun: each process holds a share of the base and gathers it layer by layer, for one that no card holds.
+    """
     max_gpu_memory: str | None = Field(None, pattern=r"^\d+(\.\d+)?\s*(GB|GiB|MB|MiB)$")
     """CUDA: hold the process to this much of the card's memory, such as `8GB`."""
 

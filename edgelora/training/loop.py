@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from edgelora.config import TrainConfig
@@ -19,7 +20,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
-from edgelora.training.objectives.objective import Objective, held_out, mean_losses
+from edgelora.training.objectives.objective import Objective, mean_losses, score_held_out
 from edgelora.training.optim import set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.state import Best, State
@@ -88,13 +89,16 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     error, the last good state saved. Deterministic on the CPU under config.seed, wherever it was stopped and resumed.
     """
     clock, pace = _Clock(state), Pace(job.total, state.step)
+    if state.micro and job.world.size > 1:
+        _begin_again(state)
     if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
         with pace.aside():
             _tell_of_the_base(job, state, watch, clock)
     while state.step < job.total and not _is_enough(job, state):
         batches = job.world.share(job.batches(state.step))
         for _ in _accumulate(job, state, batches):
-            if clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
+            # what other processes have summed is not known here
+            if job.world.size == 1 and clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
                 with pace.aside():
                     clock.save(watch, state)
         loss, norm, rate = _update(job, state)
@@ -168,6 +172,12 @@ def _is_due(job: Job, step: int, clock: _Clock) -> bool:
     return measured or clock.since_save() > SAVE_EVERY_S or (every is None and step % SAVE_EVERY_STEPS == 0)
 
 
+def _begin_again(state: State) -> None:
+    """Forget the gradients of a step that one process began alone: they would count once for each of several."""
+    state.optimizer.zero_grad(set_to_none=True)
+    state.micro, state.partial = 0, 0.0
+
+
 def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iterator[None]:
     """Add up the gradients of the micro-batches that `state` has not seen; yields after each of them."""
     losses = mean_losses(job.objective, job.decoder, batches, job.config, job.world.sum, first=state.micro)
@@ -184,8 +194,13 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
 
 @contextmanager
 def _noise(job: Job, state: State) -> Iterator[None]:
-    """NEFTune's noise on the embeddings, while something is learned from them and only then."""
-    alpha = job.config.neftune_alpha
+    """NEFTune's noise on the embeddings, while something is learned from them and only then.
+
+    Drawn for the number of the micro-batch in the run, whichever process has it.
+    """
+    alpha, number = job.config.neftune_alpha, job.world.rank + state.micro * job.world.size
+    seeds = np.random.SeedSequence((job.config.seed, state.step, number))
+    state.noise.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     job.decoder.noise = partial(neftune, alpha=alpha, generator=state.noise) if alpha else None
     try:
         yield
@@ -223,8 +238,10 @@ def held_out_loss(job: Job, state: State) -> float:
     """The objective's mean loss over the rows held out; for answers mean −log p in nats."""
     assert job.config.micro_batch_tokens is not None
     rows = [job.held_out[i] for i in range(len(job.held_out))]
+    batches = job.world.share(job.objective.pack(rows, job.config.micro_batch_tokens))
     with averaged(state):
-        return held_out(job.objective, job.decoder, rows, job.config, job.config.micro_batch_tokens)[0]
+        scored = score_held_out(job.objective, job.decoder, batches, job.config, job.world.sum)
+    return job.world.sum([sum(float(one.loss) for one in scored)])[0]
 
 
 def _measure(job: Job, state: State, step: int) -> dict[str, Any]:

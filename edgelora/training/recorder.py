@@ -80,10 +80,16 @@ class Recorder:
 
 
 class Silent:
-    """A `loop.Watch` of a process that only computes: another one writes."""
+    """A `loop.Watch` of a process that only computes: another one writes. A context, like `Recorder`."""
 
     def __init__(self) -> None:
         self.interrupt = Interrupt()
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
 
     def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:
         pass
@@ -96,3 +102,6 @@ class Silent:
 
     def peak_bytes(self) -> int | None:
         return None
+
+    def draw(self) -> None:
+        pass

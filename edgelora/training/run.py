@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.order import Order
-from edgelora.device import Choice, compute_threads, computing, peak_memory_bytes
-from edgelora.errors import ConfigError
+from edgelora.device import Choice, computing, peak_memory_bytes
+from edgelora.errors import ConfigError, DataError
 from edgelora.files.atomic import require_space
 from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
@@ -25,17 +25,20 @@ from edgelora.peft.inject import adapter_config, collect, inject, targeted
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
+from edgelora.training.distributed import Processes, joined, threads
 from edgelora.training.folder import RunFolder
-from edgelora.training.interrupt import Stopped, interruptible
+from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, interruptible
 from edgelora.training.loop import Job, averaged, not_finite, train
-from edgelora.training.metrics import Metrics
+from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
-from edgelora.training.recorder import Recorder
+from edgelora.training.recorder import Recorder, Silent
 from edgelora.training.resume import Earlier, earlier_run, settings
 from edgelora.training.rows import Rows, load_rows
 from edgelora.training.sample import Sampler
 from edgelora.training.settle import settle
+from edgelora.training.sharding import shard
 from edgelora.training.state import State
+from edgelora.training.world import World
 from edgelora.versions import revision, versions
 
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -101,37 +104,60 @@ def run_training(
     the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. `stop_when` is asked behind
     each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
     """
-    started, folder = time.perf_counter(), RunFolder(config.out)
-    heard = Listeners(on_progress, on_choice, on_note)
-    ready = _make_ready(config, folder, heard)
-    with folder.held(ready.asked), computing(ready.choices["products"], compute_threads()), _explained(ready.config):
-        job, state = _build(ready)
-        _require_space(folder, state, ready.config)
+    with joined() as world:
+        heard = Listeners(on_progress, on_choice, on_note) if world.rank == 0 else Listeners()
+        return _run(config, heard, stop_when, world)
+
+
+def _run(config: TrainConfig, heard: Listeners, stop_when: Callable[[Progress], bool] | None, world: World) -> Run:
+    started, folder, writes = time.perf_counter(), RunFolder(config.out), world.rank == 0
+    ready = _make_ready(config, folder, heard, world)
+    with (
+        folder.held(ready.asked) if writes else nullcontext(),
+        computing(ready.choices["products"], threads(world)),
+        _explained(ready.config),
+    ):
+        job, state = _build(ready, world)
         if ready.earlier is not None:
             state.restore(ready.earlier.snapshot)
-        folder.write_facts(ready.facts)
-        title = f"{ready.base.path.name} · {config.method} r {ready.config.rank} · {ready.config.data[0].path.name}"
-        after = None if ready.earlier is None else state.step
-        with Recorder(folder, ready.config, ready.facts, title, after) as recorder, interruptible() as interrupt:
-            recorder.on_progress, recorder.interrupt, recorder.stop_when = heard.on_progress, interrupt, stop_when
+        if writes:
+            _require_space(folder, state, ready.config)
+            folder.write_facts(ready.facts)
+        with _recorder(folder, ready, state, writes) as recorder, interruptible() as interrupt:
+            recorder.interrupt = interrupt
+            if isinstance(recorder, Recorder):
+                recorder.on_progress, recorder.stop_when = heard.on_progress, stop_when
             whole = train(job, state, recorder)
             if not whole:
                 recorder.draw()
+                _agree(interrupt, world)
                 raise _stopped(ready.asked, state, job.total, interrupt.exit_code, interrupt.asked)
-            metrics = recorder.metrics()
-            if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
-                raise not_finite("in any step", ready.config.learning_rate)
-            run = _keep(ready, job, state, folder, metrics, started)
+            run = world.first(lambda: _keep(ready, job, state, folder, started))
             recorder.draw()
-    folder.write_facts({**ready.facts, "result": _result(run)})
+    if writes:
+        folder.write_facts({**ready.facts, "result": _result(run)})
     return run
 
 
-def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Ready:
+def _recorder(folder: RunFolder, ready: Ready, state: State, writes: bool) -> Recorder | Silent:
+    if not writes:
+        return Silent()
+    c = ready.config
+    title = f"{ready.base.path.name} · {c.method} r {c.rank} · {c.data[0].path.name}"
+    return Recorder(folder, c, ready.facts, title, None if ready.earlier is None else state.step)
+
+
+def _agree(interrupt: Interrupt, world: World) -> None:
+    """The signal that any process got is what stopped them all."""
+    counts = world.sum([float(interrupt.asked is number) for number in SIGNALS])
+    interrupt.asked = next((number for number, count in zip(SIGNALS, counts, strict=True) if count), None)
+
+
+def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: World) -> Ready:
     """Read, choose and check. Writes nothing."""
     refuse_to_write(config.out, config.overwrite or (config.resume and folder.is_begun))
     folder.refuse_a_run(config)
-    earlier = earlier_run(folder, heard.on_note) if config.resume else None
+    earlier = world.first(lambda: earlier_run(folder, heard.on_note)) if config.resume else None
     asked = config if earlier is None else earlier.with_wishes(config)
     objective_of(asked)  # refuses settings that contradict each other
     base = open_base(asked.base)
@@ -139,17 +165,29 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Rea
         base = base.with_template(asked.chat_template)
     targeted(list(base.linears), asked.target_modules)
     if earlier is None:
-        settled, choices = settle(asked, base)
+        settled, choices = world.first(lambda: settle(asked, base))  # by the memory that is free there
     else:
         kept = {name: getattr(asked, name) for name in asked.model_fields_set & {"out", "resume", "overwrite"}}
         kept |= {"base": asked.base, "data": asked.data, "valid": asked.valid, "save_every": asked.save_every}
         settled = earlier.settled.model_copy(update=kept)
         choices = {name: Choice(**choice) for name, choice in earlier.choices.items()}
         heard.on_note(f"going on behind step {earlier.snapshot.step}")
+        if (before := choices.pop("processes", Choice("1", "")).value) != str(world.size):
+            heard.on_note(f"it goes on in {world.size} instead of {before} processes: the same but for rounding")
+    if world.size > 1:
+        held = f"1/{world.size} of each layer" if settled.shard_base else "the whole base"
+        choices["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")
+    world.use(settled.device)
     rows = load_rows(settled, base, heard.on_note)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
     if earlier is not None:
         earlier.require_same(digests)
+    if world.first(lambda: digests) != digests:
+        raise DataError(
+            what="the base or the rows are not the same for all processes of this run",
+            why="they are read on each machine, and each process takes its part of the same steps",
+            fix="give every machine the same files",
+        )
     for name, choice in choices.items():  # behind all that can be refused: an error stands alone
         heard.on_choice(name, choice)
     facts = {
@@ -163,18 +201,23 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners) -> Rea
     return Ready(asked, settled, base, rows, choices, digests, earlier, facts)
 
 
-def _build(ready: Ready) -> tuple[Job, State]:
+def _build(ready: Ready, world: World) -> tuple[Job, State]:
     c = ready.config
     assert c.rank is not None
     assert c.alpha is not None
     if c.max_gpu_memory is not None:
-        hold_to(c.max_gpu_memory)
-    decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype], c.device)
+        hold_to(c.max_gpu_memory, world.local_rank)
+    if c.shard_base and isinstance(world, Processes):
+        decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype])
+        shard(decoder, world)
+    else:
+        decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype], c.device)
     inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules)
     decoder.to(c.device)
-    sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if c.samples else None
+    asks = bool(c.samples) and world.rank == 0
+    sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None
     order = Order(ready.rows.train.counts, c.batch_rows, c.seed, [source.weight for source in c.data])
-    job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler)
+    job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler, world)
     return job, State(decoder.named_parameters(), c)
 
 
@@ -185,9 +228,12 @@ def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None
     require_space(folder.path, (config.keep_checkpoints + 2) * one, "the checkpoints")
 
 
-def _keep(ready: Ready, job: Job, state: State, folder: RunFolder, metrics: list[Metrics], started: float) -> Run:
+def _keep(ready: Ready, job: Job, state: State, folder: RunFolder, started: float) -> Run:
     """Write the adapter: that of the last step, or the best one where the run was to stop at it."""
-    c, losses = ready.config, [m.loss for m in metrics if m.loss is not None]
+    c, metrics = ready.config, read_metrics(folder.metrics)
+    if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
+        raise not_finite("in any step", c.learning_rate)
+    losses = [m.loss for m in metrics if m.loss is not None]
     step, held_out = state.step, next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
     if c.patience is not None and state.best is not None and state.best.step != state.step:
         step, held_out = state.best

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from torch import nn
 
 from edgelora.data.pack import Batch
 
+T = TypeVar("T")
+
 
 class World(Protocol):
-    """How the micro-batches of a step are dealt out and what they came to is put together."""
+    """How the micro-batches of a step are dealt out and what they came to is put together.
+
+    rank: 0 … size - 1; the first process, 0, is the one that writes and talks. local_rank, local_size: among those on
+    this machine. All processes must come to the same calls in the same order.
+    """
 
     rank: int
     size: int
+    local_rank: int
+    local_size: int
+
+    def use(self, device: str) -> None:
+        """Compute on `device`, `cuda` being this process's own card. Raises ConfigError if there is none for it."""
+        ...
 
     def share(self, batches: Sequence[Batch]) -> list[Batch | None]:
-        """This process's micro-batches. Every process has as many: None where there are none left."""
+        """This process's micro-batches: every `size`-th from number `rank` on.
+
+        Every process has as many: None where there are none left.
+        """
         ...
 
     def sum(self, values: list[float]) -> list[float]:
@@ -32,11 +47,19 @@ class World(Protocol):
         """Whether it is so in any process."""
         ...
 
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process; it runs in no other."""
+        ...
+
 
 class Alone:
     """One process, which does it all."""
 
     rank, size = 0, 1
+    local_rank, local_size = 0, 1
+
+    def use(self, device: str) -> None:
+        pass
 
     def share(self, batches: Sequence[Batch]) -> list[Batch | None]:
         return list(batches)
@@ -49,3 +72,6 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def first(self, make: Callable[[], T]) -> T:
+        return make()

@@ -97,14 +97,25 @@ def mean_losses(
         yield scored._replace(loss=scored.loss / units)
 
 
-@torch.no_grad()
 def held_out(
     objective: Objective[Row], decoder: Decoder, rows: Sequence[Row], config: TrainConfig, max_tokens: int
 ) -> tuple[float, dict[str, float]]:
     """The loss over `rows`, without label smoothing, and the mean of each number beside it."""
-    plain = config.model_copy(update={"label_smoothing": 0.0})
-    scored = list(mean_losses(objective, decoder, objective.pack(rows, max_tokens), plain))
+    scored = score_held_out(objective, decoder, objective.pack(rows, max_tokens), config)
     return sum(float(s.loss) for s in scored), means(scored)
+
+
+@torch.no_grad()
+def score_held_out(
+    objective: Objective[Row],
+    decoder: Decoder,
+    batches: Sequence[Batch | None],
+    config: TrainConfig,
+    over_processes: Callable[[list[float]], list[float]] = lambda sums: sums,
+) -> list[Scored]:
+    """What each micro-batch of rows held out adds to the loss over all of them; see `mean_losses`."""
+    plain = config.model_copy(update={"label_smoothing": 0.0})
+    return list(mean_losses(objective, decoder, batches, plain, over_processes))
 
 
 def means(scored: Sequence[Scored]) -> dict[str, float]:
