@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -39,8 +42,11 @@ SLOW = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
 
 
-def choose_base_dtype(asked: str, base: Base, free_bytes: int | None) -> Choice:
-    """How to hold the weights of `base`: as asked, or for `auto` what is fastest in the memory there is."""
+def choose_base_dtype(asked: str, base: Base, free_bytes: int | None, compute: str = "f32") -> Choice:
+    """How to hold the weights of `base`: as asked, or for `auto` what is fastest in the memory there is.
+
+    compute: the format of products, `f32` or `bf16`, which dense weights would have too.
+    """
     if asked != "auto":
         return Choice(asked, f"asked for; the base stores {base.quant}")
     sizes: dict[Type, int] = {}
@@ -49,10 +55,10 @@ def choose_base_dtype(asked: str, base: Base, free_bytes: int | None) -> Choice:
             kind = base.tensors.kind(name)
             sizes[kind] = sizes.get(kind, 0) + shape[0] * shape[1]
     weights, slow = sum(sizes.values()), sum(n for kind, n in sizes.items() if kind.name in SLOW)
-    dense, free = 4 * weights, free_bytes or 0
+    dense, free = FLOATS[compute].itemsize * weights, free_bytes or 0
     if 2 * slow > weights and dense <= DENSE_SHARE * free:
         return Choice(
-            "f32", f"{dense / 1e6:.0f} MB of {free / 1e9:.0f} GB free, and faster than {base.quant} each time"
+            compute, f"{dense / 1e6:.0f} MB of {free / 1e9:.0f} GB free, and faster than {base.quant} each time"
         )
     if not base.is_gguf and sum(n * GGML_QUANT_SIZES[kind][1] for kind, n in sizes.items()) > free / 2 > 0:
         return Choice("q4_k", "the checkpoint is too large for this memory; on a CPU faster and more exact than NF4")
@@ -63,6 +69,13 @@ def hold(stored: Stored, how: str) -> Weight:
     """The weight that keeps `stored` as `how`, one of BASE_FORMATS. Raises ConfigError for any other."""
     if how == "blocks":
         return from_rows(stored.rows, stored.kind, stored.columns)
+    try:
+        return _converted(stored, how)
+    finally:
+        _let_go(stored.rows)
+
+
+def _converted(stored: Stored, how: str) -> Weight:
     if how == "nf4":
         mapped = from_rows(stored.rows, stored.kind, stored.columns)
         return quantize_nf4(mapped.values if isinstance(mapped, Dense) else mapped.dequantize())
@@ -82,6 +95,22 @@ def hold(stored: Stored, how: str) -> Weight:
     if stored.kind == kind:
         return from_rows(stored.rows, kind, stored.columns)
     return GGUFBlocks(ggml.requantize(stored.rows, stored.kind, stored.columns, kind), kind, stored.columns)
+
+
+def _let_go(rows: np.ndarray) -> None:
+    """Tell the system that these pages of a mapped file will hardly be read again: they count as this process's memory.
+
+    A page that is read after all comes back from the file.
+    """
+    mapped: object = rows
+    while isinstance(mapped, np.ndarray | memoryview):
+        mapped = mapped.base if isinstance(mapped, np.ndarray) else mapped.obj
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return  # a copy, as of rotary rows, or a system without such advice
+    begin = rows.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: the others are also a neighbour's
+    if (length := (begin + rows.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first) > 0:
+        mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def _floats(stored: Stored, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,144 @@
+"""Whether a run fits and how long it takes, before it starts: the memory plan, and three steps over the real rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from statistics import median
+
+import torch
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.hold import choose_base_dtype
+from edgelora.base.model import Base, open_base
+from edgelora.config import TrainConfig
+from edgelora.data.order import Order
+from edgelora.device import (
+    choose_device,
+    choose_dtype,
+    choose_products,
+    computing,
+    free_memory_bytes,
+    physical_cores,
+)  # fmt: skip
+from edgelora.peft.inject import inject
+from edgelora.training.defaults import choose
+from edgelora.training.footprint import Model
+from edgelora.training.memory import Machine, Plan, plan, resident_bytes
+from edgelora.training.objectives import objective_of
+from edgelora.training.objectives.objective import mean_losses
+from edgelora.training.optim import build_optimizer
+from edgelora.training.rows import load_rows
+
+MEASURED_STEPS = 3
+COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a run takes. steps: of the run; seconds: of all of them, at the median of those that were measured."""
+
+    rows: int
+    steps: int
+    seconds_per_step: float
+    tokens_per_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.steps * self.seconds_per_step
+
+
+def plan_run(config: TrainConfig, memory: int | None = None) -> tuple[Base, Plan]:
+    """The plan of the run that `config` asks for. memory: bytes it may take in all; None for what is free.
+
+    Raises ConfigError if nothing fits.
+    """
+    base = open_base(config.base)
+    if config.chat_template is not None:
+        base = base.with_template(config.chat_template)
+    model = Model.of(base)
+    device = choose_device(config.device)
+    choices = {"device": device, "dtype": choose_dtype(config.dtype, device.value)}
+    machine = machine_of(device.value, memory)
+    dtype = choices["dtype"].value
+    choices["base_dtype"] = choose_base_dtype(config.base_dtype, base, machine.budget, dtype)
+    settled, chosen = choose(config, model.n_weights)
+    values = {name: choice.value for name, choice in choices.items()}
+    found = plan(model, settled.model_copy(update=values), machine, base.config.max_position_embeddings)
+    return base, Plan(
+        found.config, {**choices, **chosen, **found.choices}, found.load, found.parts, found.at_max_length, found.budget
+    )
+
+
+def machine_of(device: str, memory: int | None = None) -> Machine:
+    """The device with what is free on it, or with `memory` bytes in all."""
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+        return Machine(device, free if memory is None else memory)
+    mine, free_bytes = resident_bytes(), free_memory_bytes()
+    left = None if free_bytes is None else free_bytes + (mine or 0)  # what this process has already is not free
+    return Machine(device, left if memory is None else memory, mine)
+
+
+def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:
+    """Build the decoder and do one step to warm up and MEASURED_STEPS more over the rows of `config`, which is settled.
+
+    Nothing is written. Raises DataError for rows that cannot be trained on.
+    """
+    assert config.rank is not None
+    assert config.alpha is not None
+    assert config.micro_batch_tokens is not None
+    rows, objective = load_rows(config, base, on_note).train, objective_of(config)
+    order = Order(rows.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
+    total = order.n_steps(config.epochs, config.max_steps)
+    seconds, tokens = [], 0
+    with computing(choose_products(config.device), physical_cores()):
+        decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype], config.device)
+        inject(decoder, config.method, config.rank, config.alpha, config.seed, config.target_modules)
+        decoder.to(config.device)
+        decoder.recompute, decoder.offload = config.recompute == "full", config.offload
+        optimizer = build_optimizer(decoder.named_parameters(), config)
+        for number in islice(range(total), MEASURED_STEPS + 1):
+            started = time.perf_counter()
+            packed = objective.pack([rows[i] for i in order.rows(number)], config.micro_batch_tokens)
+            for scored in mean_losses(objective, decoder, packed, config):
+                torch.autograd.backward(scored.loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if config.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if number or total == 1:
+                seconds.append(time.perf_counter() - started)
+                tokens += sum(batch.n_tokens for batch in packed)
+    return Estimate(len(rows), total, median(seconds), tokens / sum(seconds))
+
+
+def lines(found: Plan, timed: Estimate | None = None) -> list[tuple[str, str]]:
+    """The plan as pairs of a name and what is said of it: choices, then parts, then sums, then the time."""
+    told = [(name.replace("_", " "), f"{choice.value} ({choice.why})") for name, choice in found.choices.items()]
+    told += [(name, f"{n / 1e6:,.0f} MB") for name, n in found.parts.as_dict().items() if n and name != "offloaded"]
+    told.append((f"peak, {found.load.tokens} tokens", f"{found.parts.total / 1e9:.2f} GB"))
+    told.append((f"peak, a row of {found.config.max_length}", f"{found.at_max_length.total / 1e9:.2f} GB"))
+    if found.parts.offloaded:
+        told.append(("in the machine's memory", f"{found.parts.offloaded / 1e6:,.0f} MB"))
+    if found.budget is not None:
+        told.append(("there are", f"{found.budget / 1e9:.2f} GB"))
+    if timed is not None:
+        each = f"{timed.steps} steps of {timed.seconds_per_step:.2f} s over {timed.rows} rows"
+        told.append(("time", f"{timed.seconds / 60:.1f} minutes: {each}, {timed.tokens_per_s:.0f} tokens/s"))
+    return told
+
+
+def as_json(found: Plan) -> dict[str, object]:
+    """The plan for programs."""
+    return {
+        "choices": {name: asdict(choice) for name, choice in found.choices.items()},
+        "bytes": found.parts.as_dict(),
+        "tokens": found.load.tokens,
+        "peak_bytes": found.parts.total,
+        "max_length": found.config.max_length,
+        "peak_bytes_at_max_length": found.at_max_length.total,
+        "budget_bytes": found.budget,
+    }

@@ -1,0 +1,240 @@
+"""Where the memory of a training run goes, from dimensions alone: each part in bytes. Reads no weight.
+
+What a layer keeps is counted as `nn/` saves it (its docstrings say what); the last constants are measured on glibc.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from edgelora.architectures import Architecture, ModelConfig
+from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
+from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
+from edgelora.base.model import Base
+from edgelora.config import TrainConfig
+from edgelora.nn.attention import QUERY_TILE
+from edgelora.nn.loss import LOGITS, VOCABULARY_ROWS
+
+Type = GGMLQuantizationType
+Shape = tuple[int, int]
+
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
+NF4_BITS = 4.127
+IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
+CUDA_CONTEXT = 450_000_000  # what CUDA and its libraries take of a card; counted, not measured here
+FIRST_STEP = 75_000_000  # pages of libraries that it touches, and what oneDNN keeps (nn/primitives.py); measured
+# Memory between live tensors that the allocator cannot hand out again: glibc asks for more than a hole of the same
+# size holds where memory must be aligned. Measured by benchmarks/memory.py as a share of what a micro-batch takes.
+LOST = {"cpu": 1.0, "cuda": 0.1, "mps": 0.1}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers."""
+
+    architecture: Architecture
+    config: ModelConfig
+    matrices: Mapping[str, tuple[Shape, Type]]
+    n_vector: int
+
+    @classmethod
+    def of(cls, base: Base) -> Model:
+        shapes = tensor_shapes(base.architecture, base.config, base.biased)
+        return cls(
+            base.architecture, base.config,
+            {n: ((s[0], s[1]), base.tensors.kind(n)) for n, s in shapes.items() if len(s) == 2},
+            sum(prod(s) for s in shapes.values() if len(s) == 1),
+        )  # fmt: skip
+
+    @classmethod
+    def stored_as(cls, architecture: Architecture, config: ModelConfig, kind: Type) -> Model:
+        """A model with these dimensions, all of whose matrices are stored as `kind`."""
+        shapes = tensor_shapes(architecture, config)
+        matrices = {n: ((s[0], s[1]), kind) for n, s in shapes.items() if len(s) == 2}
+        return cls(architecture, config, matrices, sum(prod(s) for s in shapes.values() if len(s) == 1))
+
+    @property
+    def n_weights(self) -> int:
+        return sum(prod(shape) for shape, _ in self.matrices.values()) + self.n_vector
+
+    @property
+    def head(self) -> tuple[Shape, Type]:
+        tied = self.config.tie_word_embeddings
+        return self.matrices[f"{EMBEDDING if tied else HEAD}.weight"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch is: its tokens, those of its longest row, and whether layers are computed again."""
+
+    tokens: int
+    longest: int
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of each part at the peak of a step; `offloaded` lies in the machine's memory instead of the card's."""
+
+    process: int
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    scratch: int
+    logits: int
+    activations: int
+    offloaded: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.as_dict().values()) - self.offloaded
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def stored_bytes(shape: Shape, kind: Type) -> int:
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    return prod(shape) // per_block * block_bytes
+
+
+def held_bytes(shape: Shape, kind: Type, how: str) -> int:
+    """What `base/hold.py` keeps of a matrix."""
+    if how == "blocks":
+        return stored_bytes(shape, kind)
+    if how == "nf4":
+        return int(prod(shape) * NF4_BITS / 8)
+    if how in FLOATS:
+        return prod(shape) * FLOATS[how].itemsize
+    kind = BLOCKS[how]
+    kind = FALLBACK.get(kind, kind) if shape[1] % GGML_QUANT_SIZES[kind][0] else kind
+    return 2 * prod(shape) if shape[1] % GGML_QUANT_SIZES[kind][0] else stored_bytes(shape, kind)
+
+
+def base_bytes(model: Model, how: str) -> int:
+    """All weights as they are held; embedding and head stay as they are stored. Rotary rows of a GGUF are copies."""
+    ends = {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
+    total = 4 * model.n_vector
+    for name, (shape, kind) in model.matrices.items():
+        total += stored_bytes(shape, kind) if name in ends else held_bytes(shape, kind, how)
+    return total
+
+
+def adapted(model: Model, config: TrainConfig) -> dict[str, Shape]:
+    """The linear layers of one layer that get an adapter, by their names in it."""
+    shapes = model.architecture.layer_matrices(model.config)
+    targets = tuple(target.rpartition(".")[2] for target in config.target_modules)
+    return {n: s for n, s in shapes.items() if not targets or n.rpartition(".")[2] in targets}
+
+
+def adapter_numbers(model: Model, config: TrainConfig) -> int:
+    """How many numbers are trained."""
+    assert config.rank is not None
+    dora = config.method == "dora"
+    per_layer = sum(config.rank * (d_out + d_in) + dora * d_out for d_out, d_in in adapted(model, config).values())
+    return per_layer * model.config.num_hidden_layers
+
+
+def optimizer_bytes(model: Model, config: TrainConfig) -> int:
+    """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
+    if config.optimizer != "adafactor":
+        return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
+    assert config.rank is not None
+    sides = sum(2 * config.rank + d_out + d_in for d_out, d_in in adapted(model, config).values())
+    vectors = sum(d_out for d_out, _ in adapted(model, config).values()) if config.method == "dora" else 0
+    return 4 * (sides + vectors) * model.config.num_hidden_layers
+
+
+def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
+    """Bytes that the graph of one layer holds for each token until its backward pass, its float32 input included."""
+    assert config.rank is not None
+    c, a, wide = model.config, model.architecture, 4 if config.dtype == "f32" else 2
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    linears = adapted(model, config)
+    norms = a.norms
+    kept = 0
+    for before, after in ((norms.before_attention, norms.after_attention), (norms.before_mlp, norms.after_mlp)):
+        kept += 4 * d + 4 if before is not None else wide * d  # the residual stream, or its copy to be multiplied
+        kept += wide * d + 4 if after is not None else 0
+    kept += wide * (q + 2 * kv)
+    if a.qk_norm is not None or a.fused:
+        kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
+    if any(n.endswith("o_proj") for n in linears):
+        kept += wide * q
+    kept += wide * config.rank * len(linears)  # x Aᵀ
+    if config.method == "dora":
+        kept += wide * sum(d_out for d_out, _ in linears.values())
+    if a.experts is None:
+        return kept + 2 * wide * c.intermediate_size
+    chosen = c.num_experts_per_tok
+    return kept + 4 * d + 8 * c.num_experts + chosen * (wide * (2 * c.moe_intermediate_size + 2 * d) + 24)
+
+
+def in_passing(model: Model, config: TrainConfig) -> int:
+    """Bytes for each token that a layer's backward pass needs for a moment: gradients, and values made again."""
+    c, wide = model.config, 4 if config.dtype == "f32" else 2
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    ff = c.intermediate_size if model.architecture.experts is None else c.num_experts_per_tok * c.moe_intermediate_size
+    mlp, attention = 5 * wide * ff, 4 * (3 * q + 4 * kv)
+    return 3 * 4 * d + max(mlp, attention)
+
+
+def tile_bytes(model: Model, longest: int) -> int:
+    """Scores, probabilities and their gradients of one tile of queries, in float32."""
+    return 3 * 4 * model.config.num_attention_heads * min(QUERY_TILE, longest) * longest
+
+
+def scratch_bytes(model: Model, config: TrainConfig) -> int:
+    """The buffers that weights are dequantized into (`base/weights.py`): for each dtype one, of the largest."""
+    (vocabulary, d), kind = model.head
+    slice_of_head = min(vocabulary, VOCABULARY_ROWS) * d
+    largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
+    same = config.base_dtype == config.dtype
+    through_f32 = config.base_dtype == "nf4" or config.method == "dora"
+    wide = slice_of_head if kind != Type.F32 else 0
+    wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
+    narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
+    return 4 * wide + 2 * narrow
+
+
+def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
+    vocabulary = model.head[0][0]
+    rows = max(1, min(tokens, LOGITS // vocabulary))
+    capped = 2 if model.config.final_logit_softcapping is not None else 1
+    narrow = 2 * rows * VOCABULARY_ROWS if config.dtype == "bf16" else 0
+    return 4 * rows * vocabulary * capped + narrow
+
+
+def activation_bytes(model: Model, config: TrainConfig, load: Load, device: str) -> tuple[int, int]:
+    """What a micro-batch takes at the peak of its backward pass, and how much of it waits elsewhere (`offload`)."""
+    layers, one = model.config.num_hidden_layers, kept_by_a_layer(model, config)
+    stream = 4 * model.config.hidden_size
+    inputs, ends = stream * layers, 6 * stream  # embeddings, final norm, hidden states with loss and their gradients
+    kept = (0 if config.offload else inputs) + one if load.recompute else layers * one
+    moving = load.tokens * (kept + ends + in_passing(model, config)) + tile_bytes(model, load.longest)
+    return int(moving * (1 + LOST[device])), load.tokens * inputs if config.offload else 0
+
+
+def footprint(
+    model: Model, config: TrainConfig, load: Load, device: str = "cpu", process: int | None = None
+) -> Footprint:
+    """Bytes of each part. `config` must be settled: dtype, base_dtype, rank. `process`: measured, if it is known."""
+    numbers = 4 * adapter_numbers(model, config)
+    activations, offloaded = activation_bytes(model, config, load, device)
+    fixed = IMPORTS if device == "cpu" else CUDA_CONTEXT
+    return Footprint(
+        process=(fixed if process is None else process) + (FIRST_STEP if device == "cpu" else 0),
+        base=base_bytes(model, config.base_dtype),
+        adapter=numbers * (2 if config.ema_decay else 1),
+        gradients=numbers,
+        optimizer=optimizer_bytes(model, config),
+        scratch=scratch_bytes(model, config),
+        logits=logits_bytes(model, config, load.tokens),
+        activations=activations,
+        offloaded=offloaded,
+    )

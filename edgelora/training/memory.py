@@ -1,0 +1,198 @@
+"""The memory plan: what a run will take, and the settings left open chosen so that it fits, each with its reason."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgelora.config import TrainConfig
+from edgelora.device import Choice
+from edgelora.errors import ConfigError
+from edgelora.training.footprint import Footprint, Load, Model, footprint
+
+# Sizes of a micro-batch, the best first. Every frozen weight is dequantized once for each: on two cores that is paid
+# off from some 512 tokens on, and more of them only take memory. A graphics card computes more at once.
+SIZES = {"cpu": (512, 256), "cuda": (4096, 2048, 1024, 512), "mps": (1024, 512)}
+SMALLER = (256, 128, 64)  # where even a recomputed layer is too large
+SHARE = 0.9  # of the free memory that is planned with: the rest is what a prediction may be off by
+LENGTH_STEP = 64  # max_length is chosen in steps of these
+
+Recompute = Literal["off", "full"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes. budget: bytes it may take in all, None where the system does not say.
+
+    process: bytes it takes already; None to reckon with what a run takes before it reads a weight.
+    """
+
+    device: str
+    budget: int | None
+    process: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.device.partition(":")[0]
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that are planned with."""
+        return None if self.budget is None else int(self.budget * SHARE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings that fit, why they were taken, and where the memory goes.
+
+    parts: at the peak of a step over `load`; at_max_length: over the longest row that max_length allows.
+    """
+
+    config: TrainConfig
+    choices: dict[str, Choice]
+    load: Load
+    parts: Footprint
+    at_max_length: Footprint
+    budget: int | None
+
+
+def plan(model: Model, config: TrainConfig, machine: Machine, context: int, longest: int | None = None) -> Plan:
+    """`config` with micro_batch_tokens, max_length, recompute and offload settled.
+
+    config.dtype, base_dtype and rank must be; `context`: the most tokens that the base sees; `longest`: tokens of the
+    longest row, where rows are known. Raises ConfigError if nothing fits, with the numbers and what would.
+    """
+    _check_offload(config, machine)
+    room = machine.room
+    tried: list[tuple[TrainConfig, Load, Footprint]] = []
+    for recompute, size in _ways(config, machine):
+        row = min(longest or config.max_length or size, context)
+        load = Load(max(size, row), max(row, min(size, context)), recompute == "full")
+        settled = config.model_copy(update={"recompute": recompute, "micro_batch_tokens": size})
+        tried.append((settled, load, footprint(model, settled, load, machine.kind, machine.process)))
+        if room is None or tried[-1][2].total <= room:
+            return _fitting(model, config, machine, context, tried)
+    raise _too_large(model, config, machine, tried[-1])
+
+
+def _ways(config: TrainConfig, machine: Machine) -> Iterator[tuple[Recompute, int]]:
+    """What may be tried, the fastest first: a layer computed again takes a third longer, a small micro-batch less."""
+    asked = None if config.micro_batch_tokens is None else (config.micro_batch_tokens,)
+    if config.recompute != "full" and not config.offload:
+        yield from (("off", size) for size in asked or SIZES[machine.kind])
+        if config.recompute == "off":
+            yield from (("off", size) for size in (() if asked else SMALLER))
+            return
+    yield from (("full", size) for size in asked or (*SIZES[machine.kind], *SMALLER))
+
+
+def _fitting(
+    model: Model, asked: TrainConfig, machine: Machine, context: int, tried: list[tuple[TrainConfig, Load, Footprint]]
+) -> Plan:
+    """The plan of the last that was tried."""
+    config, load, parts = tried[-1]
+    size, most = config.micro_batch_tokens, tried[0][2].total
+    assert size is not None
+    free = "" if machine.budget is None else f" of {machine.budget / 1e9:.1f} GB"
+    choices: dict[str, Choice] = {}
+    if asked.micro_batch_tokens is None:
+        why = f"a step takes {parts.total / 1e9:.2f} GB{free}"
+        if size == SIZES[machine.kind][0]:
+            why += "; with larger ones it would take more and be hardly faster"
+        choices["micro_batch_tokens"] = Choice(str(size), why)
+    if asked.recompute == "auto":
+        why = "all activations fit, and computing them again would take a third longer"
+        if asked.offload:
+            why = "offload moves the inputs of layers that are computed again"
+        elif config.recompute == "full":
+            why = f"with all activations kept a step would take {most / 1e9:.2f} GB{free}"
+        choices["recompute"] = Choice(config.recompute, why)
+    length = min(asked.max_length or _longest_row(model, config, machine, context), context)
+    at_longest = footprint(model, config, _row(length, size, load.recompute), machine.kind, machine.process)
+    if asked.max_length is None:
+        why = f"the base's context is {context}" if length == context else "a longer row would not fit"
+        choices["max_length"] = Choice(str(length), f"{why}; one of that length takes {at_longest.total / 1e9:.2f} GB")
+    return Plan(config.model_copy(update={"max_length": length}), choices, load, parts, at_longest, machine.budget)
+
+
+def _row(length: int, size: int, recompute: bool) -> Load:
+    """A row longer than a micro-batch is one by itself."""
+    return Load(max(length, size), length, recompute)
+
+
+def _longest_row(model: Model, config: TrainConfig, machine: Machine, context: int) -> int:
+    """The most tokens that a row may have (a multiple of LENGTH_STEP, or the context)."""
+    size, again, room = config.micro_batch_tokens, config.recompute == "full", machine.room
+    assert size is not None
+
+    def fits(length: int) -> bool:
+        taken = footprint(model, config, _row(length, size, again), machine.kind, machine.process)
+        return room is None or taken.total <= room
+
+    if fits(context):
+        return context
+    low, high = min(size, context) // LENGTH_STEP, context // LENGTH_STEP  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * LENGTH_STEP) else (low, middle)
+    return max(low * LENGTH_STEP, min(size, context))
+
+
+def _check_offload(config: TrainConfig, machine: Machine) -> None:
+    if not config.offload:
+        return
+    if machine.kind != "cuda":
+        raise ConfigError(
+            what=f"--offload on {machine.device}",
+            why="it moves activations from a graphics card to the machine's memory; here they are there already",
+            fix="leave --offload out; --recompute full saves memory anywhere",
+        )
+    if config.recompute == "off":
+        raise ConfigError(
+            what="--offload with --recompute off",
+            why="what is moved are the inputs of layers that are computed again; the rest would keep the card waiting",
+            fix="leave --recompute out",
+        )
+
+
+def _too_large(
+    model: Model, config: TrainConfig, machine: Machine, last: tuple[TrainConfig, Load, Footprint]
+) -> ConfigError:
+    settled, load, parts = last
+    assert machine.budget is not None
+    numbers = ", ".join(f"{name} {n / 1e6:.0f}" for name, n in parts.as_dict().items() if n)
+    return ConfigError(
+        what=f"a step over {load.tokens} tokens takes {parts.total / 1e9:.2f} GB, {SHARE:.0%} of "
+        f"{machine.budget / 1e9:.2f} GB may be planned with",
+        why=f"in MB: {numbers}",
+        fix=_what_would_fit(model, config, settled, load, machine),
+    )
+
+
+def _what_would_fit(model: Model, config: TrainConfig, settled: TrainConfig, load: Load, machine: Machine) -> str:
+    """The mildest change of settings that fits, as options."""
+    room = machine.room or 0
+    four_bit = "nf4" if machine.kind == "cuda" else "q4_k"
+    small = {"max_length": min(load.tokens, 512), "micro_batch_tokens": min(load.tokens, 256)}
+    changes: list[dict[str, object]] = [{"recompute": "full"}, {"recompute": "full", **small}]
+    changes.append({"recompute": "full", "base_dtype": four_bit, **small})
+    changes.append({**changes[-1], "rank": min(settled.rank or 8, 8)})
+    for change in changes:
+        other = settled.model_copy(update=change)
+        tokens = max(other.micro_batch_tokens or 0, min(load.longest, other.max_length or load.longest))
+        if footprint(model, other, Load(tokens, tokens, True), machine.kind, machine.process).total <= room:
+            told = {name: value for name, value in change.items() if getattr(config, name) != value}
+            return "pass " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in told.items())
+    return "use a smaller base, or a machine with more memory"
+
+
+def resident_bytes() -> int | None:
+    """What this process has in memory now, or None where the system does not say (only Linux does)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * resource.getpagesize()
