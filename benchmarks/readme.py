@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from typer.models import CommandInfo
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -17,14 +19,19 @@ def commands() -> str:
     """One line for each command: its name and the first line of its help."""
     from edgelora.cli import app
 
-    lines = []
-    for command in app.registered_commands:
-        assert command.callback is not None
-        text = [line.strip() for line in (command.callback.__doc__ or "").splitlines() if line.strip()]
-        example = next(line for line in text if line.startswith("Example: "))
-        name = command.name or command.callback.__name__
-        lines.append(f"| `{name}` | {text[0]} | {example.removeprefix('Example: ')} |")
+    lines = [_line("", command) for command in app.registered_commands]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        lines += [_line(f"{group.name} ", command) for command in group.typer_instance.registered_commands]
     return "\n".join(["| command | what it does | example |", "|---|---|---|", *lines])
+
+
+def _line(group: str, command: CommandInfo) -> str:
+    assert command.callback is not None
+    text = [line.strip() for line in (command.callback.__doc__ or "").splitlines() if line.strip()]
+    example = next(line for line in text if line.startswith("Example: "))
+    name = group + (command.name or command.callback.__name__)
+    return f"| `{name}` | {text[0]} | {example.removeprefix('Example: ')} |"
 
 
 def table() -> str:

@@ -7,14 +7,22 @@ import json
 import re
 import tomllib
 from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import pytest
+import typer
 from conftest import ROOT
 
 from edgelora.architectures import ARCHITECTURES
 from edgelora.base.model import open_base
-from edgelora.data import conversation
+from edgelora.cli import app
+from edgelora.config import Method, Objective, TrainConfig
+from edgelora.data import formats
 from edgelora.data.conversation import Conversation, DataFormat, Message, read_conversations
+from edgelora.data.dataset import LEARNS_FROM
+from edgelora.data.encode import Example
+from edgelora.data.preference import Pair
 from edgelora.evaluate import report
 from edgelora.evaluate.protocols import Speed
 from edgelora.evaluate.report import COLUMNS, Column, Row, as_json, cells
@@ -22,6 +30,9 @@ from edgelora.evaluate.score import Score, Scored
 from edgelora.peft import inject as injecting
 from edgelora.peft.methods import METHODS
 from edgelora.pipeline.quickstart import MODEL, MODEL_SHA256
+from edgelora.training.defaults import OBJECTIVE_SHARE
+from edgelora.training.objectives import OBJECTIVES
+from edgelora.training.objectives.objective import mean_losses
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,7 +75,8 @@ def test_each_worked_example_has_at_most_four_steps():
     sections = re.split(r"^## ", CONTRIBUTING, flags=re.M)
     adding = [s for s in sections if s.startswith("Adding")]
     assert [s.splitlines()[0] for s in adding] == [
-        "Adding an architecture", "Adding a PEFT method", "Adding a data format", "Adding a report column",
+        "Adding an architecture", "Adding a PEFT method", "Adding an objective", "Adding a data format",
+        "Adding a report column",
     ]  # fmt: skip
     assert all(1 <= len(re.findall(r"^\d\. ", s, flags=re.M)) <= 4 for s in adding)
 
@@ -76,11 +88,49 @@ def test_adding_a_method_is_a_row(tiny, monkeypatch):
     assert injecting.inject(build_decoder(open_base(tiny.path)), "mine", 2, 4.0, seed=0)
 
 
+def test_the_tables_are_what_a_config_can_ask_for():
+    assert set(METHODS) == set(get_args(Method))
+    assert set(get_args(Objective)) == set(OBJECTIVES) == set(LEARNS_FROM) == set(OBJECTIVE_SHARE)
+
+
+def test_the_objective_of_the_worked_example_trains(tiny):
+    from edgelora.base.decoder import build_decoder
+
+    section = CONTRIBUTING.split("## Adding an objective")[1]
+    names: dict[str, object] = {}
+    exec(re.search(r"```python\n(.*?)```", section, flags=re.S)[1], names)
+    hinge = names["Hinge"]()
+    decoder = build_decoder(open_base(tiny.path))
+    (parameter, *_) = injecting.inject(decoder, "lora", 2, 4.0, seed=0)
+    ids = np.arange(5, 13)
+    row = Pair(Example(ids, ids > 9), Example(ids[::-1].copy(), ids > 9))
+    (scored,) = mean_losses(hinge, decoder, hinge.pack([row, row], 64), TrainConfig(base="-", data="-", out="-"))
+    assert scored.loss.item() == 1.0  # as its docstring says
+    scored.loss.backward()
+    assert parameter.grad is not None
+
+
+def test_every_data_format_stands_in_the_readme():
+    table = README.split("## Your data")[1].split("```")[0]
+    for name, known in formats.DATA_FORMATS.items():
+        (line,) = re.findall(rf"^\| `{name}` \|.*$", table, flags=re.M)
+        assert all(f"`{key}`" in line for key in known.keys.split())
+
+
+def test_every_option_of_train_that_the_readme_names_is_one():
+    said = README.split("## Training")[1].split("\n## ")[0] + README.split("## Your data")[1].split("\n## ")[0]
+    command = typer.main.get_command(app).commands["train"]
+    known = {option for parameter in command.params for option in parameter.opts} | {"--base", "--preview", "--nproc-per-node"}
+    named = set(re.findall(r"--[a-z][a-z-]+", said))
+    assert named - known == set()
+    assert len(named) > 20
+
+
 def test_adding_a_data_format_is_a_row(tmp_path, monkeypatch):
     def parse(row):
         return Conversation((Message("user", row["question"]), Message("assistant", row["answer"])))
 
-    monkeypatch.setitem(conversation.DATA_FORMATS, "faq", DataFormat("question", parse))
+    monkeypatch.setitem(formats.DATA_FORMATS, "faq", DataFormat("question", parse))
     (tmp_path / "faq.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n', encoding="utf-8")
     assert read_conversations(tmp_path / "faq.jsonl")[0].answer == "2"
 
