@@ -1,0 +1,256 @@
+"""The memory plan: every part against what torch really holds, choices against what is there, refusals."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from gguf.constants import GGMLQuantizationType as Type
+from test_architectures import family  # noqa: F401  (a fixture)
+from test_recompute import ROW, adapted, held
+from typer.testing import CliRunner
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.hold import BASE_FORMATS
+from edgelora.base.model import open_base
+from edgelora.config import TrainConfig
+from edgelora.errors import ConfigError
+from edgelora.training.footprint import (
+    Load,
+    Model,
+    activation_bytes,
+    adapter_numbers,
+    base_bytes,
+    footprint,
+    held_bytes,
+    kept_by_a_layer,
+)  # fmt: skip
+from edgelora.training.memory import SHARE, SIZES, Machine, plan
+from edgelora.training.optim import build_optimizer, flatten_state
+
+GB = 10**9
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settled(base=Path("base"), **given):
+    given = {"rank": 4, "alpha": 8.0, "learning_rate": 1e-3, "dtype": "f32", "base_dtype": "blocks", **given}
+    return TrainConfig(base=base, data=base, out=Path("out"), **given)
+
+
+# -- parts against what there is ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", BASE_FORMATS)
+def test_a_base_takes_what_its_weights_say(make_tiny, how):
+    base = open_base(make_tiny(Type.Q8_0).path)
+    decoder, model = build_decoder(base, how), Model.of(base)
+    for name, linear in decoder.linears.items():
+        shape, kind = model.matrices[f"{name}.weight"]
+        assert held_bytes(shape, kind, how) == pytest.approx(linear.weight.size_bytes, rel=0.01)
+    weights = sum(linear.weight.size_bytes for linear in decoder.linears.values()) + decoder.head.size_bytes
+    assert base_bytes(model, how) == pytest.approx(weights + sum(b.nbytes for b in decoder.buffers()), rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("targets", [(), ("q_proj", "down_proj")])
+def test_an_adapter_and_its_optimizer_take_what_torch_holds(tiny, method, optimizer, targets):
+    base = open_base(tiny.path)
+    config = settled(method=method, optimizer=optimizer, target_modules=targets, rank=16)
+    decoder = adapted(base, method=method, targets=targets)
+    numbers = adapter_numbers(Model.of(base), config.model_copy(update={"rank": 4}))
+    assert numbers == sum(p.numel() for p in decoder.parameters())
+    state = build_optimizer(decoder.named_parameters(), config)
+    for parameter in decoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.step()
+    held_by_it = sum(t.nbytes for t in flatten_state(state).values())
+    parts = footprint(Model.of(base), config.model_copy(update={"rank": 4}), Load(64, 64, False))
+    assert parts.adapter == parts.gradients == 4 * numbers
+    assert parts.optimizer <= held_by_it <= parts.optimizer + 8 * len(list(decoder.parameters()))  # and a step number
+
+
+FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen3", "phi3", "olmo2", "granite", "mixtral"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_what_the_graph_holds(family, name, dtype):  # noqa: F811
+    """Bytes for each token and layer, counted from dimensions and counted in storages that are alive."""
+    base = open_base(family(name).folder)
+    decoder = adapted(base, DTYPES[dtype])
+    gc.collect()
+    c, n = base.config, len(ROW)
+    found = held(decoder, recompute=False)
+    # beside the layers: hidden states at the end, what the final norm keeps, rotary tables
+    ends = 4 * n * (2 * c.hidden_size + 2 * c.rope.dim)
+    layers = c.num_hidden_layers * n * kept_by_a_layer(Model.of(base), settled(base.path, dtype=dtype))
+    assert layers == pytest.approx(found, rel=0.1, abs=ends)
+
+
+def test_dora_keeps_more(tiny):
+    base = open_base(tiny.path)
+    lora, dora = (held(adapted(base, method=m), recompute=False) for m in ("lora", "dora"))
+    model = Model.of(base)
+    counted = kept_by_a_layer(model, settled(method="dora")) - kept_by_a_layer(model, settled())
+    assert 2 * len(ROW) * counted == pytest.approx(dora - lora, rel=0.1)
+
+
+def test_what_is_computed_again_keeps_its_input(tiny):
+    base = open_base(tiny.path)
+    decoder, stream = adapted(base), 4 * 256
+    saved = held(decoder, recompute=False) - held(decoder, recompute=True)
+    counted = 2 * len(ROW) * (kept_by_a_layer(Model.of(base), settled()) - stream)
+    assert counted == pytest.approx(saved, rel=0.05)
+
+
+def test_offloaded_inputs_are_not_on_the_card(tiny):
+    model, load = Model.of(open_base(tiny.path)), Load(512, 128, True)
+    kept, moved = activation_bytes(model, settled(offload=True, recompute="full"), load, "cuda")
+    assert moved == 2 * 512 * 256 * 4
+    assert kept <= activation_bytes(model, settled(), load, "cuda")[0] - moved
+
+
+# -- choices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(make_tiny):
+    return Model.of(open_base(make_tiny(Type.Q8_0).path))
+
+
+def total(model, config, load, process=0):
+    return footprint(model, config, load, "cpu", process).total
+
+
+def test_with_room_the_smallest_fast_micro_batch_is_taken(model):
+    found = plan(model, settled(), Machine("cpu", 64 * GB, 0), 2048)
+    assert (found.config.micro_batch_tokens, found.config.recompute, found.config.max_length) == (512, "off", 2048)
+    assert set(found.choices) == {"micro_batch_tokens", "recompute", "max_length"}
+    assert "context" in found.choices["max_length"].why
+    assert plan(model, settled(), Machine("cpu", None), 2048).config == found.config  # no figure: nothing to hold to
+
+
+def test_less_memory_means_less_of_what_costs_least(model):
+    """Smaller micro-batches first, then layers computed again, then both; what is planned always fits."""
+    ways, last = [], None
+    for budget in range(64 * GB // 100, 0, -GB // 500):
+        try:
+            found = plan(model, settled(), Machine("cpu", budget, 0), 2048)
+        except ConfigError:
+            break
+        assert found.parts.total <= SHARE * budget
+        assert found.at_max_length.total <= SHARE * budget
+        way = (found.config.recompute, found.config.micro_batch_tokens)
+        if way != last:
+            ways.append(way)
+        last = way
+    assert ways[0] == ("off", SIZES["cpu"][0])
+    assert ways == sorted(ways, key=lambda way: (way[0] == "full", -way[1]))
+    assert ways[-1][0] == "full"
+
+
+def test_what_is_asked_for_is_done_or_refused(model):
+    asked = settled(micro_batch_tokens=1024, recompute="off", max_length=600)
+    found = plan(model, asked, Machine("cpu", 4 * GB, 0), 2048)
+    assert found.choices == {}
+    assert found.config == asked
+    room = total(model, asked, Load(1024, 1024, True))
+    with pytest.raises(ConfigError) as caught:
+        plan(model, asked, Machine("cpu", int(room / SHARE), 0), 2048)
+    assert "a step over 1024 tokens takes" in caught.value.what
+    assert "activations" in caught.value.why
+    assert caught.value.fix == "pass --recompute full"
+
+
+def test_what_would_fit_fits(model):
+    """The fix of a refusal is followed, and accepted."""
+    asked = settled(rank=64, micro_batch_tokens=2048, recompute="off")
+    followed = 0
+    for budget in range(5 * GB // 10, GB // 10, -GB // 100):
+        machine = Machine("cpu", budget, 0)
+        try:
+            plan(model, asked, machine, 2048)
+        except ConfigError as e:
+            if not e.fix.startswith("pass"):
+                continue
+            words = e.fix.removeprefix("pass ").split()
+            names = [word[2:].replace("-", "_") for word in words[::2]]
+            changed = TrainConfig.model_validate({**asked.model_dump(), **dict(zip(names, words[1::2], strict=True))})
+            plan(model, changed, machine, 2048)
+            followed += 1
+    assert followed > 3
+
+
+def test_the_longest_row_is_one_by_itself(model):
+    machine = Machine("cpu", 1 * GB, 0)
+    found = plan(model, settled(), machine, 100_000)
+    length = found.config.max_length
+    assert found.config.micro_batch_tokens < length < 100_000
+    again = found.config.recompute == "full"
+    assert total(model, found.config, Load(length, length, again)) <= SHARE * GB
+    assert total(model, found.config, Load(length + 64, length + 64, again)) > SHARE * GB
+    assert plan(model, settled(), machine, 100_000, longest=900).load.tokens == 900
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "fix"),
+    [({}, "cpu", "leave --offload out"), ({"recompute": "off"}, "cuda", "leave --recompute out")],
+)
+def test_offload_where_it_cannot_be(model, given, device, fix):
+    with pytest.raises(ConfigError) as caught:
+        plan(model, settled(offload=True, **given), Machine(device, 64 * GB), 2048)
+    assert caught.value.fix.startswith(fix)
+
+
+def test_offload_computes_again(model):
+    found = plan(model, settled(offload=True), Machine("cuda", 64 * GB), 2048)
+    assert found.config.recompute == "full"
+    assert found.parts.offloaded > 0
+
+
+# -- the command --------------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    import typer
+
+    from edgelora.cli.plan import plan as command
+
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_the_command_tells_choices_parts_and_time(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
+    rows.write_text((json.dumps(row) + "\n") * 12, encoding="utf-8")
+    done = run(tiny.path, rows, "--rank", 4, "--batch-rows", 2, "--memory", "8GB")
+    assert done.exit_code == 0, done.output
+    for part in ("micro batch tokens", "activations", "peak, ", "8.00 GB", "12 steps of"):
+        assert part in done.output
+    found = json.loads(run(tiny.path, rows, "--json", "--batch-rows", 2).stdout)
+    assert (found["time"]["steps"], found["time"]["rows"]) == (12, 12)
+    assert sum(found["bytes"].values()) == found["peak_bytes"]
+    assert list(tmp_path.iterdir()) == [rows]  # nothing is left behind
+
+
+def test_the_command_refuses_what_does_not_fit(tiny):
+    done = run(tiny.path, "--memory", "200MB")
+    assert isinstance(done.exception, ConfigError)
+
+
+def test_the_table_of_what_fits_is_fresh():
+    spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # a NamedTuple looks its module up
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert module.document() == written, "run: python benchmarks/memory_table.py"
