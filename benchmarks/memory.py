@@ -40,12 +40,10 @@ CASES = (
     Case("blocks", "bf16", "off", 512, 16),
     Case("blocks", "bf16", "off", 1536, 16),
     Case("blocks", "bf16", "full", 768, 16),
-    Case("blocks", "f32", "off", 768, 16),
     Case("bf16", "bf16", "off", 768, 8),
     Case("bf16", "bf16", "full", 256, 64),
     Case("f32", "f32", "full", 1536, 16),
     Case("nf4", "bf16", "off", 256, 64),
-    Case("nf4", "f32", "full", 768, 16),
     Case("blocks", "bf16", "off", 768, 16, "dora"),
 )
 
