@@ -44,9 +44,9 @@ def with_options(
 
 
 def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parameter:
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=_help(field), rich_help_panel=panel, show_default=False
-    )  # fmt: skip
+    typed = name.replace("_", "-")
+    names = f"--{typed}/--no-{typed}" if field.annotation is bool else f"--{typed}"  # a file may have said yes
+    option = typer.Option(names, help=_help(field), rich_help_panel=panel, show_default=False)
     kind = Annotated[_typed(field.annotation), option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
@@ -128,6 +128,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
-        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in value)
+        escaped = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
         return f'"{escaped}"'
     return repr(value)

@@ -1,0 +1,179 @@
+"""Options out of a pydantic model, settings out of TOML: each default stands once, and what is wrong is named."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field
+from typer.testing import CliRunner
+
+from edgelora.cli import app
+from edgelora.cli.options import as_toml, read_toml, settled, with_options
+from edgelora.config import Source, TrainConfig
+from edgelora.errors import ConfigError
+
+
+class Recipe(BaseModel):
+    """A field of each kind that an option can have."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid")
+
+    dish: Path
+    """What it becomes."""
+    minutes: int = Field(30, ge=1)
+    """How long it takes."""
+    salt: float | None = None
+    """In grams."""
+    kind: Literal["soup", "cake"] = "soup"
+    """What kind it is."""
+    spicy: bool = False
+    """Whether it burns."""
+    herbs: tuple[str, ...] = ()
+    """What is strewn
+    over it."""
+
+
+@pytest.fixture
+def cook():
+    """(a runner of the command line, what the command was called with)."""
+    asked: list[dict] = []
+    kitchen = typer.Typer()
+
+    @kitchen.command()
+    @with_options(Recipe, skip={"dish"}, panels={"minutes": "Time", "kind": "Taste"})
+    def command(dish: Path, **settings):
+        asked.append({"dish": dish, **settings})
+
+    return (lambda *words: CliRunner().invoke(kitchen, list(words))), asked
+
+
+# -- options ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_given_is_none_so_that_defaults_stand_in_the_model_alone(cook):
+    run, asked = cook
+    assert run("stew").exit_code == 0
+    assert {name: value for name, value in asked[0].items() if value not in (None, [])} == {"dish": Path("stew")}
+    assert settled(Recipe, None, asked[0]) == Recipe(dish=Path("stew"))
+
+
+def test_each_kind_of_field_is_an_option(cook):
+    run, asked = cook
+    words = "--minutes 5 --salt 0.5 --kind cake --spicy --herbs thyme --herbs sage"
+    assert run("stew", *words.split()).exit_code == 0
+    found = settled(Recipe, None, asked[0])
+    assert found == Recipe(dish="stew", minutes=5, salt=0.5, kind="cake", spicy=True, herbs=("thyme", "sage"))
+
+
+def test_a_flag_can_be_taken_back_from_a_file(cook, tmp_path):
+    run, asked = cook
+    (tmp_path / "recipe.toml").write_text("spicy = true\n", encoding="utf-8")
+    run("stew", "--no-spicy")
+    run("stew")
+    assert [settled(Recipe, tmp_path / "recipe.toml", given).spicy for given in asked] == [False, True]
+
+
+@pytest.mark.parametrize("words", [["--minutes", "many"], ["--kind", "salad"], ["--dish", "stew"]])
+def test_what_cannot_be_read_is_wrong_usage(cook, words):
+    run, asked = cook
+    assert run("stew", *words).exit_code == 2
+    assert asked == []
+
+
+def test_help_is_the_docstring_and_the_default_under_its_heading(cook):
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", cook[0]("--help").output).split())
+    assert "How long it takes. Default: 30." in shown
+    assert "In grams. " in shown
+    assert "In grams. Default" not in shown  # left open: chosen later
+    assert "What is strewn over it." in shown
+    assert shown.index(" Time ") < shown.index("--salt") < shown.index(" Taste ") < shown.index("--herbs")
+
+
+def test_train_has_an_option_for_every_setting():
+    command = typer.main.get_command(app).commands["train"]
+    options = {parameter.name: parameter for parameter in command.params}
+    assert set(TrainConfig.model_fields) <= set(options)
+    for name, field in TrainConfig.model_fields.items():
+        assert field.description, name
+        if name not in ("base", "data"):
+            assert options[name].opts == [f"--{name.replace('_', '-')}"]
+            assert options[name].default is None
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_options_override_the_file_and_the_file_the_model(tmp_path):
+    (tmp_path / "recipe.toml").write_text("dish = 'stew'\nminutes = 5\nsalt = 1\n", encoding="utf-8")
+    found = settled(Recipe, tmp_path / "recipe.toml", {"minutes": 7, "salt": None, "herbs": []})
+    assert found == Recipe(dish="stew", minutes=7, salt=1.0)
+
+
+def test_every_fault_is_named_as_it_was_written(tmp_path):
+    (tmp_path / "recipe.toml").write_text("dish = 'stew'\nsalt = 'much'\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as fault:
+        settled(Recipe, tmp_path / "recipe.toml", {"minutes": 0})
+    first, second = fault.value.what.split("; ")
+    assert first.startswith("--minutes: Input should be greater than")
+    assert second.startswith("salt: Input should be a valid number")
+
+
+def test_what_is_missing_in_both_places_is_wrong_usage():
+    with pytest.raises(typer.BadParameter) as fault:
+        settled(Recipe, None, {"dish": None, "minutes": None}, arguments=("dish",))
+    assert fault.value.param_hint == ["DISH"]
+
+
+def test_unknown_settings_are_refused_with_the_nearest_name(tmp_path):
+    (tmp_path / "recipe.toml").write_text("minuets = 5\nzzz = 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as fault:
+        read_toml(tmp_path / "recipe.toml", Recipe)
+    assert str(fault.value).splitlines() == [
+        f"{tmp_path / 'recipe.toml'}: unknown settings: minuets (did you mean minutes?), zzz",
+        "  why: a misspelt setting would be silently ignored",
+        "  fix: `edgelora train --print-config` prints them all",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"minutes = ", b"minutes = \xff", b"[minutes", b"a = 1\na = 2\n"])
+def test_what_is_no_toml_is_refused(tmp_path, content):
+    (tmp_path / "recipe.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match="no TOML file that can be read"):
+        read_toml(tmp_path / "recipe.toml", Recipe)
+
+
+# -- printing -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_has_each_setting_under_its_docstring():
+    assert as_toml(Recipe(dish="stew", herbs=("sage",))).splitlines() == [
+        "# What it becomes.", 'dish = "stew"', "",
+        "# How long it takes.", "minutes = 30", "",
+        "# In grams.", "# salt = ", "",
+        "# What kind it is.", 'kind = "soup"', "",
+        "# Whether it burns.", "spicy = false", "",
+        "# What is strewn over it.", 'herbs = ["sage"]',
+    ]  # fmt: skip
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"])), st.floats(1e-300, 1e300), st.lists(st.text("a\"\\\n\x7f'é💡#"))
+)
+def test_what_is_printed_is_read_again_as_it_was(dish, salt, herbs):
+    recipe = Recipe(dish=Path(dish or "x"), salt=salt, herbs=tuple(herbs))
+    assert Recipe.model_validate(tomllib.loads(as_toml(recipe))) == recipe
+
+
+def test_a_mixture_is_printed_as_it_is_typed():
+    data = (Source(Path("a.jsonl")), Source(Path("b:c.jsonl"), 0.5))
+    config = TrainConfig(base="base.gguf", data=data, out="mine", learning_rate=1e-5)
+    printed = tomllib.loads(as_toml(config))
+    assert printed["data"] == ["a.jsonl", "b:c.jsonl:0.5"]
+    assert TrainConfig.model_validate(printed) == config
