@@ -20,7 +20,6 @@ from edgelora.data.dataset import Options, encode_rows, load_examples, load_labe
 from edgelora.data.encode import Example, encode_conversation, encode_document
 from edgelora.data.fit import Cut, Encoder, split
 from edgelora.data.order import Order, n_steps
-from edgelora.data.pack import steps
 from edgelora.data.rows import Conversation, Document, Message, Tokenized
 from edgelora.data.store import Store
 from edgelora.data.template import ChatTemplate
@@ -439,11 +438,5 @@ def test_the_number_of_steps_and_the_epoch():
     order = Order([20, 10], 8, 0, [1.0, 0.5])  # 25 rows an epoch
     assert (order.epoch_rows, order.n_steps(2.0), order.n_steps(2.0, 3), order.n_steps(2.0, 100)) == (25, 7, 3, 7)
     assert n_steps(24, 8, 2.0) == Order([24], 8, 0).n_steps(2.0) == 6
+    assert (n_steps(24, 8, 0.5), n_steps(1, 8, 0.1)) == (2, 1)  # 1.5 rounded up; never none
     assert order.epoch_at(5) == 1.6
-
-
-def test_pack_steps_are_the_orders():
-    examples = [Example(np.array([i, 600 + i, 700]), np.ones(3, bool)) for i in range(10)]
-    order = Order([10], 4, 3)
-    for number, (batch,) in enumerate(steps(examples, 4, 64, 2.0, 3)):
-        assert sorted(batch.input_ids[::3].tolist()) == sorted(order.rows(number))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.data.encode import Example
-from edgelora.data.pack import IGNORE, _fitted, best_fit, n_steps, pack, steps
+from edgelora.data.pack import IGNORE, _fitted, best_fit, pack
 from edgelora.peft.inject import inject
 
 quick = settings(max_examples=50, deadline=None)
@@ -225,48 +225,6 @@ def test_best_fit_of_many_rows_asks_few_of_them():
     assert sum(map(int, sizes)) / (1000 * len(rows)) > 0.99  # and hardly a token of room is left
 
 
-# -- steps --------------------------------------------------------------------------------------------------------
-
-
-def numbers_of(plan):
-    """The numbers of the examples of each step."""
-    return [[row[0] for row in rows_of(batches)] for batches in plan]
-
-
-@pytest.mark.parametrize(("n", "batch_rows"), [(12, 4), (12, 12), (12, 1), (7, 7)])
-def test_each_epoch_sees_every_example_once(n, batch_rows):
-    examples = [example(5, i) for i in range(n)]
-    seen = numbers_of(steps(examples, batch_rows, 64, epochs=3, seed=0))
-    assert [len(step) for step in seen] == [batch_rows] * (3 * n // batch_rows)
-    flat = [number for step in seen for number in step]
-    epochs = [flat[i : i + n] for i in range(0, 3 * n, n)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert batch_rows == n or epochs[0] != epochs[1]
-
-
-@pytest.mark.parametrize(("n", "batch_rows"), [(10, 4), (9, 2), (3, 8)])
-def test_one_epoch_sees_every_example_when_batches_do_not_divide_them(n, batch_rows):
-    plan = numbers_of(steps([example(5, i) for i in range(n)], batch_rows, 64, epochs=1, seed=0))
-    assert {number for step in plan for number in step} == set(range(n))
-
-
-def test_steps_are_the_same_under_a_seed_and_others_under_another():
-    examples = [example(5 + i, i) for i in range(12)]
-    first, again, other = (numbers_of(steps(examples, 4, 64, epochs=2, seed=seed)) for seed in (0, 0, 1))
-    assert first == again
-    assert first != other
-
-
-def test_steps_pack_into_micro_batches_of_the_budget():
-    examples = [example(10, i) for i in range(8)]
-    (batches,) = steps(examples, 8, 25, epochs=1, seed=0)
+def test_rows_fill_micro_batches_of_the_budget():
+    batches = best_fit([example(10, i) for i in range(8)], 25)
     assert [len(b.input_ids) for b in batches] == [20, 20, 20, 20]  # two rows of 10 in each 25
-
-
-@pytest.mark.parametrize(
-    ("n", "batch_rows", "epochs", "expected"),
-    [(24, 8, 2.0, 6), (24, 8, 0.5, 2), (1, 8, 0.1, 1)],  # 24 * 2 / 8, 24 * 0.5 / 8 = 1.5, never none
-)
-def test_number_of_steps(n, batch_rows, epochs, expected):
-    assert n_steps(n, batch_rows, epochs) == expected
-    assert len(list(steps([example(3, i) for i in range(n)], batch_rows, 64, epochs, seed=0))) == expected

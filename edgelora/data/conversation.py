@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from edgelora.data.formats import DATA_FORMATS, DataFormat
 from edgelora.data.rows import Conversation, Message
 from edgelora.data.sources import Faults, read_rows
 
-__all__ = ["DATA_FORMATS", "Conversation", "DataFormat", "Message", "common_system", "read_conversations"]
+__all__ = ["DATA_FORMATS", "Conversation", "DataFormat", "Message", "read_conversations"]
 
 
 def read_conversations(path: Path) -> list[Conversation]:
@@ -26,9 +25,3 @@ def read_conversations(path: Path) -> list[Conversation]:
             others.add(place, f"a row of the format {name}, not a conversation")
     others.report()
     return rows
-
-
-def common_system(rows: Sequence[Conversation]) -> str | None:
-    """The system message that all rows begin with, or None if they have none or several."""
-    found = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
-    return found.pop() if len(found) == 1 else None

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgelora.data.encode import Example
-from edgelora.data.order import Order, n_steps
-
-__all__ = ["IGNORE", "Batch", "best_fit", "n_steps", "pack", "shared_prefix", "steps"]
 
 IGNORE = -100
 
@@ -107,12 +104,3 @@ def _fitted(sizes: Sequence[int], room: int) -> list[list[int]]:
         rows[row].append(number)
         bisect.insort(free, (left - sizes[number], row))
     return rows
-
-
-def steps(
-    examples: Sequence[Example], batch_rows: int, max_tokens: int, epochs: float, seed: int
-) -> Iterator[list[Batch]]:
-    """For each optimizer step its micro-batches: `batch_rows` shuffled examples, packed; the same for the same seed."""
-    order = Order([len(examples)], batch_rows, seed)
-    for step in range(order.n_steps(epochs)):
-        yield best_fit([examples[i] for i in order.rows(step)], max_tokens)
