@@ -105,19 +105,19 @@ def install_torch(asked: str) -> None:
 
 def install_llama() -> None:
     llama, record = pin("llama-cpp-python"), VENV / "llama-flags"
-    extra = os.environ.get("CMAKE_ARGS", "")  # e.g. -DGGML_CUDA=ON
-    if installed(llama) and record.exists() and record.read_text() == extra:
+    flags = f"{shlex.join(CMAKE_ARGS)} {os.environ.get('CMAKE_ARGS', '')}".strip()  # e.g. -DGGML_CUDA=ON
+    built = hashlib.sha256(flags.encode() + (ROOT / "only-llama.cmake").read_bytes()).hexdigest()
+    if installed(llama) and record.exists() and record.read_text() == built:
         return
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise SystemExit("[install] no C++ compiler (Debian: apt install g++; macOS: xcode-select --install)")
     say(f"{llama}: compiling llama.cpp for this machine on {os.cpu_count()} cores (2 to 5 minutes on 2) …")
     started = time.monotonic()
-    flags = f"{shlex.join(CMAKE_ARGS)} {extra}".strip()
-    # pip keeps what it built whatever the flags were: with flags of your own, neither take that nor leave it
-    other = ["--force-reinstall", "--no-cache-dir", "--no-deps"] if extra or record.exists() else []
-    pip(*other, llama, "-c", str(CONSTRAINTS), environment={"CMAKE_ARGS": flags})
+    # pip keeps what it built whatever the flags were: neither take that nor leave it
+    fresh = ("--force-reinstall", "--no-cache-dir", "--no-deps")
+    pip(*fresh, llama, "-c", str(CONSTRAINTS), environment={"CMAKE_ARGS": flags})
     pip(llama, "-c", str(CONSTRAINTS))  # what it needs
-    record.write_text(extra)
+    record.write_text(built)
     say(f"compiled in {time.monotonic() - started:.0f} s")
 
 
