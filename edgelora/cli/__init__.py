@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from edgelora.cli import data, evaluate, export, inspect, look, tokenize, train
+from edgelora.cli import data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.chat import chat
 from edgelora.cli.convert import convert
 from edgelora.cli.state import state
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 app.command()(look.quickstart)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(convert)
 app.command()(export.export)
 app.command()(export.merge)

@@ -11,26 +11,17 @@ from statistics import median
 import torch
 
 from edgelora.base.decoder import build_decoder
-from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.order import Order
-from edgelora.device import (
-    choose_device,
-    choose_dtype,
-    choose_products,
-    computing,
-    free_memory_bytes,
-    physical_cores,
-)  # fmt: skip
+from edgelora.device import choose_products, compute_threads, computing
 from edgelora.peft.inject import inject
-from edgelora.training.defaults import choose
-from edgelora.training.footprint import Model
-from edgelora.training.memory import Machine, Plan, plan, resident_bytes
+from edgelora.training.memory import Plan
 from edgelora.training.objectives import objective_of
 from edgelora.training.objectives.objective import mean_losses
 from edgelora.training.optim import build_optimizer
 from edgelora.training.rows import load_rows
+from edgelora.training.settle import settle
 
 MEASURED_STEPS = 3
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -58,28 +49,7 @@ def plan_run(config: TrainConfig, memory: int | None = None) -> tuple[Base, Plan
     base = open_base(config.base)
     if config.chat_template is not None:
         base = base.with_template(config.chat_template)
-    model = Model.of(base)
-    device = choose_device(config.device)
-    choices = {"device": device, "dtype": choose_dtype(config.dtype, device.value)}
-    machine = machine_of(device.value, memory)
-    dtype = choices["dtype"].value
-    choices["base_dtype"] = choose_base_dtype(config.base_dtype, base, machine.budget, dtype)
-    settled, chosen = choose(config, model.n_weights)
-    values = {name: choice.value for name, choice in choices.items()}
-    found = plan(model, settled.model_copy(update=values), machine, base.config.max_position_embeddings)
-    return base, Plan(
-        found.config, {**choices, **chosen, **found.choices}, found.load, found.parts, found.at_max_length, found.budget
-    )
-
-
-def machine_of(device: str, memory: int | None = None) -> Machine:
-    """The device with what is free on it, or with `memory` bytes in all."""
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-        return Machine(device, free if memory is None else memory)
-    mine, free_bytes = resident_bytes(), free_memory_bytes()
-    left = None if free_bytes is None else free_bytes + (mine or 0)  # what this process has already is not free
-    return Machine(device, left if memory is None else memory, mine)
+    return base, settle(config, base, memory)
 
 
 def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:
@@ -94,7 +64,7 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
     order = Order(rows.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
     total = order.n_steps(config.epochs, config.max_steps)
     seconds, tokens = [], 0
-    with computing(choose_products(config.device), physical_cores()):
+    with computing(choose_products(config.device), compute_threads()):
         decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype], config.device)
         inject(decoder, config.method, config.rank, config.alpha, config.seed, config.target_modules)
         decoder.to(config.device)

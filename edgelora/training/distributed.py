@@ -139,7 +139,7 @@ class Processes:
     def _meet(self, says: int) -> list[int]:
         said = torch.empty(self.size, dtype=torch.int64)
         with reached():
-            dist.all_gather_into_tensor(said, torch.tensor([says]))
+            dist.all_gather_single(said, torch.tensor([says]))
         if FAILED in said:
             raise self._exchange(None)
         return said.tolist()
@@ -148,7 +148,7 @@ class Processes:
         """Tell the others, at their next meeting, what this process failed with; no news if it is they who told."""
         if not self._ended:
             with suppress(EdgeloraError), reached():  # they may be gone already
-                dist.all_gather_into_tensor(torch.empty(self.size, dtype=torch.int64), torch.tensor([FAILED]))
+                dist.all_gather_single(torch.empty(self.size, dtype=torch.int64), torch.tensor([FAILED]))
                 self._exchange(error)
 
     def _exchange(self, mine: Exception | None) -> EdgeloraError:

@@ -67,7 +67,7 @@ def _without_the_compiler() -> None:
     for name in dir(Optimizer):
         raw = getattr(getattr(Optimizer, name), "__wrapped__", None)
         if raw is not None and not hasattr(raw, "__dynamo_disable"):
-            setattr(raw, "__dynamo_disable", raw)  # noqa: B010  (torch._compile asks for this very name)
+            setattr(raw, "__dynamo_disable", raw)  # torch._compile asks for this very name
 
 
 def _adamw(groups: list[Group], config: TrainConfig) -> Optimizer:

@@ -131,7 +131,7 @@ def _run(config: TrainConfig, heard: Listeners, stop_when: Callable[[Progress], 
             if not whole:
                 recorder.draw()
                 _agree(interrupt, world)
-                raise _stopped(ready.asked, state, job.total, interrupt.exit_code, interrupt.asked)
+                raise _stopped(ready.asked, state, job, interrupt)
             run = world.first(lambda: _keep(ready, job, state, folder, started))
             recorder.draw()
     if writes:
@@ -165,7 +165,8 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         base = base.with_template(asked.chat_template)
     targeted(list(base.linears), asked.target_modules)
     if earlier is None:
-        settled, choices = world.first(lambda: settle(asked, base))  # by the memory that is free there
+        planned = world.first(lambda: settle(asked, base))  # by the memory that is free there
+        settled, choices = planned.config, planned.choices
     else:
         kept = {name: getattr(asked, name) for name in asked.model_fields_set & {"out", "resume", "overwrite"}}
         kept |= {"base": asked.base, "data": asked.data, "valid": asked.valid, "save_every": asked.save_every}
@@ -182,7 +183,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
     if earlier is not None:
         earlier.require_same(digests)
-    if world.first(lambda: digests) != digests:
+    if world.any(world.first(lambda: digests) != digests):  # here all have come so far before one writes
         raise DataError(
             what="the base or the rows are not the same for all processes of this run",
             why="they are read on each machine, and each process takes its part of the same steps",
@@ -212,6 +213,7 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
         shard(decoder, world)
     else:
         decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype], c.device)
+    decoder.recompute, decoder.offload = c.recompute == "full", c.offload
     inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules)
     decoder.to(c.device)
     asks = bool(c.samples) and world.rank == 0
@@ -263,13 +265,13 @@ def _result(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _stopped(config: TrainConfig, state: State, total: int, code: int, asked: Any) -> Stopped:
+def _stopped(config: TrainConfig, state: State, job: Job, interrupt: Interrupt) -> Stopped:
     again = command("train", config.base, *map(str, config.data), "--out", config.out, "--resume")
     return Stopped(
-        what=f"stopped behind step {state.step} of {total}; nothing is lost",
-        why="Ctrl-C" if code == 130 else f"the signal {getattr(asked, 'name', 'SIGTERM')}",
-        fix=f"go on with: {again}",
-        exit_code=code,
+        what=f"stopped behind step {state.step} of {job.total}; nothing is lost",
+        why="Ctrl-C" if interrupt.exit_code == 130 else f"the signal {getattr(interrupt.asked, 'name', 'SIGTERM')}",
+        fix=f"go on{', under torchrun as before,' * (job.world.size > 1)} with: {again}",
+        exit_code=interrupt.exit_code,
     )
 
 

@@ -44,9 +44,9 @@ def shard(decoder: Decoder, world: Processes) -> int:
     What it needs beside them goes to `world.device`. Returns how many bytes of the layers this process keeps. Raises
     ConfigError for a type that this device has no code for.
     """
-    shards = Shards(world, [sum(map(_size, _frozen(layer))) for layer in decoder.model.layers])
+    shards = Shards(world, [sum(map(_size, frozen(layer))) for layer in decoder.model.layers])
     for layer in decoder.model.layers:
-        _replace(layer, shards.deal(list(_frozen(layer))))
+        replace_frozen(layer, shards.deal(list(frozen(layer))))
     decoder.embedding, decoder.head = decoder.embedding.to(world.device), decoder.head.to(world.device)
     world.hand_out = shards.gather
     return sum(share.nbytes for share in shards.shares)
@@ -84,7 +84,7 @@ class Shards:
         self._there = layer
         share = self.shares[layer]
         with reached():
-            dist.all_gather_into_tensor(self._buffer[: self._world.size * len(share)], share, group=self._world.data)
+            dist.all_gather_single(self._buffer[: self._world.size * len(share)], share, group=self._world.data)
 
     def _padded(self, n_bytes: int) -> int:
         """In as many equal shares, whole numbers of aligned places, as there are processes."""
@@ -170,8 +170,8 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNED) * ALIGNED
 
 
-def _frozen(layer: nn.Module) -> Iterator[Weight]:
-    """Every matrix of a layer; `_replace` takes others in this order."""
+def frozen(layer: nn.Module) -> Iterator[Weight]:
+    """Every matrix of a layer; `replace_frozen` takes others in this order."""
     for module in layer.modules():
         if isinstance(module, Linear):
             yield module.weight
@@ -180,7 +180,7 @@ def _frozen(layer: nn.Module) -> Iterator[Weight]:
             yield from itertools.chain.from_iterable(module.experts)
 
 
-def _replace(layer: nn.Module, weights: Sequence[Weight]) -> None:
+def replace_frozen(layer: nn.Module, weights: Sequence[Weight]) -> None:
     new = iter(weights)
     for module in layer.modules():
         if isinstance(module, Linear):
