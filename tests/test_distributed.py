@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,16 +20,20 @@ import torch
 from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.numpy import load_file
+from test_architectures import family  # noqa: F401  (a fixture)
+from test_recompute import adapted, gradients
 from test_resume import outcome, run_folder
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.data.pack import Batch
-from edgelora.training.distributed import Processes
+from edgelora.errors import ConfigError
+from edgelora.training import distributed, sharding
+from edgelora.training.distributed import ARRIVED, Processes
 from edgelora.training.metrics import Metrics, read_metrics
 from edgelora.training.run import run_training
-from edgelora.training.sharding import share_of, stored_bytes
+from edgelora.training.sharding import frozen, shard, share_of, stored_bytes
 
 CLOSE = 1e-4
 
@@ -92,6 +97,7 @@ def run(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
 def trained(processes: int, config: TrainConfig) -> subprocess.CompletedProcess[str]:
     done = run(processes, "-m", "edgelora", *command(config))
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     return done
 
 
@@ -188,6 +194,7 @@ def test_a_signal_to_one_stops_all_behind_the_same_step(child):
     _, talk = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "the signal SIGTERM" in talk
+    assert "go on, under torchrun as before, with: " in talk
     assert talk.count("nothing is lost") == 1  # the first process alone talks
     step = lines(out)[-1].step
     assert [path.name for path in (run_folder(out) / "checkpoints").iterdir()] == [f"step-{step:08}"]
@@ -287,6 +294,60 @@ def test_what_all_refuse_is_said_once(settings, tmp_path):
     assert not run_folder(tmp_path / "mine").exists()
 
 
+OTHERS = """
+import os, sys
+from pathlib import Path
+from edgelora.config import Source
+from edgelora.training import run
+from edgelora.__main__ import main
+
+_, other, *words = sys.argv
+sys.argv[1:] = words
+load = run.load_rows
+if os.environ["RANK"] == "1":
+    run.load_rows = lambda config, *rest: load(config.model_copy(update={"data": (Source(Path(other)),)}), *rest)
+main()
+"""
+
+
+def test_processes_that_read_other_rows_are_refused(settings, tmp_path):
+    """As on a second machine, whose file of the same name is another one."""
+    (tmp_path / "others.py").write_text(OTHERS)
+    config = settings(tmp_path / "mine")
+    rows = config.data[0].path
+    other = tmp_path / rows.name
+    other.write_text("".join(reversed(rows.read_text().splitlines(keepends=True))))
+    done = run(2, str(tmp_path / "others.py"), str(other), *command(config))
+    assert done.returncode != 0
+    assert done.stderr.count("error: the base or the rows are not the same") == 1
+    assert not run_folder(config.out).exists()
+
+
+def test_a_process_without_a_card_is_refused(monkeypatch):
+    world = world_of(1, 2)
+    world.local_rank, world.local_size = 1, 2
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError) as caught:
+        world.use("cuda")
+    assert str(caught.value).splitlines() == [
+        "--device cuda: there is no card for process 1",
+        "  why: 2 processes on this machine take a card each, of 1",
+        "  fix: pass torchrun a smaller --nproc-per-node, and leave the choice of the card to it",
+    ]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("1", 3), ("2", 2)], ids=str)
+def test_the_cores_are_divided_among_the_processes_of_a_machine(monkeypatch, asked, expected):
+    """torchrun itself asks for one thread where nobody asked."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(distributed, "physical_cores", lambda: 7)
+    world = world_of(1, 2)
+    world.local_size = 2
+    assert distributed.threads(world) == expected
+
+
 # -- dealing out --------------------------------------------------------------------------------------------------
 
 
@@ -303,15 +364,98 @@ def test_the_shares_of_a_layer_are_its_bytes(make_tiny, how, processes):
     assert sum(map(len, stored)) == sum(linear.weight.size_bytes for linear in decoder.linears.values())
 
 
+def world_of(rank: int, size: int) -> Processes:
+    """A process that reaches no other."""
+    world = Processes.__new__(Processes)
+    world.rank, world.size, world.device, world.data = rank, size, torch.device("cpu"), None
+    return world
+
+
+@pytest.mark.parametrize(
+    ("name", "how"), [("mixtral", "blocks"), ("mixtral", "nf4"), ("phi3", "q8_0"), ("gemma3_text", "bf16")]
+)
+def test_a_sharded_decoder_computes_the_same_bits(family, name, how, monkeypatch):  # noqa: F811
+    """Forward, backward and recomputed; three processes hold a third each, and one of them computes."""
+    base = open_base(family(name).folder)
+    wanted = gradients(adapted(base, how=how), recompute=True)
+    whole = sum(weight.size_bytes for layer in build_decoder(base, how).model.layers for weight in frozen(layer))
+    decoders, worlds = [adapted(base, how=how) for _ in range(3)], [world_of(rank, 3) for rank in range(3)]
+    gathered: list[torch.Tensor] = []
+
+    def gather(out: torch.Tensor, share: torch.Tensor, group: None) -> None:
+        assert group is None  # gloo
+        held = [world.hand_out.__self__.shares for world in worlds]
+        (layer,) = (i for i, mine in enumerate(held[1]) if mine is share)
+        torch.cat([shares[layer] for shares in held], out=out)
+        gathered.append(share)
+
+    monkeypatch.setattr(sharding.dist, "all_gather_single", gather)
+    for decoder, world in zip(decoders, worlds, strict=True):
+        world.meet_for = lambda layer, world=world: world.hand_out(layer)
+        kept = shard(decoder, world)
+        assert whole / 3 <= kept < 1.1 * whole / 3
+    found = gradients(decoders[1], recompute=True)
+    assert torch.equal(found[0], wanted[0])
+    assert all(map(torch.equal, found[1], wanted[1]))
+    n = len(decoders[1].model.layers)
+    assert len(gathered) == 2 * n - 1  # each layer forwards, and backwards all but the last, which is still there
+
+
+class Threads(Processes):
+    """Processes that are threads of this one."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list[int]) -> None:
+        self.rank, self.size, self._barrier, self._said = rank, len(said), barrier, said
+        self.hand_out, self.given, self.got = self.given_out, [], []
+
+    def given_out(self, layer: int) -> None:
+        self.given.append(layer)
+
+    def _meet(self, says: int) -> list[int]:
+        self._said[self.rank] = says
+        self._barrier.wait(timeout=20)
+        heard = list(self._said)
+        self._barrier.wait(timeout=20)
+        return heard
+
+    def work(self, wishes: list[int]) -> None:
+        for wish in wishes:
+            self.meet_for(wish)
+            self.got.append(self.given[-1])
+        self.meet_for(ARRIVED)
+
+
+def wishes(draw: np.random.Generator, is_orderly: bool) -> list[int]:
+    """Layers, forwards and backwards, a few times; or any of five in any order."""
+    n = int(draw.integers(4))
+    return [*range(5), *range(3, -1, -1)] * n if is_orderly else draw.integers(5, size=9 * n).tolist()
+
+
+@pytest.mark.parametrize("is_orderly", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_processes_with_unlike_passes_all_get_their_layers(seed, is_orderly):
+    draw = np.random.default_rng(seed)
+    barrier, said = threading.Barrier(3), [0] * 3
+    worlds = [Threads(rank, barrier, said) for rank in range(3)]
+    passes = [wishes(draw, is_orderly) for _ in worlds]
+    threads = [threading.Thread(target=world.work, args=(one,)) for world, one in zip(worlds, passes, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [world.got for world in worlds] == passes
+    assert worlds[0].given == worlds[1].given == worlds[2].given  # all take part in each exchange
+    if is_orderly:
+        assert len(worlds[0].given) == max(map(len, passes))  # who has fewer passes costs the others nothing
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("n", [1, 4, 7])
 def test_every_micro_batch_is_dealt_once_and_all_have_as_many(size, n):
     batches = [Batch(np.arange(1), np.arange(1), 0, (0, 1), np.arange(1), number) for number in range(n)]
     dealt = []
     for rank in range(size):
-        world = Processes.__new__(Processes)
-        world.rank, world.size = rank, size
-        dealt.append(world.share(batches))
+        dealt.append(world_of(rank, size).share(batches))
     assert {len(part) for part in dealt} == {-(-n // size)}
     assert sorted(batch.n_tokens for part in dealt for batch in part if batch is not None) == list(range(n))
     for rank, part in enumerate(dealt):  # `loop._noise` counts on these numbers
