@@ -126,13 +126,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-# what the loop does not do yet; strict: whoever mends it is told to take the mark away
-NOT_ENOUGH = pytest.mark.xfail(strict=True, reason="loop.train takes a step before it asks whether patience was over")
-NOT_TAKEN = pytest.mark.xfail(strict=True, reason="run._make_ready leaves the earlier run's keep_checkpoints as it was")
-NEVER_ENDS = pytest.mark.xfail(strict=True, reason="loop.train compares in_a_row with ==, and 4 is not 3")
-
-
-@pytest.mark.parametrize("way", [pytest.param(w, marks=[NOT_ENOUGH] * (w == "patience")) for w in WAYS])
+@pytest.mark.parametrize("way", WAYS)
 def test_whatever_a_step_depends_on_comes_back(settings, tmp_path, way):
     out = tmp_path / "mine"
     run_training(settings(out, **WAYS[way]))
@@ -212,7 +206,6 @@ def test_what_a_killed_run_left_is_swept(settings, again):
     assert other.exists()
 
 
-@NEVER_ENDS
 def test_a_run_that_never_was_finite_stops_again(settings, whole, tmp_path, monkeypatch):
     out, heard = tmp_path / "mine", []
     with monkeypatch.context() as patch:
@@ -259,7 +252,6 @@ def test_another_base_is_refused(settings, make_tiny, again, options):
         run_training(settings(again, resume=True, base=other))
 
 
-@NOT_TAKEN
 def test_what_changes_no_number_may_change(settings, data, whole, again, tmp_path):
     """How often is saved, how much is kept, and where the very same files lie."""
     cut_back(again, 6)

@@ -114,7 +114,7 @@ def train(job: Job, state: State, watch: Watch) -> bool:
             ),
             tokens, clock.now(),
         )  # fmt: skip
-        if state.in_a_row == MAX_BAD_STEPS:
+        if state.in_a_row >= MAX_BAD_STEPS:
             clock.save(watch, state)
             raise not_finite(f"in {state.in_a_row} steps in a row (step {state.step})", job.config.learning_rate)
         stop = job.world.any(watch.asked_to_stop())

@@ -14,6 +14,8 @@ from edgelora.training.folder import RunFolder
 
 # what may be said otherwise when a run goes on: it changes no number
 FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard"}
+# these too, where they lead to the same files: their digests are compared instead
+PATHS = {"base", "data", "valid"}
 
 
 class Earlier:
@@ -35,14 +37,12 @@ class Earlier:
 
     def with_wishes(self, config: TrainConfig) -> TrainConfig:
         """What was asked of the earlier run, with what `config` may say otherwise. Raises ConfigError for the rest."""
-        said = {name: getattr(config, name) for name in config.model_fields_set - FREE}
+        said = {name: getattr(config, name) for name in config.model_fields_set - FREE - PATHS}
         other = {name: value for name, value in said.items() if value != getattr(self.asked, name)}
-        # the same files elsewhere: their digests are compared instead
-        other = {name: value for name, value in other.items() if name not in ("base", "data", "valid")}
         if other:
             listed = "; ".join(f"{name} is {v!r}, was {getattr(self.asked, name)!r}" for name, v in other.items())
             raise _another(listed)
-        wishes = {name: getattr(config, name) for name in config.model_fields_set & (FREE | {"base", "data", "valid"})}
+        wishes = {name: getattr(config, name) for name in config.model_fields_set & (FREE | PATHS)}
         return self.asked.model_copy(update=wishes)
 
     def require_same(self, digests: dict[str, str]) -> None:

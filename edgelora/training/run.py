@@ -32,7 +32,7 @@ from edgelora.training.loop import Job, averaged, not_finite, train
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.recorder import Recorder, Silent
-from edgelora.training.resume import Earlier, earlier_run, settings
+from edgelora.training.resume import FREE, PATHS, Earlier, earlier_run, settings
 from edgelora.training.rows import Rows, load_rows
 from edgelora.training.sample import Sampler
 from edgelora.training.settle import settle
@@ -168,9 +168,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         planned = world.first(lambda: settle(asked, base))  # by the memory that is free there
         settled, choices = planned.config, planned.choices
     else:
-        kept = {name: getattr(asked, name) for name in asked.model_fields_set & {"out", "resume", "overwrite"}}
-        kept |= {"base": asked.base, "data": asked.data, "valid": asked.valid, "save_every": asked.save_every}
-        settled = earlier.settled.model_copy(update=kept)
+        settled = earlier.settled.model_copy(update={name: getattr(asked, name) for name in FREE | PATHS})
         choices = {name: Choice(**choice) for name, choice in earlier.choices.items()}
         heard.on_note(f"going on behind step {earlier.snapshot.step}")
         if (before := choices.pop("processes", Choice("1", "")).value) != str(world.size):
