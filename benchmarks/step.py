@@ -27,11 +27,11 @@ from edgelora.base.model import open_base
 from edgelora.base.tensors import Stored
 from edgelora.base.weights import Dense
 from edgelora.data.pack import IGNORE, Batch
-from edgelora.device import physical_cores, processor_name
+from edgelora.device import choose_products, physical_cores, processor_name
 from edgelora.nn.decoder import Decoder, Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
-from edgelora.training.loop import batch_loss
+from edgelora.training.objectives.log_p import token_nll
 
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
 SEGMENT = 128  # tokens of an example, of which the last third is learned
@@ -105,7 +105,7 @@ def measure(decoder: Decoder, ways: dict[str, dict[str, Weight]], batch: Batch, 
             for name, linear in decoder.linears.items():
                 linear.weight = weights[name]
             start = time.perf_counter()
-            torch.autograd.backward(batch_loss(decoder, batch) / batch.n_loss_tokens)
+            torch.autograd.backward(token_nll(decoder, batch, 0.0).sum() / batch.n_loss_tokens)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             taken[how].append(time.perf_counter() - start)
@@ -137,6 +137,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(choose_products().value)
     if args.base is None:
         from edgelora.pipeline.quickstart import default_base
 

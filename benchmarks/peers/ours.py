@@ -17,7 +17,7 @@ from edgelora.config import TrainConfig
 from edgelora.data.conversation import read_conversations
 from edgelora.data.encode import Example, encode_all
 from edgelora.data.pack import Batch
-from edgelora.device import free_memory_bytes
+from edgelora.device import choose_products, free_memory_bytes
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
 from edgelora.training.objectives import objective_of
@@ -26,7 +26,7 @@ from edgelora.training.optim import build_optimizer, set_share
 from peers.channel import Turnstile
 from peers.data import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK, batches, load, share
 
-MICRO_BATCH_TOKENS = 768
+MICRO_BATCH_TOKENS = 512  # what the memory plan takes on a CPU
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,6 +64,7 @@ class Run:
 
 
 def main(settings: dict[str, Any], turn: Turnstile) -> None:
+    torch.set_float32_matmul_precision(choose_products().value)
     run = Run(settings)
     turn.facts = {"held": run.held, "compute": str(run.decoder.compute)}
     turn.handlers = {
