@@ -120,7 +120,11 @@ def test_every_data_format_stands_in_the_readme():
 def test_every_option_of_train_that_the_readme_names_is_one():
     said = README.split("## Training")[1].split("\n## ")[0] + README.split("## Your data")[1].split("\n## ")[0]
     command = typer.main.get_command(app).commands["train"]
-    known = {option for parameter in command.params for option in parameter.opts} | {"--base", "--preview", "--nproc-per-node"}
+    known = {option for parameter in command.params for option in parameter.opts} | {
+        "--base",
+        "--preview",
+        "--nproc-per-node",
+    }
     named = set(re.findall(r"--[a-z][a-z-]+", said))
     assert named - known == set()
     assert len(named) > 20

@@ -344,8 +344,8 @@ def test_a_peft_adapter(peft, tiny, capsys):
     assert facts.contract["base"]["fingerprint"] == open_base(tiny.path).fingerprint.short
     assert (facts.certificate, facts.faults) == (CERTIFICATE, [])
     shown = " ".join(printed(capsys, peft).split())
-    for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj", "924 rows of train.jsonl, 7 rows of more.jsonl",
-                 "epochs 1.5, rank 4", "held out loss 0.25", "certificate says of itself: passed", "Be brief.",
+    for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj",
+                 "924 rows of train.jsonl, 7 rows of more.jsonl", "epochs 1.5, rank 4", "held out loss 0.25", "certificate says of itself: passed", "Be brief.",
                  f"export ✓ yes: over {tiny.path.name} (F32) or another quantization of it",
                  "chat ! export first: "):  # fmt: skip
         assert part in shown
@@ -406,7 +406,8 @@ def broken(folder: Path, change: str) -> None:
     ("change", "fault"),
     [
         ("half", "lora_A is missing"), ("nan", "it holds NaN or infinite values"), ("rank", "expected (r, "),
-        ("flat", "expected (r, "), ("stranger", "score.weight is no part of a plain LoRA"), ("dora", "lora_magnitude_vector is missing"),
+        ("flat", "expected (r, "), ("stranger", "score.weight is no part of a plain LoRA"),
+        ("dora", "lora_magnitude_vector is missing"),
         ("contract", "the contract cannot be read (base_file: "),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -139,19 +140,20 @@ def test_no_file_is_said_so(path):
         read_metrics(path)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """Files that cannot grow beyond 150 bytes."""
+    """In here files cannot grow beyond 150 bytes: that of pytest's own report neither, so not around the whole test."""
     resource = pytest.importorskip("resource", reason="Windows has no limits of files")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_three_lines_and_the_run_goes_on_later(path):
-    with pytest.raises(OutputError) as caught:
+    with full_disk(), pytest.raises(OutputError) as caught:
         written(path)
     assert caught.value.what == f"{path}: could not be written (File too large)"
     assert "--resume" in caught.value.fix

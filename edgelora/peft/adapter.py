@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from edgelora.errors import AdapterError, FileFormatError, OutputError
@@ -104,7 +105,14 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
         for part, value in parts.items()
     }
     with staged(path, folder=True, overwrite=overwrite) as draft:
-        save_file(flat, draft / TENSORS, metadata={"format": "pt"})
+        try:
+            save_file(flat, draft / TENSORS, metadata={"format": "pt"})
+        except SafetensorError as e:
+            raise OutputError(
+                what=f"{path}: the adapter could not be written",
+                why=f"{e}; nothing stands there that was not there before",
+                fix="free some space or choose another disk, then run the command again",
+            ) from e
         (draft / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
         if adapter.contract is not None:
             (draft / FILE_NAME).write_text(adapter.contract.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from edgelora.training.checkpoint import Snapshot, read_latest
 from edgelora.training.folder import RunFolder
 
 # what may be said otherwise when a run goes on: it changes no number
-FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard"}
+FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
 PATHS = {"base", "data", "valid"}
 

@@ -17,7 +17,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.order import Order
 from edgelora.device import Choice, computing, peak_memory_bytes
-from edgelora.errors import ConfigError, DataError
+from edgelora.errors import ConfigError, DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
@@ -132,7 +132,7 @@ def _run(config: TrainConfig, heard: Listeners, stop_when: Callable[[Progress], 
                 recorder.draw()
                 _agree(interrupt, world)
                 raise _stopped(ready.asked, state, job, interrupt)
-            run = world.first(lambda: _keep(ready, job, state, folder, started))
+            run = world.first(lambda: _keep(ready, job, state, folder, started, heard.on_note))
             recorder.draw()
     if writes:
         folder.write_facts({**ready.facts, "result": _result(run)})
@@ -228,7 +228,9 @@ def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None
     require_space(folder.path, (config.keep_checkpoints + 2) * one, "the checkpoints")
 
 
-def _keep(ready: Ready, job: Job, state: State, folder: RunFolder, started: float) -> Run:
+def _keep(
+    ready: Ready, job: Job, state: State, folder: RunFolder, started: float, on_note: Callable[[str], None]
+) -> Run:
     """Write the adapter: that of the last step, or the best one where the run was to stop at it."""
     c, metrics = ready.config, read_metrics(folder.metrics)
     if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
@@ -236,8 +238,13 @@ def _keep(ready: Ready, job: Job, state: State, folder: RunFolder, started: floa
     losses = [m.loss for m in metrics if m.loss is not None]
     step, held_out = state.step, next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
     if c.patience is not None and state.best is not None and state.best.step != state.step:
-        step, held_out = state.best
-        state.restore(read_checkpoint(checkpoint_path(folder.checkpoints, step)))
+        try:
+            best = read_checkpoint(checkpoint_path(folder.checkpoints, state.best.step))
+        except FileFormatError as e:
+            on_note(f"{e.what} ({e.why}): the adapter of the last step is written instead of the best one")
+        else:
+            step, held_out = state.best
+            state.restore(best)
     skipped = metrics[-1].skipped_steps
     speed = metrics[-1].tokens_per_s or 0.0
     run = Run(
