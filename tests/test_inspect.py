@@ -345,7 +345,8 @@ def test_a_peft_adapter(peft, tiny, capsys):
     assert (facts.certificate, facts.faults) == (CERTIFICATE, [])
     shown = " ".join(printed(capsys, peft).split())
     for part in ("rank 4, alpha 8", "3 linear layers: 1 × down_proj; 2 × q_proj",
-                 "924 rows of train.jsonl, 7 rows of more.jsonl", "epochs 1.5, rank 4", "held out loss 0.25", "certificate says of itself: passed", "Be brief.",
+                 "924 rows of train.jsonl, 7 rows of more.jsonl", "epochs 1.5, rank 4",
+                 "held out loss 0.25", "certificate says of itself: passed", "Be brief.",
                  f"export ✓ yes: over {tiny.path.name} (F32) or another quantization of it",
                  "chat ! export first: "):  # fmt: skip
         assert part in shown
