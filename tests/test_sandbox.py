@@ -174,7 +174,7 @@ ATTACKS = {
     "many splits": "{% for i in range(999) %}{% set x = ('a ' * 90000).split() %}{% endfor %}",
     "many upper": LONG + "{% for i in range(99999) %}{% if s.upper() %}{% endif %}{% endfor %}",
     "many questions": LONG + "{% for i in range(99999) %}{% if s.isalpha() %}{% endif %}{% endfor %}",
-    "many searches": LONG + "{% set t = 'a' * 400000 + 'b' %}" + "{% if t in s %}{% endif %}" * 2000,
+    "many searches": LONG + "{% set t = 'a' * 400000 + 'b' %}" + "{% if t in s %}{% endif %}" * 8000,
     "many counts": LONG + "{% for i in range(99999) %}{{ s.count('a' * 1000) }}{% endfor %}",
     "many sorts": "{% for i in range(99999) %}{{ range(90000) | list | sort | length }}{% endfor %}",
     "a repeated text": "{{ 'a' * 10 ** 10 }}",
