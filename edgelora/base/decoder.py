@@ -9,6 +9,9 @@ from edgelora.base.hold import hold
 from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder, Frozen
 
+# `--dtype` → what matrix products are computed in
+COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
+
 
 def build_decoder(
     base: Base, base_dtype: str = "blocks", compute: torch.dtype = torch.float32, device: str = "cpu"

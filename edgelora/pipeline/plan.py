@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from edgelora.base.decoder import build_decoder
+from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.order import Order
@@ -24,7 +24,6 @@ from edgelora.training.rows import load_rows
 from edgelora.training.settle import settle
 
 MEASURED_STEPS = 3
-COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgelora.base.decoder import build_decoder
+from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
@@ -40,8 +40,6 @@ from edgelora.training.sharding import shard
 from edgelora.training.state import State
 from edgelora.training.world import World
 from edgelora.versions import revision, versions
-
-COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
