@@ -91,6 +91,11 @@ class TrainConfig(BaseModel):
     """What is minimised: SFT on answers, DPO, IPO or ORPO on pairs of them, KTO on rated ones."""
     beta: float = Field(0.1, gt=0)
     """DPO, IPO, KTO: how strongly the adapter is held to the base; ORPO: the weight of the odds ratio."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """KTO: the weight of answers to give. Where there are fewer of them, more than 1 makes up for it (TRL advises that
+    weight × number of the one kind be 1 to 4/3 of the other's)."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """KTO: the weight of answers not to give."""
 
     # -- the step
     learning_rate: float | None = Field(None, gt=0, lt=1)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SMOOTHING = 0.9  # how much of the smoothed loss each step keeps: an average over about the last ten
@@ -25,7 +25,8 @@ class Sample:
 class Progress:
     """One moment of a long job. Fields that do not apply are None.
 
-    `held_out_loss`, `best` and `samples` come with the step after which they were measured, and with no other.
+    `held_out_loss`, `held_out_numbers`, `best` and `samples` come with the step after which they were measured, and
+    with no other.
     """
 
     stage: str
@@ -49,6 +50,10 @@ class Progress:
     skipped_steps: int | None = None
     """How many steps so far were not finite and taught nothing."""
     samples: tuple[Sample, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the objective says beside its loss, by TRL's names: `rewards/chosen`, `rewards/accuracies` …"""
+    held_out_numbers: Mapping[str, float] = field(default_factory=dict)
+    """The same over the rows held out."""
 
 
 OnProgress = Callable[[Progress], None]
@@ -60,7 +65,7 @@ def silent(_: Progress) -> None:
 
 def as_json(progress: Progress) -> dict[str, Any]:
     """The fields that apply, as JSON knows them: a number that is not finite is null."""
-    fields = {name: finite(value) for name, value in asdict(progress).items() if value is not None and value != ()}
+    fields = {name: finite(value) for name, value in asdict(progress).items() if value not in (None, (), {})}
     return {"event": "progress", **fields}
 
 

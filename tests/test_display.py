@@ -19,6 +19,12 @@ STEP = Progress(
     "train", 12, 116, loss=0.14627, learning_rate=1.9e-4, tokens_per_s=285.4, eta_s=161.0, peak_bytes=1_122_000_000,
     epoch=0.207, smoothed_loss=0.16249, grad_norm=0.7123, skipped_steps=1,
 )  # fmt: skip
+PREFERRED = {
+    "rewards/chosen": 0.2131,
+    "rewards/rejected": -0.1012,
+    "rewards/margins": 0.3143,
+    "rewards/accuracies": 0.75,
+}
 HUGE = replace(
     STEP, step=123_456, total=999_999, loss=123.456, smoothed_loss=123.456, eta_s=10**7, epoch=123.45,
     grad_norm=123_456.0, tokens_per_s=123_456.0, peak_bytes=10**12, skipped_steps=12_345,
@@ -55,6 +61,20 @@ def test_the_live_lines_say_everything():
         "loss 0.146 · smoothed 0.162 · held-out 0.171 · lr 1.9e-04 · grad 0.712",
         "285 tokens/s · peak 1122 MB · 1 step skipped",
     ]
+
+
+def test_a_preference_objective_has_a_line_of_its_own():
+    shown = lines(drawn(STEP, replace(STEP, numbers=PREFERRED)))
+    assert shown[2] == "chosen +0.213 · rejected -0.101 · margin +0.314 · accuracy 75%"
+    assert [shown[0], shown[1], shown[3]] == lines(drawn(STEP, STEP))
+    assert "margin +0.314" in describe(replace(STEP, numbers=PREFERRED))
+
+
+def test_an_evaluation_says_what_rows_held_out_are_preferred(capsys):
+    with Display() as display:
+        display.show(replace(STEP, held_out_loss=0.5, held_out_numbers=PREFERRED))
+    said = "held-out 0.5000 · chosen +0.213 · rejected -0.101 · margin +0.314 · accuracy 75%"
+    assert any(said in line for line in capsys.readouterr().err.splitlines())
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -164,7 +184,7 @@ def test_a_duration_in_words(seconds, expected):
 
 def test_json_lines_are_an_object_each_on_stderr(capsys):
     with listener(as_json=True) as events:
-        events.show(replace(STEP, loss=math.nan, samples=(Sample("Hi", "a\nb"),)))
+        events.show(replace(STEP, loss=math.nan, samples=(Sample("Hi", "a\nb"),), numbers={"rewards/margins": 0.5}))
         events.say("done\n")
         events.note("odd")
     shown = capsys.readouterr()
@@ -172,6 +192,7 @@ def test_json_lines_are_an_object_each_on_stderr(capsys):
     first, *others = [json.loads(line) for line in shown.err.splitlines()]
     assert (first["event"], first["stage"], first["step"], first["loss"]) == ("progress", "train", 12, None)
     assert first["samples"] == [{"prompt": "Hi", "text": "a\nb", "ended": True}]
+    assert first["numbers"] == {"rewards/margins": 0.5}
     assert others == [{"event": "said", "text": "done\n"}, {"event": "note", "text": "odd"}]
 
 

@@ -25,7 +25,7 @@ from edgelora.peft.inject import collect, inject
 from edgelora.progress import Sample
 from edgelora.training import loop, neftune
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
-from edgelora.training.loop import MAX_BAD_STEPS, Job, averaged, held_out_loss, train
+from edgelora.training.loop import MAX_BAD_STEPS, Job, averaged, over_held_out, train
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.run import run_training
@@ -260,7 +260,7 @@ def test_what_is_measured_and_kept_is_the_moving_average(make):
     with torch.no_grad():
         for name, value in plain.state.parameters.items():
             value.copy_(average[name])
-    assert held_out_loss(plain.job, plain.state) == pytest.approx(held_out_losses(run)[4], rel=1e-5)
+    assert over_held_out(plain.job, plain.state)[0] == pytest.approx(held_out_losses(run)[4], rel=1e-5)
 
 
 # -- noise --------------------------------------------------------------------------------------------------------
@@ -389,7 +389,9 @@ def test_a_held_out_loss_that_is_not_finite_is_not_the_best(make):
         scored = real.loss(*arguments)
         return scored if torch.is_grad_enabled() else plus(math.nan)(scored)
 
-    broken = SimpleNamespace(pack=real.pack, units=real.units, step_mean=real.step_mean, loss=loss)
+    broken = SimpleNamespace(
+        pack=real.pack, units=real.units, step_mean=real.step_mean, shows=real.shows, loss=loss
+    )  # fmt: skip
     run.job = replace(run.job, objective=broken)
     trained(run)
     assert run.state.best is None
@@ -428,6 +430,13 @@ def test_preferences_are_learned_from_file_to_adapter(tiny, tmp_path, objective)
         assert before == pytest.approx(AT_THE_START[objective], rel=1e-5)
     assert run.losses[-1] < 0.9 * run.losses[0]
     assert run.held_out_loss < 0.9 * before
+    first, *_, last = read_metrics(run.folder / "metrics.jsonl")
+    assert last.numbers.keys() <= last.held_out_numbers.keys() | {"kl"}
+    for numbers in (last.numbers, last.held_out_numbers):  # the answers to give have come to be preferred
+        assert numbers["rewards/margins"] > 0
+        assert numbers.get("rewards/accuracies", 1) == 1
+    if objective in AT_THE_START:
+        assert first.held_out_numbers["rewards/margins"] == 0
     base = open_base(tiny.path)
     adapter = read_adapter(run.out, base.linears)
     assert adapter.contract.training["objective"] == objective

@@ -20,6 +20,7 @@ LINES = [
     Metrics(1, 0.1, 1 / 3, None, 1e-4, 0.7, 100, 50.0, 2.0, 10**9),
     Metrics(2, 0.2, math.nan, None, 2e-4, None, 110, 51.0, 4.0, 10**9, skipped_steps=1),
     Metrics(3, 0.3, 0.1, 0.2 + 0.1, 2e-4, 0.5, 90, 50.5, 6.0, 10**9, 1, (Sample("Hi", "Hö\nho", False),)),
+    Metrics(4, 0.4, 0.6, numbers={"rewards/chosen": 1 / 3}, held_out_numbers={"rewards/accuracies": 0.75}),
 ]
 
 
@@ -52,7 +53,7 @@ def test_a_new_run_begins_a_new_file(path):
     assert same(read_metrics(written(path, LINES[:1])), LINES[:1])
 
 
-@pytest.mark.parametrize("after", [0, 1, 2, 3])
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("torn", [b"", b'{"step": 4, "epo', b"\0\0\0"])
 def test_a_run_that_goes_on_leaves_the_file_of_one_that_was_never_stopped(path, tmp_path, after, torn):
     with written(path).open("ab") as file:
@@ -95,10 +96,12 @@ def test_a_step_tells_its_metrics():
     event = Progress(
         "train", 7, 9, loss=0.5, learning_rate=1e-4, tokens_per_s=99.0, eta_s=2.0, peak_bytes=5, epoch=0.7,
         smoothed_loss=0.6, held_out_loss=0.4, grad_norm=0.1, skipped_steps=2, samples=(Sample("a", "b"),),
+        numbers={"rewards/margins": 0.5}, held_out_numbers={"rewards/margins": 0.25},
     )  # fmt: skip
     assert metrics_of(event, tokens=40, seconds=3.0) == Metrics(
         step=7, epoch=0.7, loss=0.5, held_out_loss=0.4, learning_rate=1e-4, grad_norm=0.1, tokens=40,
         tokens_per_s=99.0, seconds=3.0, peak_bytes=5, skipped_steps=2, samples=(Sample("a", "b"),),
+        numbers={"rewards/margins": 0.5}, held_out_numbers={"rewards/margins": 0.25},
     )  # fmt: skip
 
 
@@ -111,6 +114,14 @@ def test_a_line_of_the_file():
         '"held_out_loss_hex": "0x1.0000000000000p-2", "learning_rate": 0.0002, "grad_norm": 0.5, "tokens": 90, '
         '"tokens_per_s": 45.0, "seconds": 2.0, "peak_bytes": 1000, "skipped_steps": 1, '
         '"samples": [{"prompt": "Hi", "text": "Hö", "ended": true}]}\n'
+    )
+
+
+def test_the_numbers_of_an_objective_stand_in_a_line():
+    line = as_line(Metrics(1, 0.5, 0.25, numbers={"rewards/chosen": 0.5}, held_out_numbers={"rewards/margins": -0.1}))
+    assert line == (
+        '{"step": 1, "epoch": 0.5, "loss": 0.25, "loss_hex": "0x1.0000000000000p-2", "skipped_steps": 0, '
+        '"numbers": {"rewards/chosen": 0.5}, "held_out_numbers": {"rewards/margins": -0.1}}\n'
     )
 
 

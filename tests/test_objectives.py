@@ -28,7 +28,7 @@ from edgelora.training.objectives.ipo import margin_losses
 from edgelora.training.objectives.kto import prospect_losses
 from edgelora.training.objectives.log_p import answers, token_nll
 from edgelora.training.objectives.micro_batches import BATCH_COST, fit
-from edgelora.training.objectives.objective import Settings, held_out, mean_losses, means
+from edgelora.training.objectives.objective import Settings, added, held_out, mean_losses, means, over_all
 from edgelora.training.objectives.orpo import log_odds_ratios
 
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
@@ -205,17 +205,19 @@ def test_log_odds_are_trls(trl_trainer, log_p, log_p_scale):
     torch.testing.assert_close(ours.mean(), theirs[4], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.5, 0.25)])
 @pytest.mark.parametrize("towards", [-1, 1])  # a KL estimate below 0 counts as 0
-def test_kto_losses_are_trls(trl_trainer, log_p, towards):
+def test_kto_losses_are_trls(trl_trainer, log_p, towards, weights):
     policy, reference = log_p
     others = torch.rand(6, max(LENGTHS), generator=torch.Generator().manual_seed(2))
     trainer = trl_trainer("kto", Says(towards * others, policy), Says(0 * others, reference), beta=0.2)
+    trainer.desirable_weight, trainer.undesirable_weight = weights
     desirable = torch.tensor([True, False, False, True, True, False])
     batch = {f"{kind}{key}": masks(LENGTHS) for kind in ("", "KL_")
              for key in ("input_ids", "attention_mask", "completion_mask")}  # fmt: skip
     theirs = trainer._compute_loss(trainer.model, batch | {"label": desirable}, False)
     kl = max(0.0, towards * float(others.sum(1).mean()))
-    ours = prospect_losses((policy - reference).sum(1), desirable, kl, beta=0.2)
+    ours = prospect_losses((policy - reference).sum(1), desirable, kl, 0.2, weights)
     torch.testing.assert_close(ours.mean(), theirs, atol=0, rtol=1e-6)
 
 
@@ -297,8 +299,9 @@ def test_the_odds_of_orpo_through_trl_with_long_prompts(trl_trainer, adapted, tw
         assert value == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0)])
 @pytest.mark.parametrize(("seed", "above_0"), [(3, True), (0, False)])  # an estimate that counts, and one below 0
-def test_kto_through_trl(trl_trainer, adapted, twin, seed, above_0):
+def test_kto_through_trl(trl_trainer, adapted, twin, seed, above_0, weights):
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     rows = rows_for("kto", texts(seed=seed))
@@ -310,9 +313,11 @@ def test_kto_through_trl(trl_trainer, adapted, twin, seed, above_0):
     ]  # fmt: skip
     longest = max(len(row.example) for row in rows)
     trainer = trl_trainer("kto", fused(twin[0]), beta=0.3)
+    trainer.desirable_weight, trainer.undesirable_weight = weights
     batch = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=longest)(given)
     theirs = trainer._compute_loss(trainer.model, batch, False)
-    loss, numbers, gradients, _ = step("kto", *adapted, rows, beta=0.3)
+    weigh = dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True))
+    loss, numbers, gradients, _ = step("kto", *adapted, rows, beta=0.3, **weigh)
     assert loss == pytest.approx(float(theirs.detach()), rel=1e-5)
     assert_same_gradients(gradients, torch.autograd.grad(theirs, twin[1]))
     assert (numbers["kl"] > 0) == above_0
@@ -335,6 +340,13 @@ def test_the_size_of_micro_batches_changes_nothing(adapted, name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_says_which_numbers_it_shows(adapted, name):
+    objective = OBJECTIVES[name]
+    (part,) = mean_losses(objective, adapted[0], objective.pack(rows_for(name), 4096), config(name))
+    assert sorted(part.numbers) == sorted(objective.shows)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_processes_make_the_step_of_one(adapted, name):
     decoder, parameters = adapted
     alone = step(name, decoder, parameters, rows_for(name), 16)
@@ -350,6 +362,19 @@ def test_two_processes_make_the_step_of_one(adapted, name):
     assert_same_gradients(torch.autograd.grad(loss, parameters), alone[2])
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_processes_show_the_numbers_of_one(adapted, name):
+    """One of three has no micro-batch: it adds nothing, and as many numbers as the others."""
+    objective, rows = OBJECTIVES[name], rows_for(name)
+    scored = list(mean_losses(objective, adapted[0], objective.pack(rows, 16), config(name)))
+    parts = [added({}, (s.numbers for s in mine)) for mine in (scored[::2], scored[1::2], [])]
+    sent: list[list[float]] = []
+    for part in parts:
+        over_all(objective.shows, part, lambda mine: sent.append(mine) or mine)
+    totals = [sum(of) for of in zip(*sent, strict=True)]
+    assert over_all(objective.shows, {}, lambda _: totals) == pytest.approx(means(scored))
+
+
 @pytest.mark.parametrize(
     ("name", "beta", "expected"),
     [("dpo", 0.1, math.log(2)), ("dpo", 2.0, math.log(2)), ("ipo", 0.1, 25.0), ("ipo", 0.5, 1.0), ("kto", 0.3, 0.5)],
@@ -358,7 +383,7 @@ def test_the_loss_of_an_adapter_that_does_nothing(fresh, name, beta, expected):
     loss, numbers, gradients, _ = step(name, *fresh, rows_for(name), beta=beta)
     assert loss == pytest.approx(expected, rel=1e-6)  # (1/2β)² for IPO
     shown = {key for key in numbers if key.startswith("rewards") or key == "kl"}
-    assert len(shown) == (4 if name != "kto" else 3)
+    assert len(shown) == 4  # of KTO the mean of the mismatched answers, for the others how often they are right
     assert {numbers[key] for key in shown} == {0.0}
     assert any(bool(gradient.any()) for gradient in gradients)  # and yet it learns
 
@@ -600,6 +625,18 @@ def test_label_smoothing_is_for_cross_entropy():
         "--label-smoothing with the objective dpo",
         "  why: it compares the probabilities of answers; smoothed ones are none",
         "  fix: leave --label-smoothing out, or train with --objective sft",
+    ]
+
+
+@pytest.mark.parametrize("name", ["desirable_weight", "undesirable_weight"])
+def test_weights_of_answers_are_for_rated_ones(name):
+    assert objective_of(config("kto", **{name: 2.0})).name == "kto"
+    with pytest.raises(ConfigError) as e:
+        objective_of(config("dpo", **{name: 2.0}))
+    assert str(e.value).splitlines() == [
+        "--desirable-weight or --undesirable-weight with the objective dpo",
+        "  why: they weigh rated answers against each other; here there are none",
+        "  fix: leave them out, or train with --objective kto",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import shlex
@@ -64,6 +65,21 @@ def settings(make_tiny: Callable[..., Any], data: tuple[Path, Path]) -> Callable
         return TrainConfig(**{**defaults, "out": out, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def pairs(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows, the answer of each better than that of the row before it."""
+    spoken = [json.loads(row)["messages"] for row in data[0].read_text(encoding="utf-8").splitlines()]
+    made = [{"prompt": m[:-1], "chosen": m[-1:], "rejected": spoken[i - 1][-1:]} for i, m in enumerate(spoken)]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return path
+
+
+def shown_numbers(out: Path) -> list[dict[str, float]]:
+    """What the objective said of each step beside its loss."""
+    return [dict(line.numbers) for line in read_metrics(run_folder(out) / "metrics.jsonl")]
 
 
 class Stopped(Exception):
@@ -138,21 +154,27 @@ def test_whatever_a_step_depends_on_comes_back(settings, tmp_path, way):
         assert outcome(out) == wanted, f"from step {step}"
 
 
-def test_a_run_goes_on_within_a_step(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_a_run_goes_on_within_a_step(settings, pairs, tmp_path, monkeypatch, objective):
     """Behind the first and the last micro-batch of the second step: gradients that are summed are not summed again."""
     out, kept = tmp_path / "mine", tmp_path / "kept"
+    changes = {"max_steps": 3, "neftune_alpha": 5.0}  # its noise is another in each micro-batch
+    if objective == "dpo":
+        changes |= {"objective": "dpo", "data": pairs, "valid": pairs}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY_S", 0.0)  # a checkpoint after each micro-batch
-        run_training(settings(out, max_steps=3))
-    wanted = outcome(out)
+        run_training(settings(out, **changes))
+    wanted, numbers = outcome(out), shown_numbers(out)
+    assert all(numbers[1:]) == (objective == "dpo")
     shutil.copytree(run_folder(out), kept)
     found = [read_checkpoint(path) for path in sorted((kept / "checkpoints").glob("step-00000001-*"))]
     assert [one.micro for one in found] == list(range(1, len(found) + 1))
     assert len(found) > 1
     for one in (found[0], found[-1]):
         cut_back(out, one.step, one.micro)
-        run_training(settings(out, max_steps=3, resume=True))
+        run_training(settings(out, resume=True, **changes))
         assert outcome(out) == wanted, f"from micro-batch {one.micro}"
+        assert shown_numbers(out) == numbers
         shutil.rmtree(run_folder(out))
         shutil.copytree(kept, run_folder(out))
 

@@ -16,6 +16,7 @@ LINES = [
     Metrics(1, 0.1, 0.75, None, 1e-4, 0.5, 100, 50.0, 2.0, 2**30),
     Metrics(2, 0.2, math.nan, None, 2e-4, math.inf, 110, 51.0, 4.0, 2**30, skipped_steps=1),
     Metrics(3, 0.3, 0.5, 0.625, 2e-4, 0.25, 90, 52.0, 6.0, 2**30, samples=(Sample("Hi", "Ho"),)),
+    Metrics(4, 0.4, 0.25, numbers={"rewards/chosen": 0.5}, held_out_numbers={"rewards/chosen": 0.125}),
 ]
 
 
@@ -38,7 +39,8 @@ def test_tensorboard_shows_what_was_measured(read, tmp_path):
         for line in LINES:
             log.append(line)
     shown = read(tmp_path)
-    assert shown["loss/train"] == [(1, 0.75), (3, 0.5)]
+    assert shown["loss/train"] == [(1, 0.75), (3, 0.5), (4, 0.25)]
+    assert (shown["rewards/chosen"], shown["rewards/chosen/held-out"]) == ([(4, 0.5)], [(4, 0.125)])
     assert shown["loss/held-out"] == [(3, 0.625)]
     assert shown["grad_norm"] == [(1, 0.5), (3, 0.25)]
     assert shown["learning_rate"] == [(i, pytest.approx(x, rel=1e-6)) for i, x in ((1, 1e-4), (2, 2e-4), (3, 2e-4))]

@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -33,7 +33,7 @@ def output() -> Console:
 class Display:
     """For people, a context: `show` is an OnProgress, `say` prints a finished line, `note` a warning.
 
-    On a terminal the last moment stands in up to three live lines, which change in place; evaluations and answers
+    On a terminal the last moment stands in up to four live lines, which change in place; evaluations and answers
     are printed above them. Elsewhere a line is printed every PLAIN_LINE_EVERY_S and for each evaluation.
     """
 
@@ -118,7 +118,9 @@ def listener(as_json: bool) -> Display | JsonLines:
 def drawn(p: Progress, training: Progress | None, held_out: float | None = None) -> Text:
     """The live lines. While a training evaluates, its own last numbers stay where they are."""
     done = int(BAR_CELLS * min(p.step / max(p.total, 1), 1))
-    lines = [place(p), learning(training, held_out), machine(training)] if training else [describe(p)]
+    lines = [describe(p)]
+    if training:
+        lines = [place(p), learning(training, held_out), preferring(training.numbers), machine(training)]
     # cut, never wrapped: a line more or less would make all of them jump
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append("━" * done, "green").append("━" * (BAR_CELLS - done), "dim").append("  ")
@@ -127,7 +129,7 @@ def drawn(p: Progress, training: Progress | None, held_out: float | None = None)
 
 def describe(p: Progress, held_out: float | None = None) -> str:
     """`train 12/116 · epoch 0.21 · 2:41 left · loss 0.146 · 285 tokens/s · peak 1122 MB`."""
-    return _joined((place(p), learning(p, held_out), machine(p)))
+    return _joined((place(p), learning(p, held_out), preferring(p.numbers), machine(p)))
 
 
 def place(p: Progress) -> str:
@@ -150,6 +152,19 @@ def learning(p: Progress, held_out: float | None = None) -> str:
     ))  # fmt: skip
 
 
+def preferring(numbers: Mapping[str, float]) -> str:
+    """The rewards of a preference objective: `chosen +0.213 · rejected -0.101 · margin +0.314 · accuracy 75%`."""
+    chosen, rejected, margin, accuracy = (
+        numbers.get(f"rewards/{name}") for name in ("chosen", "rejected", "margins", "accuracies")
+    )
+    return _joined((
+        "" if chosen is None else f"chosen {chosen:+.3f}",
+        "" if rejected is None else f"rejected {rejected:+.3f}",
+        "" if margin is None else f"margin {margin:+.3f}",
+        "" if accuracy is None else f"accuracy {accuracy:.0%}",
+    ))  # fmt: skip
+
+
 def machine(p: Progress) -> str:
     """What it takes."""
     return _joined((
@@ -166,6 +181,7 @@ def evaluated(p: Progress) -> str:
         "" if p.epoch is None else f"epoch {p.epoch:.2f}",
         "" if p.smoothed_loss is None else f"smoothed {p.smoothed_loss:.4f}",
         f"held-out {p.held_out_loss:.4f}",
+        preferring(p.held_out_numbers),
     ))  # fmt: skip
 
 

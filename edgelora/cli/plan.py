@@ -15,10 +15,10 @@ from edgelora.config import TrainConfig
 
 # What decides neither memory nor time.
 ELSEWHERE = {
-    "base", "data", "out", "valid", "beta", "learning_rate", "alpha", "weight_decay", "beta1", "beta2",
-    "loraplus_ratio", "schedule", "warmup_steps", "decay_share", "max_grad_norm", "label_smoothing", "neftune_alpha",
-    "max_gpu_memory", "eval_every", "patience", "samples", "save_every", "keep_checkpoints", "tensorboard", "resume",
-    "overwrite",
+    "base", "data", "out", "valid", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "alpha",
+    "weight_decay", "beta1", "beta2", "loraplus_ratio", "schedule", "warmup_steps", "decay_share", "max_grad_norm",
+    "label_smoothing", "neftune_alpha", "max_gpu_memory", "eval_every", "patience", "samples", "save_every",
+    "keep_checkpoints", "tensorboard", "resume", "overwrite",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
-from edgelora.training.objectives.objective import Objective, mean_losses, score_held_out
+from edgelora.training.objectives.objective import Objective, added, mean_losses, over_all, score_held_out
 from edgelora.training.optim import set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.state import Best, State
@@ -101,6 +101,7 @@ def train(job: Job, state: State, watch: Watch) -> bool:
             if job.world.size == 1 and clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
                 with pace.aside():
                     clock.save(watch, state)
+        numbers = over_all(job.objective.shows, state.numbers, job.world.sum)
         loss, norm, rate = _update(job, state)
         tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
         speed, eta = pace.step(tokens)
@@ -110,7 +111,8 @@ def train(job: Job, state: State, watch: Watch) -> bool:
             Progress(
                 "train", state.step, job.total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
                 peak_bytes=watch.peak_bytes(), epoch=job.order.epoch_at(state.step),
-                smoothed_loss=state.smoothed.add(loss), grad_norm=norm, skipped_steps=state.skipped, **measured,
+                smoothed_loss=state.smoothed.add(loss), grad_norm=norm, skipped_steps=state.skipped,
+                numbers=numbers, **measured,
             ),
             tokens, clock.now(),
         )  # fmt: skip
@@ -175,7 +177,7 @@ def _is_due(job: Job, step: int, clock: _Clock) -> bool:
 def _begin_again(state: State) -> None:
     """Forget the gradients of a step that one process began alone: they would count once for each of several."""
     state.optimizer.zero_grad(set_to_none=True)
-    state.micro, state.partial = 0, 0.0
+    state.micro, state.partial, state.numbers = 0, 0.0, {}
 
 
 def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iterator[None]:
@@ -188,6 +190,7 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
                 return
             torch.autograd.backward(scored.loss)
         state.partial += float(scored.loss.detach())
+        state.numbers = added(state.numbers, [scored.numbers])
         state.micro += 1
         yield
 
@@ -225,7 +228,7 @@ def _update(job: Job, state: State) -> tuple[float, float, float]:
     else:
         state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
     state.optimizer.zero_grad(set_to_none=True)
-    state.step, state.micro, state.partial = state.step + 1, 0, 0.0
+    state.step, state.micro, state.partial, state.numbers = state.step + 1, 0, 0.0, {}
     return loss, norm, share * config.learning_rate
 
 
@@ -234,14 +237,15 @@ def averaged(state: State) -> AbstractContextManager[None]:
     return nullcontext() if state.ema is None or not state.ema.steps else state.ema.swapped()
 
 
-def held_out_loss(job: Job, state: State) -> float:
-    """The objective's mean loss over the rows held out; for answers mean −log p in nats."""
+def over_held_out(job: Job, state: State) -> tuple[float, dict[str, float]]:
+    """The objective's mean loss over the rows held out (for answers mean −log p in nats), and its numbers beside it."""
     assert job.config.micro_batch_tokens is not None
     rows = [job.held_out[i] for i in range(len(job.held_out))]
     batches = job.world.share(job.objective.pack(rows, job.config.micro_batch_tokens))
     with averaged(state):
         scored = score_held_out(job.objective, job.decoder, batches, job.config, job.world.sum)
-    return job.world.sum([sum(float(one.loss) for one in scored)])[0]
+    (loss,) = job.world.sum([sum(float(one.loss) for one in scored)])
+    return loss, over_all(job.objective.shows, added({}, (one.numbers for one in scored)), job.world.sum)
 
 
 def _measure(job: Job, state: State, step: int) -> dict[str, Any]:
@@ -250,12 +254,12 @@ def _measure(job: Job, state: State, step: int) -> dict[str, Any]:
         return {}
     measured: dict[str, Any] = {}
     if len(job.held_out):
-        loss = held_out_loss(job, state)
+        loss, numbers = over_held_out(job, state)
         is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
         state.stale = 0 if is_best else state.stale + 1
         if is_best:
             state.best = Best(step, loss)
-        measured |= {"held_out_loss": loss, "best": is_best}
+        measured |= {"held_out_loss": loss, "held_out_numbers": numbers, "best": is_best}
     if job.sampler is not None:
         with averaged(state):
             measured["samples"] = job.sampler(job.decoder)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,8 @@ class Metrics:
     """One line. Step 0 is the base before the first step: it has a held-out loss and no other.
 
     loss: mean −log p over the tokens of the step, in nats. tokens: of this step; seconds: of the run so far, those
-    before it was stopped included. None where something was not measured.
+    before it was stopped included. numbers: what the objective says beside its loss, by TRL's names. None where
+    something was not measured.
     """
 
     step: int
@@ -34,6 +36,8 @@ class Metrics:
     peak_bytes: int | None = None
     skipped_steps: int = 0
     samples: tuple[Sample, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    held_out_numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 EXACT = ("loss", "held_out_loss")
@@ -43,7 +47,7 @@ def metrics_of(p: Progress, tokens: int, seconds: float) -> Metrics:
     """What a finished step of a training said of itself, with its tokens and the seconds of the run so far."""
     return Metrics(
         p.step, p.epoch or 0.0, p.loss, p.held_out_loss, p.learning_rate, p.grad_norm, tokens, p.tokens_per_s,
-        seconds, p.peak_bytes, p.skipped_steps or 0, p.samples,
+        seconds, p.peak_bytes, p.skipped_steps or 0, p.samples, p.numbers, p.held_out_numbers,
     )  # fmt: skip
 
 
@@ -51,7 +55,7 @@ def as_line(metrics: Metrics) -> str:
     """A line of JSON. A loss stands there twice: for people, and as the very bits, which JSON has no way to say."""
     fields: dict[str, Any] = {}
     for name, value in asdict(metrics).items():
-        if value is not None and value != ():
+        if value not in (None, (), {}):
             fields[name] = finite(value)
         if name in EXACT and value is not None:
             fields[f"{name}_hex"] = value.hex()

@@ -13,6 +13,7 @@ from edgelora.errors import FileFormatError
 from edgelora.progress import Smoothed
 from edgelora.training.checkpoint import Snapshot
 from edgelora.training.ema import Ema
+from edgelora.training.objectives.objective import Mean
 from edgelora.training.optim import build_optimizer, flatten_state, load_state
 
 
@@ -24,9 +25,10 @@ class Best(NamedTuple):
 
 
 class State:
-    """step: optimizer steps done. micro: micro-batches of the next one whose gradients are summed already, and
-    `partial` the share of its loss that they came to. skipped: steps that were not finite; in_a_row: the last ones.
-    stale: measurements since the best one. seconds: of the run so far, in all the processes that worked on it.
+    """step: optimizer steps done. micro: micro-batches of the next one whose gradients are summed already, `partial`
+    the share of its loss that they came to, and `numbers` what the objective said beside it. skipped: steps that were
+    not finite; in_a_row: the last ones. stale: measurements since the best one. seconds: of the run so far, in all the
+    processes that worked on it.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
@@ -38,6 +40,7 @@ class State:
         self.best: Best | None = None
         self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
         self.partial = self.seconds = 0.0
+        self.numbers: dict[str, Mean] = {}
 
     def snapshot(self, facts: dict[str, Any]) -> Snapshot:
         """This moment, and `facts` of the run beside it. The tensors are the live ones: write them before the next."""
@@ -49,7 +52,10 @@ class State:
             tensors |= _named("gradient", {n: p.grad for n, p in self.parameters.items() if p.grad is not None})
         counters = {name: getattr(self, name) for name in ("skipped", "in_a_row", "stale", "seconds")}
         best = None if self.best is None else [self.best.step, self.best.loss.hex()]
-        exact = {"partial": self.partial.hex(), "smoothed": self.smoothed.state(), "best": best}
+        numbers = {name: [mean.total.hex(), mean.count.hex()] for name, mean in self.numbers.items()}
+        exact = {
+            "partial": self.partial.hex(), "numbers": numbers, "smoothed": self.smoothed.state(), "best": best,
+        }  # fmt: skip
         return Snapshot(self.step, self.micro, tensors, {**facts, "state": counters | exact})
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -80,6 +86,7 @@ class State:
         self.step, self.micro = snapshot.step, snapshot.micro
         self.skipped, self.in_a_row, self.stale = (int(facts[name]) for name in ("skipped", "in_a_row", "stale"))
         self.partial, self.seconds = float.fromhex(facts["partial"]), float(facts["seconds"])
+        self.numbers = {name: Mean(*map(float.fromhex, parts)) for name, parts in facts["numbers"].items()}
         self.smoothed.restore(facts["smoothed"])
         self.best = None if facts["best"] is None else Best(int(facts["best"][0]), float.fromhex(facts["best"][1]))
 

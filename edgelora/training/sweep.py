@@ -16,12 +16,13 @@ from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 
 SHORT = {"lr": "learning_rate"}
+MEASURED_BY = (
+    "objective", "beta", "desirable_weight", "undesirable_weight", "loss_on", "data_format", "truncate", "max_length",
+    "chat_template",
+)  # fmt: skip
 ONE_FOR_ALL = {
     **dict.fromkeys(("base", "data", "valid", "out", "resume", "overwrite"), "it is one for all trials"),
-    **dict.fromkeys(
-        ("objective", "beta", "loss_on", "data_format", "truncate", "max_length", "chat_template"),
-        "held-out losses would be measured differently, and could not be compared",
-    ),
+    **dict.fromkeys(MEASURED_BY, "held-out losses would be measured differently, and could not be compared"),
 }
 EXAMPLE = "--sweep rank=4,8,16 lr=1e-4,5e-4"
 

@@ -38,8 +38,10 @@ class TensorBoardLog:
 
     def append(self, metrics: Metrics) -> None:
         """Write what was measured; an answer to a prompt as text."""
-        for name, tag in TAGS.items():
-            value = getattr(metrics, name)
+        measured = [(tag, getattr(metrics, name)) for name, tag in TAGS.items()]
+        measured += metrics.numbers.items()
+        measured += [(f"{name}/held-out", value) for name, value in metrics.held_out_numbers.items()]
+        for tag, value in measured:
             if value is not None and math.isfinite(value):
                 self._writer.add_scalar(tag, value, metrics.step)
         for sample in metrics.samples:

@@ -30,6 +30,12 @@ def objective_of(config: TrainConfig) -> Objective[Any]:
             why="it compares the probabilities of answers; smoothed ones are none",
             fix="leave --label-smoothing out, or train with --objective sft",
         )
+    if config.objective != "kto" and (config.desirable_weight, config.undesirable_weight) != (1.0, 1.0):
+        raise ConfigError(
+            what=f"--desirable-weight or --undesirable-weight with the objective {config.objective}",
+            why="they weigh rated answers against each other; here there are none",
+            fix="leave them out, or train with --objective kto",
+        )
     if config.objective == "kto" and config.batch_rows == 1:
         raise ConfigError(
             what="the objective kto with --batch-rows 1",

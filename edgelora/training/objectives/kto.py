@@ -36,13 +36,15 @@ class KTO:
     The reference point z₀ = max(0, mean log π(y′|x)/π_ref(y′|x)) is an estimate of KL(π‖π_ref): each prompt x of the
     step is given the answer y′ of the row before it. Nothing is differentiated through it. TRL, whose formula this is,
     takes the mean over a micro-batch; here it is over the step, so that the size of micro-batches changes no gradient
-    and a small one does not make the estimate worse. Both kinds of answers weigh 1. The loss of a step is the mean
-    over its rows. An adapter that does nothing has the loss ½.
+    and a small one does not make the estimate worse. The loss of an answer to give is multiplied by λ_D
+    (`desirable_weight`), that of the others by λ_U (equation 8), and the loss of a step is the mean over its rows. An
+    adapter that does nothing has the loss ½, where both are 1.
     """
 
     name = "kto"
     paper = "arXiv:2402.01306"
     rows: type = Labelled
+    shows: tuple[str, ...] = ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 
     def pack(self, rows: Sequence[Labelled], max_tokens: int) -> list[Batch]:
         """Raises DataError for a single row: another row's answer is needed."""
@@ -76,14 +78,18 @@ class KTO:
         ratios, policy = log_ratios(decoder, batch)
         desirable = torch.from_numpy(_labelled(batch).desirable).to(ratios.device)
         kl = max(0.0, settings.step_mean)
-        losses = prospect_losses(ratios, desirable, kl, settings.beta)
+        weights = settings.desirable_weight, settings.undesirable_weight
+        losses = prospect_losses(ratios, desirable, kl, settings.beta, weights)
         return Scored(losses.sum(), {"kl": Mean(kl, 1)} | _shown(settings.beta * ratios, policy.log_p, desirable))
 
 
-def prospect_losses(ratios: Tensor, desirable: Tensor, kl: float, beta: float) -> Tensor:
-    """Log ratios (n,), which of the answers are to be given (n,) bool, z₀ → the loss of each row (n,)."""
+def prospect_losses(
+    ratios: Tensor, desirable: Tensor, kl: float, beta: float, weights: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
+    """Log ratios (n,), which of the answers are to be given (n,) bool, z₀, (λ_D, λ_U) → the loss of each row (n,)."""
     gain = beta * (ratios - kl)
-    return 1 - torch.sigmoid(torch.where(desirable, gain, -gain))
+    losses = 1 - torch.sigmoid(torch.where(desirable, gain, -gain))
+    return losses * torch.where(desirable, *weights)
 
 
 def _mismatched(examples: Sequence[Example]) -> list[Example]:

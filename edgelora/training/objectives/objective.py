@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -32,12 +33,17 @@ class Mean:
         return self.total / self.count if self.count else 0.0
 
 
+NOTHING = Mean(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a loss needs beside its batch."""
 
     beta: float
     label_smoothing: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
     step_mean: float = 0.0
     """What `Objective.step_mean` came to over all batches of the step, on all processes."""
 
@@ -56,6 +62,8 @@ class Objective(Protocol[Row]):
     paper: str
     rows: type
     """What `pack` takes: Example, Pair or Labelled."""
+    shows: tuple[str, ...]
+    """The names of all numbers that `loss` may give: each process of a step has the same ones to add up."""
 
     def pack(self, rows: Sequence[Row], max_tokens: int, /) -> list[Batch]:
         """The micro-batches of a step over `rows`, of about `max_tokens` tokens. Deterministic."""
@@ -91,7 +99,10 @@ def mean_losses(
     mine = [batch for batch in batches if batch is not None]
     here = objective.step_mean(decoder, mine)
     units, total, count = over_processes([sum(map(objective.units, mine)), here.total, here.count])
-    settings = Settings(config.beta, config.label_smoothing, Mean(total, count).value)
+    settings = Settings(
+        config.beta, config.label_smoothing, config.desirable_weight, config.undesirable_weight,
+        step_mean=Mean(total, count).value,
+    )  # fmt: skip
     for batch in mine[first:]:
         scored = objective.loss(decoder, batch, settings)
         yield scored._replace(loss=scored.loss / units)
@@ -119,8 +130,33 @@ def score_held_out(
 
 
 def means(scored: Sequence[Scored]) -> dict[str, float]:
-    """Each number over all batches. A mean of nothing (no row of that kind) is left out."""
-    sums: dict[str, Mean] = {}
-    for name, part in (item for s in scored for item in s.numbers.items()):
-        sums[name] = sums.get(name, Mean(0.0, 0.0)) + part
-    return {name: mean.value for name, mean in sums.items() if mean.count}
+    """Each number over all batches."""
+    return values(added({}, (s.numbers for s in scored)))
+
+
+def added(sums: Mapping[str, Mean], more: Iterable[Mapping[str, Mean]]) -> dict[str, Mean]:
+    """`sums` and what is in `more`, name by name."""
+    found = dict(sums)
+    for name, part in (item for numbers in more for item in numbers.items()):
+        found[name] = found.get(name, NOTHING) + part
+    return found
+
+
+def over_all(
+    names: Sequence[str], sums: Mapping[str, Mean], over_processes: Callable[[list[float]], list[float]]
+) -> dict[str, float]:
+    """The means that `names` have over all processes: one exchange, of the same length in each."""
+    if not names:
+        return {}
+    mine = [sums.get(name, NOTHING) for name in names]
+    flat = over_processes([number for mean in mine for number in (mean.total, mean.count)])
+    return values({name: Mean(*flat[2 * i : 2 * i + 2]) for i, name in enumerate(names)})
+
+
+def values(sums: Mapping[str, Mean]) -> dict[str, float]:
+    """What is shown. A mean of nothing (no row of that kind), or one that is no finite number, is left out."""
+    found = {name: mean.value for name, mean in sums.items() if mean.count and math.isfinite(mean.value)}
+    chosen, rejected = found.get("rewards/chosen"), found.get("rewards/rejected")
+    if "rewards/margins" not in sums and chosen is not None and rejected is not None:
+        found["rewards/margins"] = chosen - rejected  # without pairs, as TRL has it: that of the means
+    return found

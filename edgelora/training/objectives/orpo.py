@@ -28,6 +28,7 @@ class ORPO(PairObjective):
 
     name = "orpo"
     paper = "arXiv:2403.07691"
+    shows = ("nll_loss", "log_odds_ratio", "log_odds_chosen", *PairObjective.shows)
 
     def step_mean(self, _decoder: Decoder, batches: Sequence[Batch]) -> Mean:
         """Tokens of a chosen answer: it turns a mean over tokens into one over pairs, whatever the micro-batches."""

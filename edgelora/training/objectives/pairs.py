@@ -13,11 +13,16 @@ from edgelora.nn.decoder import Decoder
 from edgelora.training.objectives.micro_batches import fit
 from edgelora.training.objectives.objective import Mean
 
+SHOWN = (
+    "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
+)  # fmt: skip
+
 
 class PairObjective:
     """Segments lie as chosen, rejected, chosen, rejected …; the loss of a step is the mean over its pairs."""
 
     rows: type = Pair
+    shows: tuple[str, ...] = SHOWN
 
     def pack(self, rows: Sequence[Pair], max_tokens: int) -> list[Batch]:
         """Pairs stay whole. A pair alone in its batch has its prompt computed once for both answers."""
@@ -39,13 +44,7 @@ def two(of_segments: Tensor) -> tuple[Tensor, Tensor]:
 def shown(rewards: Tensor, log_p: Tensor) -> dict[str, Mean]:
     """The means of rewards (2n,) and log-probabilities (2n,), and how often the chosen answer has the higher reward."""
     (chosen, rejected), (log_p_chosen, log_p_rejected) = two(rewards.detach()), two(log_p.detach())
-    sums = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-        "logps/chosen": log_p_chosen,
-        "logps/rejected": log_p_rejected,
-    }
-    totals = torch.stack([values.sum() for values in sums.values()]).tolist()  # one wait for a GPU, not six
-    return {name: Mean(total, len(chosen)) for name, total in zip(sums, totals, strict=True)}
+    is_right = (chosen > rejected).to(chosen.dtype)
+    parts = (chosen, rejected, chosen - rejected, is_right, log_p_chosen, log_p_rejected)
+    totals = torch.stack([part.sum() for part in parts]).tolist()  # one wait for a GPU, not six
+    return {name: Mean(total, len(chosen)) for name, total in zip(SHOWN, totals, strict=True)}

@@ -20,6 +20,7 @@ class SFT:
     name = "sft"
     paper = "arXiv:2203.02155"  # section 3.5, "SFT"
     rows: type = Example
+    shows: tuple[str, ...] = ()
 
     def pack(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
         return best_fit(rows, max_tokens)
