@@ -199,12 +199,13 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
 def _noise(job: Job, state: State) -> Iterator[None]:
     """NEFTune's noise on the embeddings, while something is learned from them and only then.
 
-    Drawn for the number of the micro-batch in the run, whichever process has it.
+    Drawn for the number of the micro-batch in the run, whichever process has it and whatever was drawn before: there is
+    no state to keep.
     """
     alpha, number = job.config.neftune_alpha, job.world.rank + state.micro * job.world.size
     seeds = np.random.SeedSequence((job.config.seed, state.step, number))
-    state.noise.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
-    job.decoder.noise = partial(neftune, alpha=alpha, generator=state.noise) if alpha else None
+    generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    job.decoder.noise = partial(neftune, alpha=alpha, generator=generator) if alpha else None
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from edgelora.config import TrainConfig
@@ -35,7 +34,6 @@ class State:
         self.parameters = dict(named_parameters)
         self.optimizer = build_optimizer(self.parameters.items(), config)
         self.ema = Ema(self.parameters.items(), config.ema_decay) if config.ema_decay else None
-        self.noise = torch.Generator().manual_seed(config.seed)  # NEFTune's
         self.smoothed = Smoothed()
         self.best: Best | None = None
         self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
@@ -44,8 +42,7 @@ class State:
 
     def snapshot(self, facts: dict[str, Any]) -> Snapshot:
         """This moment, and `facts` of the run beside it. The tensors are the live ones: write them before the next."""
-        tensors: dict[str, Tensor] = {"rng.noise": self.noise.get_state()}
-        tensors |= _named("parameter", {name: p.detach() for name, p in self.parameters.items()})
+        tensors = _named("parameter", {name: p.detach() for name, p in self.parameters.items()})
         tensors |= _named("optimizer", flatten_state(self.optimizer))
         tensors |= _named("ema", self.ema.state() if self.ema else {})
         if self.micro:
@@ -72,7 +69,6 @@ class State:
             load_state(self.optimizer, groups.get("optimizer", {}))
             if self.ema:
                 self.ema.load(groups["ema"])
-            self.noise.set_state(groups["rng"]["noise"])
             self._count(snapshot)
         except (KeyError, ValueError, TypeError, RuntimeError) as e:
             raise FileFormatError(
