@@ -316,6 +316,14 @@ def test_rows_in_which_nothing_is_learned_are_left_out(base, tmp_path):
     assert (len(data), data.unlearned) == (1, 2)
 
 
+def test_at_most_ten_long_rows_are_named(base, tmp_path):
+    path = write(tmp_path / "a.jsonl", *[row("a", "b")] * 13)
+    with pytest.raises(
+        DataError, match=r"^13 rows are longer than 8 tokens: (\S+:\d+ \(\d+\), ){9}\S+:10 .* and 3 more"
+    ):
+        load_examples([path], Encoder(base, 8))
+
+
 def test_long_rows_are_refused_by_their_places_or_cut(base, tmp_path):
     rows = [row("a", "b"), row("a", "b " * 40), row("a " * 60, "b"), {"text": "a " * 100}]
     path = write(tmp_path / "a.jsonl", *rows)

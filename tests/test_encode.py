@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from edgelora.base.model import open_base
 from edgelora.data.conversation import Conversation, Message, read_conversations
-from edgelora.data.encode import encode_all, encode_conversation, encode_prompt
+from edgelora.data.encode import encode_conversation, encode_prompt
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.vocabulary import BYTE_OF, Vocabulary
@@ -172,23 +172,6 @@ def test_bos_stands_once(tokenizer, source):
 def test_no_bos_where_the_file_says_so(tokenizer, template):
     assert not tokenizer.add_bos
     assert encode_prompt(chat("a").messages, tokenizer, template)[:2] != [START, START]
-
-
-def test_long_rows_are_named_with_their_lengths(tokenizer, template):
-    rows = [chat("a", "b"), chat("a", "b " * 40), chat("a", "b"), chat("a " * 60, "b")]
-    lengths = [len(e) for e in encode_all(rows, tokenizer, template, 1000)]
-    assert len(encode_all(rows, tokenizer, template, max(lengths))) == 4
-    with pytest.raises(DataError) as caught:
-        encode_all(rows, tokenizer, template, 40)
-    assert caught.value.what == f"2 rows are longer than 40 tokens: row 2 ({lengths[1]}), row 4 ({lengths[3]})"
-    assert caught.value.fix == f"pass --max-length {max(lengths)}, or shorten these rows"
-
-
-def test_at_most_ten_long_rows_are_named(tokenizer, template):
-    with pytest.raises(
-        DataError, match=r"^13 rows are longer than 8 tokens: (row \d+ \(\d+\), ){9}row 10 .* and 3 more"
-    ):
-        encode_all([chat("a", "b")] * 13, tokenizer, template, 8)
 
 
 def test_a_template_without_the_assistants_words_is_refused(tokenizer):

@@ -14,8 +14,9 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
-from edgelora.data.conversation import read_conversations
-from edgelora.data.encode import Example, encode_all
+from edgelora.data.dataset import load_examples
+from edgelora.data.encode import Example
+from edgelora.data.fit import Encoder
 from edgelora.data.pack import Batch
 from edgelora.device import choose_products, free_memory_bytes
 from edgelora.nn.decoder import Decoder
@@ -41,8 +42,8 @@ class Run:
         )  # fmt: skip
         base = open_base(self.config.base)
         if settings["data"] == "chats":  # from the words, as a user's run
-            rows = read_conversations(self.config.data[0].path)
-            self.examples = encode_all(rows, base.tokenizer, base.template, base.config.max_position_embeddings)
+            encoder = Encoder(base, base.config.max_position_embeddings)
+            self.examples = list(load_examples([self.config.data[0].path], encoder))
         else:
             self.examples = load(self.folder / f"{settings['data']}.npz")
         self.held = choose_base_dtype(settings["held"], base, free_memory_bytes()).value

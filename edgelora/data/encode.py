@@ -123,22 +123,6 @@ def _example(ids: list[int], counts: np.ndarray, tokenizer: Tokenizer, group: st
     return Example(np.array(whole, np.int64), learned, group, None if (counts == learned).all() else counts)
 
 
-def encode_all(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
-) -> list[Example]:
-    """Encode every row. Raises DataError, naming the rows, if some are longer than `max_length` tokens."""
-    examples = [encode_conversation(c, tokenizer, template) for c in conversations]
-    long = [f"row {i} ({len(e)})" for i, e in enumerate(examples, 1) if len(e) > max_length]
-    if long:
-        shown = ", ".join(long[:10]) + (f" and {len(long) - 10} more" if len(long) > 10 else "")
-        raise DataError(
-            what=f"{len(long)} rows are longer than {max_length} tokens: {shown}",
-            why="cutting them would teach answers that break off",
-            fix=f"pass --max-length {max(len(e) for e in examples)}, or shorten these rows",
-        )
-    return examples
-
-
 def cut(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[int | str, int, int]]:
     """A prompt as it is tokenized: the ids of the template's own special tokens, and each text between two of them.
 
