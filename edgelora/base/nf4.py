@@ -97,17 +97,17 @@ class NF4(Products):
         return weights.mul_(self._scales(first, last)[:, None])
 
     def _blocks(self, first: int, last: int) -> Tensor:
-        """Blocks [first, last) as float32 (last - first, 64), in the scratch buffer.
+        """Blocks [first, last) as float32 (last - first, 64), in the scratch buffer. On the CPU.
 
         One lookup per byte: a table of 256 pairs of floats, each pair read and written as one 64-bit number.
         """
-        device, n = self.codes.device, last - first
-        out = scratch(n, BLOCK, device=device)
+        n = last - first
+        out = scratch(n, BLOCK)
         codes, scales = self.codes[first:last], self._scales(first, last)
-        pairs, words = _pairs(device), out.view(torch.int64)
-        pieces = split(n, n * BLOCK, ELEMENTS_PER_THREAD) if device.type == "cpu" else [(0, n)]
-        step = max(1, min(n, BLOCKS_AT_ONCE) if device.type == "cpu" else n)
-        indices = scratch(len(pieces) * step, BLOCK // 2, torch.int32, device)  # index_select takes no bytes
+        pairs, words = _pairs(), out.view(torch.int64)
+        pieces = split(n, n * BLOCK, ELEMENTS_PER_THREAD)
+        step = max(1, min(n, BLOCKS_AT_ONCE))
+        indices = scratch(len(pieces) * step, BLOCK // 2, torch.int32)  # index_select takes no bytes
         own = {begin: indices[i * step : (i + 1) * step] for i, (begin, _) in enumerate(pieces)}
 
         def work(begin: int, end: int) -> None:
@@ -187,11 +187,11 @@ def _levels(device: torch.device) -> Tensor:
 
 
 @cache
-def _pairs(device: torch.device) -> Tensor:
+def _pairs() -> Tensor:
     """int64 (256,): for each byte the two float32 of its nibbles, the high one first in memory."""
     byte = torch.arange(256)
     levels = torch.tensor(LEVELS)
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).view(torch.int64).view(-1).to(device)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).view(torch.int64).view(-1)
 
 
 @cache
