@@ -1,21 +1,33 @@
-"""Base + adapters → one GGUF at any quantization: merge into F16, let llama.cpp quantize, name it when whole."""
+"""Base + adapters → one GGUF of any type, in one pass: types planned, weights merged and quantized, then named."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.merge import Part, write_merged
-from converters.quantize import parse_type, write_quantized
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from converters.header import write_header_only
+from converters.imatrix import Importance, read_importance
+from converters.merge import Part, Recipe, float_types, write_merged
+from converters.plan import Plan, QuantizeOptions, plan_types, read_plan
+from converters.plan_check import check_importance, check_plan
+from converters.quant_types import COPY, QUANT_TYPES, parse_type
+from converters.quantize import write_quantized
 from edgelora.base.model import Base, open_base
 from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import sha256_file
+from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import TENSORS, Adapter
 from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
 from edgelora.progress import OnProgress, silent
+from edgelora.versions import versions
+
+Type = GGMLQuantizationType
 
 
 @dataclass(frozen=True)
@@ -27,34 +39,115 @@ class Merged:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a merge may be given beside its type."""
+
+    imatrix: Path | None = None
+    """An importance matrix in llama.cpp's format."""
+    plan: Path | None = None
+    """The type of each tensor, instead of llama.cpp's choice."""
+
+
 def merge(
     base_path: Path,
     adapters: Sequence[tuple[Path, float]],
     out: Path,
     *,
-    quant: str = "F16",
+    quant: str | None = None,
+    options: MergeOptions = MergeOptions(),
     allow_unverified: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Merged:
-    """Merge adapter folders at their scales into the base's weights and write `out` as `quant`."""
-    parse_type(quant)
+    """Merge adapter folders at their scales into the base's weights and write `out` as `quant`: F16, or the plan's.
+
+    The base is a GGUF of any type or a checkpoint. No other file is written, and none is ever whole in memory.
+    """
+    wanted = _Wanted.read(quant, options)
     refuse_existing(out, overwrite)
     if not adapters:
         raise ConfigError("nothing to merge", "no adapter was named", "pass --adapter FOLDER[:SCALE]")
+    base, parts = open_parts(base_path, adapters, allow_unverified=allow_unverified)
+    with staged(out, overwrite=overwrite) as draft:
+        types, notes = wanted.types_for(base, draft.with_name(f"{draft.name}.header"))
+        recipe = Recipe(base, parts, types, QUANT_TYPES[wanted.kind], wanted.keys(), wanted.weights)
+        write_merged(draft, recipe, on_progress)
+    return Merged(out, out.stat().st_size, notes + _notes(base, [p.adapter for p in parts], wanted.kind))
+
+
+def open_parts(
+    base_path: Path, adapters: Sequence[tuple[Path, float]], *, allow_unverified: bool
+) -> tuple[Base, list[Part]]:
+    """The base, with the template that its adapters were trained with, and the adapters, held to their contracts."""
     base = open_base(base_path)
     parts = [
-        Part(read_checked(path, base, allow_unverified=allow_unverified), scale, sha256_file(path / TENSORS))
+        Part(
+            read_checked(path, base, allow_unverified=allow_unverified), scale, sha256_file(path / TENSORS),
+            path.resolve().name,
+        )
         for path, scale in adapters
-    ]
+    ]  # fmt: skip
     for part in parts:
         base = base.as_trained(part.adapter.contract)
-    with staged(out, overwrite=overwrite) as draft:
-        half = draft if quant.upper() == "F16" else draft.with_name(f"{draft.name}.F16")
-        write_merged(half, base, parts, on_progress)
-        if half is not draft:
-            write_quantized(half, draft, quant, physical_cores(), on_progress)
-    return Merged(out, out.stat().st_size, _notes(base, [p.adapter for p in parts], quant.upper()))
+    return base, parts
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The types that were asked for, as read before any work."""
+
+    kind: str
+    plan: Plan | None
+    importance: Importance | None
+    weights: Mapping[str, np.ndarray]
+    imatrix: Path | None
+
+    @classmethod
+    def read(cls, quant: str | None, options: MergeOptions) -> _Wanted:
+        plan = None if options.plan is None else read_plan(options.plan)
+        kind = (quant or (plan.kind if plan else "F16")).upper()
+        parse_type(kind)
+        if kind == COPY:
+            raise ConfigError("--to COPY", "a merge changes weights, and must know what they become", "name a type")
+        if plan is not None and plan.kind != kind:
+            raise ConfigError(
+                what=f"--to {kind}: the plan {options.plan} is one for {plan.kind}",
+                why="the file would state another type than it has",
+                fix=f"leave --to out, or say `kind = {kind!r}` in the plan",
+            )
+        importance = None if options.imatrix is None else read_importance(options.imatrix)
+        return cls(kind, plan, importance, {} if importance is None else importance.weights(), options.imatrix)
+
+    def types_for(self, base: Base, header: Path) -> tuple[Mapping[str, Type], list[str]]:
+        """The type of every tensor, and what to say of them. `header`: where a file may stand for the moment."""
+        if self.plan is None and self.kind in FLOAT_QUANTS:
+            return float_types(base, Type[self.kind]), []
+        try:
+            if not base.is_gguf:
+                write_header_only(header, base, vocabulary=False)
+            source = base.path if base.is_gguf else header
+            known = self.weights if self.importance else None
+            plan = self.plan or plan_types(source, QuantizeOptions(self.kind, imatrix=known))
+            check_plan(plan, GGUFFile(source).tensors)
+        finally:
+            header.unlink(missing_ok=True)
+        check_importance(plan, known)
+        return plan.types, plan.notes
+
+    def keys(self) -> dict[str, str | int]:
+        """What the file says of its quantization; of its importance, as llama-quantize does."""
+        keys: dict[str, str | int] = {}
+        if self.kind not in FLOAT_QUANTS:
+            keys["general.quantized_by"] = f"edgelora {versions()['edgelora']}"
+        if self.importance is not None and self.imatrix is not None:
+            keys |= {
+                "quantize.imatrix.file": self.imatrix.name,
+                "quantize.imatrix.dataset": ", ".join(self.importance.datasets),
+                "quantize.imatrix.entries_count": len(self.importance.sums),
+                "quantize.imatrix.chunks_count": self.importance.chunks,
+            }
+        return keys
 
 
 def quantize(
@@ -71,7 +164,7 @@ def quantize(
             fix="start from the F16 file: `edgelora merge … --to F16` writes one",
         )
     with staged(out, overwrite=overwrite) as draft:
-        write_quantized(source, draft, quant, physical_cores(), on_progress)
+        write_quantized(source, draft, QuantizeOptions(quant, threads=physical_cores()), on_progress)
     return Merged(out, out.stat().st_size, [])
 
 
