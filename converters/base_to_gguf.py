@@ -6,27 +6,27 @@ What llama.cpp would load and run wrongly is refused with the reason. Imports no
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.constants import GGMLQuantizationType, LlamaFileType
 
-from edgelora.architectures.metadata import context_in_llama_cpp, gguf_extra_tensors, gguf_metadata, unlike_llama_cpp
+from converters.metadata import write_metadata
+from converters.stream import Entry, write_streamed
+from edgelora.architectures.metadata import context_in_llama_cpp, gguf_extra_tensors, unlike_llama_cpp
 from edgelora.architectures.names import gguf_place, gguf_row_order, is_norm, tensor_shapes
 from edgelora.base import ggml
 from edgelora.base.model import Base
-from edgelora.data.vocabulary import name_strips_after_special
 from edgelora.errors import ConfigError, ExportError
-from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, LINEAGE_KEY, lineage_text
-from edgelora.files.gguf import reserve
-from edgelora.progress import OnProgress, Pace, Progress, silent
+from edgelora.files.gguf import GGUFFile
+from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
 
-LARGEST_CARD = 1 << 20
 ELEMENTS_AT_ONCE = 1 << 20  # floats alive while a tensor goes from one type to another
 
 FILE_TYPES = {
@@ -35,12 +35,18 @@ FILE_TYPES = {
 
 
 @dataclass(frozen=True)
-class Target:
-    """A tensor of the file to be: its shape, its type, and the HF tensors that become it (several: stacked experts)."""
+class Target(Entry):
+    """A tensor of the file to be, and the HF tensors that become it: several are stacked experts, none is a table."""
 
-    shape: tuple[int, ...]
-    kind: Type
-    sources: list[str]
+    sources: list[str] = field(default_factory=list)
+
+
+class Slab(NamedTuple):
+    """Some rows of a tensor: float32 (n, columns), the first of them row `first` of the matrix number `matrix`."""
+
+    matrix: int
+    first: int
+    floats: np.ndarray
 
 
 def refuse_unlike(base: Base) -> None:
@@ -74,69 +80,67 @@ def write_base_gguf(out: Path, base: Base, dtype: str = "F16", on_progress: OnPr
         )
     refuse_unlike(base)
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
-    _write_metadata(writer, base, dtype)
-    extra = gguf_extra_tensors(base.config)
+    write_metadata(writer, base, FILE_TYPES[dtype])
     targets = plan(base, GGMLQuantizationType[dtype])
-    for name, values in extra.items():
-        writer.add_tensor_info(name, values.shape, np.dtype(np.float32), values.nbytes, Type.F32)
-    for name, target in targets.items():
-        block, block_bytes = GGML_QUANT_SIZES[target.kind]
-        n_bytes = int(np.prod(target.shape)) // block * block_bytes
-        writer.add_tensor_info(name, target.shape, np.dtype(np.float32), n_bytes, target.kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for values in extra.values():
-            writer.write_tensor_data(values)
-        pace = Pace(len(targets))
-        for name, target in targets.items():
-            writer.write_tensor_data(_tensor(base, name, target))
-            _, eta = pace.step(0)
-            on_progress(Progress("convert", pace.done, pace.total, eta_s=eta))
-    finally:
-        writer.close()
+
+    def rows_of(name: str) -> Iterator[np.ndarray]:
+        for slab in slabs(base, name, targets[name]):
+            yield _cast(slab.floats, targets[name].kind, name)
+
+    write_streamed(writer, targets, rows_of, "convert", on_progress)
 
 
 def plan(base: Base, kind: Type) -> dict[str, Target]:
     """Every tensor of the file by its GGUF name, matrices as `kind`."""
     architecture, config = base.architecture, base.config
     router = architecture.experts.router if architecture.experts else None
-    targets: dict[str, Target] = {}
+    tables = gguf_extra_tensors(config)
+    targets = {name: Target(values.shape, Type.F32) for name, values in tables.items()}
     for name, shape in tensor_shapes(architecture, config, base.biased).items():
         place = gguf_place(architecture, config, name)
         floats = len(shape) == 1 or is_norm(name) or (router is not None and name.endswith(f".{router}.weight"))
         if place.expert is None:
             targets[place.name] = Target(shape, Type.F32 if floats else kind, [name])
         else:
-            stacked = targets.setdefault(place.name, Target((config.num_experts, *shape), kind, []))
+            stacked = targets.setdefault(place.name, Target((config.num_experts, *shape), kind))
             stacked.sources.append(name)
     return targets
 
 
-def _tensor(base: Base, name: str, target: Target) -> np.ndarray:
-    """A tensor of the file, uint8 (rows, bytes per row). Besides it, only a few rows at a time are in memory."""
-    columns = target.shape[-1]
-    rows = np.empty((int(np.prod(target.shape)) // columns, ggml.row_bytes(target.kind, columns)), np.uint8)
-    height = len(rows) // len(target.sources)
-    for i, source in enumerate(target.sources):
-        _fill(rows[i * height : (i + 1) * height], base, source, target.kind, name)
-    return rows
+def slabs(base: Base, name: str, target: Target) -> Iterator[Slab]:
+    """The rows of a tensor of the file in its order, a few at a time; then the pages of the base that held it go."""
+    return _gguf_slabs(base.file, name) if base.is_gguf else _checkpoint_slabs(base, name, target)
 
 
-def _fill(out: np.ndarray, base: Base, source: str, kind: Type, name: str) -> None:
-    """Write the HF tensor `source` into `out`, uint8 (rows, bytes per row), in GGUF's order of rows."""
-    order = gguf_row_order(base.architecture, base.config, source.rpartition(".")[0])
-    if len(out) == 1 and kind == Type.F32:  # a norm or a bias
-        values = base.tensors.vector(source)
-        out[0] = np.ascontiguousarray(values if order is None else values[order]).view(np.uint8)
-        return
-    stored = base.tensors.matrix(source)
-    step = max(1, ELEMENTS_AT_ONCE // stored.columns)
-    for first in range(0, len(out), step):
-        part = slice(first, first + step)
-        rows = stored.rows[part if order is None else order[part]]
-        out[part] = _cast(ggml.dequantize(rows, stored.kind, stored.columns), kind, name)
+def _gguf_slabs(file: GGUFFile, name: str) -> Iterator[Slab]:
+    info, rows = file.tensors[name], file.rows(name)
+    height = info.shape[-2] if len(info.shape) > 1 else 1
+    for matrix in range(len(rows) // height):
+        for part in _parts(height, info.shape[-1]):
+            here = rows[matrix * height + part.start : matrix * height + part.stop]
+            yield Slab(matrix, part.start, ggml.dequantize(here, info.type, info.shape[-1]))
+    file.forget(name)
+
+
+def _checkpoint_slabs(base: Base, name: str, target: Target) -> Iterator[Slab]:
+    if not target.sources:
+        yield Slab(0, 0, gguf_extra_tensors(base.config)[name].reshape(1, -1))
+    for matrix, source in enumerate(target.sources):
+        order = gguf_row_order(base.architecture, base.config, source.rpartition(".")[0])
+        if len(target.shape) == 1:  # a norm or a bias
+            values = base.tensors.vector(source)
+            yield Slab(0, 0, (values if order is None else values[order]).reshape(1, -1))
+        else:
+            stored = base.tensors.matrix(source)
+            for part in _parts(len(stored.rows), stored.columns):
+                rows = stored.rows[part if order is None else order[part]]
+                yield Slab(matrix, part.start, ggml.dequantize(rows, stored.kind, stored.columns))
+        base.source.forget(source)
+
+
+def _parts(n_rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, ELEMENTS_AT_ONCE // columns)
+    return (slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step))
 
 
 def _cast(values: np.ndarray, kind: Type, name: str) -> np.ndarray:
@@ -150,65 +154,3 @@ def _cast(values: np.ndarray, kind: Type, name: str) -> np.ndarray:
             fix="convert to BF16 or F32" if finite else "download the checkpoint again",
         )
     return cast
-
-
-def _about(base: Base, elements: int) -> gguf.Metadata:
-    """Whose model this is: from the checkpoint's model card, or from the GGUF's own `general.*`.
-
-    gguf-py reads cards but does not check them: of a stranger's card only texts and lists of texts are kept, and a card
-    that cannot be read says nothing.
-    """
-    if base.is_gguf:
-        texts = {key.removeprefix("general."): value.data for key, value in base.file.metadata.items()}
-        return gguf.Metadata(**{f.name: texts[f.name] for f in fields(gguf.Metadata) if _is_text(texts.get(f.name))})
-    card = base.path / "README.md"
-    if card.is_file() and card.stat().st_size > LARGEST_CARD:
-        return gguf.Metadata()
-    try:
-        about = gguf.Metadata.load(None, base.path, None, elements)
-    except Exception:  # YAML, encodings and types of anybody's making
-        return gguf.Metadata()
-    kept = {f.name: value for f in fields(about) if _is_text(value := getattr(about, f.name))}
-    return gguf.Metadata(**kept)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
-    )
-
-
-def _name(name: str, strips_after_special: bool) -> str:
-    """A name from which llama.cpp reads the right treatment of special tokens: it knows Phi-3 by nothing else."""
-    if strips_after_special == name_strips_after_special(name):
-        return name
-    return f"{name} (Phi-3)" if strips_after_special else re.sub(r"(?i)(phi)-?3", r"\1 3", name)
-
-
-def _write_metadata(writer: gguf.GGUFWriter, base: Base, dtype: str) -> None:
-    elements = sum(int(np.prod(shape)) for shape in tensor_shapes(base.architecture, base.config).values())
-    writer.add_type(gguf.GGUFType.MODEL)
-    about = _about(base, elements)
-    about.name = _name(about.name or base.path.resolve().stem, base.vocabulary.strip_after_special)
-    about.size_label = about.size_label or gguf.size_label(elements, 0, 0, 0)
-    about.set_gguf_meta_model(writer)
-    writer.add_file_type(FILE_TYPES[dtype])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for key, value in gguf_metadata(base.architecture, base.config).items():
-        match value:
-            case list():
-                writer.add_array(key, value)
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-    writer.add_string(CERTIFICATE_KEY, reserve(CERTIFICATE_BYTES))
-    if base.lineage:
-        writer.add_string(LINEAGE_KEY, lineage_text(base.lineage))
-    base.vocabulary.add_to(writer)
-    if base.template_source is not None:
-        writer.add_chat_template(base.template_source)

@@ -1,92 +1,168 @@
-"""Base + adapters → one merged GGUF in F16, one tensor in memory at a time. Imports no torch.
+"""Base + adapters → one merged GGUF of any types, in one pass and a few rows at a time. Imports no torch.
 
-Each weight is dequantized, W + Σ s · ΔW is computed in float32 (every ΔW over the base's own W) and rounded once to
-F16. Norms stay F32.
+Each weight is dequantized, W + Σ s · ΔW is computed in float32 (every ΔW over the base's own W), and ggml's kernels
+quantize it to its planned type. Nothing is rounded in between: llama.cpp's tools merge into F16 and quantize that, so
+theirs differ from these by that rounding; with nothing to add, over an F32 file, both write the same blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf.constants import LlamaFileType
+from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from converters.adapter_to_gguf import gguf_pairs
-from converters.metadata import copy_metadata
+from converters.base_to_gguf import Slab, Target, plan, slabs
+from converters.metadata import PARENTS, QUANTIZED_BY, copy_metadata, descent, put, write_metadata
+from converters.stream import Entry, write_streamed
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
-from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY, LINEAGE_KEY, lineage_text
+from edgelora.files.contract import (
+    CERTIFICATE_BYTES,
+    CERTIFICATE_KEY,
+    CONTRACT_KEY,
+    LINEAGE_KEY,
+    lineage_text,
+)
+from edgelora.files.gguf import reserve
 from edgelora.peft.adapter import Adapter, LoraPair
-from edgelora.progress import OnProgress, Pace, Progress, silent
+from edgelora.progress import OnProgress, silent
+
+Type = GGMLQuantizationType
+
+# No weight up to here gives a block a scale that fp16 does not hold.
+SAFE_IN_ANY_TYPE = 32768.0
+# What a merge states itself, or what was true of the base's own quantization.
+NOT_COPIED = (QUANTIZED_BY, "quantize.imatrix.", "split.", "edgelora.", PARENTS)
 
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter to merge: how strongly, and the digest that names it in the result's lineage."""
+    """An adapter to merge: how strongly, the digest that names it in the result's lineage, and what people call it."""
 
     adapter: Adapter
     scale: float
     digest: str
+    name: str
 
 
-def write_merged(out: Path, base: Base, parts: Sequence[Part], on_progress: OnProgress = silent) -> None:
-    """Write the merged model to `out` (a staged path) as F16.
+@dataclass(frozen=True)
+class Recipe:
+    """What to merge, and what it becomes."""
 
-    Raises ExportError, naming the tensor, if a merged weight does not fit into F16.
+    base: Base
+    parts: Sequence[Part]
+    types: Mapping[str, Type]
+    """Of every tensor of the file."""
+    file_type: LlamaFileType
+    keys: Mapping[str, str | int] = field(default_factory=dict)
+    """Metadata to add."""
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By tensor, float32 (n_matrices * columns,): the mean squared activation of each column."""
+
+
+def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) -> None:
+    """Write the merged model to `out` (a staged path), with a reserved place for the certificate.
+
+    Raises ExportError, naming the tensor, if a merged weight does not fit into its type, or needs importance.
     """
+    base, types = recipe.base, recipe.types
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
-    own = {"general.file_type", CONTRACT_KEY, CERTIFICATE_KEY, LINEAGE_KEY}
-    copy_metadata(base.file, writer, leave_out=own)
-    if base.chosen_template is not None:
-        writer.add_chat_template(base.chosen_template)
-    writer.add_uint32("general.file_type", LlamaFileType.MOSTLY_F16)
+    _write_metadata(writer, recipe)
+    targets = targets_of(base)
+    deltas = _Deltas(base, recipe.parts)
+    entries = {name: Entry(target.shape, types[name]) for name, target in targets.items()}
+
+    def rows_of(name: str) -> Iterator[np.ndarray]:
+        if name not in deltas.touched and targets[name].kind == types[name] and base.is_gguf:
+            yield base.file.rows(name)
+            base.file.forget(name)
+            return
+        for slab in slabs(base, name, targets[name]):
+            yield quantized(deltas.merged(name, slab), types[name], name, _of_matrix(recipe, name, slab))
+
+    write_streamed(writer, entries, rows_of, "merge", on_progress)
+
+
+def targets_of(base: Base) -> dict[str, Target]:
+    """Every tensor of the base as a GGUF holds it: of a GGUF its own types, of a checkpoint F16."""
+    if base.is_gguf:
+        return {name: Target(info.shape, info.type) for name, info in base.file.tensors.items()}
+    return plan(base, Type.F16)
+
+
+def float_types(base: Base, kind: Type) -> dict[str, Type]:
+    """Matrices as `kind`: F32, F16 or BF16, vectors as F32, routers as they are. Needs no plan of llama.cpp's."""
+    if not base.is_gguf:
+        return {name: target.kind for name, target in plan(base, kind).items()}
+    types = {}
+    for name, info in base.file.tensors.items():
+        router = name.endswith("ffn_gate_inp.weight")
+        types[name] = Type.F32 if len(info.shape) == 1 else info.type if router else kind
+    return types
+
+
+def quantized(weights: np.ndarray, kind: Type, name: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """float32 (n, columns) as rows of `kind`. Raises ExportError if a weight, or a block's scale, does not fit."""
+    with np.errstate(over="ignore"):
+        rows = ggml.quantize(weights, kind, importance)
+    largest = max(float(weights.max()), -float(weights.min()))
+    if largest <= SAFE_IN_ANY_TYPE or np.isfinite(ggml.dequantize(rows, kind, weights.shape[1])).all():
+        return rows
+    what = f"does not fit into {kind.name} (largest {largest:.3g})" if np.isfinite(largest) else "is not a number"
+    raise ExportError(
+        what=f"{name}: a merged weight {what}",
+        why="F16, and the scales of blocks, end at 65504; the adapter or its scale is too strong",
+        fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
+    )
+
+
+class _Deltas:
+    """What the adapters add to the tensors of a base."""
+
+    def __init__(self, base: Base, parts: Sequence[Part]) -> None:
+        self.pairs = [(gguf_pairs(part.adapter, base), part.scale) for part in parts if part.scale]
+        self.touched = {name for pairs, _ in self.pairs for name in pairs}
+
+    def merged(self, name: str, slab: Slab) -> np.ndarray:
+        """The rows of a slab with every change added, float32."""
+        weight, rows = slab.floats, slice(slab.first, slab.first + len(slab.floats))
+        merged = weight.copy() if name in self.touched else weight
+        for pairs, scale in self.pairs:
+            if (pair := pairs.get(name)) is not None:
+                change = _rows(pair, rows).change(weight)
+                change *= scale
+                merged += change
+        return merged
+
+
+def _rows(pair: LoraPair, rows: slice) -> LoraPair:
+    return LoraPair(pair.a, pair.b[rows], None if pair.magnitude is None else pair.magnitude[rows])
+
+
+def _of_matrix(recipe: Recipe, name: str, slab: Slab) -> np.ndarray | None:
+    """The importance of the columns of one matrix, None if nothing is known of them."""
+    known = recipe.importance.get(name)
+    return None if known is None else known.reshape(-1, slab.floats.shape[1])[slab.matrix]
+
+
+def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
+    base, parts = recipe.base, recipe.parts
+    if base.is_gguf:
+        stays = {key for key in base.file.metadata if not key.startswith(NOT_COPIED)}
+        copy_metadata(base.file, writer, leave_out=base.file.metadata.keys() - stays)
+        put(writer, {"general.file_type": recipe.file_type, CERTIFICATE_KEY: reserve(CERTIFICATE_BYTES)})
+        if base.chosen_template is not None:
+            writer.add_chat_template(base.chosen_template)
+    else:
+        write_metadata(writer, base, recipe.file_type)
     lineage = [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
-    writer.add_string(LINEAGE_KEY, lineage_text(lineage))
+    put(writer, {**descent(base, [part.name for part in parts]), LINEAGE_KEY: lineage_text(lineage), **recipe.keys})
     contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)
     if contract is not None:
-        writer.add_string(CONTRACT_KEY, contract.model_copy(update={"certificate": None}).model_dump_json())
-    for name, info in base.file.tensors.items():
-        dtype = np.dtype(np.float16 if len(info.shape) > 1 else np.float32)
-        writer.add_tensor_info(name, info.shape, dtype, info.elements * dtype.itemsize)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        pace = Pace(len(base.file.tensors))
-        for tensor in _merged_tensors(base, parts):
-            writer.write_tensor_data(tensor)
-            _, eta = pace.step(0)
-            on_progress(Progress("merge", pace.done, pace.total, eta_s=eta))
-    finally:
-        writer.close()
-
-
-def _merged_tensors(base: Base, parts: Sequence[Part]) -> Iterator[np.ndarray]:
-    pairs = [(gguf_pairs(part.adapter, base), part.scale) for part in parts]
-    for name, info in base.file.tensors.items():
-        weight = ggml.dequantize(base.file.rows(name), info.type, info.shape[-1])
-        if len(info.shape) == 1:
-            yield weight.reshape(-1)
-        else:
-            yield _add(name, weight, [(p[name], s) for p, s in pairs if name in p]).reshape(info.shape)
-
-
-def _add(name: str, weight: np.ndarray, deltas: Sequence[tuple[LoraPair, float]]) -> np.ndarray:
-    merged = weight.copy() if deltas else weight
-    for pair, scale in deltas:
-        change = pair.change(weight)
-        change *= scale
-        merged += change
-    with np.errstate(over="ignore"):
-        half = merged.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ExportError(
-            what=f"{name}: a merged weight does not fit into F16 (largest {np.abs(merged).max():.3g})",
-            why="F16 ends at 65504; the adapter or its scale is too strong",
-            fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
-        )
-    return half
+        put(writer, {CONTRACT_KEY: contract.model_copy(update={"certificate": None}).model_dump_json()})

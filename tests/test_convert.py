@@ -172,7 +172,7 @@ def test_memory_is_three_times_the_largest_stored_tensor(tmp_path, monkeypatch, 
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, "vocab_size": 8192, **mixture})
     getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     base = open_base(tmp_path / "bf16")
-    monkeypatch.setattr("converters.base_to_gguf._write_metadata", lambda *_: None)  # no tokenizer here
+    monkeypatch.setattr("converters.base_to_gguf.write_metadata", lambda *_: None)  # no tokenizer here
     tracemalloc.start()
     try:
         write_base_gguf(tmp_path / "base.gguf", base, dtype)

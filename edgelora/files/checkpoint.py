@@ -70,6 +70,10 @@ class Checkpoint:
         """The bytes of a tensor of floats as uint8 (n_rows, bytes per row), mapped, not copied."""
         return self._shard_of[name].rows(name)
 
+    def forget(self, name: str) -> None:
+        """Let the mapped pages of a tensor go."""
+        self._shard_of[name].forget(name)
+
     def _open_shards(self, present: set[str]) -> Iterable[SafetensorsFile]:
         if WHOLE in present:
             yield SafetensorsFile(self.path / WHOLE)

@@ -24,6 +24,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from edgelora.errors import FileFormatError
 from edgelora.files.checkpoint import PICKLE_STARTS, PICKLES, pickle_fault
+from edgelora.files.mapped import forget
 
 MAGIC, LFS_POINTER = b"GGUF", b"version "
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last one is zero
@@ -161,6 +162,11 @@ class GGUFFile:
         info = self.tensors[name]
         flat = np.frombuffer(self._buffer, np.uint8, info.size_bytes, info.offset)
         return flat.reshape(info.elements // info.shape[-1], -1)
+
+    def forget(self, name: str) -> None:
+        """Let the mapped pages of a tensor go: what was read of it no longer counts as this process's memory."""
+        info = self.tensors[name]
+        forget(self._map, info.offset, info.size_bytes)
 
     @cached_property
     def architecture(self) -> str:

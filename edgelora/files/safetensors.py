@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgelora.errors import FileFormatError
+from edgelora.files.mapped import forget
 
 MAX_HEADER_BYTES = 8 << 20  # the format allows 100 MB, which names of 60,000 tensors do not need
 MAX_TENSORS = 65_536
@@ -55,7 +56,8 @@ class SafetensorsFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._bytes = self._map()
+        self._mapped = self._map()
+        self._bytes = np.frombuffer(self._mapped, np.uint8)
         self.size_bytes = len(self._bytes)
         self._data_start = 8 + self._header_length()
         header = self._parse(self._bytes[8 : self._data_start].tobytes())
@@ -77,19 +79,24 @@ class SafetensorsFile:
         flat = self._bytes[t.offset : t.offset + t.size_bytes]
         return flat.reshape(math.prod(t.shape[:-1]), math.prod(t.shape[-1:]) * DTYPE_BITS[t.dtype] // 8)
 
+    def forget(self, name: str) -> None:
+        """Let the mapped pages of a tensor go: what was read of it no longer counts as this process's memory."""
+        tensor = self.tensors[name]
+        forget(self._mapped, tensor.offset, tensor.size_bytes)
+
     def _fault(self, why: str) -> FileFormatError:
         return FileFormatError(
             what=f"{self.path}: not a usable safetensors file", why=why, fix="train, convert or download it again"
         )
 
-    def _map(self) -> np.ndarray:
+    def _map(self) -> mmap.mmap:
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
                 raise self._fault("it cannot be read (it is no regular file)")
             with self.path.open("rb") as f:
                 if os.fstat(f.fileno()).st_size < 8:
                     raise self._fault("it is shorter than the header it announces")
-                return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as e:
             raise self._fault(f"it cannot be read ({e.strerror})") from e
 

@@ -122,7 +122,7 @@ class _Wanted:
     def types_for(self, base: Base, header: Path) -> tuple[Mapping[str, Type], list[str]]:
         """The type of every tensor, and what to say of them. `header`: where a file may stand for the moment."""
         if self.plan is None and self.kind in FLOAT_QUANTS:
-            return float_types(base, Type[self.kind]), []
+            return float_types(base, GGMLQuantizationType[self.kind]), []
         try:
             if not base.is_gguf:
                 write_header_only(header, base, vocabulary=False)
