@@ -66,16 +66,16 @@ def test_the_axis_begins_at_zero_where_the_losses_fall_far(drawn, tmp_path, loss
     assert bottom <= min(losses) < max(losses) <= top  # nothing lies outside
 
 
-def test_a_sweep_shows_every_trial_the_best_first_and_the_stopped_dashed(drawn, tmp_path):
+def test_a_sweep_shows_every_trial_as_it_was_ranked_and_the_stopped_dashed(drawn, tmp_path):
     trials = [
-        Trial("rank 4", [(10, 2.0), (20, 1.5)], stopped=True), Trial("rank 8", [(10, 1.9), (20, 1.2), (30, 1.3)]),
-        Trial("rank 16", [(10, math.nan)], stopped=True),
+        Trial("rank 8", [(10, 1.9), (20, 1.2), (30, 1.3)], 1.3), Trial("rank 4", [(10, 2.0), (20, 1.1)], 1.1, True),
+        Trial("rank 16", [(10, math.nan)], math.inf, stopped=True),
     ]  # fmt: skip
     sweep_plot(tmp_path / "sweep.png", trials, "a sweep")
     axes = drawn[0].axes[0]
     assert list(lines(axes).items()) == [
-        ("rank 8: 1.2000", [(10, 1.9), (20, 1.2), (30, 1.3)]),
-        ("rank 4: 1.5000 (stopped)", [(10, 2.0), (20, 1.5)]),
+        ("rank 8: 1.3000", [(10, 1.9), (20, 1.2), (30, 1.3)]),  # of its end, by which it was judged
+        ("rank 4: 1.1000 (stopped)", [(10, 2.0), (20, 1.1)]),
         ("rank 16: not finite (stopped)", []),
     ]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "--"]

@@ -26,6 +26,7 @@ from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
 from edgelora.pipeline.sweep import Listeners, run_sweep
+from edgelora.training import curve
 from edgelora.training.metrics import read_metrics
 from edgelora.training.run import run_training
 from edgelora.training.sweep import Result, Trial, first_rung, successive_halving, trials_of, work
@@ -278,6 +279,14 @@ def test_resuming_what_has_ended_trains_nothing(settings, swept, again):
     run_sweep(settings(again, resume=True), WORDS, Listeners(heard.append))
     assert heard == []
     assert outcome(again) == outcome(swept)
+
+
+def test_the_picture_ranks_as_the_sweep_does(settings, again, monkeypatch):
+    drawn: list[Any] = []
+    monkeypatch.setattr(curve, "sweep_plot", lambda _path, trials, _title: drawn.extend(trials))
+    run_sweep(settings(again, overwrite=True, resume=True), WORDS)
+    wanted = [(row["trial"], row["held_out_loss"], row["stopped_at"] is not None) for row in record(again)["ranking"]]
+    assert [(trial.name, trial.loss, trial.stopped) for trial in drawn] == wanted
 
 
 def test_a_trial_whose_loss_is_no_number_loses(settings, tmp_path):

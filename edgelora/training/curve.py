@@ -27,16 +27,15 @@ TRIALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a sweep: its settings in a word, its held-out losses by step, and whether it was stopped early."""
+    """One trial of a sweep: its settings in a word, its held-out losses by step, and whether it was stopped early.
+
+    loss: the one of them that the sweep judged it by; infinite where there is none.
+    """
 
     name: str
     held_out: Sequence[tuple[int, float]]
+    loss: float
     stopped: bool = False
-
-    @property
-    def best(self) -> float:
-        """The lowest held-out loss, infinite if there is none."""
-        return min((loss for _, loss in _finite(self.held_out)), default=math.inf)
 
 
 def draw_curve(path: Path, metrics: Sequence[Metrics], title: str) -> None:
@@ -63,17 +62,16 @@ def draw_curve(path: Path, metrics: Sequence[Metrics], title: str) -> None:
 def sweep_plot(path: Path, trials: Sequence[Trial], title: str) -> None:
     """Write the held-out loss of every trial over its steps; those that were stopped early are dashed.
 
-    The legend has the best one first. Raises OutputError.
+    `trials` come as they were ranked, the best one first, and so they stand in the legend. Raises OutputError.
     """
-    ranked = sorted(trials, key=lambda trial: trial.best)
     with _picture(path) as figure:
         axes = figure.subplots()
-        for i, trial in enumerate(ranked):
-            best = f"{trial.best:.4f}" if math.isfinite(trial.best) else "not finite"
+        for i, trial in enumerate(trials):
+            loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "not finite"
             axes.plot(
                 *_columns(_finite(trial.held_out)), marker="o", markersize=4, linewidth=2.4 if i == 0 else 1.4,
-                color=TRIALS[i % len(TRIALS)], linestyle="--" if trial.stopped else "-", zorder=2 + len(ranked) - i,
-                label=f"{trial.name}: {best}{' (stopped)' if trial.stopped else ''}",
+                color=TRIALS[i % len(TRIALS)], linestyle="--" if trial.stopped else "-", zorder=2 + len(trials) - i,
+                label=f"{trial.name}: {loss}{' (stopped)' if trial.stopped else ''}",
             )  # fmt: skip
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
