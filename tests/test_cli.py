@@ -306,6 +306,23 @@ def test_ctrl_c_stops_a_training_where_it_can_go_on(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.run"]
 
 
+@pytest.mark.parametrize(("stop", "code", "why"), [
+    (KeyboardInterrupt(), 130, "Ctrl-C"), (SystemExit(143), 143, "the signal SIGTERM"),
+])  # fmt: skip
+def test_a_stop_before_a_checkpoint_says_that_nothing_was_saved(files, tmp_path, monkeypatch, capsys, stop, code, why):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr("edgelora.training.run.load_rows", stopped)
+    assert run(trains(files, tmp_path / "mine")) == code
+    assert capsys.readouterr().err.splitlines() == [
+        "stopped at once, before there was a checkpoint: nothing was saved",
+        f"  why: {why}",
+        "  fix: give the same command again",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_choices_are_said_with_their_reasons_before_the_first_step(files, tmp_path, capsys):
     assert run(trains(files, tmp_path / "mine")) == 0
     said = capsys.readouterr().err

@@ -25,7 +25,7 @@ from test_atomic import tree
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
-from edgelora.training import loop
+from edgelora.training import loop, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.metrics import read_metrics
 from edgelora.training.run import run_training
@@ -305,6 +305,40 @@ def test_two_runs_in_one_folder(settings, tmp_path):
     assert not out.exists()
 
 
+def test_a_checkpoint_is_read_by_who_holds_the_folder(settings, whole, again, monkeypatch):
+    """Else a run that ends meanwhile could remove what is being read, or go on behind it."""
+    cut_back(again, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "earlier_run", lambda *_: pytest.fail("read what another run is writing"))
+        with locked(run_folder(again) / "lock"), pytest.raises(OutputError, match="a run is at work here"):
+            run_training(settings(again, resume=True))
+    real = run.earlier_run
+
+    def read(*arguments: Any) -> Any:
+        with pytest.raises(OutputError), locked(run_folder(again) / "lock"):
+            pass
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "earlier_run", read)
+    run_training(settings(again, resume=True))
+    assert outcome(again) == outcome(whole)
+
+
+@pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_a_run_that_began_while_this_one_read_its_rows_is_left_alone(settings, tmp_path, monkeypatch, changes):
+    out = tmp_path / "mine"
+    begun, load = checkpoint_path(run_folder(out) / "checkpoints", 1), run.load_rows
+
+    def slowly(*arguments: Any) -> Any:
+        begun.mkdir(parents=True)
+        return load(*arguments)
+
+    monkeypatch.setattr(run, "load_rows", slowly)
+    with pytest.raises(OutputError, match="another run was begun here while this one read its rows"):
+        run_training(settings(out, **changes))
+    assert begun.exists()
+
+
 def test_a_disk_too_small_is_refused_before_the_first_step(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     heard: list[Any] = []
@@ -386,6 +420,11 @@ def test_a_second_signal_stops_in_the_middle_of_a_step(child, number, code):
     _, talk = process.communicate(timeout=60)
     assert process.returncode == code, talk
     assert "Traceback" not in talk
+    what, why, fix = talk.splitlines()[-3:]
+    assert what == "stopped at once; what was learned until step 1 is saved, what came behind it is not"
+    assert why == ("  why: Ctrl-C" if number == signal.SIGINT else "  why: the signal SIGTERM")
+    assert fix.startswith("  fix: go on with: ")
+    assert fix.endswith(f"--out {out} --resume")
     assert [line.step for line in read_metrics(run_folder(out) / "metrics.jsonl")][-1] == 1
     assert [read_checkpoint(path).step for path in (run_folder(out) / "checkpoints").iterdir()] == [1]
     assert not out.exists()

@@ -58,11 +58,15 @@ def train(
         sweeping.sweep(asked, sweep, as_json)
         return
     with listener(as_json) as display:
+        from edgelora.training.interrupt import at_once
         from edgelora.training.run import run_training
 
-        run = run_training(
-            asked, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"), display.note
-        )
+        try:
+            run = run_training(
+                asked, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"), display.note
+            )
+        except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first step
+            raise at_once(asked, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
         tell(run, asked, display)
     if as_json:
         print(json.dumps(summary(run)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,40 @@ class RunFolder:
         self.curve, self.facts, self.tensorboard = (
             self.path / "curve.png", self.path / "run.json", self.path / "tensorboard",
         )  # fmt: skip
+        self._is_held = False
 
     @property
     def is_begun(self) -> bool:
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
+    @property
+    def newest_step(self) -> int | None:
+        """That of the last checkpoint, or None if there is none. Reads names alone."""
+        return max((int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*")), default=None)
+
+    @contextmanager
+    def held_if_there(self) -> Iterator[None]:
+        """Alone in the folder, if there is one: a checkpoint is read while nobody writes the next. Makes nothing."""
+        if not self.path.is_dir():
+            yield
+            return
+        with locked(self.path / "lock"):
+            self._is_held = True
+            yield
+
     @contextmanager
     def held(self, config: TrainConfig) -> Iterator[None]:
-        """Alone in the folder, with what killed processes left swept away; empty, unless the run is to go on."""
-        with locked(self.path / "lock"):
+        """Alone in the folder, with what killed processes left swept away; empty, unless the run is to go on.
+
+        Raises OutputError if another run began there since `held_if_there` found none.
+        """
+        with nullcontext() if self._is_held else locked(self.path / "lock"):
+            if self.is_begun and not self._is_held:
+                raise OutputError(
+                    what=f"{self.path}: another run was begun here while this one read its rows",
+                    why="both would keep their checkpoints there",
+                    fix="choose another --out, or pass --resume to go on with that run",
+                )
             sweep(self.path)
             sweep(self.checkpoints)
             sweep(self.out.absolute().parent, self.out.name)

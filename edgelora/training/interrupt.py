@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,13 +10,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
+from edgelora.config import TrainConfig
 from edgelora.errors import EdgeloraError
+from edgelora.invocation import command
+from edgelora.training.folder import RunFolder
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(EdgeloraError):
-    """A run that was asked to stop, and stands at a checkpoint."""
+    """A run that was asked to stop: it stands at a checkpoint, if it had come to one."""
 
     def __init__(self, what: str, why: str, fix: str, exit_code: int = 130) -> None:
         super().__init__(what, why, fix)
@@ -23,6 +27,28 @@ class Stopped(EdgeloraError):
 
     def __reduce__(self) -> tuple[type[EdgeloraError], tuple[str, str, str, int]]:  # type: ignore[override]
         return type(self), (self.what, self.why, self.fix, self.exit_code)
+
+
+def how_to_go_on(config: TrainConfig) -> str:
+    """`go on with: edgelora train base.gguf rows.jsonl --out adapters/mine --resume`."""
+    again = command("train", config.base, *map(str, config.data), "--out", config.out, "--resume")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return f"go on{', under torchrun as before,' * several} with: {again}"
+
+
+def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
+    """What a second signal left, or one before the first step: the last checkpoint, or nothing."""
+    why = "Ctrl-C" if exit_code == 130 else "the signal SIGTERM"
+    step = RunFolder(config.out).newest_step
+    if step is None:
+        return Stopped(
+            "stopped at once, before there was a checkpoint: nothing was saved", why, "give the same command again",
+            exit_code,
+        )  # fmt: skip
+    return Stopped(
+        f"stopped at once; what was learned until step {step} is saved, what came behind it is not", why,
+        how_to_go_on(config), exit_code,
+    )  # fmt: skip
 
 
 class Interrupt:
