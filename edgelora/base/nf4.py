@@ -14,8 +14,8 @@ from torch import Tensor
 
 from edgelora.base.products import Products, has_triton
 from edgelora.base.team import run, split
-from edgelora.base.weights import scratch
 from edgelora.errors import BaseModelError
+from edgelora.nn.scratch import scratch
 
 if TYPE_CHECKING:
     from edgelora.base.triton_blocks import Stored

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,25 +11,13 @@ from torch import Tensor
 
 from edgelora.base import ggml
 from edgelora.base.torch_blocks import DeviceBlocks
+from edgelora.nn.scratch import scratch
 
 DENSE = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-
-CPU = torch.device("cpu")
-
-_scratch = threading.local()
-
-
-def scratch(n_rows: int, columns: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> Tensor:
-    """(n_rows, columns) in this thread's buffer; fresh memory would cost a page fault every 4 KiB each time."""
-    buffers: dict[Any, Tensor] = _scratch.__dict__  # a thread's own
-    buffer = buffers.get((dtype, device))
-    if buffer is None or buffer.numel() < n_rows * columns:
-        buffer = buffers[dtype, device] = torch.empty(n_rows * columns, dtype=dtype, device=device)
-    return buffer[: n_rows * columns].view(n_rows, columns)
 
 
 class Dense:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from edgelora.nn.linear import Weight
+from edgelora.nn.scratch import scratch
 
 LOGITS = 48 << 18  # alive at once, 48 MiB of them: 256 positions of a vocabulary of 49,152
 VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
@@ -52,7 +53,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         step = max(1, min(len(hidden), LOGITS // head.shape[0]))
-        buffer = hidden.new_empty(step, head.shape[0])
+        buffer = scratch(step, head.shape[0], hidden.dtype, hidden.device, use="logits")
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
             label = labels[part, None]
