@@ -19,7 +19,7 @@ from edgelora.data.rows import Conversation
 from edgelora.errors import AdapterError, DataError, EdgeloraError, EngineError, FileFormatError
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.evaluate.score import bootstrap, questions, score
-from edgelora.pipeline.export import DEFAULT_CHECK
+from edgelora.pipeline.check_rows import DEFAULT_CHECK
 from runtime.binding import Model
 from runtime.engine import Engine
 

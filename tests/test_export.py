@@ -17,7 +17,7 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract
+from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract, sha256_file
 from edgelora.files.gguf import GGUFFile, Value
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
@@ -119,7 +119,11 @@ def test_a_wrong_rotary_permutation_cannot_pass(tiny, make_tiny, tmp_path, monke
             export(model.path, tmp_path / model.path.stem, out)
         assert error.value.exit_code == 3
         assert not out.exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny-F32", "tiny-Q8_0"]
+        aside = out.with_name(f"{out.name}.rejected")
+        assert str(error.value).splitlines()[2].endswith(f"what was written is kept as {aside.name}")
+        assert json.loads(GGUFFile(aside).get(CERTIFICATE_KEY, str))["passed"] is False
+    names = ["tiny-F32", "tiny-F32.gguf.rejected", "tiny-Q8_0", "tiny-Q8_0.gguf.rejected"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0, Type.Q4_K])
@@ -132,6 +136,11 @@ def test_export_certifies_and_signs(make_tiny, tmp_path, kind):
     assert certificate.equal_ids == certificate.n_prompts == 8
     inside = json.loads(GGUFFile(tmp_path / "mine.gguf").get(CERTIFICATE_KEY, str))
     assert inside == certificate.as_dict()
+    beside = json.loads((tmp_path / "mine.certificate.json").read_text(encoding="utf-8"))
+    assert beside == {
+        "file": "mine.gguf", "size_bytes": (tmp_path / "mine.gguf").stat().st_size,
+        "sha256": sha256_file(tmp_path / "mine.gguf"), **inside,
+    }  # fmt: skip
     assert read_adapter(tmp_path / "mine", base.linears).contract.certificate == inside
     if kind in (Type.F32, Type.F16):
         assert certificate.adapter.kl_mean <= 1e-4

@@ -18,6 +18,7 @@ from pathlib import Path
 from edgelora.errors import OutputError
 
 REPLACED = "replaced"
+REJECTED = ".rejected"
 STAGE_PREFIX = ".edgelora-"
 STAGE_NAME = re.compile(re.escape(STAGE_PREFIX) + r"(?P<name>.+)-[a-z0-9_]{8}")  # as tempfile and `remove` draw them
 
@@ -124,6 +125,16 @@ def remove(path: Path) -> None:
     with contextlib.suppress(OSError):  # else the deletions could reach the disk before the rename
         _fsync(path.parent)
     _delete(aside)
+
+
+def set_aside(draft: Path, path: Path) -> Path:
+    """Keep a file that must not become `path` as `path` + `.rejected`, in place of an older one; returns its path.
+
+    For use in the block of `staged`. Raises OSError.
+    """
+    aside = path.with_name(path.name + REJECTED)
+    draft.replace(aside)
+    return aside
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

@@ -1,0 +1,50 @@
+"""Several adapters at their scales on one decoder: what the merged model of them must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.linear import Delta, Weight, lora
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.inject import attach
+
+
+class BlendDelta(nn.Module):
+    """x Wᵀ + Σ sᵢ (what the i-th delta makes of x and W, less x Wᵀ): each change is measured from the base's own W."""
+
+    factors = None
+
+    def __init__(self, parts: Sequence[tuple[Delta, float]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        """x (T, d_in) → (T, d_out)."""
+        plain = F.linear(x, weight.dequantize(x.dtype))
+        blended = plain.clone()
+        for delta, scale in self.parts:
+            alone = delta(x, weight) if delta.factors is None else lora(x, weight, delta.factors)
+            blended += scale * (alone - plain)
+        return blended
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: a blend is not one adapter, and is not saved."""
+        return {}
+
+
+@torch.no_grad()
+def blend(decoder: Decoder, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Make the adapters at their scales what the decoder computes, in place of whatever was on it."""
+    parts: dict[str, list[tuple[Delta, float]]] = {name: [] for name in decoder.linears}
+    for adapter, scale in adapters:
+        attach(decoder, adapter)
+        for name, linear in decoder.linears.items():
+            if linear.delta is not None:
+                parts[name].append((linear.delta, scale))
+    for name, linear in decoder.linears.items():
+        linear.delta = BlendDelta(parts[name]) if parts[name] else None
