@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
 from test_architectures import family  # noqa: F401  (a fixture)
+from test_distributed import world_of
 from test_recompute import ROW, adapted, held
 from typer.testing import CliRunner
 
@@ -21,6 +24,8 @@ from edgelora.base.hold import BASE_FORMATS
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.training import loop, settle
+from edgelora.training.exhausted import explained
 from edgelora.training.footprint import (
     Load,
     Model,
@@ -33,6 +38,8 @@ from edgelora.training.footprint import (
 )  # fmt: skip
 from edgelora.training.memory import SHARE, SIZES, Machine, plan
 from edgelora.training.optim import build_optimizer, flatten_state
+from edgelora.training.run import run_training
+from edgelora.training.sharding import frozen, shard
 
 GB = 10**9
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -74,6 +81,20 @@ def test_an_adapter_and_its_optimizer_take_what_torch_holds(tiny, method, optimi
     parts = footprint(Model.of(base), config.model_copy(update={"rank": 4}), Load(64, 64, False))
     assert parts.adapter == parts.gradients == 4 * numbers
     assert parts.optimizer <= held_by_it <= parts.optimizer + 8 * len(list(decoder.parameters()))  # and a step number
+
+
+@pytest.mark.parametrize("how", ["blocks", "nf4", "bf16"])
+@pytest.mark.parametrize("processes", [2, 5])
+def test_a_dealt_out_base_takes_its_share_and_one_layer(make_tiny, how, processes):
+    """What a process keeps of the layers, the buffer in which one is put together, and all that stays whole."""
+    base = open_base(make_tiny(Type.Q8_0).path)
+    decoder, world = build_decoder(base, how), world_of(0, processes)
+    whole = decoder.head.size_bytes + sum(buffer.nbytes for buffer in decoder.buffers())
+    layer = max(sum(weight.size_bytes for weight in frozen(layer)) for layer in decoder.model.layers)
+    kept = shard(decoder, world)
+    counted = base_bytes(replace(Model.of(base), shares=processes), how)
+    assert counted == pytest.approx(whole + kept + layer, rel=0.01)
+    assert counted < base_bytes(Model.of(base), how) or processes == 2  # of its two layers one is in the buffer
 
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen3", "phi3", "olmo2", "granite", "mixtral"]
@@ -215,6 +236,42 @@ def test_offload_computes_again(model):
     assert found.parts.offloaded > 0
 
 
+# -- when it was not enough ---------------------------------------------------------------------------------------
+
+
+def test_memory_that_runs_out_is_explained_by_the_plan(tiny, tmp_path, monkeypatch):
+    """torch's own error, the numbers that were planned, and settings that take less and are a command's."""
+    rows = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
+    rows.write_text((json.dumps(row) + "\n") * 4, encoding="utf-8")
+    config = TrainConfig(base=tiny.path, data=rows, out=tmp_path / "mine", rank=4, recompute="off", batch_rows=2)
+    monkeypatch.setattr(loop, "mean_losses", lambda *_, **__: iter([torch.empty(1 << 60, dtype=torch.uint8)]))
+    with pytest.raises(ConfigError) as caught:
+        run_training(config)
+    assert "there was not enough memory for a step (" in caught.value.what
+    assert "allocate memory" in caught.value.what
+    assert re.match(
+        r"the plan reckoned with 0\.\d\d GB for 512 tokens \(in MB: process \d+, base \d+", caught.value.why
+    )
+    way = re.fullmatch(
+        r"free some memory and go on with --resume, or begin anew with what takes less: pass (--.*) --overwrite",
+        caught.value.fix,
+    )
+    words = way[1].split()
+    changes = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
+    model, less = Model.of(open_base(tiny.path)), TrainConfig.model_validate(config.model_dump() | changes)
+    monkeypatch.undo()
+    n = less.micro_batch_tokens or 512
+    before, after = (total(model, settled(recompute=how), Load(m, m, how == "full"))
+                     for how, m in (("off", 512), (less.recompute, n)))  # fmt: skip
+    assert after < before
+
+
+def test_an_error_that_is_not_of_memory_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="shapes do not match"), explained(None, None, 0):
+        raise RuntimeError("shapes do not match")
+
+
 # -- the command --------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +297,25 @@ def test_the_command_tells_choices_parts_and_time(tiny, tmp_path):
     assert (found["time"]["steps"], found["time"]["rows"]) == (12, 12)
     assert sum(found["bytes"].values()) == found["peak_bytes"]
     assert list(tmp_path.iterdir()) == [rows]  # nothing is left behind
+
+
+def test_the_command_plans_one_of_several_processes(tiny):
+    def told(*more):
+        return json.loads(run(tiny.path, "--memory", "8GB", "--json", "--base-dtype", "f32", *more).stdout)
+
+    alone, whole, shared = told(), told("--processes", 4), told("--processes", 4, "--shard-base")
+    assert whole["bytes"]["base"] == alone["bytes"]["base"] > shared["bytes"]["base"]
+    # two layers of the same size: a quarter of each and one whole in the buffer, instead of both
+    assert alone["bytes"]["base"] - shared["bytes"]["base"] == pytest.approx(
+        0.25 * sum(4 * d_out * d_in for d_out, d_in in tiny.linears.values()), rel=1e-3
+    )
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(settle, "free_memory_bytes", lambda: 8 * GB)
+    monkeypatch.setattr(settle, "resident_bytes", lambda: GB)
+    assert [settle.machine_of("cpu", None, n).budget for n in (1, 4)] == [9 * GB, 3 * GB]
+    assert settle.machine_of("cpu", 5 * GB, 4).budget == 5 * GB
 
 
 def test_the_command_refuses_what_does_not_fit(tiny):

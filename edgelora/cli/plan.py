@@ -31,6 +31,9 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="What may be taken in all, such as 8GB. Default: what is free.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="As many as torchrun would start here: what one takes, and not how long.")
+    ] = 1,
     config: Annotated[
         Path | None, typer.Option(help="Settings in a TOML file; options override them.", show_default=False)
     ] = None,
@@ -49,8 +52,8 @@ def plan(
 
     places = {"base": base, "data": data or [str(base)], "out": Path("adapter")}  # nothing is written there
     asked = settled(TrainConfig, config, {**places, **settings}, arguments=("base", "data"))
-    opened, found = plan_run(asked, None if memory is None else parse_size(memory))
-    timed = estimate(found.config, opened) if data else None
+    opened, found = plan_run(asked, None if memory is None else parse_size(memory), processes)
+    timed = estimate(found.config, opened) if data and processes == 1 else None
     if as_json:
         print(json.dumps({**to_json(found), "time": None if timed is None else asdict(timed)}))
         return

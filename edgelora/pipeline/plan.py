@@ -40,15 +40,16 @@ class Estimate:
         return self.steps * self.seconds_per_step
 
 
-def plan_run(config: TrainConfig, memory: int | None = None) -> tuple[Base, Plan]:
+def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1) -> tuple[Base, Plan]:
     """The plan of the run that `config` asks for. memory: bytes it may take in all; None for what is free.
 
-    Raises ConfigError if nothing fits.
+    processes: how many torchrun would start on this machine; the plan is that of one of them. Raises ConfigError if
+    nothing fits.
     """
     base = open_base(config.base)
     if config.chat_template is not None:
         base = base.with_template(config.chat_template)
-    return base, settle(config, base, memory)
+    return base, settle(config, base, memory, processes, processes)
 
 
 def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:

@@ -34,12 +34,16 @@ LOST = {"cpu": 1.0, "cuda": 0.1, "mps": 0.1}
 
 @dataclass(frozen=True)
 class Model:
-    """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers."""
+    """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers.
+
+    shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
+    """
 
     architecture: Architecture
     config: ModelConfig
     matrices: Mapping[str, tuple[Shape, Type]]
     n_vector: int
+    shares: int = 1
 
     @classmethod
     def of(cls, base: Base) -> Model:
@@ -97,6 +101,10 @@ class Footprint:
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
 
+    def in_words(self) -> str:
+        """`process 375, base 140, …`, in MB."""
+        return ", ".join(f"{name} {n / 1e6:.0f}" for name, n in self.as_dict().items() if n)
+
 
 def stored_bytes(shape: Shape, kind: Type) -> int:
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -117,12 +125,21 @@ def held_bytes(shape: Shape, kind: Type, how: str) -> int:
 
 
 def base_bytes(model: Model, how: str) -> int:
-    """All weights as they are held; embedding and head stay as they are stored. Rotary rows of a GGUF are copies."""
-    ends = {f"{EMBEDDING}.weight", f"{HEAD}.weight"}
+    """All weights as they are held; embedding and head stay as they are stored. Rotary rows of a GGUF are copies.
+
+    Of layers that are dealt out one share, and the buffer in which one of them is put together.
+    """
+    layers: dict[str, int] = {}
     total = 4 * model.n_vector
     for name, (shape, kind) in model.matrices.items():
-        total += stored_bytes(shape, kind) if name in ends else held_bytes(shape, kind, how)
-    return total
+        if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
+            total += stored_bytes(shape, kind)
+        else:
+            layer = name.partition(".layers.")[2].partition(".")[0]
+            layers[layer] = layers.get(layer, 0) + held_bytes(shape, kind, how)
+    if model.shares == 1:
+        return total + sum(layers.values())
+    return total + sum(-(-n // model.shares) for n in layers.values()) + max(layers.values())
 
 
 def adapted(model: Model, config: TrainConfig) -> dict[str, Shape]:

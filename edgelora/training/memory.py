@@ -163,16 +163,15 @@ def _too_large(
 ) -> ConfigError:
     settled, load, parts = last
     assert machine.budget is not None
-    numbers = ", ".join(f"{name} {n / 1e6:.0f}" for name, n in parts.as_dict().items() if n)
     return ConfigError(
         what=f"a step over {load.tokens} tokens takes {parts.total / 1e9:.2f} GB, {SHARE:.0%} of "
         f"{machine.budget / 1e9:.2f} GB may be planned with",
-        why=f"in MB: {numbers}",
-        fix=_what_would_fit(model, config, settled, load, machine),
+        why=f"in MB: {parts.in_words()}",
+        fix=what_would_fit(model, config, settled, load, machine),
     )
 
 
-def _what_would_fit(model: Model, config: TrainConfig, settled: TrainConfig, load: Load, machine: Machine) -> str:
+def what_would_fit(model: Model, config: TrainConfig, settled: TrainConfig, load: Load, machine: Machine) -> str:
     """The mildest change of settings that fits, as options."""
     room = machine.room or 0
     four_bit = "nf4" if machine.kind == "cuda" else "q4_k"

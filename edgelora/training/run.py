@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.device_memory import hold_to
@@ -17,17 +15,18 @@ from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.order import Order
 from edgelora.device import Choice, computing, peak_memory_bytes
-from edgelora.errors import ConfigError, DataError, FileFormatError
+from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
-from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import adapter_config, collect, inject, targeted
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.distributed import Processes, joined, threads
+from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
-from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, interruptible
+from edgelora.training.footprint import Model
+from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, how_to_go_on, interruptible
 from edgelora.training.loop import Job, averaged, not_finite, train
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
@@ -68,11 +67,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who hears of a run: `on_choice` what was chosen and why, before the first step; `on_note` what is odd."""
+    """Who hears of a run: `on_choice` what was chosen and why, before the first step; `on_note` what is odd.
+
+    stop_when: asked behind each step; True stops the run there.
+    """
 
     on_progress: OnProgress = silent
     on_choice: Callable[[str, Choice], None] = lambda *_: None
     on_note: Callable[[str], None] = lambda _: None
+    stop_when: Callable[[Progress], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,35 +106,42 @@ def run_training(
     each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
     """
     with joined() as world:
-        heard = Listeners(on_progress, on_choice, on_note) if world.rank == 0 else Listeners()
-        return _run(config, heard, stop_when, world)
+        heard = Listeners(on_progress, on_choice, on_note, stop_when) if world.rank == 0 else Listeners()
+        return _run(config, heard, world)
 
 
-def _run(config: TrainConfig, heard: Listeners, stop_when: Callable[[Progress], bool] | None, world: World) -> Run:
+def _run(config: TrainConfig, heard: Listeners, world: World) -> Run:
     started, folder, writes = time.perf_counter(), RunFolder(config.out), world.rank == 0
-    ready = _make_ready(config, folder, heard, world)
-    with (
-        folder.held(ready.asked) if writes else nullcontext(),
-        computing(ready.choices["products"], threads(world)),
-        _explained(ready.config),
-    ):
-        job, state = _build(ready, world)
-        if ready.earlier is not None:
-            state.restore(ready.earlier.snapshot)
-        if writes:
-            _require_space(folder, state, ready.config)
-            folder.write_facts(ready.facts)
-        with _recorder(folder, ready, state, writes) as recorder, interruptible() as interrupt:
-            recorder.interrupt = interrupt
-            if isinstance(recorder, Recorder):
-                recorder.on_progress, recorder.stop_when = heard.on_progress, stop_when
-            whole = train(job, state, recorder)
-            if not whole:
-                recorder.draw()
-                _agree(interrupt, world)
-                raise _stopped(ready.asked, state, job, interrupt)
-            run = world.first(lambda: _keep(ready, job, state, folder, started, heard.on_note))
+    with folder.held_if_there() if writes else nullcontext():
+        ready = _make_ready(config, folder, heard, world)
+        with (
+            folder.held(ready.asked) if writes else nullcontext(),
+            computing(ready.choices["products"], threads(world)),
+            explained(Model.of(ready.base), ready.config, int(ready.rows.train.lengths.max())),
+        ):
+            return _trained(ready, folder, heard, world, started)
+
+
+def _trained(ready: Ready, folder: RunFolder, heard: Listeners, world: World, started: float) -> Run:
+    """From the first step, or where the earlier run stands, to the adapter."""
+    writes = world.rank == 0
+    job, state = _build(ready, world)
+    if ready.earlier is not None:
+        state.restore(ready.earlier.snapshot)
+    if writes:
+        _require_space(folder, state, ready.config)
+        folder.write_facts(ready.facts)
+    with _recorder(folder, ready, state, writes) as recorder, interruptible() as interrupt:
+        recorder.interrupt = interrupt
+        if isinstance(recorder, Recorder):
+            recorder.on_progress, recorder.stop_when = heard.on_progress, heard.stop_when
+        whole = train(job, state, recorder)
+        if not whole:
             recorder.draw()
+            _agree(interrupt, world)
+            raise _stopped(ready.asked, state, job, interrupt)
+        run = world.first(lambda: _keep(ready, job, state, folder, started, heard.on_note))
+        recorder.draw()
     if writes:
         folder.write_facts({**ready.facts, "result": _result(run)})
     return run
@@ -163,7 +173,8 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         base = base.with_template(asked.chat_template)
     targeted(list(base.linears), asked.target_modules)
     if earlier is None:
-        planned = world.first(lambda: settle(asked, base))  # by the memory that is free there
+        # by the memory that is free there
+        planned = world.first(lambda: settle(asked, base, None, world.size, world.local_size))
         settled, choices = planned.config, planned.choices
     else:
         settled = earlier.settled.model_copy(update={name: getattr(asked, name) for name in FREE | PATHS})
@@ -269,33 +280,9 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def _stopped(config: TrainConfig, state: State, job: Job, interrupt: Interrupt) -> Stopped:
-    again = command("train", config.base, *map(str, config.data), "--out", config.out, "--resume")
     return Stopped(
         what=f"stopped behind step {state.step} of {job.total}; nothing is lost",
         why="Ctrl-C" if interrupt.exit_code == 130 else f"the signal {getattr(interrupt.asked, 'name', 'SIGTERM')}",
-        fix=f"go on{', under torchrun as before,' * (job.world.size > 1)} with: {again}",
+        fix=how_to_go_on(config),
         exit_code=interrupt.exit_code,
-    )
-
-
-@contextmanager
-def _explained(config: TrainConfig) -> Iterator[None]:
-    """Where memory runs out in here, say what would need less of it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        text = str(e)
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
-            raise
-        raise out_of_memory(config, text.splitlines()[0] if text else "no more memory") from e
-
-
-def out_of_memory(config: TrainConfig, said: str) -> ConfigError:
-    half = max(64, (config.micro_batch_tokens or 768) // 2)
-    way = "--recompute full" if config.recompute == "off" else f"--micro-batch-tokens {half}"
-    return ConfigError(
-        what=f"there was not enough memory for a step ({said})",
-        why=f"micro-batches of {config.micro_batch_tokens} tokens over a base held as {config.base_dtype}; "
-        "`edgelora plan` shows where the memory goes",
-        fix=f"pass {way}, or free some memory; with --resume it goes on from the last checkpoint",
     )

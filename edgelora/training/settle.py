@@ -14,15 +14,22 @@ from edgelora.training.footprint import Model
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 
 
-def settle(config: TrainConfig, base: Base, memory: int | None = None) -> Plan:
-    """The plan of a run, whose `config` leaves nothing open. memory: bytes it may take in all; None: what is free.
+def settle(
+    config: TrainConfig, base: Base, memory: int | None = None, processes: int = 1, on_this_machine: int = 1
+) -> Plan:
+    """The plan of a run, whose `config` leaves nothing open, as one of its `processes` sees it.
 
+    memory: bytes that this one may take in all; None: its part of what is free, which those `on_this_machine` share.
     Raises ConfigError for what cannot be here, and if nothing fits.
     """
-    model, device = Model.of(base), choose_device(config.device)
+    shares = processes if config.shard_base else 1
+    model, device = replace(Model.of(base), shares=shares), choose_device(config.device)
     dtype = choose_dtype(config.dtype, device.value)
-    machine = machine_of(device.value, parse_size(config.max_gpu_memory) if config.max_gpu_memory else memory)
-    held = choose_base_dtype(config.base_dtype, base, machine.budget, dtype.value)
+    given = parse_size(config.max_gpu_memory) if config.max_gpu_memory else memory
+    machine = machine_of(device.value, given, on_this_machine)
+    # of layers that are dealt out as much fits as into all processes together
+    room = None if machine.budget is None else shares * machine.budget
+    held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
     settled, chosen = choose(config, model.n_weights)
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
     found = plan(model, settled, machine, base.config.max_position_embeddings)
@@ -30,12 +37,16 @@ def settle(config: TrainConfig, base: Base, memory: int | None = None) -> Plan:
     return replace(found, choices=choices | chosen | found.choices)
 
 
-def machine_of(device: str, memory: int | None = None) -> Machine:
-    """The device with what is free on it, or with `memory` bytes in all."""
+def machine_of(device: str, memory: int | None = None, processes: int = 1) -> Machine:
+    """The device with what is free on it, or with `memory` bytes in all.
+
+    Each of several `processes` has a card of its own, and its part of the machine's memory.
+    """
     if device.startswith("cuda"):
         import torch
 
         return Machine(device, torch.cuda.mem_get_info(device)[0] if memory is None else memory)
     mine, free_bytes = resident_bytes(), free_memory_bytes()
-    left = None if free_bytes is None else free_bytes + (mine or 0)  # what this process has already is not free
+    # what this process has already is not free
+    left = None if free_bytes is None else free_bytes // processes + (mine or 0)
     return Machine(device, left if memory is None else memory, mine)
