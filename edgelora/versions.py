@@ -11,6 +11,7 @@ PACKAGES = ("edgelora", "torch", "llama-cpp-python", "gguf", "tokenizers", "nump
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what comes out; `not installed` where one is missing."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

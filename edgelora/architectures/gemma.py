@@ -19,6 +19,7 @@ def scale_in_llama_cpp(dims: Mapping[str, Any], layers_of_27b: int) -> float:
 
 
 def has_that_scale(config: ModelConfig, layers_of_27b: int) -> bool:
+    """Whether llama.cpp would multiply q·k by the factor that `config` has."""
     return abs(scale_in_llama_cpp(vars(config), layers_of_27b) / config.attention_scale - 1) < 1e-6
 
 

@@ -24,6 +24,7 @@ LAYERS_OF_27B = 46
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """transformers' defaults where a config.json is silent: heads of 256, a window, both soft caps."""
     config = {"head_dim": 256, "tie_word_embeddings": True, **config}
     dims = hf_dimensions(config)
     return ModelConfig(
@@ -40,6 +41,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """The factor of q·k is not stored: it is the one that llama.cpp takes."""
     dims = gguf_dimensions(file)
     layers = dims["num_hidden_layers"]
     return ModelConfig(
@@ -56,6 +58,7 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
+    """What llama.cpp would compute otherwise than this config says, or None."""
     c = config
     if c.attn_logit_softcapping is None or c.final_logit_softcapping is None or c.sliding_window is None:
         return "its missing soft cap or window, for which it takes a default"

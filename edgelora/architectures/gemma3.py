@@ -26,6 +26,7 @@ LAYERS_OF_27B = 62
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """transformers' defaults where a config.json is silent. Raises BaseModelError for an embedding model."""
     if config.get("use_bidirectional_attention"):
         raise BaseModelError(
             what="config.json: tokens look at those behind them (use_bidirectional_attention)",
@@ -62,6 +63,7 @@ def _local_rope(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """The factor of q·k is not stored: it is the one that llama.cpp takes. Its sliding layers are never stretched."""
     dims = gguf_dimensions(file)
     layers, head_dim = dims["num_hidden_layers"], dims["head_dim"]
     window = file.get("gemma3.attention.sliding_window", int, 0)
@@ -80,6 +82,7 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
+    """What llama.cpp would compute otherwise than this config says, or None."""
     c = config
     if c.attn_logit_softcapping is not None:
         return "the soft cap of its attention"

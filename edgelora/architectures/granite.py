@@ -19,6 +19,7 @@ SCALES = {
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Its four multipliers are 1 where a config.json is silent."""
     require_act(config, "hidden_act", "silu")
     return ModelConfig(
         model_type="granite", **hf_dimensions(config), **{name: number(config, name, 1.0, float) for name in SCALES}
@@ -26,6 +27,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """A multiplier of 0 is one that was not said. Raises BaseModelError for a model without rope."""
     if not file.get("granite.rope.scaling.finetuned", bool, True):
         raise BaseModelError(
             what=f"{file.path}: a Granite without rope",

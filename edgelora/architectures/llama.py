@@ -11,11 +11,13 @@ from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """A Llama's config.json says no window, whatever stands in it."""
     require_act(config, "hidden_act", "silu")
     return ModelConfig(model_type="llama", **hf_dimensions(config))
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """A window where an older file of a Mistral, which is a llama there, states one."""
     window = file.get("llama.attention.sliding_window", int, 0)  # in older files of Mistral; llama.cpp ignores it
     return ModelConfig(model_type="llama", **gguf_dimensions(file), sliding_window=window or None)
 

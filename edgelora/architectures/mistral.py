@@ -12,6 +12,7 @@ from edgelora.architectures.reading import hf_dimensions, optional_window, requi
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """transformers' defaults where a config.json is silent: 8 key-value heads, a window of 4096; null is no window."""
     require_act(config, "hidden_act", "silu")
     config = {"num_key_value_heads": 8, **config}
     return ModelConfig(model_type="mistral", **hf_dimensions(config), sliding_window=optional_window(config, 4096))

@@ -20,6 +20,7 @@ from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """`intermediate_size` is the width of an expert: this family has no other MLP."""
     require_act(config, "hidden_act", "silu")
     config = {"num_key_value_heads": 8, **config}
     return ModelConfig(
@@ -31,6 +32,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """llama.cpp has it as a llama with experts, whose width is `feed_forward_length`."""
     window = file.get("llama.attention.sliding_window", int, 0)
     experts = gguf_experts(file, width="feed_forward_length")
     return ModelConfig(model_type="mixtral", **gguf_dimensions(file), **experts, sliding_window=window or None)

@@ -72,6 +72,7 @@ def tensor_shapes(
 
 
 def is_norm(tensor: str) -> bool:
+    """Whether this is a norm's weight, by its HF or GGUF name."""
     return tensor.endswith("norm.weight")
 
 

@@ -12,11 +12,13 @@ from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """transformers' epsilon, 1e-5, where a config.json is silent."""
     require_act(config, "hidden_act", "silu")
     return ModelConfig(model_type="olmo2", **hf_dimensions({"rms_norm_eps": 1e-5, **config}))
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """Raises BaseModelError for an OLMo 3, which llama.cpp keeps under this name."""
     if file.get("olmo2.attention.sliding_window", int, 0):
         raise BaseModelError(
             what=f"{file.path}: an OLMo 3 with windows",
@@ -27,6 +29,7 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
 
 
 def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
+    """What llama.cpp would compute otherwise than this config says, or None."""
     return "its tied head, which it does not read" if config.tie_word_embeddings else None
 
 

@@ -11,11 +11,13 @@ from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """A window of null is none; q, k, v and gate, up are stored as one matrix each."""
     require_act(config, "hidden_act", "silu")
     return ModelConfig(model_type="phi3", **hf_dimensions(config), sliding_window=optional_window(config))
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """A stated window of 0 is none."""
     window = file.get("phi3.attention.sliding_window", int, 0)  # zero in Phi-4's, which has none
     return ModelConfig(model_type="phi3", **gguf_dimensions(file), sliding_window=window or None)
 

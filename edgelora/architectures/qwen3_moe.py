@@ -19,6 +19,7 @@ from edgelora.files.gguf import GGUFFile
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Raises BaseModelError if some layers have no experts, which llama.cpp cannot run."""
     require_act(config, "hidden_act", "silu")
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise BaseModelError(
@@ -38,12 +39,14 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """Experts in every layer, their chosen weights made to sum to one: llama.cpp knows no other."""
     return ModelConfig(
         model_type="qwen3_moe", **gguf_dimensions(file), **gguf_experts(file, width="expert_feed_forward_length")
     )
 
 
 def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
+    """What llama.cpp would compute otherwise than this config says, or None."""
     return None if config.norm_topk_prob else "the weights of the chosen experts, which it makes sum to one"
 
 

@@ -136,6 +136,7 @@ def _epsilon(file: GGUFFile) -> float:
 
 
 def check_heads(dims: Mapping[str, Any], where: str) -> None:
+    """Raises BaseModelError, naming `where` it stands, for heads that cannot be grouped or rotated."""
     heads, kv_heads, head_dim = (dims[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     if head_dim < 2 or head_dim % 2 or kv_heads < 1 or heads % kv_heads:
         raise BaseModelError(

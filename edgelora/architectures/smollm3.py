@@ -21,6 +21,7 @@ PERIOD_IN_LLAMA_CPP = 4
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """`no_rope_layers` has a 1 where a layer does rotate. Raises BaseModelError if it does not speak of every layer."""
     require_act(config, "hidden_act", "silu")
     dims = hf_dimensions({"num_key_value_heads": 4, "tie_word_embeddings": True, **config}, theta=2e6)
     layers = dims["num_hidden_layers"]
@@ -45,6 +46,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def read_gguf(file: GGUFFile) -> ModelConfig:
+    """Which layers rotate is not stored: all but every fourth, as llama.cpp has it."""
     dims = gguf_dimensions(file)
     return ModelConfig(
         model_type="smollm3", **dims, layers_without_rope=_without_rope_in_llama_cpp(dims["num_hidden_layers"])
@@ -56,6 +58,7 @@ def _without_rope_in_llama_cpp(layers: int) -> tuple[int, ...]:
 
 
 def otherwise_in_llama_cpp(config: ModelConfig) -> str | None:
+    """What llama.cpp would compute otherwise than this config says, or None."""
     same = config.layers_without_rope == _without_rope_in_llama_cpp(config.num_hidden_layers)
     return None if same else "the layers that do not rotate, for which it takes every fourth"
 

@@ -129,6 +129,7 @@ def worth_a_thread(kind: Type) -> int:
 
 
 def row_bytes(kind: Type, columns: int) -> int:
+    """Bytes of a row of `columns` weights, which must be whole blocks."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     return columns // block * block_bytes
 

@@ -24,6 +24,7 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @cache
 def cores() -> int:
+    """How many this process may run on; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 

@@ -109,6 +109,7 @@ class JsonLines:
 
 
 def listener(as_json: bool) -> Display | JsonLines:
+    """Who draws what a command does: for programs, or for people."""
     return JsonLines() if as_json else Display()
 
 

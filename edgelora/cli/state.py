@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 @dataclass
 class State:
+    """What was said before the name of the command."""
+
     debug: bool = False
 
 

@@ -18,12 +18,16 @@ SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 class AddedToken(BaseModel):
+    """A token beside the model's own, as added_tokens_decoder has it: its id is the key."""
+
     content: str
     special: bool = False
     rstrip: bool = False
 
 
 class NumberedToken(AddedToken):
+    """The same as tokenizer.json has it."""
+
     id: NonNegativeInt
 
 
@@ -32,6 +36,8 @@ class _AddedIds(RootModel[dict[str, NonNegativeInt]]):
 
 
 class BPE(BaseModel):
+    """`model` of a tokenizer.json: the one kind that is read. `dropout` and affixes must be absent."""
+
     type: Literal["BPE"] = "BPE"  # older files do not say it; no other model has a vocab and merges
     vocab: dict[str, NonNegativeInt]
     merges: list[str] | list[tuple[str, str]]
@@ -49,6 +55,8 @@ class BPE(BaseModel):
 
 
 class TokenizerJson(BaseModel):
+    """tokenizer.json, as far as it is read."""
+
     model: BPE
     added_tokens: list[NumberedToken] = []
     normalizer: dict[str, Any] | None = None
@@ -92,6 +100,8 @@ class SpecialTokens(BaseModel):
 
 
 class TokenizerConfig(SpecialTokens):
+    """tokenizer_config.json, as far as it is read."""
+
     added_tokens_decoder: dict[NonNegativeInt, AddedToken] = {}
     add_bos_token: bool | None = None
     add_eos_token: bool | None = None

@@ -33,6 +33,7 @@ class Rotary(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (…, head_dim) with its first 2·cos.shape[-1] columns rotated by halves, as HF does; in x's dtype."""
     rotated, wide = 2 * cos.shape[-1], x.to(cos.dtype)  # a product rounded to bfloat16 before its sum would lose much
     first, second = wide[..., :rotated].chunk(2, dim=-1)
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)

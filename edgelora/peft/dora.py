@@ -49,4 +49,5 @@ def row_lengths(weight: Weight, squares: Tensor, a: Tensor, b: Tensor, scale: fl
 
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> DoraDelta:
+    """Magnitudes are those of the frozen rows: it does nothing yet (arXiv:2402.09353, section 4)."""
     return DoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / rank, None, weight)

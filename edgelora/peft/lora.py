@@ -33,4 +33,5 @@ def fresh_pair(shape: tuple[int, int], rank: int, generator: torch.Generator) ->
 
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
+    """A as torch initialises a linear, B zero: it does nothing yet (arXiv:2106.09685, section 4.1). Scaled by α/r."""
     return LoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / rank)

@@ -11,4 +11,5 @@ from edgelora.peft.lora import LoraDelta, fresh_pair
 
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> LoraDelta:
+    """As a LoRA, scaled by α/√r (arXiv:2312.03732)."""
     return LoraDelta(*fresh_pair(weight.shape, rank, generator), alpha / math.sqrt(rank))

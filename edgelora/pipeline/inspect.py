@@ -57,6 +57,8 @@ WIDE = re.compile(r"Q\d_K|TQ|IQ(?!4_NL)")
 
 @dataclass(frozen=True)
 class Weights:
+    """What the weights of a base take, and how they are stored."""
+
     size_bytes: int
     files: int
     quant: str
@@ -68,6 +70,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Shape:
+    """Which model a base is: its family, dimensions and positions."""
+
     model_type: str | None
     """As in config.json; None for the GGUF of a family that is not known."""
     gguf_architecture: str | None

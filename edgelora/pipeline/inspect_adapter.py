@@ -51,6 +51,7 @@ class AdapterFacts:
 
 
 def is_adapter(file: GGUFFile) -> bool:
+    """Whether a GGUF is an adapter, by what it says or what is in it."""
     return stated(file, "general.type", str) == "adapter" or any(name.endswith(".lora_a") for name in file.tensors)
 
 
@@ -88,6 +89,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
 
 
 def gguf_adapter(file: GGUFFile) -> AdapterFacts:
+    """The facts of an adapter's GGUF, and its faults among them: it raises for none."""
     shapes = {name: info.shape for name, info in file.tensors.items()}
     linears = _linears(shapes, "lora_a", "lora_b")
     faults, contract = [], None

@@ -111,6 +111,7 @@ class TokenizerFacts:
 
 
 def tokenizer_facts(t: Tokenizer) -> TokenizerFacts:
+    """What a tokenizer is and adds, with the tokens that end a turn."""
     return TokenizerFacts(
         t.vocabulary.model, t.vocabulary.pre, len(t.tokens),
         special={name: (i, t.tokens[i]) for name, i in t.ids.items()},

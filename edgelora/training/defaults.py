@@ -15,6 +15,8 @@ SMALL, LARGE = 1e9, 14e9  # weights; QLoRA's border is "larger than 13B", and mo
 
 
 class Rate(NamedTuple):
+    """A learning rate, or the share that is left of one; `why` is "" where there is nothing to say."""
+
     value: float
     why: str
 

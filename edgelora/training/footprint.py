@@ -107,6 +107,7 @@ class Footprint:
 
 
 def stored_bytes(shape: Shape, kind: Type) -> int:
+    """Of a matrix as a file stores it."""
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     return prod(shape) // per_block * block_bytes
 
@@ -220,6 +221,7 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
 
 
 def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
+    """Of the logits of as many rows as the fused loss has at once (`nn/loss.py`), whatever the micro-batch."""
     vocabulary = model.head[0][0]
     rows = max(1, min(tokens, LOGITS // vocabulary))
     capped = 2 if model.config.final_logit_softcapping is not None else 1

@@ -68,6 +68,7 @@ class Interrupt:
 
 
 def now(asked: signal.Signals) -> NoReturn:
+    """Stop here, as Python would by itself: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
     if asked is signal.SIGTERM:
         raise SystemExit(128 + asked)
     raise KeyboardInterrupt

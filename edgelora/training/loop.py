@@ -134,6 +134,7 @@ class NotFinite(EdgeloraError):
 
 
 def not_finite(when: str, learning_rate: float | None) -> NotFinite:
+    """The error of a run that learns nothing, with a learning rate to try."""
     return NotFinite(
         what=f"the loss was not a finite number {when}",
         why="the learning rate is too high for this model, or the base holds broken weights",

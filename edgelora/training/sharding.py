@@ -181,6 +181,7 @@ def frozen(layer: nn.Module) -> Iterator[Weight]:
 
 
 def replace_frozen(layer: nn.Module, weights: Sequence[Weight]) -> None:
+    """Put `weights` in the places of a layer's matrices, in the order of `frozen`."""
     new = iter(weights)
     for module in layer.modules():
         if isinstance(module, Linear):

@@ -79,6 +79,7 @@ class MeteredContext(Context):
 
 
 def meter_of(context: Context) -> Meter:
+    """The meter of the rendering that this context belongs to."""
     assert isinstance(context, MeteredContext), "the sandbox makes no other contexts"
     return context.meter
 

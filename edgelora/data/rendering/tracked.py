@@ -178,11 +178,13 @@ METHODS = frozenset({
 
 
 def check_size(characters: int) -> None:
+    """Raises LimitError for a text that a template may not make."""
     if characters > MAX_CHARACTERS:
         raise LimitError(f"a text of more than {MAX_CHARACTERS} characters")
 
 
 def check_items(items: int) -> None:
+    """Raises LimitError for a list that a template may not make."""
     if items > MAX_ITEMS:
         raise LimitError(f"a list of more than {MAX_ITEMS} items")
 
@@ -193,10 +195,12 @@ def origin_of(text: str) -> str:
 
 
 def tracked(text: str) -> Tracked:
+    """The text with its origin; the template's own, where none is known."""
     return text if type(text) is Tracked else Tracked(text, TEMPLATES_OWN * len(text))
 
 
 def joined(*parts: str, between: str = "") -> str:
+    """`parts` with `between` between them, each character with its origin. Raises LimitError."""
     check_items(len(parts))
     check_size(sum(map(len, parts)) + len(between) * max(len(parts) - 1, 0))
     text = str.join(between, parts)
