@@ -157,7 +157,7 @@ class TrainConfig(BaseModel):
     patience: int | None = Field(None, ge=1)
     """Stop after this many measurements without a better held-out loss."""
     samples: tuple[str, ...] = ()
-    """Prompts that are answered at each measurement, to be read; always the likeliest token, so that answers compare."""
+    """Prompts that are answered at each measurement, to be read: greedily, always the likeliest token."""
     save_every: int | None = Field(None, ge=1)
     """Steps between two checkpoints. None: every 100, and at each measurement."""
     keep_checkpoints: int = Field(2, ge=1)
