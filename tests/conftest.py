@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,34 @@ def transformers_model() -> Callable[[TinyModel], Any]:
         return model
 
     return make
+
+
+@pytest.fixture
+def at_first_step() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`at_first_step(command, metrics, **options)`: a training's process, given back once its first step stands in
+    `metrics`. It is ended behind the test, with what it has started. options: those of Popen."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: Sequence[str], metrics: Path, **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+        started.append(process)
+        deadline = time.monotonic() + 100
+        while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()  # not killed: torchrun and a sweep end their own processes
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,27 +322,16 @@ def test_a_sweep_that_died_anywhere_goes_on(settings, swept, tmp_path, moment):
     assert decided(out) == decided(swept)
 
 
-def start(settings: Callable[..., TrainConfig], out: Path, *more: str) -> subprocess.Popen[str]:
-    config = settings(out)
-    words = [str(config.base), str(config.data[0].path), "--sweep", *WORDS, "--valid", str(config.valid)]
-    words += ["--out", str(out), "--batch-rows", "4", "--micro-batch-tokens", "256", "--eval-every", "2", *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "edgelora", "train", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("number", "code", "group"), [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False)])
-def test_a_signal_leaves_what_is_done_and_says_how_to_go_on(settings, tmp_path, number, code, group):
+def test_a_signal_leaves_what_is_done_and_says_how_to_go_on(settings, at_first_step, tmp_path, number, code, group):
     """Ctrl-C in a terminal reaches every process of its group, a polite kill the parent alone."""
     out = tmp_path / "mine"
-    process = start(settings, out, "--epochs", "500", "--warmup-steps", "2")
+    config = settings(out)
+    words = [str(config.base), str(config.data[0].path), "--sweep", *WORDS, "--valid", str(config.valid)]
+    words += ["--out", str(out), "--batch-rows", "4", "--micro-batch-tokens", "256", "--eval-every", "2"]
+    words += ["--epochs", "500", "--warmup-steps", "2"]
     metrics = out.with_name("mine.sweep") / "rank=2,lr=1e-05.run" / "metrics.jsonl"
-    deadline = time.monotonic() + 100
-    while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = at_first_step([sys.executable, "-m", "edgelora", "train", *words], metrics, start_new_session=True)
     (os.killpg if group else os.kill)(process.pid, number)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == code, talk
@@ -354,6 +342,28 @@ def test_a_signal_leaves_what_is_done_and_says_how_to_go_on(settings, tmp_path, 
     words = shlex.split(command[command.index("edgelora") :])
     assert [words[i + 1] for i, word in enumerate(words) if word == "--sweep"] == WORDS
     assert run([*words[1:], "--print-config"]) == 0  # the command as it is printed can be given
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_second_signal_says_what_stands(settings, again, tmp_path, monkeypatch, capsys, stop, code):
+    def stopped(*_):
+        raise stop
+
+    monkeypatch.setattr("edgelora.pipeline.sweep.successive_halving", stopped)
+    for out, more in ((again, ["--resume"]), (tmp_path / "none", [])):
+        config = settings(out)
+        line = ["train", str(config.base), str(config.data[0].path), "--sweep", *WORDS, "--out", str(out), *more]
+        if not more:
+            monkeypatch.setattr("edgelora.pipeline.sweep.trials_of", stopped)  # before anything is written
+        assert run([*line, "--valid", str(config.valid)]) == code
+        what, why, fix = capsys.readouterr().err.splitlines()[-3:]
+        assert why == ("  why: Ctrl-C" if code == 130 else "  why: the signal SIGTERM")
+        if more:
+            assert what == f"stopped at once; what the trials had saved by then is in {out}.sweep"
+            assert fix.startswith("  fix: go on with: ")
+            assert fix.endswith("--sweep rank=2,4 --sweep lr=1e-5,5e-3 --resume")
+        else:
+            assert (what, fix) == ("stopped at once: nothing was saved", "  fix: give the same command again")
 
 
 def test_what_may_not_change_when_a_sweep_goes_on(settings, again):

@@ -33,10 +33,13 @@ def sweep(config: TrainConfig, words: Sequence[str], as_json: bool) -> None:
     """Run it, and print the ranking."""
     from edgelora.cli.display import listener
     from edgelora.invocation import command
-    from edgelora.pipeline.sweep import Listeners, as_row, run_sweep
+    from edgelora.pipeline.sweep import Listeners, as_row, at_once, run_sweep
 
     with listener(as_json) as display:
-        found = run_sweep(config, words, Listeners(display.show, display.say, display.note))
+        try:
+            found = run_sweep(config, words, Listeners(display.show, display.say, display.note))
+        except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first trial
+            raise at_once(config, words, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
         display.say(f"{found.out}: the adapter of {found.standings[0].trial.name}; all trials are in {found.folder}")
         display.say("next: " + command("export", config.base, found.out, "--out", Path(f"{found.out}.gguf")))
     if as_json:

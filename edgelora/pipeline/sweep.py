@@ -165,6 +165,17 @@ class _Runner:
             )
 
 
+def at_once(config: TrainConfig, words: Sequence[str], exit_code: int = 130) -> Stopped:
+    """What a second signal left, or one before the first trial: what its trials had saved, or nothing."""
+    why, folder = "Ctrl-C" if exit_code == 130 else "the signal SIGTERM", SweepFolder(config.out)
+    if not folder.record.exists():
+        return Stopped("stopped at once: nothing was saved", why, "give the same command again", exit_code)
+    return Stopped(
+        f"stopped at once; what the trials had saved by then is in {folder.path}", why,
+        f"go on with: {_again(config, words)}", exit_code,
+    )  # fmt: skip
+
+
 def train_to(config: TrainConfig, share: float, on_progress: OnProgress) -> Leg:
     """Train until the first held-out loss at or behind `share` of the run, from where it stands. Runs in a child."""
     os.setpgid(0, 0)  # Ctrl-C reaches a whole group: the parent alone shall hear it, and hands it on once
