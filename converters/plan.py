@@ -12,6 +12,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from converters.quant_types import QUANT_TYPES, parse_tensor_type, tensor_bytes
 from converters.quantize import dry_run
 from edgelora.errors import ConfigError, ExportError, FileFormatError
 from edgelora.files.atomic import write_text
-from edgelora.files.gguf import GGUFFile, TensorInfo
+from edgelora.files.gguf import TensorInfo
+from edgelora.files.split import open_gguf
 
 Type = GGMLQuantizationType
 
@@ -113,6 +115,14 @@ class Plan:
             f"{_either(columns)}, no multiple of {_either(blocks)}: {moves}"
         ]
 
+    def by_type(self) -> dict[Type, tuple[int, int, int]]:
+        """(tensors, weights, bytes) of each type, the largest share first."""
+        found: dict[Type, tuple[int, int, int]] = {}
+        for t in self.tensors:
+            n, weights, size = found.get(t.type, (0, 0, 0))
+            found[t.type] = n + 1, weights + prod(t.shape), size + t.size_bytes
+        return dict(sorted(found.items(), key=lambda entry: -entry[1][2]))
+
     def with_types(self, types: Mapping[str, Type]) -> Plan:
         """This plan with other types for some tensors. Raises KeyError for a tensor that it does not have."""
         if strangers := types.keys() - self.types.keys():
@@ -130,9 +140,9 @@ def plan_types(source: Path, options: QuantizeOptions, keys: Mapping[str, str | 
     keys: metadata that will be added to the file; they count in its size.
     Raises ConfigError for options that cannot be, ExportError with llama.cpp's last words.
     """
-    file = GGUFFile(source)
+    file = open_gguf(source)
     check_options(options, file.tensors)
-    tensors = tuple(_planned(dry_run(source, options), file.tensors))
+    tensors = tuple(_planned(dry_run(file.path, options), file.tensors))
     if {t.name for t in tensors} != file.tensors.keys():
         raise ExportError(
             what=f"{source}: llama.cpp planned {len(tensors)} of its {len(file.tensors)} tensors",

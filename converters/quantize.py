@@ -1,31 +1,42 @@
-"""A GGUF → a smaller GGUF through llama.cpp's own quantizer, in a child process of ours.
+"""A GGUF → a smaller GGUF: by llama.cpp's own quantizer, or by a plan with ggml's kernels; both write the same bytes.
 
-`llama_model_quantize` chooses the type of each tensor, and aborts the process on some faults: the child keeps that away
-from the caller. Its progress is llama.cpp's own log.
+Both work in a child process of ours: llama.cpp and ggml abort on some faults, and that must not reach the caller.
+`llama_model_quantize` chooses the type of each tensor, and its progress is its own log.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 
+from converters.file_size import REWRITTEN, SPLIT_KEYS
+from converters.metadata import copy_metadata, put
+from converters.plan_check import check_importance, check_plan
 from converters.quant_types import COPY, QUANT_TYPES, parse_tensor_type
+from converters.stream import Entry, write_streamed
+from edgelora.base import ggml
 from edgelora.child import run_in_child
 from edgelora.errors import ConfigError, ExportError
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.split import open_gguf
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 if TYPE_CHECKING:
-    from converters.plan import QuantizeOptions  # plans are made through this door
+    from converters.plan import Plan, QuantizeOptions, TensorPlan  # plans are made through this door
 
 ERROR_LEVEL = 4
 MAX_KEY_BYTES = 127  # of a metadata value that llama.cpp is asked to add
-_TENSOR_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
+ELEMENTS_AT_ONCE = 1 << 22  # floats alive while weights go from one type to another
+SAFE_IN_ANY_TYPE = 32768.0  # no weight up to here gives a block a scale that fp16 does not hold
+_TENSOR_LINE = re.compile(r"\[ *(?P<n>\d+)/ *(?P<total>\d+)\] .+? +- \[(?P<shape>[\d, ]+)\], type")
 _BAD_PATTERN = re.compile(r"regex|regular expression|expression contained", re.IGNORECASE)
 
 
@@ -37,6 +48,8 @@ class _Job:
     out: Path
     options: QuantizeOptions
     keys: Mapping[str, str | int]
+    elements: int = 0
+    """Of all tensors, for the time that is left."""
     dry_run: bool = False
 
 
@@ -60,21 +73,21 @@ def write_quantized(
     keys: metadata to add, texts of at most 127 bytes. With `keep_split` the parts are `out`-00001-of-0000N.gguf.
     Raises ConfigError for a bad regular expression, ExportError with llama.cpp's last words.
     """
-    run_in_child(_quantize, _Job(source, out, options, keys or {}), on_progress=on_progress)
+    file = open_gguf(source)
+    elements = sum(info.elements for info in file.tensors.values())
+    run_in_child(_quantize, _Job(file.path, out, options, keys or {}, elements), on_progress=on_progress)
 
 
 def _quantize(job: _Job, on_progress: OnProgress) -> list[str]:
     import llama_cpp
 
-    log, pace = _Log(), Pace(0)
+    log = _Log()
+    told = _Told(job, on_progress)
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def on_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
         log.add(level, text.decode("utf-8", "replace"))
-        if (match := _TENSOR_LINE.match(log.line)) and int(match[1]) > pace.done + 1:
-            pace.total = int(match[2])
-            _, eta = pace.step(0)
-            on_progress(Progress(f"quantize {job.options.kind.upper()}", pace.done, pace.total, eta_s=eta))
+        told.follow(log.line)
 
     llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
     params, alive = _parameters(llama_cpp, job)
@@ -98,6 +111,21 @@ class _Log:
         self.lines += ended
         if level == ERROR_LEVEL and text.strip(" =\n"):
             self.errors.append(text.strip(" =\n"))
+
+
+class _Told:
+    """How far llama.cpp is: it names a tensor before it begins with it."""
+
+    def __init__(self, job: _Job, on_progress: OnProgress) -> None:
+        self.stage, self.on_progress = f"quantize {job.options.kind.upper()}", on_progress
+        self.pace, self.tensor, self.elements = Pace(job.elements), 0, 0
+
+    def follow(self, line: str) -> None:
+        match = _TENSOR_LINE.match(line)
+        if match and int(match["n"]) > self.tensor:
+            eta = self.pace.step(0, self.elements)[1] if self.elements else None
+            self.tensor, self.elements = int(match["n"]), prod(map(int, match["shape"].split(",")))
+            self.on_progress(Progress(self.stage, self.tensor - 1, int(match["total"]), eta_s=eta))
 
 
 def _parameters(llama_cpp: Any, job: _Job) -> tuple[Any, list[object]]:
@@ -150,4 +178,85 @@ def _failed(job: _Job, log: _Log) -> ConfigError | ExportError:
         what=f"{job.source}: llama.cpp could not quantize it to {job.options.kind.upper()}",
         why=why,
         fix="check that the input is a whole model and that the disk has room",
+    )
+
+
+# -- by a plan, tensor by tensor -----------------------------------------------------------------------------------
+
+
+def write_planned(
+    source: Path,
+    out: Path,
+    plan: Plan,
+    imatrix: Mapping[str, np.ndarray] | None = None,
+    on_progress: OnProgress = silent,
+    keys: Mapping[str, str | int] | None = None,
+) -> None:
+    """Quantize `source` to `out` (a staged path), each tensor to the type that `plan` says.
+
+    The bytes are those of `write_quantized` where the types are the same, and of the whole file with the same `keys`.
+    imatrix: by tensor, float32 (n_matrices * columns,). A few rows at a time are floats.
+    Raises ConfigError if the plan is for another model; ExportError for importance that is missing or does not fit, and
+    for a weight that is no number or does not fit into its type.
+    """
+    run_in_child(_write_planned, source, out, plan, imatrix, keys or {}, on_progress=on_progress)
+
+
+def _write_planned(
+    source: Path,
+    out: Path,
+    plan: Plan,
+    imatrix: Mapping[str, np.ndarray] | None,
+    keys: Mapping[str, str | int],
+    on_progress: OnProgress,
+) -> None:
+    file = open_gguf(source)
+    check_plan(plan, file.tensors)
+    check_importance(plan, imatrix)
+    writer = gguf.GGUFWriter(out, file.architecture)
+    file_type = QUANT_TYPES[plan.kind]
+    if plan.kind == COPY:
+        file_type = file.get("general.file_type", int, file_type)
+    copy_metadata(file, writer, leave_out=(*REWRITTEN, *SPLIT_KEYS))
+    # llama.cpp, too, writes at the end what it states anew
+    put(writer, dict(zip(REWRITTEN, (gguf.GGML_QUANT_VERSION, file_type), strict=True)) | dict(keys))
+    tensors = {t.name: t for t in plan.tensors}
+    entries = {name: Entry(t.shape, t.type) for name, t in tensors.items()}
+
+    def rows_of(name: str) -> Iterator[np.ndarray]:
+        yield from _rows(file, tensors[name], (imatrix or {}).get(name))
+        file.forget(name)
+
+    write_streamed(writer, entries, rows_of, f"quantize {plan.kind}", on_progress)
+
+
+def _rows(file: GGUFFile, tensor: TensorPlan, importance: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The rows of a tensor as its planned type, some at a time and never of two experts."""
+    rows, columns = file.rows(tensor.name), tensor.shape[-1]
+    if tensor.type == tensor.source:
+        yield rows
+        return
+    height = tensor.shape[-2]
+    hints = [None] * (len(rows) // height) if importance is None else importance.reshape(-1, columns)
+    step = max(1, ELEMENTS_AT_ONCE // columns)
+    for matrix, hint in enumerate(hints):
+        for first in range(matrix * height, (matrix + 1) * height, step):
+            part = rows[first : min(first + step, (matrix + 1) * height)]
+            yield _quantized(tensor, ggml.dequantize(part, tensor.source, columns), hint)
+
+
+def _quantized(tensor: TensorPlan, weights: np.ndarray, hint: np.ndarray | None) -> np.ndarray:
+    """float32 (n, columns) as rows of the planned type."""
+    largest = float(np.abs(weights).max())
+    if largest <= SAFE_IN_ANY_TYPE:
+        return ggml.quantize(weights, tensor.type, hint)
+    with np.errstate(over="ignore"):
+        rows = ggml.quantize(weights, tensor.type, hint) if np.isfinite(largest) else None
+    if rows is not None and np.isfinite(ggml.dequantize(rows, tensor.type, weights.shape[1])).all():
+        return rows
+    raise ExportError(
+        what=f"{tensor.name}: a weight "
+        + ("is not a number" if rows is None else f"does not fit into {tensor.type.name}"),
+        why=f"F16, and the scales of blocks, end at 65504; the largest weight is {largest:.3g}",
+        fix="quantize from another file of this model, or plan F32 or BF16 for this tensor",
     )

@@ -27,7 +27,7 @@ from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.inspect import DIMENSIONS, inspect
 from edgelora.pipeline.inspect_facts import shares, template_facts
-from edgelora.pipeline.merge import quantize
+from edgelora.pipeline.quantize import quantize
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 DATA = [{"name": "train.jsonl", "rows": 924, "weight": 1.0}, {"name": "more.jsonl", "rows": 7, "weight": 0.5}]

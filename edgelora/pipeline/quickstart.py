@@ -23,7 +23,8 @@ from edgelora.home import example, models_folder
 from edgelora.invocation import command, short
 from edgelora.pipeline.evaluate import Cell, evaluate
 from edgelora.pipeline.export import Certificate, export
-from edgelora.pipeline.merge import merge, quantize
+from edgelora.pipeline.merge import merge
+from edgelora.pipeline.quantize import quantize
 from edgelora.progress import OnProgress, silent
 from edgelora.training.run import Run, run_training
 from edgelora.versions import versions

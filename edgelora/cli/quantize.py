@@ -1,0 +1,133 @@
+"""`edgelora quantize`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgelora.cli.arguments import Json, Overwrite
+
+if TYPE_CHECKING:
+    from edgelora.pipeline.quantize import Quantized
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="A whole GGUF model: F16, BF16 or F32.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Argument(help="The file to write; left out with --dry-run.", show_default=False)
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="TYPE", help="Such as Q4_K_M, or what the plan says.", show_default=False)
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=TYPE",
+            help="The type of tensors in whose name REGEX is found; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    output_type: Annotated[str | None, typer.Option(help="The type of output.weight.", show_default=False)] = None,
+    embedding_type: Annotated[
+        str | None, typer.Option(help="The type of token_embd.weight.", show_default=False)
+    ] = None,
+    pure: Annotated[bool, typer.Option("--pure", help="All tensors the same type, no mixture.")] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix, as `edgelora imatrix` writes it.", show_default=False)
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The type of each tensor, as --save-plan wrote it.", show_default=False)
+    ] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan here, to edit.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show types and size, and write nothing.")] = False,
+    keep_split: Annotated[
+        bool, typer.Option("--keep-split", help="Write a folder of as many parts as the source has.")
+    ] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take a source that is quantized already.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a GGUF to any of llama.cpp's types, with its own choice for each tensor or yours.
+
+    Example: `edgelora quantize mine-F16.gguf mine-Q4_K_M.gguf Q4_K_M`
+    """
+    from edgelora.cli.display import Display
+    from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of
+    from edgelora.pipeline.quantize import quantize as run
+
+    settings = QuantizeSettings(
+        tuple(map(_override, tensor_type or ())), output_type, embedding_type, pure, keep_split, imatrix, plan,
+        allow_requantize, plain,
+    )  # fmt: skip
+    target, quant = _places(out, kind, dry_run=dry_run, planned=plan is not None)
+    with Display() as display:
+        if target is None:
+            done = dry_run_of(source, quant, settings, save_plan=save_plan, overwrite=overwrite)
+        else:
+            done = run(
+                source, target, quant, settings, save_plan=save_plan, overwrite=overwrite, on_progress=display.show
+            )
+            display.say(f"{target}: {done.plan.kind}, {done.size_bytes / 1e6:.1f} MB")
+        for note in done.notes:
+            display.note(note)
+    if as_json:
+        print(json.dumps(_as_json(done, target)))
+    elif target is None:
+        _draw(done)
+
+
+def _places(out: Path | None, kind: str | None, *, dry_run: bool, planned: bool) -> tuple[Path | None, str | None]:
+    """Where to write (None: nowhere) and the type: `IN TYPE --dry-run` names no file, `--plan FILE` no type."""
+    if dry_run and kind is None and out is not None and not planned:
+        out, kind = None, str(out)
+    if kind is None and not planned:
+        raise typer.BadParameter("name one, such as Q4_K_M", param_hint="TYPE")
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the file to write", param_hint="OUT")
+    return None if dry_run else out, kind
+
+
+def _override(text: str) -> tuple[str, str]:
+    """`attn_v\\.weight=Q8_0` → (pattern, type). The pattern may hold `=`, the type does not."""
+    pattern, equals, kind = text.rpartition("=")
+    if not equals or not pattern or not kind:
+        raise typer.BadParameter(f"{text} is not REGEX=TYPE, such as attn_v=Q8_0", param_hint="--tensor-type")
+    return pattern, kind
+
+
+def _as_json(done: Quantized, target: Path | None) -> dict[str, Any]:
+    types = {
+        kind.name: {"tensors": n, "weights": weights, "size_bytes": size}
+        for kind, (n, weights, size) in done.plan.by_type().items()
+    }
+    return {
+        "out": None if target is None else str(target), "type": done.plan.kind, "size_bytes": done.size_bytes,
+        "types": types, "notes": done.notes,
+    }  # fmt: skip
+
+
+def _draw(done: Quantized) -> None:
+    """The plan as a table on stdout: how much there is of each type."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from edgelora.cli.display import output
+
+    table = Table("type", "tensors", "weights", "bits each", "size", box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    found = done.plan.by_type()
+    everything = tuple(map(sum, zip(*found.values(), strict=True)))
+    for name, (n, weights, size) in [*((k.name, row) for k, row in found.items()), ("in all", everything)]:
+        table.add_row(name, f"{n:,}", f"{weights:,}", f"{8 * size / weights:.2f}", f"{size / 1e6:.1f} MB")
+    console = output()
+    console.print(table)
+    console.print(f"{done.plan.kind}: the file will have {done.size_bytes:,} bytes", soft_wrap=True)
