@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -314,6 +316,30 @@ def test_labels_are_smoothed_while_learning_only(make):
     )
     assert losses(smooth) != losses(plain)
     assert held_out_losses(smooth)[0] == held_out_losses(plain)[0]
+
+
+class NoFloat64(TorchDispatchMode):
+    """In here nothing on a device makes a tensor of 64-bit floats, which MPS does not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [part for part in tree_leaves(out) if isinstance(part, torch.Tensor)]
+        assert all(part.dtype != torch.float64 for part in made), func
+        return out
+
+
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [*((name, "adamw") for name in get_args(Objective)), ("sft", "lion"), ("sft", "adafactor")],
+)
+def test_a_step_needs_no_float64(make, objective, optimizer):
+    run = make(
+        rows_of(objective), held_out=rows_of(objective, 2), objective=objective, optimizer=optimizer, batch_rows=4,
+        neftune_alpha=5.0, ema_decay=0.9,
+    )  # fmt: skip
+    with NoFloat64():
+        trained(run)
+    assert losses(run)
 
 
 # -- numbers that are not finite ----------------------------------------------------------------------------------

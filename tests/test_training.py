@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from pydantic import ValidationError
 from torch.nn import functional as F
 
+import edgelora
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
@@ -28,6 +29,7 @@ from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.objectives.objective import held_out
 from edgelora.training.run import run_training
+from edgelora.versions import revision
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ["adapter_config.json", "adapter_model.safetensors", "edgelora.json"]
@@ -60,7 +62,7 @@ def settings(make_tiny, data):
 def ran(settings, tmp_path_factory):
     """(run, events, config) of one whole run."""
     config, events = settings(tmp_path_factory.mktemp("run") / "adapter"), []
-    return run_training(config, events.append), events, config
+    return edgelora.train(config, on_progress=events.append), events, config
 
 
 @pytest.fixture
@@ -167,6 +169,11 @@ def test_run_json_says_what_was_asked_chosen_and_reached(ran):
     assert (facts["result"]["steps"], facts["result"]["adapter_of_step"]) == (6, 6)
     assert facts["result"]["held_out_loss"] == run.held_out_loss
     assert {"edgelora", "torch"} <= facts["versions"].keys()
+    assert facts["revision"] == revision()
+    assert all(len(facts["digests"][name]) == 64 for name in ("base", "rows", "held-out rows"))
+    assert (settled.seed, settled.device) == (0, facts["choices"]["device"]["value"])
+    assert facts["result"]["peak_bytes"] == run.peak_bytes > 0
+    assert facts["result"]["seconds"] == round(run.seconds, 1) > 0
 
 
 def test_the_contract_says_what_was_trained_on_what(ran, data):

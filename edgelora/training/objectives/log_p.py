@@ -54,7 +54,7 @@ def answer_tokens(batch: Batch) -> np.ndarray:
     if batch.weights is None:
         return np.diff(borders)
     sums = np.append(0, np.cumsum(batch.weights[learned(batch)], dtype=np.float64))
-    return np.diff(sums[borders])
+    return np.diff(sums[borders]).astype(np.float32)  # MPS has no float64
 
 
 def log_ratios(decoder: Decoder, batch: Batch) -> tuple[Tensor, Answers]:
