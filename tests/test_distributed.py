@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,8 @@ def test_two_processes_train_as_one(settings, tmp_path, way):
         assert b.tokens == a.tokens
         for name in ("loss", "held_out_loss", "grad_norm"):
             assert getattr(b, name) == pytest.approx(getattr(a, name), abs=CLOSE), (b.step, name)
+        for name in ("numbers", "held_out_numbers"):  # of two whose micro-batches each has a part of
+            assert dict(getattr(b, name)) == pytest.approx(dict(getattr(a, name)), rel=1e-3, abs=CLOSE), (b.step, name)
     assert abs(one[-1].loss - one[1].loss) > 100 * CLOSE  # it did learn something
     ours, theirs = tensors(shared.out), tensors(alone.out)
     assert ours.keys() == theirs.keys()
@@ -150,28 +152,15 @@ def test_torchrun_with_one_process_changes_no_bit(settings, tmp_path):
 
 
 @pytest.fixture
-def child(settings, tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Path]]]:
+def child(settings, at_first_step, tmp_path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
     """`child(**changes)`: a long run in two processes, given back when its first step is done, and its `--out`."""
-    started: list[subprocess.Popen[str]] = []
 
     def start(**changes: Any) -> tuple[subprocess.Popen[str], Path]:
         out = tmp_path / "mine"
         words = command(settings(out, max_steps=2000, epochs=1000, **changes))
-        process = subprocess.Popen(
-            torchrun(2, "-m", "edgelora", *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        metrics, deadline = run_folder(out) / "metrics.jsonl", time.monotonic() + 60
-        while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return process, out
+        return at_first_step(torchrun(2, "-m", "edgelora", *words), run_folder(out) / "metrics.jsonl"), out
 
-    yield start
-    for process in started:
-        process.terminate()  # it ends its own processes
-        process.communicate()
+    return start
 
 
 def workers(process: subprocess.Popen[str]) -> dict[int, int]:
