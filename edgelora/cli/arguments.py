@@ -17,6 +17,10 @@ Base = Annotated[
 Out = Annotated[Path, typer.Option(help="Where the result goes.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+CheckData = Annotated[
+    Path | None, typer.Option("--data", help="Rows to check with; a few built-in ones without it.", show_default=False)
+]
+CheckRows = Annotated[int, typer.Option("--check-rows", min=1, help="How many rows of --data are compared.")]
 Unverified = Annotated[
     bool, typer.Option("--allow-unverified-base", help="Accept an adapter that does not name its base.")
 ]

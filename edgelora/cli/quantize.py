@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgelora.cli.arguments import Json, Overwrite
+from edgelora.cli.arguments import CheckData, CheckRows, Json, Overwrite
 
 if TYPE_CHECKING:
     from edgelora.pipeline.quantize import Quantized
@@ -52,6 +52,8 @@ def quantize(
     plain: Annotated[
         bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")
     ] = False,
+    data: CheckData = None,
+    check_rows: CheckRows = 64,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +67,7 @@ def quantize(
 
     settings = QuantizeSettings(
         tuple(map(_override, tensor_type or ())), output_type, embedding_type, pure, keep_split, imatrix, plan,
-        allow_requantize, plain,
+        allow_requantize, plain, data, check_rows,
     )  # fmt: skip
     target, quant = _places(out, kind, dry_run=dry_run, planned=plan is not None)
     with Display() as display:
@@ -76,6 +78,8 @@ def quantize(
                 source, target, quant, settings, save_plan=save_plan, overwrite=overwrite, on_progress=display.show
             )
             display.say(f"{target}: {done.plan.kind}, {done.size_bytes / 1e6:.1f} MB")
+            if done.certificate is not None:
+                display.say(done.certificate.sentence)
         for note in done.notes:
             display.note(note)
     if as_json:
@@ -111,6 +115,7 @@ def _as_json(done: Quantized, target: Path | None) -> dict[str, Any]:
     return {
         "out": None if target is None else str(target), "type": done.plan.kind, "size_bytes": done.size_bytes,
         "types": types, "notes": done.notes,
+        "certificate": None if done.certificate is None else done.certificate.as_dict(),
     }  # fmt: skip
 
 

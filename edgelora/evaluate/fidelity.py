@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,8 +28,14 @@ class Fidelity:
     same_top: float
     worst_flip_nats: float
 
+    @property
+    def same_top_error(self) -> float:
+        """Standard error of `same_top`, positions taken as independent (as llama-perplexity has it)."""
+        return math.sqrt(self.same_top * (1 - self.same_top) / max(self.n_tokens - 1, 1))
+
     def as_dict(self) -> dict[str, Any]:
-        return {k: round(v, 8) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        values = {**asdict(self), "same_top_error": self.same_top_error}
+        return {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

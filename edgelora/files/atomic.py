@@ -6,6 +6,7 @@ Knows nothing of what is written.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -59,7 +60,7 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
     refuse_existing(path, overwrite, folder=folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{path.name}-", dir=path.parent))
+        room, lock = _own_room(path)
     except OSError as e:
         raise OutputError(
             what=f"{path}: cannot write here ({e.strerror})",
@@ -88,6 +89,19 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
     finally:
         if path.exists() or not (room / REPLACED).exists():  # else the only copy of what stood there is in `room`
             shutil.rmtree(room, ignore_errors=True)
+        os.close(lock)
+
+
+def _own_room(path: Path) -> tuple[Path, int]:
+    """A folder beside `path` to write in, and the lock on it by which others know that its writer lives."""
+    while True:
+        room = Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{path.name}-", dir=path.parent))
+        lock = os.open(room, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a disk that knows no locks: nobody can sweep there either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if room.exists():
+            return room, lock
+        os.close(lock)  # swept in the instant before it was locked
 
 
 def _replace(draft: Path, path: Path, room: Path) -> None:
@@ -128,28 +142,44 @@ def remove(path: Path) -> None:
 
 
 def set_aside(draft: Path, path: Path) -> Path:
-    """Keep a file that must not become `path` as `path` + `.rejected`, in place of an older one; returns its path.
+    """Keep what must not become `path` as `path` + `.rejected`, in place of an older one; returns where it stands.
 
     For use in the block of `staged`. Raises OSError.
     """
     aside = path.with_name(path.name + REJECTED)
-    draft.replace(aside)
+    if os.path.lexists(aside):
+        remove(aside)
+    draft.rename(aside)
     return aside
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left of what they wrote in `folder`, or of `name` there alone; never raises.
 
-    Hold the lock of what stands there: what a living process is writing at this moment looks the same. What was moved
-    aside for a new one that did not come is put back.
+    What a living process is writing at this moment is locked, and stays; what one is removing is not: hold the lock of
+    what stands there. What was moved aside for a new one that did not come is put back.
     """
     with contextlib.suppress(OSError):
         for room in sorted(folder.iterdir()):
             found = STAGE_NAME.fullmatch(room.name)
             if found and name in (None, found["name"]):
-                with contextlib.suppress(OSError):  # the others all the same
+                with contextlib.suppress(OSError), _abandoned(room):  # the others all the same
                     _put_back(room, folder / found["name"])
                     _delete(room)
+
+
+@contextmanager
+def _abandoned(room: Path) -> Iterator[None]:
+    """Hold the lock of a room whose writer is dead. Raises OSError if it lives."""
+    if not _is_folder(room):  # moved aside to be removed: it has no lock
+        yield
+        return
+    lock = os.open(room, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _put_back(room: Path, path: Path) -> None:

@@ -8,6 +8,7 @@ the file was made from, unquantized: the price of its bits, reported and never a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +21,18 @@ from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.errors import CertificateError
 from edgelora.evaluate.thresholds import Limits, limits_of
-from edgelora.files.atomic import refuse_existing, set_aside, staged, write_text
+from edgelora.files.atomic import refuse_existing, set_aside, staged, sweep, write_text
 from edgelora.files.contract import CERTIFICATE_KEY, sha256_file
 from edgelora.files.gguf import GGUFFile, fill_reserved
+from edgelora.files.unchanged import Stamps, stamp
 from edgelora.pipeline.check_rows import rows_to_check
 from edgelora.pipeline.compare import Compared, Reference, compare
 from edgelora.progress import OnProgress, silent
 
-__all__ = ["Checked", "ModelCertificate", "Reference", "beside", "certify_model", "rows_to_check", "write_certified"]
+__all__ = [
+    "Checked", "ModelCertificate", "Output", "Reference", "beside", "certify_model", "rows_to_check", "stamp",
+    "write_certified",
+]  # fmt: skip
 
 
 class Checked(Protocol):
@@ -58,21 +63,31 @@ class ModelCertificate:
     @property
     def faults(self) -> list[str]:
         found = self.compared
-        counts = {
-            "have other token ids": found.equal_ids,
-            "are rendered otherwise by its template": found.equal_text,
-            "end their turn otherwise": found.equal_ends,
-        }
-        faults = [f"{found.n_rows - n} of {found.n_rows} rows {what}" for what, n in counts.items() if n < found.n_rows]
+        counts = (
+            ("texts have other token ids", found.equal_ids, found.n_texts),
+            ("rows are rendered otherwise by its template", found.equal_text, found.n_rows),
+            ("rows end their turn otherwise", found.equal_ends, found.n_rows),
+        )
+        faults = [f"{total - equal} of {total} {what}" for what, equal, total in counts if equal < total]
         faults += [f"llama.cpp against torch: {fault}" for fault in self.limits.faults(found.fidelity)]
         if self.floats:  # no bits to pay for: a row out of place, which the file itself cannot show, shows here
             faults += [f"against what it was made from: {fault}" for fault in self.limits.faults(found.loss)]
         return faults
 
+    @property
+    def sentence(self) -> str:
+        """Both numbers, for who waits for the file."""
+        own, loss = self.compared.fidelity, self.compared.loss
+        return (
+            f"checked on {own.n_tokens} tokens: llama.cpp computes what torch does over these weights (mean KL "
+            f"{own.kl_mean:.2g}, limit {self.limits.kl_mean:.2g}); from what they were made from it is "
+            f"{loss.kl_mean:.2g} away, same top {loss.same_top:.1%} ± {loss.same_top_error:.1%}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         found = self.compared
         return {
-            "passed": not self.faults, "n_rows": found.n_rows, "equal_ids": found.equal_ids,
+            "passed": not self.faults, "n_texts": found.n_texts, "equal_ids": found.equal_ids, "n_rows": found.n_rows,
             "equal_text": found.equal_text, "equal_ends": found.equal_ends, "types": self.types,
             "fidelity": found.fidelity.as_dict(), "loss": found.loss.as_dict(),
             "kl_limit": self.limits.kl_mean, "same_top_limit": self.limits.same_top,
@@ -81,42 +96,61 @@ class ModelCertificate:
 
 
 def certify_model(
-    draft: Path, reference: Reference, rows: Sequence[Conversation], on_progress: OnProgress = silent
+    draft: Path, reference: Reference, rows: Sequence[Conversation] | None, on_progress: OnProgress = silent
 ) -> ModelCertificate:
-    """Compare the GGUF model at `draft` with what it was made from, in a child process."""
-    types: dict[GGMLQuantizationType, int] = {}
-    for info in GGUFFile(draft).tensors.values():
-        if len(info.shape) > 1:
-            types[info.type] = types.get(info.type, 0) + 1
+    """Compare the GGUF model at `draft` with what it was made from, in a child process.
+
+    On a few built-in conversations without `rows`.
+    """
+    types = types_of(draft)
     compared = run_in_child(compare, draft, reference, rows, on_progress=on_progress)
     return ModelCertificate({kind.name: n for kind, n in types.items()}, compared, limits_of(types))
 
 
-def write_certified(
-    out: Path, write: Callable[[Path], None], check: Callable[[Path], C], *, overwrite: bool = False, sign: bool = True
-) -> C:
-    """`write(draft)`, `check(draft)`, and only then give it the name `out`; returns the certificate.
+def types_of(model: Path) -> dict[GGMLQuantizationType, int]:
+    """How many matrices a GGUF has of each type."""
+    return dict(Counter(info.type for info in GGUFFile(model).tensors.values() if len(info.shape) > 1))
 
-    It stands in the file too, where a place is reserved for it (`sign`), and as JSON beside it. Raises CertificateError
-    if the check found faults: the file is kept aside as `out` + `.rejected`, and what stood at `out` is untouched.
+
+@dataclass(frozen=True)
+class Output:
+    """Where a result goes. `sign`: its certificate stands in the file too, where a place is reserved for it."""
+
+    path: Path
+    overwrite: bool = False
+    folder: bool = False
+    sign: bool = True
+
+
+def write_certified(out: Output, made_from: Stamps, write: Callable[[Path], object], check: Callable[[Path], C]) -> C:
+    """`write(draft)`, `check(draft)`, and only then give it its name; returns the certificate, which stands beside it.
+
+    Raises CertificateError if the check found faults: what was written is kept aside as `.rejected`. Raises
+    BaseModelError if what it is made from changed meanwhile. What stood at `out` is then untouched.
     """
-    refuse_existing(out, overwrite)
-    with staged(out, overwrite=overwrite) as draft:
+    refuse_existing(out.path, out.overwrite, folder=out.folder)
+    for path in (out.path, beside(out.path)):
+        sweep(path.absolute().parent, path.name)  # of a run that was killed
+    with staged(out.path, overwrite=out.overwrite, folder=out.folder) as draft:
         write(draft)
         certificate = check(draft)
-        if sign and CERTIFICATE_KEY in GGUFFile(draft).metadata:
+        made_from.require_unchanged()  # before its faults: they may be nothing else
+        if out.sign and not out.folder and CERTIFICATE_KEY in GGUFFile(draft).metadata:
             fill_reserved(draft, CERTIFICATE_KEY, json.dumps(certificate.as_dict()))
         if certificate.faults:
-            aside = set_aside(draft, out)
-            raise CertificateError(
-                what=f"{out}: llama.cpp does not compute with it what torch does ({'; '.join(certificate.faults)})",
-                why="the export or this build of llama.cpp is wrong for this model",
-                fix=f"please report it with the output of `edgelora doctor`; what was written is kept as {aside.name}",
-            )
-        digest, size_bytes = sha256_file(draft), draft.stat().st_size
-    statement = {"file": out.name, "size_bytes": size_bytes, "sha256": digest, **certificate.as_dict()}
-    write_text(beside(out), json.dumps(statement, indent=2) + "\n", overwrite=True)
+            raise _rejected(out.path, certificate.faults, set_aside(draft, out.path))
+        files = {file.name: sha256_file(file) for file in (sorted(draft.iterdir()) if out.folder else [draft])}
+    text = json.dumps({"files": files, **certificate.as_dict()}, indent=2)
+    write_text(beside(out.path), text + "\n", overwrite=True)
     return certificate
+
+
+def _rejected(out: Path, faults: Sequence[str], aside: Path) -> CertificateError:
+    return CertificateError(
+        what=f"{out}: llama.cpp does not compute with it what torch does ({'; '.join(faults)})",
+        why="the export or this build of llama.cpp is wrong for this model",
+        fix=f"please report it with the output of `edgelora doctor`; what was written is kept as {aside.name}",
+    )
 
 
 def beside(out: Path) -> Path:

@@ -24,7 +24,7 @@ DEFAULT_CHECK = tuple(
     )
 )
 
-# for a model that has no chat template, and for what conversations do not reach
+# their ids are compared as well; for a model without a chat template, all that is
 CHECK_TEXTS = (
     "The harbour was quiet in the early morning. A few boats lay at the pier, and an old man mended his nets without "
     "looking up. “You are late,” he said. She laughed: it was only ten past six, after all.",

@@ -14,10 +14,10 @@ from edgelora.data.conversation import Conversation
 from edgelora.data.encode import Example
 from edgelora.data.pack import IGNORE, pack
 from edgelora.device import choose_products, compute_threads, computing
-from edgelora.errors import EdgeloraError
+from edgelora.errors import DataError, EdgeloraError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.pipeline.check_rows import CHECK_TEXTS
+from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK
 from edgelora.pipeline.evaluate import context_for
 from edgelora.pipeline.tokenize import Tokenized, difference_of_chat, tokenize_chat, tokenize_text
 from edgelora.progress import OnProgress, Pace, Progress
@@ -48,18 +48,26 @@ class Reference:
 
 @dataclass(frozen=True)
 class Compared:
-    """Of `n_rows`, how many have equal ids, the same rendered text and the same end of a turn; and the two numbers."""
+    """What is equal: the ids of `n_texts`; of `n_rows`, the rendered text and the end of the turn. And two numbers."""
 
-    n_rows: int
+    n_texts: int
     equal_ids: int
+    n_rows: int
     equal_text: int
     equal_ends: int
     fidelity: Fidelity
+    """llama.cpp on the file against torch over the file's own blocks."""
     loss: Fidelity
+    """llama.cpp on the file against torch over what it was made from, unquantized."""
 
 
-def compare(draft: Path, reference: Reference, rows: Sequence[Conversation], on_progress: OnProgress) -> Compared:
-    """Hold the GGUF model at `draft` against `reference` on `rows` (texts, if it has no chat template)."""
+def compare(
+    draft: Path, reference: Reference, rows: Sequence[Conversation] | None, on_progress: OnProgress
+) -> Compared:
+    """Hold the GGUF model at `draft` against `reference` on `rows`.
+
+    Without rows on the built-in ones; on plain texts, if the model's template knows no such conversations or is none.
+    """
     import torch
 
     from edgelora.base.decoder import build_decoder
@@ -67,8 +75,9 @@ def compare(draft: Path, reference: Reference, rows: Sequence[Conversation], on_
     from runtime.engine import Engine
 
     (base, adapters), written = reference.open(), open_base(draft)
-    said = _tokenized(base, rows)
-    groups = list(_groups(_examples(said, min(written.context, TOKENS_TOGETHER))))
+    texts = [tokenize_text(base, text) for text in CHECK_TEXTS]
+    rows, chats = _chats(base, rows)
+    groups = list(_groups(_examples(chats or texts, min(written.context, TOKENS_TOGETHER))))
     longest = max(len(example) for group in groups for example in group)
     pace = Pace(2 * len(groups))
 
@@ -81,15 +90,14 @@ def compare(draft: Path, reference: Reference, rows: Sequence[Conversation], on_
         Engine(written, n_ctx=context_for(written, longest), n_sequences=ROWS_TOGETHER) as engine,
         torch.no_grad(),
     ):
-        equal_ids = sum(_same_ids(base, engine, row) for row in said)
-        equal_ends = sum(_same_end(base, engine, row) for row in said)
+        equal_ids = sum(_same_ids(base, engine, row) for row in [*chats, *texts])
+        equal_ends = sum(_same_end(base, engine, row) for row in chats)
         own = fidelity(pairs(build_decoder(written), engine, groups, step))
         decoder = build_decoder(base)
         blend(decoder, adapters)
         loss = fidelity(pairs(decoder, engine, groups, step))
-    equal_text = sum(_same_text(written, row, text) for row, text in zip(rows, said, strict=False))
-    n_rows = len(said)
-    return Compared(n_rows, equal_ids, equal_text if _speaks(base) else n_rows, equal_ends, own, loss)
+    equal_text = sum(_same_text(written, row, chat) for row, chat in zip(rows, chats, strict=True))
+    return Compared(len(chats) + len(texts), equal_ids, len(chats), equal_text, equal_ends, own, loss)
 
 
 def pairs(
@@ -108,14 +116,16 @@ def pairs(
         step(batch.n_tokens)
 
 
-def _speaks(base: Base) -> bool:
-    return base.template_source is not None
-
-
-def _tokenized(base: Base, rows: Sequence[Conversation]) -> list[Tokenized]:
-    if _speaks(base):
-        return [tokenize_chat(base.tokenizer, base.template, row) for row in rows]
-    return [tokenize_text(base, text) for text in CHECK_TEXTS]
+def _chats(base: Base, rows: Sequence[Conversation] | None) -> tuple[Sequence[Conversation], list[Tokenized]]:
+    if base.template_source is None:
+        return (), []
+    try:
+        asked = DEFAULT_CHECK if rows is None else rows
+        return asked, [tokenize_chat(base.tokenizer, base.template, row) for row in asked]
+    except DataError:
+        if rows is not None:
+            raise
+        return (), []  # a template that does not parse, or wants other roles, is no fault of the file
 
 
 def _examples(said: Sequence[Tokenized], room: int) -> list[Example]:
@@ -145,9 +155,7 @@ def _same_ids(base: Base, engine: Engine, row: Tokenized) -> bool:
 
 def _same_end(base: Base, engine: Engine, row: Tokenized) -> bool:
     """Whether the token that ends the last learned turn ends it in llama.cpp as well."""
-    if row.learned is None:
-        return True
-    last = max(i for i, learned in enumerate(row.learned) if learned)
+    last = max(i for i, learned in enumerate(row.learned or [True]) if learned)
     return engine.model.ends_generation(row.ids[last]) == (row.ids[last] in base.tokenizer.eog_ids)
 
 

@@ -18,7 +18,7 @@ from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.files.atomic import refuse_existing, write_text
 from edgelora.files.contract import FILE_NAME, require_same_base
 from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.pipeline.certificate import write_certified
+from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
 from edgelora.pipeline.compare import ROWS_TOGETHER, pairs
 from edgelora.pipeline.evaluate import context_for
@@ -88,14 +88,15 @@ def export(
     computes.
     """
     refuse_existing(out, overwrite)
+    made_from = stamp(base_path, adapter_path)
     base = open_base(base_path)
     adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
     rows = rows_to_check(data, n_rows)
     certificate = write_certified(
-        out,
+        Output(out, overwrite),
+        made_from,
         lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
         lambda draft: run_in_child(_certify, base_path, adapter_path, draft, rows, on_progress=on_progress),
-        overwrite=overwrite,
     )
     if adapter.contract is not None:
         signed = adapter.contract.model_copy(update={"certificate": certificate.as_dict()})

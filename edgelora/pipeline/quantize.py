@@ -14,9 +14,19 @@ from converters.quantize import MAX_KEY_BYTES, write_planned, write_quantized
 from edgelora.base.model import Base, open_base
 from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
-from edgelora.files.atomic import refuse_existing, require_space, staged
+from edgelora.files.atomic import refuse_existing, require_space
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY
 from edgelora.files.gguf import reserve
+from edgelora.pipeline.certificate import (
+    ModelCertificate,
+    Output,
+    Reference,
+    certify_model,
+    rows_to_check,
+    stamp,
+    write_certified,
+)
+from edgelora.pipeline.check_rows import CHECKED_ROWS
 from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
@@ -39,6 +49,9 @@ class QuantizeSettings:
     allow_requantize: bool = False
     plain: bool = False
     """Nothing in the file that llama-quantize would not write."""
+    check: Path | None = None
+    """Rows that the file is checked on; a few built-in ones without it."""
+    check_rows: int = CHECKED_ROWS
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class Quantized:
     size_bytes: int
     plan: Plan
     notes: list[str]
+    certificate: ModelCertificate | None = None
+    """What its check came to; None where nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -76,21 +91,34 @@ def quantize(
     """Quantize a whole GGUF model to `quant` with llama.cpp's own choice of types, or those of a plan.
 
     Raises OutputError for a source that is quantized already, a full disk and what stands in the way; ConfigError for
-    settings that cannot be; ExportError where importance is missing or does not fit, and with llama.cpp's last words.
+    settings that cannot be; ExportError where importance is missing or does not fit, and with llama.cpp's last words;
+    CertificateError, the file kept aside, if llama.cpp does not compute with it what torch does.
     """
     refuse_existing(out, overwrite, folder=settings.keep_split)
+    made_from = stamp(source)
+    rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows)
     asked = prepare(source, quant, settings)
     require_space(out.absolute().parent, asked.plan.file_bytes, "the quantized weights")
     if save_plan is not None:
         write_plan(save_plan, asked.plan, overwrite=overwrite)
-    with staged(out, folder=settings.keep_split, overwrite=overwrite) as draft:
-        if settings.plan is None and (settings.plain or settings.keep_split):
-            target = draft / out.name if settings.keep_split else draft
-            write_quantized(asked.source, target, asked.options, on_progress, asked.keys)
-        else:
-            write_planned(asked.source, draft, asked.plan, asked.options.imatrix, on_progress, asked.keys)
+    certificate = write_certified(
+        Output(out, overwrite, folder=settings.keep_split, sign=not settings.plain),
+        made_from,
+        lambda draft: _write(draft, asked, settings, on_progress),
+        lambda draft: certify_model(
+            min(draft.iterdir()) if settings.keep_split else draft, Reference(asked.source), rows, on_progress
+        ),
+    )
     written = sorted(out.iterdir()) if settings.keep_split else [out]
-    return Quantized(out, sum(file.stat().st_size for file in written), asked.plan, asked.notes)
+    return Quantized(out, sum(file.stat().st_size for file in written), asked.plan, asked.notes, certificate)
+
+
+def _write(draft: Path, asked: Planned, settings: QuantizeSettings, on_progress: OnProgress) -> None:
+    if settings.plan is None and (settings.plain or settings.keep_split):
+        target = draft / draft.name if settings.keep_split else draft
+        write_quantized(asked.source, target, asked.options, on_progress, asked.keys)
+    else:
+        write_planned(asked.source, draft, asked.plan, asked.options.imatrix, on_progress, asked.keys)
 
 
 def dry_run_of(
