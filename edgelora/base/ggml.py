@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edgelora.base.team import run, shared_openmp, split
+from edgelora.team import run, shared_openmp, split
 from edgelora.errors import BaseModelError, ExportError
 
 Type = GGMLQuantizationType

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from edgelora.base.products import Products, has_triton
-from edgelora.base.team import run, split
+from edgelora.team import run, split
 from edgelora.errors import BaseModelError
 from edgelora.nn.scratch import scratch
 

@@ -2,7 +2,8 @@
 
 Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one segment against the keys before them.
 The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). A tile is
-computed in float32 also where q, k and v are narrower: it is a small part of a step, and the part that bears it least.
+computed in float32 also where q, k and v are narrower: it is the part of a step that bears it least. On a CPU compiled
+code does it (`flash.py`); what stands here does it through torch, on any device and in any dtype.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from edgelora.nn import flash
+from edgelora.nn.scores import Scores
 
 QUERY_TILE = 128  # of 9 heads and 1024 keys: 5 MiB of scores. With 256 a row of 1024 took twice as long
 
@@ -41,17 +45,6 @@ def _ungroup(x: Tensor, n: int) -> Tensor:
     """The inverse of `_group`: (KV, G * n, d) → (n, H, d)."""
     kv_heads, rows, d = x.shape
     return x.view(kv_heads, rows // n, n, d).permute(2, 0, 1, 3).reshape(n, -1, d)
-
-
-class Scores(NamedTuple):
-    """How queries meet keys: score = scale · q·k, bent below `softcap`; a token sees `window` tokens, itself included.
-
-    None: no cap (Gemma 2 has one), no window.
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 def _scores(q: Tensor, k: Tensor, how: Scores) -> Tensor:
@@ -101,38 +94,55 @@ class SegmentAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
-        borders = [0, *starts] if prefix else starts
-        ctx.save_for_backward(q, k, v)
-        ctx.borders, ctx.prefix, ctx.how = borders, prefix, how
-        out = torch.empty_like(q)
-        for begin, first, last in _tiles(borders):
-            seen, n = _seen(prefix, begin, first, last, how.window), last - first
-            scores = _scores(_group(q[first:last], k.shape[1]) * how.scale, _keys(k, seen), how)
-            p = _hide(scores, n, how.window).softmax(-1)
-            out[first:last] = _ungroup(torch.bmm(p, _keys(v, seen)), n)
+        ctx.how = [0, *starts] if prefix else starts, prefix, how
+        if flash.available(q):
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            out, lse = flash.Problem(q, k, v, *ctx.how).forward()
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            out = _forward(q, k, v, *ctx.how)
+            ctx.save_for_backward(q, k, v)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        (d_out,) = grads
-        q, k, v = ctx.saved_tensors
-        how: Scores = ctx.how
-        dq, (dk, dv) = torch.empty_like(q), (_wide(torch.zeros_like(x)) for x in (k, v))
-        for begin, first, last in _tiles(ctx.borders):
-            seen, n, kv_heads = _seen(ctx.prefix, begin, first, last, how.window), last - first, k.shape[1]
-            keys, values = _keys(k, seen), _keys(v, seen)
-            queries, d_rows = _group(q[first:last], kv_heads) * how.scale, _group(d_out[first:last], kv_heads)
-            scores = _scores(queries, keys, how)
-            slope = None if how.softcap is None else 1 - (scores / how.softcap).square_()
-            p = _hide(scores, n, how.window).softmax(-1)  # (KV, G * n, m)
-            _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), seen)
-            dp = torch.bmm(d_rows, values.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            if slope is not None:
-                ds.mul_(slope)
-            dq[first:last] = _ungroup(torch.bmm(ds, keys).mul_(how.scale), n)
-            _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), seen)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        q, k, v, *found = ctx.saved_tensors
+        if found:
+            out, lse = found
+            d_qkv = flash.Problem(q, k, v, *ctx.how).backward(out, lse, grads[0].contiguous())
+            return *d_qkv, None, None, None
+        return *_backward(q, k, v, grads[0], *ctx.how), None, None, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, borders: list[int], prefix: int, how: Scores) -> Tensor:
+    out = torch.empty_like(q)
+    for begin, first, last in _tiles(borders):
+        seen, n = _seen(prefix, begin, first, last, how.window), last - first
+        scores = _scores(_group(q[first:last], k.shape[1]) * how.scale, _keys(k, seen), how)
+        p = _hide(scores, n, how.window).softmax(-1)
+        out[first:last] = _ungroup(torch.bmm(p, _keys(v, seen)), n)
+    return out
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, borders: list[int], prefix: int, how: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, (dk, dv) = torch.empty_like(q), (_wide(torch.zeros_like(x)) for x in (k, v))
+    for begin, first, last in _tiles(borders):
+        seen, n, kv_heads = _seen(prefix, begin, first, last, how.window), last - first, k.shape[1]
+        keys, values = _keys(k, seen), _keys(v, seen)
+        queries, d_rows = _group(q[first:last], kv_heads) * how.scale, _group(d_out[first:last], kv_heads)
+        scores = _scores(queries, keys, how)
+        slope = None if how.softcap is None else 1 - (scores / how.softcap).square_()
+        p = _hide(scores, n, how.window).softmax(-1)  # (KV, G * n, m)
+        _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), seen)
+        dp = torch.bmm(d_rows, values.transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        if slope is not None:
+            ds.mul_(slope)
+        dq[first:last] = _ungroup(torch.bmm(ds, keys).mul_(how.scale), n)
+        _add(dk, torch.bmm(ds.transpose(1, 2), queries).transpose(0, 1), seen)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _add(total: Tensor, part: Tensor, seen: list[slice]) -> None:

@@ -7,7 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from edgelora.nn.attention import Scores, SegmentAttention
+from edgelora.nn.attention import SegmentAttention
+from edgelora.nn.scores import Scores
 
 
 class KeyValues:

@@ -20,7 +20,7 @@ from edgelora.architectures.config import Architecture, ModelConfig
 from edgelora.architectures.names import FINAL_NORM
 from edgelora.architectures.rope import Rope
 from edgelora.nn.activations import GATES
-from edgelora.nn.attention import Scores, SegmentAttention
+from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.cache import KeyValues
 from edgelora.nn.linear import Linear, Weight, together
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits
@@ -29,6 +29,7 @@ from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.recompute import recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
+from edgelora.nn.scores import Scores
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
 

@@ -31,12 +31,23 @@ def examine() -> dict[str, Any]:
             facts[name] = asdict(choice)
         except ImportError as e:
             facts[name] = {"value": "none", "why": f"torch cannot be imported ({e}); run `make quickstart`"}
+    facts["attention"] = _attention()
     try:
         facts["llama_cpp"] = run_in_child(_llama_features)
     except EdgeloraError as e:
         facts["llama_cpp"] = f"cannot be loaded: {e.why}"
     facts["models_folder"] = str(models_folder())
     return facts
+
+
+def _attention() -> str:
+    try:
+        from edgelora.nn import flash
+    except ImportError:
+        return "none without torch"
+    if flash.library() is None:
+        return "through torch, half as fast on a CPU: no C compiler was at hand when edgelora was installed"
+    return "compiled for this machine"
 
 
 def _llama_features(_: OnProgress) -> str:

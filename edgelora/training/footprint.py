@@ -182,8 +182,7 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     kept += wide * (q + 2 * kv)
     if a.qk_norm is not None or a.fused:
         kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
-    if any(n.endswith("o_proj") for n in linears):
-        kept += wide * q
+    kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
     kept += wide * config.rank * len(linears)  # x Aᵀ
     if config.method == "dora":
         kept += wide * sum(d_out for d_out, _ in linears.values())
