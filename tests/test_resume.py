@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
-from test_atomic import tree
+from test_atomic import Disk, tree
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
@@ -347,6 +347,28 @@ def test_a_disk_too_small_is_refused_before_the_first_step(settings, tmp_path, m
     assert heard == []
 
 
+def test_a_disk_that_refuses_at_any_call_costs_no_more_than_the_last_checkpoint(settings, tmp_path):
+    """Every fifth of the writes, syncs and renames of a run fails in turn: a typed error, and the run goes on."""
+    changes = {"max_steps": 3, "save_every": 1, "keep_checkpoints": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch)
+        run_training(settings(tmp_path / "whole", **changes))
+    wanted, failed = outcome(tmp_path / "whole"), 0
+    for at in range(1, disk.calls + 1, 5):
+        out = tmp_path / str(at)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fail_at=at)
+            try:
+                run_training(settings(out, **changes))
+            except OutputError:
+                failed += 1
+        for path in (run_folder(out) / "checkpoints").glob("step-*"):
+            read_checkpoint(path)  # raises unless it is whole
+        run_training(settings(out, resume=True, **changes))
+        assert outcome(out) == wanted, f"call {at}"
+    assert failed > 4
+
+
 def unlocked(files: dict[str, bytes]) -> dict[str, bytes]:
     """Without the lock file, which says who came last."""
     return {name: raw for name, raw in files.items() if not name.endswith("/lock")}
@@ -356,9 +378,8 @@ def unlocked(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def child(settings, tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Path]]]:
+def child(settings, at_first_step, tmp_path) -> Callable[..., tuple[subprocess.Popen[str], Path]]:
     """`child(**options)`: a run of the command, given back when its first step is done, and its `--out`."""
-    started: list[subprocess.Popen[str]] = []
 
     def start(**options: Any) -> tuple[subprocess.Popen[str], Path]:
         out = tmp_path / "mine"
@@ -369,19 +390,9 @@ def child(settings, tmp_path) -> Iterator[Callable[..., tuple[subprocess.Popen[s
         }  # fmt: skip
         flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
         command = [sys.executable, "-m", "edgelora", "train", str(config.base), str(config.data[0].path), *flags]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        metrics, deadline = run_folder(out) / "metrics.jsonl", time.monotonic() + 60
-        while not (metrics.exists() and b'"step": 1,' in metrics.read_bytes()):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        return process, out
+        return at_first_step(command, run_folder(out) / "metrics.jsonl"), out
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return start
 
 
 def newest(out: Path) -> Path:

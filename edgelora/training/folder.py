@@ -5,7 +5,6 @@ It holds `run.json`, `metrics.jsonl`, `curve.png`, `checkpoints/` and the lock o
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -68,10 +67,21 @@ class RunFolder:
             sweep(self.checkpoints)
             sweep(self.out.absolute().parent, self.out.name)
             if not config.resume:
-                for name in MADE_BY_A_RUN:
-                    with contextlib.suppress(FileNotFoundError):
-                        remove(self.path / name)
+                self._empty()
             yield
+
+    def _empty(self) -> None:
+        for path in (self.path / name for name in MADE_BY_A_RUN):
+            try:
+                remove(path)
+            except FileNotFoundError:
+                pass
+            except OSError as e:
+                raise OutputError(
+                    what=f"{path}: could not be removed ({e.strerror})",
+                    why="a new run begins in an empty folder",
+                    fix="remove it yourself, or choose another --out",
+                ) from e
 
     def refuse_a_run(self, config: TrainConfig) -> None:
         """Raise OutputError if a run was begun here and nobody said what shall become of it."""
