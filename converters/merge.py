@@ -35,8 +35,9 @@ from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
 
-# No weight up to here gives a block a scale that fp16 does not hold.
-SAFE_IN_ANY_TYPE = 32768.0
+# What rounds to infinity: the scales of blocks are F16.
+HALF_ENDS = 65520.0
+BEYOND = {Type.F32: float(np.finfo(np.float32).max) * (1 + 2**-25), Type.BF16: (2 - 2**-8) * 2.0**127}
 # What a merge states itself, or what was true of the base's own quantization.
 NOT_COPIED = (QUANTIZED_BY, "quantize.imatrix.", "split.", "edgelora.", PARENTS)
 
@@ -71,12 +72,12 @@ def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) ->
 
     Raises ExportError, naming the tensor, if a merged weight does not fit into its type, or needs importance.
     """
-    base, types = recipe.base, recipe.types
+    base, types, targets = recipe.base, recipe.types, targets_of(recipe.base)
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
     _write_metadata(writer, recipe)
-    targets = targets_of(base)
-    deltas = _Deltas(base, recipe.parts)
-    entries = {name: Entry(target.shape, types[name]) for name, target in targets.items()}
+    for name in base.source.tensors:  # the fingerprint read some rows of each
+        base.source.forget(name)
+    deltas = Deltas([(gguf_pairs(part.adapter, base), part.scale) for part in recipe.parts])
 
     def rows_of(name: str) -> Iterator[np.ndarray]:
         if name not in deltas.touched and targets[name].kind == types[name] and base.is_gguf:
@@ -86,7 +87,7 @@ def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) ->
         for slab in slabs(base, name, targets[name]):
             yield quantized(deltas.merged(name, slab), types[name], name, _of_matrix(recipe, name, slab))
 
-    write_streamed(writer, entries, rows_of, "merge", on_progress)
+    write_streamed(writer, entries_of(base, types), rows_of, "merge", on_progress)
 
 
 def targets_of(base: Base) -> dict[str, Target]:
@@ -94,6 +95,11 @@ def targets_of(base: Base) -> dict[str, Target]:
     if base.is_gguf:
         return {name: Target(info.shape, info.type) for name, info in base.file.tensors.items()}
     return plan(base, Type.F16)
+
+
+def entries_of(base: Base, types: Mapping[str, Type]) -> dict[str, Entry]:
+    """Every tensor of the file to be."""
+    return {name: Entry(target.shape, types[name]) for name, target in targets_of(base).items()}
 
 
 def float_types(base: Base, kind: Type) -> dict[str, Type]:
@@ -108,36 +114,35 @@ def float_types(base: Base, kind: Type) -> dict[str, Type]:
 
 
 def quantized(weights: np.ndarray, kind: Type, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 (n, columns) as rows of `kind`. Raises ExportError if a weight, or a block's scale, does not fit."""
-    with np.errstate(over="ignore"):
-        rows = ggml.quantize(weights, kind, importance)
+    """float32 (n, columns) as rows of `kind`. Raises ExportError if a weight does not fit into it."""
     largest = max(float(weights.max()), -float(weights.min()))
-    if largest <= SAFE_IN_ANY_TYPE or np.isfinite(ggml.dequantize(rows, kind, weights.shape[1])).all():
-        return rows
+    if largest < BEYOND.get(kind, HALF_ENDS):  # asked first: some of ggml's kernels abort on what is no number
+        return ggml.quantize(weights, kind, importance)
     what = f"does not fit into {kind.name} (largest {largest:.3g})" if np.isfinite(largest) else "is not a number"
     raise ExportError(
         what=f"{name}: a merged weight {what}",
-        why="F16, and the scales of blocks, end at 65504; the adapter or its scale is too strong",
+        why=f"{kind.name} ends at {BEYOND.get(kind, 65504):.5g}; the adapter or its scale is too strong",
         fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
     )
 
 
-class _Deltas:
-    """What the adapters add to the tensors of a base."""
+class Deltas:
+    """What adapters add to the tensors of a base: the pairs of each by tensor name, and its scale."""
 
-    def __init__(self, base: Base, parts: Sequence[Part]) -> None:
-        self.pairs = [(gguf_pairs(part.adapter, base), part.scale) for part in parts if part.scale]
+    def __init__(self, adapters: Sequence[tuple[Mapping[str, LoraPair], float]]) -> None:
+        self.pairs = [(pairs, scale) for pairs, scale in adapters if scale]
         self.touched = {name for pairs, _ in self.pairs for name in pairs}
 
     def merged(self, name: str, slab: Slab) -> np.ndarray:
         """The rows of a slab with every change added, float32."""
         weight, rows = slab.floats, slice(slab.first, slab.first + len(slab.floats))
         merged = weight.copy() if name in self.touched else weight
-        for pairs, scale in self.pairs:
-            if (pair := pairs.get(name)) is not None:
-                change = _rows(pair, rows).change(weight)
-                change *= scale
-                merged += change
+        with np.errstate(over="ignore", invalid="ignore"):  # `quantized` names the tensor
+            for pairs, scale in self.pairs:
+                if (pair := pairs.get(name)) is not None:
+                    change = _rows(pair, rows).change(weight)
+                    change *= scale
+                    merged += change
         return merged
 
 
@@ -151,6 +156,11 @@ def _of_matrix(recipe: Recipe, name: str, slab: Slab) -> np.ndarray | None:
     return None if known is None else known.reshape(-1, slab.floats.shape[1])[slab.matrix]
 
 
+def lineage_of(base: Base, parts: Sequence[Part]) -> list[str]:
+    """What was merged into these weights, in order: digests and scales."""
+    return [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
+
+
 def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
     base, parts = recipe.base, recipe.parts
     if base.is_gguf:
@@ -161,8 +171,10 @@ def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
             writer.add_chat_template(base.chosen_template)
     else:
         write_metadata(writer, base, recipe.file_type)
-    lineage = [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
-    put(writer, {**descent(base, [part.name for part in parts]), LINEAGE_KEY: lineage_text(lineage), **recipe.keys})
+    put(writer, {
+        **descent(base, [part.name for part in parts]), LINEAGE_KEY: lineage_text(lineage_of(base, parts)),
+        **recipe.keys,
+    })  # fmt: skip
     contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)
     if contract is not None:
         put(writer, {CONTRACT_KEY: contract.model_copy(update={"certificate": None}).model_dump_json()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -11,18 +10,17 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from converters.adapter_to_gguf import gguf_pairs, write_adapter_gguf
-from converters.metadata import copy_metadata
+from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract, sha256_file
-from edgelora.files.gguf import GGUFFile, Value
+from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
 from edgelora.pipeline.export import export
-from edgelora.pipeline.merge import merge, quantize
+from edgelora.pipeline.quantize import quantize
 from runtime.engine import Engine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
@@ -137,10 +135,7 @@ def test_export_certifies_and_signs(make_tiny, tmp_path, kind):
     inside = json.loads(GGUFFile(tmp_path / "mine.gguf").get(CERTIFICATE_KEY, str))
     assert inside == certificate.as_dict()
     beside = json.loads((tmp_path / "mine.certificate.json").read_text(encoding="utf-8"))
-    assert beside == {
-        "file": "mine.gguf", "size_bytes": (tmp_path / "mine.gguf").stat().st_size,
-        "sha256": sha256_file(tmp_path / "mine.gguf"), **inside,
-    }  # fmt: skip
+    assert beside == {"files": {"mine.gguf": sha256_file(tmp_path / "mine.gguf")}, **inside}
     assert read_adapter(tmp_path / "mine", base.linears).contract.certificate == inside
     if kind in (Type.F32, Type.F16):
         assert certificate.adapter.kl_mean <= 1e-4
@@ -187,14 +182,6 @@ def test_a_value_too_large_for_f16_is_named(tiny, tmp_path):
         write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F16")
 
 
-def test_merged_is_unmerged(tiny, tmp_path):
-    base = open_base(tiny.path)
-    write_adapter(tmp_path / "mine", make_adapter(base))
-    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
-    found = fidelity([(torch_logits(base, make_adapter(base)), llama_logits(tmp_path / "merged.gguf"))])
-    assert found.kl_mean <= 1e-4  # weights rounded to F16 once
-
-
 def make_dora(base):
     """A DoRA whose rows are up to a fifth longer or shorter than the base's, each by its own factor."""
     adapter, decoder, draw = make_adapter(base, use_dora=True), build_decoder(base), np.random.default_rng(1)
@@ -204,18 +191,6 @@ def make_dora(base):
         factors = draw.uniform(0.8, 1.2, lengths.shape).astype(np.float32)
         tensors[name] = {**parts, "lora_magnitude_vector": lengths * factors}
     return Adapter(adapter.config, tensors, adapter.contract)
-
-
-@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0])
-def test_llama_cpp_computes_a_merged_dora_as_torch_does(make_tiny, tmp_path, kind):
-    path = make_tiny(kind).path
-    base = open_base(path)
-    write_adapter(tmp_path / "mine", make_dora(base))
-    merge(path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
-    theirs = llama_logits(tmp_path / "merged.gguf")
-    found = fidelity([(torch_logits(base, make_dora(base)), theirs)])
-    assert found.kl_mean <= 1e-4  # weights rounded to F16 once
-    assert fidelity([(torch_logits(base, make_adapter(base)), theirs)]).kl_mean > 100 * found.kl_mean  # lengths matter
 
 
 def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
@@ -230,86 +205,6 @@ def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
-def test_two_adapters_merge_at_their_scales(tiny, tmp_path):
-    base = open_base(tiny.path)
-    one, two = make_adapter(base, seed=1), make_adapter(base, seed=2)
-    for name, adapter in (("one", one), ("two", two)):
-        write_adapter(tmp_path / name, adapter)
-    merge(tiny.path, [(tmp_path / "one", 1.0), (tmp_path / "two", -0.5)], tmp_path / "merged.gguf")
-    merged = open_base(tmp_path / "merged.gguf")
-    module = "model.layers.1.self_attn.k_proj"
-    tensor = base.tensor_of(module)
-    w = base.file.rows(tensor).view(np.float32)
-    a, b = gguf_pairs(one, base)[tensor], gguf_pairs(two, base)[tensor]
-    wanted = (w + a.b @ a.a - 0.5 * (b.b @ b.a)).astype(np.float16)
-    np.testing.assert_allclose(merged.file.rows(tensor).view(np.float16), wanted, atol=2e-3)
-    assert len(merged.fingerprint.lineage) == 2
-
-
-def test_a_merged_model_is_another_base(tiny, tmp_path):
-    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
-    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
-    with pytest.raises(AdapterError, match="has been merged with an adapter"):
-        export(tmp_path / "merged.gguf", tmp_path / "mine", tmp_path / "a.gguf")
-
-
-def test_merging_keeps_metadata_tokenizer_and_template(tiny, tmp_path):
-    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
-    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
-    before, after = GGUFFile(tiny.path), GGUFFile(tmp_path / "merged.gguf")
-    for key, value in before.metadata.items():
-        if key != "general.file_type":
-            found = after.metadata[key]
-            assert (found.type, found.item) == (value.type, value.item), key
-            assert list(np.atleast_1d(list(found.data) if value.item else found.data)) == list(
-                np.atleast_1d(list(value.data) if value.item else value.data)
-            ), key
-
-
-def test_merging_a_file_of_another_alignment(tiny, tmp_path):
-    reader, other = GGUFFile(tiny.path), tmp_path / "other.gguf"
-    writer = gguf.GGUFWriter(other, "llama")
-    copy_metadata(reader, writer)
-    writer.add_custom_alignment(64)
-    for name, info in reader.tensors.items():
-        writer.add_tensor(name, reader.rows(name).view(np.float32).reshape(info.shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert GGUFFile(other).get("general.alignment", int) == 64
-    write_adapter(tmp_path / "mine", make_adapter(open_base(other)))
-    merge(other, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
-    ours = torch_logits(open_base(other), make_adapter(open_base(other)))
-    found = fidelity([(ours, llama_logits(tmp_path / "merged.gguf"))])
-    assert found.kl_mean <= 1e-4
-
-
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K_M"])
-def test_merging_to_a_quantization_is_merging_and_quantizing(tiny, tmp_path, quant):
-    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
-    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "half.gguf")
-    quantize(tmp_path / "half.gguf", tmp_path / "two.gguf", quant)
-    merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "one.gguf", quant=quant)
-    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
-    assert open_base(tmp_path / "one.gguf").quant == quant
-    assert not list(tmp_path.glob(".edgelora-*"))
-
-
-def test_merging_a_quantized_trained_adapter_back_warns(make_tiny, tmp_path):
-    model = make_tiny(Type.Q4_0)
-    write_adapter(tmp_path / "mine", make_adapter(open_base(model.path)))
-    assert merge(model.path, [(tmp_path / "mine", 1.0)], tmp_path / "q4.gguf", quant="Q4_0").notes
-    assert not merge(model.path, [(tmp_path / "mine", 1.0)], tmp_path / "q8.gguf", quant="Q8_0").notes
-
-
-def test_a_merged_weight_beyond_f16_is_named(tiny, tmp_path):
-    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
-    with pytest.raises(ExportError, match="does not fit into F16"):
-        merge(tiny.path, [(tmp_path / "mine", 1e9)], tmp_path / "merged.gguf")
-    assert not (tmp_path / "merged.gguf").exists()
-
-
 def test_quantizing_a_quantized_file_is_refused(make_tiny, tmp_path):
     with pytest.raises(OutputError, match="Q8_0 already"):
         quantize(make_tiny(Type.Q8_0).path, tmp_path / "out.gguf", "Q4_0")
@@ -321,16 +216,6 @@ def test_a_failing_quantizer_leaves_nothing(tiny, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="could not quantize"):
         quantize(tiny.path, tmp_path / "out.gguf", "Q4_0")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_empty_array_is_left_out(tmp_path):
-    kinds = gguf.GGUFValueType
-    stranger = SimpleNamespace(
-        metadata={"a": Value(kinds.ARRAY, np.empty(0), kinds.INT32), "b": Value(kinds.UINT32, 7)}
-    )
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    copy_metadata(stranger, writer)
-    assert list(writer.kv_data[0]) == ["general.architecture", "b"]
 
 
 def test_overwriting_never_replaces_a_folder_by_a_file(tiny, tmp_path):

@@ -25,6 +25,7 @@ from edgelora.errors import BaseModelError, ConfigError
 from edgelora.files.checkpoint import Checkpoint
 from edgelora.files.contract import BaseFile, Contract, Fingerprint, Identity, read_lineage, sha256_file, sha256_text
 from edgelora.files.gguf import GGUFFile
+from edgelora.files.split import open_gguf, whole_models
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -116,7 +117,7 @@ class Base:
     @cached_property
     def lineage(self) -> tuple[str, ...]:
         """What was merged into these weights, in order; empty for an original."""
-        return read_lineage(self.source) if isinstance(self.source, GGUFFile) else ()
+        return read_lineage(self.source)
 
     @cached_property
     def template_sha256(self) -> str:
@@ -138,11 +139,10 @@ class Base:
 
     @cached_property
     def base_file(self) -> BaseFile:
-        if isinstance(self.source, GGUFFile):
-            return BaseFile(name=self.path.name, quant=self.quant, sha256=sha256_file(self.path))
-        shards = [sha256_file(path) for path in sorted(shard.path for shard in self.source.shards)]
-        digest = shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()
-        return BaseFile(name=self.path.resolve().name, quant=self.quant, sha256=digest)
+        digests = [sha256_file(path) for path in self.source.files]
+        digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        name = self.path.name if self.is_gguf else self.path.resolve().name
+        return BaseFile(name=name, quant=self.quant, sha256=digest)
 
     @cached_property
     def identity(self) -> Identity:
@@ -177,19 +177,19 @@ class Base:
 
 
 def open_base(path: Path | str) -> Base:
-    """Open a base model: a GGUF file, a folder that holds exactly one, or an HF folder of safetensors.
+    """Open a base model: a GGUF, whole or in parts, a folder that holds exactly one, or an HF folder of safetensors.
 
     Reads headers only. Raises BaseModelError or FileFormatError.
     """
     path = Path(path)
     if not path.is_dir():
-        return _open_gguf(GGUFFile(path))
+        return _open_gguf(open_gguf(path))
     if (path / "adapter_config.json").exists():
         raise _is_an_adapter(path)
-    found = sorted(path.glob("*.gguf"))
+    found = whole_models(sorted(path.glob("*.gguf")))
     is_checkpoint = any((path / name).exists() for name in ("config.json", "model.safetensors.index.json"))
     if len(found) == 1 and not is_checkpoint:
-        return _open_gguf(GGUFFile(found[0]))
+        return _open_gguf(open_gguf(found[0]))
     if is_checkpoint and not found:
         return _open_checkpoint(Checkpoint(path))
     names = [file.name for file in found] + ["a checkpoint (config.json)"] * is_checkpoint

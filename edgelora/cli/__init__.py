@@ -9,6 +9,9 @@ import typer
 from edgelora.cli import data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.chat import chat
 from edgelora.cli.convert import convert
+from edgelora.cli.imatrix import imatrix
+from edgelora.cli.merge import merge
+from edgelora.cli.quantize import quantize
 from edgelora.cli.state import state
 from edgelora.errors import EdgeloraError
 
@@ -26,8 +29,9 @@ app.command()(train.train)
 app.command()(plan.plan)
 app.command()(convert)
 app.command()(export.export)
-app.command()(export.merge)
-app.command()(export.quantize)
+app.command()(merge)
+app.command()(imatrix)
+app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(chat)
 app.command()(inspect.inspect)

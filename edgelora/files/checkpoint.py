@@ -55,6 +55,7 @@ class Checkpoint:
                 fix="check the spelling of the path",
             ) from e
         self.shards = tuple(self._open_shards(present))
+        self.files = tuple(sorted(shard.path for shard in self.shards))
         if CONFIG not in present:
             raise FileFormatError(
                 what=f"{self.path}: no {CONFIG} in this folder",

@@ -18,12 +18,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edgelora.errors import AdapterError, BaseModelError
+from edgelora.files.checkpoint import Checkpoint
 from edgelora.files.gguf import GGUFFile
 
 FILE_NAME = "edgelora.json"
 CONTRACT_KEY = "edgelora.contract"
 CERTIFICATE_KEY = "edgelora.certificate"
 LINEAGE_KEY = "edgelora.lineage"
+CHECKPOINT_LINEAGE = "edgelora_lineage"  # the same in the config.json of a checkpoint
 CERTIFICATE_BYTES = 2048  # reserved in a file until it has been checked
 
 # How far the row norms of one base may differ (root mean square of the relative differences) once quantized.
@@ -106,6 +108,11 @@ class Contract(BaseModel):
     certificate: dict[str, Any] | None = None
 
 
+def tolerance(quant: str) -> float:
+    """How far the row norms of a base stored as `quant` may be from those of the original."""
+    return SKETCH_TOLERANCE.get(quant, SKETCH_TOLERANCE_LOW_BITS)
+
+
 def differences(wanted: Fingerprint, found: Fingerprint, quant: str) -> list[str]:
     """Why `found` (a base stored as `quant`) is not the base `wanted`; empty if it is."""
     faults = [
@@ -125,14 +132,16 @@ def differences(wanted: Fingerprint, found: Fingerprint, quant: str) -> list[str
         faults.append("the weight sketch has another size")
     else:
         distance = float(np.sqrt(np.mean(np.square((b - a) / np.maximum(np.abs(a), 1e-3)))))
-        if not distance <= SKETCH_TOLERANCE.get(quant, SKETCH_TOLERANCE_LOW_BITS):
+        if not distance <= tolerance(quant):
             faults.append(f"the weights differ by {distance:.1%}, more than {quant} explains")
     return faults
 
 
 def require_same_base(contract: Contract, found: Identity, adapter: str, base: str) -> None:
     """Raise AdapterError, naming every difference, if `contract` was made on another base than `found`."""
-    faults = differences(contract.base, found.fingerprint, found.quant)
+    # trained over a file of few bits, it belongs to the 16-bit original too, which is as far from that file
+    coarser = max(found.quant, contract.base_file.quant, key=tolerance)
+    faults = differences(contract.base, found.fingerprint, coarser)
     if contract.tokenizer_sha256 != found.tokenizer_sha256:
         faults.append("texts get other token ids")
     if contract.chat_template_sha256 != found.chat_template_sha256:
@@ -161,15 +170,16 @@ def read_contract(text: str, where: str) -> Contract:
         ) from e
 
 
-def read_lineage(file: GGUFFile) -> tuple[str, ...]:
-    """What was merged into a GGUF, in order. Raises BaseModelError if the statement was tampered with."""
+def read_lineage(model: GGUFFile | Checkpoint) -> tuple[str, ...]:
+    """What was merged into a model, in order. Raises BaseModelError if the statement was tampered with."""
+    key = CHECKPOINT_LINEAGE if isinstance(model, Checkpoint) else LINEAGE_KEY
     try:
-        found = json.loads(file.get(LINEAGE_KEY, str, "[]"))
+        found = model.config.get(key, []) if isinstance(model, Checkpoint) else json.loads(model.get(key, str, "[]"))
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
         raise BaseModelError(
-            what=f"{file.path}: {LINEAGE_KEY} is no list of texts",
+            what=f"{model.path}: {key} is no list of texts",
             why="edgelora writes one into every merged model; this one was edited or damaged",
             fix="merge the model again",
         )

@@ -107,11 +107,13 @@ class Value:
 class GGUFFile:
     """An open, checked GGUF file: `metadata` by key, `tensors` by name, `rows(name)` for the mapped blocks.
 
+    `files` are the files it reads: itself (`files/split.py` has models in several).
     Raises FileFormatError for anything that is not a whole, well-formed GGUF v2/v3 file.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.files: tuple[Path, ...] = (self.path,)
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
                 raise self._fault("this is a folder or a device, not a file", "pass a file")

@@ -11,23 +11,25 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.header import write_header_only
 from converters.imatrix import Importance, read_importance
-from converters.merge import Part, Recipe, float_types, write_merged
+from converters.merge import Part, Recipe, entries_of, float_types, write_merged
+from converters.merge_to_hf import write_merged_folder
 from converters.plan import Plan, QuantizeOptions, plan_types, read_plan
 from converters.plan_check import check_importance, check_plan
 from converters.quant_types import COPY, QUANT_TYPES, parse_type
-from converters.quantize import write_quantized
 from edgelora.base.model import Base, open_base
-from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
-from edgelora.files.atomic import refuse_existing, staged
+from edgelora.files.atomic import refuse_existing, require_space, staged
+from edgelora.files.checkpoint import CONFIG
 from edgelora.files.contract import sha256_file
-from edgelora.files.gguf import GGUFFile
-from edgelora.peft.adapter import TENSORS, Adapter
+from edgelora.files.split import open_gguf
+from edgelora.peft.adapter import TENSORS
 from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
+from edgelora.pipeline.snap_back import snap_back_notes
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
 
 Type = GGMLQuantizationType
+HF = "HF"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Merged:
     """The file that was written, and what its user should know about it."""
 
     path: Path
+    kind: str
     size_bytes: int
     notes: list[str]
 
@@ -47,6 +50,8 @@ class MergeOptions:
     """An importance matrix in llama.cpp's format."""
     plan: Path | None = None
     """The type of each tensor, instead of llama.cpp's choice."""
+    hf_dtype: str | None = None
+    """F32, F16 or BF16: of a Hugging Face folder; None: each tensor as the base has it."""
 
 
 def merge(
@@ -60,20 +65,45 @@ def merge(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Merged:
-    """Merge adapter folders at their scales into the base's weights and write `out` as `quant`: F16, or the plan's.
+    """Merge adapter folders at their scales into the base's weights and write `out` as `quant`.
 
-    The base is a GGUF of any type or a checkpoint. No other file is written, and none is ever whole in memory.
+    The base is a GGUF of any type or a checkpoint; `quant` a GGUF's type (without it the plan's, else F16), or `hf`: a
+    checkpoint like the base. No other file is written, and of no model more than a few rows are in memory.
     """
-    wanted = _Wanted.read(quant, options)
-    refuse_existing(out, overwrite)
     if not adapters:
         raise ConfigError("nothing to merge", "no adapter was named", "pass --adapter FOLDER[:SCALE]")
+    wanted = None if (quant or "").upper() == HF else _Wanted.read(quant, options)
+    _refuse_to_write(out, overwrite, folder=wanted is None)
     base, parts = open_parts(base_path, adapters, allow_unverified=allow_unverified)
-    with staged(out, overwrite=overwrite) as draft:
-        types, notes = wanted.types_for(base, draft.with_name(f"{draft.name}.header"))
-        recipe = Recipe(base, parts, types, QUANT_TYPES[wanted.kind], wanted.keys(), wanted.weights)
-        write_merged(draft, recipe, on_progress)
-    return Merged(out, out.stat().st_size, notes + _notes(base, [p.adapter for p in parts], wanted.kind))
+    with staged(out, folder=wanted is None, overwrite=overwrite) as draft:
+        if wanted is None:
+            require_space(out.parent, sum(file.stat().st_size for file in base.source.files), "the weights")
+            write_merged_folder(draft, base, parts, options.hf_dtype, on_progress)
+            kind, notes = f"Hugging Face folder in {options.hf_dtype or base.quant}", []
+        else:
+            kind, notes = wanted.kind, _write_gguf(draft, base, parts, wanted, on_progress)
+    written = [out] if out.is_file() else sorted(out.iterdir())
+    return Merged(out, kind, sum(file.stat().st_size for file in written), notes)
+
+
+def _write_gguf(draft: Path, base: Base, parts: Sequence[Part], wanted: _Wanted, on_progress: OnProgress) -> list[str]:
+    """Write the GGUF; returns what its user should know."""
+    types, notes = wanted.types_for(base, draft.with_name(f"{draft.name}.header"))
+    require_space(draft.parent, sum(entry.size_bytes for entry in entries_of(base, types).values()), "the weights")
+    recipe = Recipe(base, parts, types, QUANT_TYPES[wanted.kind], wanted.keys(), wanted.weights)
+    write_merged(draft, recipe, on_progress)
+    return [*notes, *snap_back_notes(base, parts, types)]
+
+
+def _refuse_to_write(out: Path, overwrite: bool, *, folder: bool) -> None:
+    """Raise OutputError if nothing can be written at `out`. Overwriting replaces checkpoints, never other folders."""
+    refuse_existing(out, overwrite, folder=folder)
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).exists():
+        raise OutputError(
+            what=f"{out}: this is not a checkpoint",
+            why="--overwrite replaces checkpoints, and would delete what stands here",
+            fix="choose another --out",
+        )
 
 
 def open_parts(
@@ -129,7 +159,7 @@ class _Wanted:
             source = base.path if base.is_gguf else header
             known = self.weights if self.importance else None
             plan = self.plan or plan_types(source, QuantizeOptions(self.kind, imatrix=known))
-            check_plan(plan, GGUFFile(source).tensors)
+            check_plan(plan, open_gguf(source).tensors)
         finally:
             header.unlink(missing_ok=True)
         check_importance(plan, known)
@@ -148,32 +178,3 @@ class _Wanted:
                 "quantize.imatrix.chunks_count": self.importance.chunks,
             }
         return keys
-
-
-def quantize(
-    source: Path, out: Path, quant: str, *, overwrite: bool = False, on_progress: OnProgress = silent
-) -> Merged:
-    """Quantize a whole GGUF model to `quant` with llama.cpp's own choice of types."""
-    parse_type(quant)
-    refuse_existing(out, overwrite)
-    base = open_base(source)  # checks the file before llama.cpp sees it
-    if base.quant not in FLOAT_QUANTS:
-        raise OutputError(
-            what=f"{source} is {base.quant} already",
-            why="quantizing twice adds the errors of both",
-            fix="start from the F16 file: `edgelora merge … --to F16` writes one",
-        )
-    with staged(out, overwrite=overwrite) as draft:
-        write_quantized(source, draft, QuantizeOptions(quant, threads=physical_cores()), on_progress)
-    return Merged(out, out.stat().st_size, [])
-
-
-def _notes(base: Base, adapters: Sequence[Adapter], quant: str) -> list[str]:
-    trained = {a.contract.base_file.quant for a in adapters if a.contract is not None} - set(FLOAT_QUANTS)
-    if not trained or base.quant in FLOAT_QUANTS or quant in (*FLOAT_QUANTS, "Q8_0"):
-        return []
-    return [
-        f"the adapter was trained over {', '.join(sorted(trained))} weights, which are merged and quantized again "
-        f"here: below 8 bits this can undo what it learned. Compare with the live adapter (`edgelora eval`), or merge "
-        f"into the 16-bit original."
-    ]

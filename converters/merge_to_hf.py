@@ -1,0 +1,119 @@
+"""A checkpoint + adapters → a checkpoint: the same shards and files, weights merged a few rows at a time. No torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from converters.base_to_gguf import ELEMENTS_AT_ONCE, Slab
+from converters.merge import Deltas, Part, lineage_of, quantized
+from edgelora.base import ggml
+from edgelora.base.model import Base
+from edgelora.errors import ConfigError, ExportError
+from edgelora.files.checkpoint import CONFIG, INDEX, Checkpoint
+from edgelora.files.contract import CHECKPOINT_LINEAGE, FILE_NAME
+from edgelora.files.safetensors import SafetensorsFile, StoredTensor
+from edgelora.progress import OnProgress, Pace, Progress, silent
+
+# What goes along beside the weights and config.json. The model card does not: it describes the base.
+BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE",
+)  # fmt: skip
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def write_merged_folder(
+    out: Path, base: Base, parts: Sequence[Part], dtype: str | None = None, on_progress: OnProgress = silent
+) -> None:
+    """Fill the folder `out` (a staged path). `dtype`: F32, F16 or BF16 for all tensors; None: each as it is stored.
+
+    Raises ConfigError for another dtype; ExportError if the base is a GGUF, and, naming the tensor, if a merged weight
+    does not fit.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--hf-dtype {dtype}", "a checkpoint holds floats", f"choose one of {', '.join(DTYPES)}")
+    source = base.source
+    if not isinstance(source, Checkpoint):
+        raise ExportError(
+            what=f"{base.path}: a GGUF does not become a Hugging Face folder",
+            why="it lacks the files that describe one, and quantized weights would pass for an original",
+            fix="merge into the checkpoint that it was made from, or choose another --to, such as F16",
+        )
+    deltas = Deltas([
+        ({f"{module}.weight": pair for module, pair in part.adapter.pairs().items()}, part.scale) for part in parts
+    ])  # fmt: skip
+    pace = Pace(len(source.tensors))
+    for shard in source.shards:
+        for _ in _write_shard(out / shard.path.name, shard, deltas, dtype):
+            _, eta = pace.step(0)
+            on_progress(Progress("merge", pace.done, pace.total, eta_s=eta))
+    _write_beside(out, base, parts, dtype)
+
+
+def _write_shard(out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str | None) -> Iterator[None]:
+    """Write one file; yields after each tensor."""
+    tensors = sorted(shard.tensors.values(), key=lambda t: t.offset)
+    kinds = {t.name: GGMLQuantizationType[dtype or t.dtype] for t in tensors}
+    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
+    end = 0
+    for t in tensors:
+        begin, end = end, end + _size_bytes(t, kinds[t.name])
+        header[t.name] = {"dtype": kinds[t.name].name, "shape": list(t.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with out.open("wb") as f:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        for t in tensors:
+            for rows in _merged(shard, t, deltas, kinds[t.name]):
+                f.write(np.ascontiguousarray(rows).data)
+            shard.forget(t.name)
+            yield
+
+
+def _merged(
+    shard: SafetensorsFile, tensor: StoredTensor, deltas: Deltas, kind: GGMLQuantizationType
+) -> Iterator[np.ndarray]:
+    """The tensor as `kind`, uint8 (n, bytes per row), a few rows at a time."""
+    rows, stored = shard.rows(tensor.name), GGMLQuantizationType[tensor.dtype]
+    columns = tensor.shape[-1] if tensor.shape else 1
+    step = max(1, ELEMENTS_AT_ONCE // max(columns, 1))
+    for first in range(0, len(rows), step):
+        slab = Slab(0, first, ggml.dequantize(rows[first : first + step], stored, columns))
+        yield quantized(deltas.merged(tensor.name, slab), kind, tensor.name)
+
+
+def _size_bytes(tensor: StoredTensor, kind: GGMLQuantizationType) -> int:
+    return int(np.prod(tensor.shape, dtype=np.int64)) * ggml.row_bytes(kind, 1)
+
+
+def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | None) -> None:
+    """config.json with the lineage, the index, the contract, and the files that go along as they are."""
+    source = base.source
+    assert isinstance(source, Checkpoint)
+    stated = {} if dtype is None else {"torch_dtype" if "torch_dtype" in source.config else "dtype": DTYPES[dtype]}
+    _write_json(out / CONFIG, {**source.config, **stated, CHECKPOINT_LINEAGE: lineage_of(base, parts)})
+    if len(source.shards) > 1:
+        shards = [SafetensorsFile(out / shard.path.name) for shard in source.shards]
+        total = sum(t.size_bytes for shard in shards for t in shard.tensors.values())
+        weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
+        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in BESIDE:
+        if (file := base.path / name).is_file():
+            shutil.copyfile(file, out / name)
+    if base.chosen_template is not None:
+        (out / "chat_template.jinja").write_text(base.chosen_template, encoding="utf-8", newline="\n")
+    contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)
+    if contract is not None:
+        unsigned = contract.model_copy(update={"certificate": None})
+        (out / FILE_NAME).write_text(unsigned.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

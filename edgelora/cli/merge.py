@@ -1,0 +1,55 @@
+"""`edgelora merge`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelora.cli.arguments import Base, Json, Out, Overwrite, Unverified, scaled
+
+
+def merge(
+    base: Base,
+    out: Out,
+    adapter: Annotated[list[str], typer.Option(help="An adapter folder[:scale]; repeatable.", show_default=False)],
+    to: Annotated[
+        str | None,
+        typer.Option(help="F16, BF16, F32, a quantization such as Q4_K_M, or hf: a folder.", show_default="F16"),
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="An importance matrix: `edgelora imatrix` makes one.", show_default=False)
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="The type of each tensor: `edgelora quantize --save-plan`.", show_default=False)
+    ] = None,
+    hf_dtype: Annotated[
+        str | None, typer.Option(help="Numbers of a folder: F32, F16, BF16.", show_default="as the base has them")
+    ] = None,
+    allow_unverified_base: Unverified = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into the base, quantize the result, and write one GGUF (or a Hugging Face folder) in one pass.
+
+    Example: `edgelora merge base.gguf --adapter adapters/mine --to Q8_0 --out mine-Q8_0.gguf`
+    """
+    from edgelora.cli.display import Display
+    from edgelora.pipeline.merge import MergeOptions
+    from edgelora.pipeline.merge import merge as run
+
+    options = MergeOptions(imatrix, plan, hf_dtype and hf_dtype.upper())
+    with Display() as display:
+        merged = run(
+            base, [scaled(text) for text in adapter], out, quant=to, options=options,
+            allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,
+        )  # fmt: skip
+        display.say(f"{merged.path}: {merged.kind}, {merged.size_bytes / 1e6:.1f} MB")
+        for note in merged.notes:
+            display.note(note)
+    if as_json:
+        print(json.dumps({
+            "out": str(out), "type": merged.kind, "size_bytes": merged.size_bytes, "notes": merged.notes,
+        }))  # fmt: skip
