@@ -199,6 +199,22 @@ def test_rows_of_the_users_are_compared_and_refused_where_they_cannot_be(tiny, m
         compare(mute, Reference(mute), rows, lambda _: None)
 
 
+def test_a_checkpoint_is_compared_in_torch_alone(tiny, transformers_model, vocabulary, write_tokenizer, tmp_path):
+    """llama.cpp cannot read it: what it computes is still held against what it was made from."""
+    template = open_base(tiny.path).own_template
+    for name, strength in (("right", 0.0), ("wrong", 0.05)):
+        model = transformers_model(tiny)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.add_(strength)
+        model.save_pretrained(tmp_path / name)
+        write_tokenizer(tmp_path / name, vocabulary, template)
+    found = held(tmp_path / "right", tiny.path)
+    assert (found.faults, found.compared.fidelity, set(found.types)) == ([], None, {"F32"})
+    assert found.compared.loss.kl_mean < 1e-9
+    assert found.as_dict()["fidelity"] is None
+    assert held(tmp_path / "wrong", tiny.path).faults
+
+
 @pytest.mark.real
 def test_the_real_base_against_itself(smollm):
     """SmolLM2-135M at Q4_1: measured 3.4e-3 mean KL, and nothing is lost against itself."""

@@ -21,6 +21,10 @@ CheckData = Annotated[
     Path | None, typer.Option("--data", help="Rows to check with; a few built-in ones without it.", show_default=False)
 ]
 CheckRows = Annotated[int, typer.Option("--check-rows", min=1, help="How many rows of --data are compared.")]
+For = Annotated[
+    str | None,
+    typer.Option("--for", help="Write what ollama, lmstudio or llama-server needs beside it.", show_default=False),
+]
 Unverified = Annotated[
     bool, typer.Option("--allow-unverified-base", help="Accept an adapter that does not name its base.")
 ]

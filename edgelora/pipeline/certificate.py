@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from gguf.constants import GGMLQuantizationType
 
 from edgelora.base.ggml import FLOATS
+from edgelora.base.model import open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.errors import CertificateError
@@ -69,7 +70,8 @@ class ModelCertificate:
             ("rows end their turn otherwise", found.equal_ends, found.n_rows),
         )
         faults = [f"{total - equal} of {total} {what}" for what, equal, total in counts if equal < total]
-        faults += [f"llama.cpp against torch: {fault}" for fault in self.limits.faults(found.fidelity)]
+        if found.fidelity is not None:
+            faults += [f"llama.cpp against torch: {fault}" for fault in self.limits.faults(found.fidelity)]
         if self.floats:  # no bits to pay for: a row out of place, which the file itself cannot show, shows here
             faults += [f"against what it was made from: {fault}" for fault in self.limits.faults(found.loss)]
         return faults
@@ -78,10 +80,15 @@ class ModelCertificate:
     def sentence(self) -> str:
         """Both numbers, for who waits for the file."""
         own, loss = self.compared.fidelity, self.compared.loss
+        checked = f"checked on {loss.n_tokens} tokens: "
+        if own is not None:
+            checked += (
+                f"llama.cpp computes what torch does over these weights (mean KL {own.kl_mean:.2g}, limit "
+                f"{self.limits.kl_mean:.2g}); "
+            )
         return (
-            f"checked on {own.n_tokens} tokens: llama.cpp computes what torch does over these weights (mean KL "
-            f"{own.kl_mean:.2g}, limit {self.limits.kl_mean:.2g}); from what they were made from it is "
-            f"{loss.kl_mean:.2g} away, same top {loss.same_top:.1%} ± {loss.same_top_error:.1%}"
+            f"{checked}it is {loss.kl_mean:.2g} away from what it was made from, same top {loss.same_top:.1%} ± "
+            f"{loss.same_top_error:.1%}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,7 +96,7 @@ class ModelCertificate:
         return {
             "passed": not self.faults, "n_texts": found.n_texts, "equal_ids": found.equal_ids, "n_rows": found.n_rows,
             "equal_text": found.equal_text, "equal_ends": found.equal_ends, "types": self.types,
-            "fidelity": found.fidelity.as_dict(), "loss": found.loss.as_dict(),
+            "fidelity": found.fidelity.as_dict() if found.fidelity else None, "loss": found.loss.as_dict(),
             "kl_limit": self.limits.kl_mean, "same_top_limit": self.limits.same_top,
             "flip_limit_nats": self.limits.flip_nats,
         }  # fmt: skip
@@ -98,7 +105,7 @@ class ModelCertificate:
 def certify_model(
     draft: Path, reference: Reference, rows: Sequence[Conversation] | None, on_progress: OnProgress = silent
 ) -> ModelCertificate:
-    """Compare the GGUF model at `draft` with what it was made from, in a child process.
+    """Compare the model at `draft` (a GGUF or a checkpoint) with what it was made from, in a child process.
 
     On a few built-in conversations without `rows`.
     """
@@ -108,8 +115,11 @@ def certify_model(
 
 
 def types_of(model: Path) -> dict[GGMLQuantizationType, int]:
-    """How many matrices a GGUF has of each type."""
-    return dict(Counter(info.type for info in GGUFFile(model).tensors.values() if len(info.shape) > 1))
+    """How many matrices a model has of each type."""
+    base = open_base(model)
+    if base.is_gguf:
+        return dict(Counter(info.type for info in base.file.tensors.values() if len(info.shape) > 1))
+    return dict(Counter(base.tensors.kind(name) for name, shape in base.tensors.shapes().items() if len(shape) > 1))
 
 
 @dataclass(frozen=True)

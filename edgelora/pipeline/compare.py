@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -55,16 +56,16 @@ class Compared:
     n_rows: int
     equal_text: int
     equal_ends: int
-    fidelity: Fidelity
-    """llama.cpp on the file against torch over the file's own blocks."""
+    fidelity: Fidelity | None
+    """llama.cpp on the file against torch over the file's own blocks; None for a checkpoint, which it cannot read."""
     loss: Fidelity
-    """llama.cpp on the file against torch over what it was made from, unquantized."""
+    """The file (in llama.cpp; a checkpoint in torch) against torch over what it was made from, unquantized."""
 
 
 def compare(
     draft: Path, reference: Reference, rows: Sequence[Conversation] | None, on_progress: OnProgress
 ) -> Compared:
-    """Hold the GGUF model at `draft` against `reference` on `rows`.
+    """Hold the model at `draft` (a GGUF or a checkpoint) against `reference` on `rows`.
 
     Without rows on the built-in ones; on plain texts, if the model's template knows no such conversations or is none.
     """
@@ -72,48 +73,109 @@ def compare(
 
     from edgelora.base.decoder import build_decoder
     from edgelora.peft.blend import blend
-    from runtime.engine import Engine
 
     (base, adapters), written = reference.open(), open_base(draft)
     texts = [tokenize_text(base, text) for text in CHECK_TEXTS]
     rows, chats = _chats(base, rows)
     groups = list(_groups(_examples(chats or texts, min(written.context, TOKENS_TOGETHER))))
-    longest = max(len(example) for group in groups for example in group)
-    pace = Pace(2 * len(groups))
+    pace = Pace((1 + written.is_gguf) * len(groups))
 
     def step(tokens: int) -> None:
         speed, eta = pace.step(tokens)
         on_progress(Progress("check", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
 
-    with (
-        computing(choose_products(), compute_threads()),
-        Engine(written, n_ctx=context_for(written, longest), n_sequences=ROWS_TOGETHER) as engine,
-        torch.no_grad(),
-    ):
-        equal_ids = sum(_same_ids(base, engine, row) for row in [*chats, *texts])
-        equal_ends = sum(_same_end(base, engine, row) for row in chats)
-        own = fidelity(pairs(build_decoder(written), engine, groups, step))
+    with computing(choose_products(), compute_threads()), _run(written, groups) as run, torch.no_grad():
+        equal_ids = sum(run.same_ids(base, row) for row in [*chats, *texts])
+        equal_ends = sum(_same_end(base, run, row) for row in chats)
+        own = fidelity(pairs(build_decoder(written), run.logits, groups, step)) if written.is_gguf else None
         decoder = build_decoder(base)
         blend(decoder, adapters)
-        loss = fidelity(pairs(decoder, engine, groups, step))
+        loss = fidelity(pairs(decoder, run.logits, groups, step))
     equal_text = sum(_same_text(written, row, chat) for row, chat in zip(rows, chats, strict=True))
     return Compared(len(chats) + len(texts), equal_ids, len(chats), equal_text, equal_ends, own, loss)
 
 
+Group = Sequence[Example]
+
+
+class Run(Protocol):
+    """The written model where it runs: whether it reads a text alike, where it ends a turn, and what it computes."""
+
+    def same_ids(self, base: Base, row: Tokenized) -> bool: ...
+
+    def ends_generation(self, token: int) -> bool: ...
+
+    def logits(self, group: Group) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class InLlamaCpp:
+    """A GGUF in llama.cpp."""
+
+    engine: Engine
+
+    def same_ids(self, base: Base, row: Tokenized) -> bool:
+        if row.learned is None:
+            return self.engine.model.tokenize(row.text, parse_special=False) == row.ids
+        return difference_of_chat(base.tokenizer, self.engine.model, row) is None
+
+    def ends_generation(self, token: int) -> bool:
+        return self.engine.model.ends_generation(token)
+
+    def logits(self, group: Group) -> np.ndarray:
+        wanted = [(e.loss_mask[1:].nonzero()[0]).tolist() for e in group]  # what predicts the learned tokens
+        return self.engine.logits([e.input_ids.tolist() for e in group], wanted)
+
+
+@dataclass(frozen=True)
+class InTorch:
+    """A checkpoint, as it is read again."""
+
+    written: Base
+    decoder: Decoder
+
+    def same_ids(self, base: Base, row: Tokenized) -> bool:  # noqa: ARG002
+        return self.written.tokenizer.sha256 == base.tokenizer.sha256
+
+    def ends_generation(self, token: int) -> bool:
+        return token in self.written.tokenizer.eog_ids
+
+    def logits(self, group: Group) -> np.ndarray:
+        return torch_logits(self.decoder, group)
+
+
+@contextmanager
+def _run(written: Base, groups: Sequence[Group]) -> Iterator[Run]:
+    if not written.is_gguf:
+        from edgelora.base.decoder import build_decoder
+
+        yield InTorch(written, build_decoder(written))
+        return
+    from runtime.engine import Engine
+
+    longest = max(len(example) for group in groups for example in group)
+    with Engine(written, n_ctx=context_for(written, longest), n_sequences=ROWS_TOGETHER) as engine:
+        yield InLlamaCpp(engine)
+
+
 def pairs(
-    decoder: Decoder, engine: Engine, groups: Sequence[Sequence[Example]], step: Callable[[int], None]
+    decoder: Decoder, other: Callable[[Group], np.ndarray], groups: Sequence[Group], step: Callable[[int], None]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """torch's and llama.cpp's logits, each (n, V), where `groups` learn, group by group."""
+    """torch's logits and the other's, each (n, V), where `groups` learn, group by group."""
+    for group in groups:
+        yield torch_logits(decoder, group), other(group)
+        step(sum(map(len, group)))
+
+
+def torch_logits(decoder: Decoder, group: Group) -> np.ndarray:
+    """float32 (n, V): what predicts each learned token of `group`, in its order."""
     import torch
 
-    for group in groups:
-        batch = pack(group)
-        tokens, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
-        hidden = decoder(tokens, positions, list(batch.segment_starts), batch.prefix)
-        ours = decoder.logits_of(hidden[torch.from_numpy(batch.labels != IGNORE)]).numpy()
-        wanted = [(e.loss_mask[1:].nonzero()[0]).tolist() for e in group]  # what predicts the learned tokens
-        yield ours, engine.logits([e.input_ids.tolist() for e in group], wanted)
-        step(batch.n_tokens)
+    batch = pack(group)
+    tokens, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
+    hidden = decoder(tokens, positions, list(batch.segment_starts), batch.prefix)
+    logits: np.ndarray = decoder.logits_of(hidden[torch.from_numpy(batch.labels != IGNORE)]).numpy()
+    return logits
 
 
 def _chats(base: Base, rows: Sequence[Conversation] | None) -> tuple[Sequence[Conversation], list[Tokenized]]:
@@ -147,16 +209,10 @@ def _groups(examples: Sequence[Example]) -> Iterator[list[Example]]:
     yield group
 
 
-def _same_ids(base: Base, engine: Engine, row: Tokenized) -> bool:
-    if row.learned is None:
-        return engine.model.tokenize(row.text, parse_special=False) == row.ids
-    return difference_of_chat(base.tokenizer, engine.model, row) is None
-
-
-def _same_end(base: Base, engine: Engine, row: Tokenized) -> bool:
-    """Whether the token that ends the last learned turn ends it in llama.cpp as well."""
+def _same_end(base: Base, run: Run, row: Tokenized) -> bool:
+    """Whether the token that ends the last learned turn ends it where it runs as well."""
     last = max(i for i, learned in enumerate(row.learned or [True]) if learned)
-    return engine.model.ends_generation(row.ids[last]) == (row.ids[last] in base.tokenizer.eog_ids)
+    return run.ends_generation(row.ids[last]) == (row.ids[last] in base.tokenizer.eog_ids)
 
 
 def _same_text(written: Base, row: Conversation, wanted: Tokenized) -> bool:

@@ -20,7 +20,7 @@ from edgelora.files.contract import FILE_NAME, require_same_base
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.compare import ROWS_TOGETHER, pairs
+from edgelora.pipeline.compare import ROWS_TOGETHER, InLlamaCpp, pairs
 from edgelora.pipeline.evaluate import context_for
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.progress import OnProgress, Pace, Progress, silent
@@ -147,12 +147,12 @@ def _certify(
     ):
         texts = (tokenize_chat(base.tokenizer, base.template, row) for row in rows)
         equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        decoder = build_decoder(base)
-        floor = fidelity(pairs(decoder, engine, groups, step))
+        decoder, run = build_decoder(base), InLlamaCpp(engine)
+        floor = fidelity(pairs(decoder, run.logits, groups, step))
         attach(decoder, adapter)
         engine.load("candidate", gguf, allow_unverified=True)
         engine.use({"candidate": 1.0})
-        adapted = fidelity(pairs(decoder, engine, groups, step))
+        adapted = fidelity(pairs(decoder, run.logits, groups, step))
     exact = base.quant in FLOAT_QUANTS
     return Certificate(
         base_quant=base.quant,
