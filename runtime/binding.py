@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import llama_cpp as C
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from edgelora.base.ggml import PIN, library_path
 from edgelora.errors import EngineError
+from runtime.ggml_tensor import F32, SIZE_BYTES, GGMLTensor
 
 UBATCH_TOKENS = 512  # one shape for every run: over a quantized base the numbers depend on it (DESIGN section 3)
+OBJECT_BYTES = 32  # what ggml keeps beside each tensor: sizeof(struct ggml_object)
 
 _last_words: deque[str] = deque(maxlen=8)
 
@@ -108,6 +113,65 @@ class Lora:
         self._handle = None
 
 
+class Product:
+    """A step of the graph that llama.cpp is computing, as its eval callback shows it. Its end is the callback's end."""
+
+    def __init__(self, address: int) -> None:
+        self._node = ctypes.cast(address, ctypes.POINTER(GGMLTensor)).contents
+
+    @property
+    def operation(self) -> str:
+        """`MUL_MAT`, `MUL_MAT_ID` (each token by experts of its own), `ADD` …"""
+        return str(_ggml().ggml_op_name(self._node.op).decode())
+
+    @property
+    def weight(self) -> str:
+        """The name of its first operand; several devices add their own: `CUDA0#blk.0.attn_k.weight#0`."""
+        if not self._node.src[0]:
+            return ""
+        name: bytes = self._node.src[0].contents.name
+        return (name.split(b"#")[1] if b"#" in name else name).decode("utf-8", "replace")
+
+    def input(self) -> np.ndarray | None:
+        """What the weight is multiplied with: float32 (n3, n2, n1, columns), a copy; None if it is not in float32."""
+        return self._read(1, np.float32) if self._node.src[1].contents.type == F32 else None
+
+    def experts(self) -> np.ndarray:
+        """Which experts each token goes to, of a MUL_MAT_ID: int32 (T, k)."""
+        ids: np.ndarray = self._read(2, np.int32)[0, 0]
+        return ids
+
+    def _read(self, operand: int, dtype: type) -> np.ndarray:
+        pointer = self._node.src[operand]
+        tensor = pointer.contents
+        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+        n_bytes = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + np.dtype(dtype).itemsize
+        raw = np.empty(n_bytes, np.uint8)
+        _ggml().ggml_backend_tensor_get(pointer, raw.ctypes.data, 0, n_bytes)  # from whatever device it is on
+        return np.ndarray(shape, dtype, raw, strides=strides)
+
+
+Watch = Callable[[Product, bool], bool]
+"""watch(step, ask): whether it wants this step (ask), then a look at it once it is computed (not ask)."""
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """libggml-base, which llama.cpp has loaded. Raises EngineError if its tensors are not the ones known here."""
+    library = ctypes.CDLL(str(library_path()))
+    library.ggml_tensor_overhead.restype = ctypes.c_size_t
+    library.ggml_op_name.restype = ctypes.c_char_p
+    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    library.ggml_backend_tensor_get.restype = None
+    if (found := library.ggml_tensor_overhead() - OBJECT_BYTES) != SIZE_BYTES:
+        raise EngineError(
+            what="this llama.cpp cannot be watched at work",
+            why=f"its tensors take {found} bytes each, {SIZE_BYTES} are known here",
+            fix=PIN,
+        )
+    return library
+
+
 @dataclass(frozen=True)
 class Entry:
     """One token of a decode: which sequence, at which position, and whether its logits are wanted."""
@@ -121,12 +185,14 @@ class Entry:
 class Context:
     """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each.
 
-    `exact`: keys and values in float32 and no flash attention, which rounds them to float16.
+    `exact`: keys and values in float32 and no flash attention, which rounds them to float16. `watch` sees the steps of
+    each decode; what it raises, the decode raises.
     """
 
     def __init__(
-        self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048, exact: bool = False
-    ) -> None:
+        self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048, exact: bool = False,
+        watch: Watch | None = None,
+    ) -> None:  # fmt: skip
         _last_words.clear()
         params = C.llama_context_default_params()
         params.n_ctx = n_ctx * n_sequences
@@ -139,6 +205,10 @@ class Context:
         if exact:
             params.type_k = params.type_v = int(GGMLQuantizationType.F32)
             params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._fault: BaseException | None = None
+        if watch is not None:
+            _ggml()
+            params.cb_eval = self._callback = self._watched(watch)
         self.model, self.n_ctx, self.n_sequences = model, n_ctx, n_sequences
         self._handle = C.llama_init_from_model(model.handle, params)
         if not self._handle:
@@ -153,6 +223,19 @@ class Context:
         if self._handle is None:
             raise EngineError(what="a closed context was used", why="close() frees it", fix="open a new one")
         return self._handle
+
+    def _watched(self, watch: Watch) -> Any:
+        """`watch` as C calls it, where nothing may be raised."""
+
+        @C.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
+        def on_step(address: int, ask: bool, _: object) -> bool:
+            try:
+                return self._fault is None and watch(Product(address), ask)
+            except BaseException as e:
+                self._fault = e
+                return False
+
+        return on_step
 
     def set_threads(self, threads: int) -> None:
         C.llama_set_n_threads(self.handle, threads, threads)
@@ -201,6 +284,9 @@ class Context:
             batch.logits[i] = entry.wanted
             n_wanted += entry.wanted
         code = C.llama_decode(self.handle, batch)
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         if code == 1:
             raise EngineError(
                 what="the context is full",
