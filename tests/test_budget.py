@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
+from conftest import ROOT, write_tiny
 from gguf.constants import GGMLQuantizationType as Type
 
 from converters.budget import Choice, least_bytes, least_damage
-from edgelora.errors import ConfigError
+from converters.plan import QuantizeOptions, plan_types, read_plan
+from edgelora.cli import run
+from edgelora.errors import ConfigError, DataError, OutputError
+from edgelora.files.adapter_check import check_adapter
+from edgelora.files.gguf import GGUFFile
+from edgelora.pipeline.budget import MISS, BudgetOptions, Target, quantize_to
+from edgelora.pipeline.quantize import QuantizeSettings, quantize
+from edgelora.pipeline.repair import Repair
 
 KINDS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
 
@@ -82,3 +91,127 @@ def test_what_cannot_be_reached_is_said():
     with pytest.raises(ConfigError, match=r"a KL of 0\.05 is out of reach") as too_good:
         least_bytes(choices, 0.05)
     assert "0.1" in too_good.value.why
+
+
+HOME = ROOT / "examples" / "home" / "train.jsonl"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, vocabulary):
+    """A model of its own, and a home of its own: what was measured is kept there from test to test."""
+    folder = tmp_path_factory.mktemp("budget")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_HOME", str(folder / "home"))
+        yield write_tiny(folder / "tiny-F16.gguf", vocabulary, Type.F16).path
+
+
+def test_a_size_is_hit_with_measured_types(source, tmp_path):
+    costs = []
+    options = BudgetOptions(data=HOME, plan_out=tmp_path / "plan.toml")
+    stock = plan_types(source, QuantizeOptions("Q4_K_M")).file_bytes
+    reached = quantize_to(source, tmp_path / "out.gguf", Target(size_bytes=stock), options, costs.append)
+    assert [cost.evaluations for cost in costs] in ([], [15])  # 7 matrices in 2 layers and the embedding
+    written = GGUFFile(tmp_path / "out.gguf")
+    assert stock - 4096 < written.size_bytes == reached.size_bytes == reached.plan.file_bytes <= stock
+    assert {name: info.type for name, info in written.tensors.items()} == reached.plan.types
+    assert read_plan(tmp_path / "plan.toml").types == reached.plan.types
+    assert 0 < reached.kl < 0.1
+    assert reached.as_dict()["attempts"][0]["predicted_kl"] == pytest.approx(reached.kl, rel=1)
+    # what was measured is not measured again, and the plan can be edited and used
+    again = quantize_to(
+        source, tmp_path / "more.gguf", Target(size_bytes=stock + 40_000), options_of(HOME), costs.append
+    )
+    assert len(costs) <= 1
+    assert again.size_bytes > reached.size_bytes
+    assert again.attempts[0].predicted_kl < reached.attempts[0].predicted_kl
+    settings = QuantizeSettings(plan=tmp_path / "plan.toml", imatrix=tmp_path / "plan.imatrix.gguf")
+    quantize(source, tmp_path / "by-plan.gguf", settings=settings)
+    by_plan = GGUFFile(tmp_path / "by-plan.gguf")
+    for name in written.tensors:
+        np.testing.assert_array_equal(by_plan.rows(name), written.rows(name))
+
+
+def options_of(data, **others):
+    return BudgetOptions(data=data, **others)
+
+
+def test_a_kl_is_reached_by_measuring_what_was_written(source, tmp_path):
+    reached = quantize_to(source, tmp_path / "out.gguf", Target(kl=0.002), options_of(HOME))
+    assert reached.kl == reached.attempts[-1].measured.kl_mean
+    if not reached.notes:
+        assert abs(reached.kl / 0.002 - 1) <= MISS
+    assert all(abs(a.measured.kl_mean / 0.002 - 1) > MISS for a in reached.attempts[:-1])
+    smaller = quantize_to(source, tmp_path / "smaller.gguf", Target(kl=0.02), options_of(HOME))
+    assert smaller.size_bytes < reached.size_bytes
+
+
+def test_a_repair_is_held_against_the_same_bytes_as_bits(source, tmp_path):
+    stock = plan_types(source, QuantizeOptions("Q3_K_M")).file_bytes
+    out = tmp_path / "out.gguf"
+    reached = quantize_to(source, out, Target(size_bytes=stock), options_of(HOME, repair_rank=4))
+    assert reached.repair is not None
+    assert reached.repair.kl_with < reached.repair.kl_without == reached.kl
+    assert reached.repair.kept == (reached.repair.kl_with < reached.repair.kl_bits)
+    beside = tmp_path / "out-repair.gguf"
+    assert beside.exists() == reached.repair.kept
+    expected = {"out.gguf", "out.certificate.json", *(["out-repair.gguf"] if reached.repair.kept else [])}
+    assert {file.name for file in tmp_path.iterdir()} == expected
+
+
+def test_a_repair_that_beats_bits_stays_beside_the_file(source, tmp_path, monkeypatch):
+    """Bits are made to lose; the file is one that llama.cpp's checks take, for these very tensors."""
+    monkeypatch.setattr(Repair, "kept", property(lambda _: True))
+    stock = plan_types(source, QuantizeOptions("Q3_K_M")).file_bytes
+    reached = quantize_to(source, tmp_path / "out.gguf", Target(size_bytes=stock), options_of(HOME, repair_rank=4))
+    beside = tmp_path / "out-repair.gguf"
+    assert reached.repair is not None
+    assert beside.stat().st_size == reached.repair.size_bytes
+    shapes = {name: info.shape for name, info in GGUFFile(source).tensors.items()}
+    check_adapter(beside, "llama", shapes)
+
+
+def test_targets_that_cannot_be_are_refused(source, tmp_path, make_tiny):
+    for wrong in ({}, {"size_bytes": 10**6, "kl": 0.1}, {"kl": -1.0}):
+        with pytest.raises(ConfigError):
+            Target(**wrong)
+    target, out = Target(kl=0.01), tmp_path / "out.gguf"
+    with pytest.raises(ConfigError, match="nothing to measure on"):
+        quantize_to(source, out, target, BudgetOptions())
+    few = tmp_path / "few.txt"
+    few.write_text("Just a few words. " * 28, encoding="utf-8")  # some 300 tokens
+    with pytest.raises(DataError, match="too few to measure on"):
+        quantize_to(source, out, target, BudgetOptions(text=few))
+    with pytest.raises(OutputError, match="Q8_0 already"):
+        quantize_to(make_tiny(Type.Q8_0).path, out, target, options_of(HOME))
+    with pytest.raises(ConfigError, match="are too few for these weights"):
+        quantize_to(source, out, Target(size_bytes=100_000), options_of(HOME))
+    assert sorted(tmp_path.iterdir()) == [few]
+
+
+def test_the_command_says_what_it_reached(source, tmp_path, capsys):
+    out, size = tmp_path / "out.gguf", plan_types(source, QuantizeOptions("Q4_K_M")).file_bytes
+    words = ["quantize", str(source), str(out), "--target-size", f"{size / 1e6 + 0.01:.2f}MB", "--data", str(HOME)]
+    assert run([*words, "--save-plan", str(tmp_path / "plan.toml"), "--json"]) == 0
+    said = capsys.readouterr()
+    result = json.loads(said.out)
+    assert result["size_bytes"] == out.stat().st_size <= size + 15_000
+    assert result["certificate"]["passed"]
+    assert "held-out tokens" in said.err
+    assert f"KL {result['kl']:.4f}" in " ".join(said.err.split())
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "out.gguf", "out.certificate.json", "plan.toml", "plan.imatrix.gguf",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("quantize in.gguf out.gguf Q4_K_M --target-size 90MB", "TYPE"),
+        ("quantize in.gguf out.gguf --target-kl 0.02 --pure", "--pure"),
+        ("quantize in.gguf out.gguf Q4_K_M --repair 8", "--repair"),
+        ("quantize in.gguf --target-kl 0.02", "OUT"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(line, named, capsys):
+    assert run(line.split()) == 2
+    assert named in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgelora.cli import budget
 from edgelora.cli.arguments import CheckData, CheckRows, Json, Overwrite
 
 if TYPE_CHECKING:
@@ -52,15 +53,40 @@ def quantize(
     plain: Annotated[
         bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")
     ] = False,
+    target_size: Annotated[
+        str | None, typer.Option(help="Instead of TYPE: the best file of at most 90MB.", show_default=False)
+    ] = None,
+    target_kl: Annotated[
+        float | None, typer.Option(help="Instead of TYPE: the smallest file within this KL.", show_default=False)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With a target: a text to measure on, if not --data.", show_default=False)
+    ] = None,
+    repair: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK", help="With a target: a LoRA beside it, if it beats more bits.", show_default=False
+        ),
+    ] = None,
     data: CheckData = None,
     check_rows: CheckRows = 64,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a GGUF to any of llama.cpp's types, with its own choice for each tensor or yours.
+    """Quantize a GGUF to any of llama.cpp's types, with its own choice for each tensor, yours, or the best for a size.
 
     Example: `edgelora quantize mine-F16.gguf mine-Q4_K_M.gguf Q4_K_M`
     """
+    asked = budget.Asked(
+        source, out, target_size, target_kl, data, text, imatrix, save_plan, repair, allow_requantize, overwrite
+    )
+    if asked.is_target({
+        "TYPE": kind, "--plan": plan, "--tensor-type": tensor_type, "--output-type": output_type, "--pure": pure,
+        "--embedding-type": embedding_type, "--keep-split": keep_split, "--plain": plain, "--dry-run": dry_run,
+    }):  # fmt: skip
+        budget.run(asked, as_json=as_json)
+        return
+
     from edgelora.cli.display import Display
     from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of
     from edgelora.pipeline.quantize import quantize as run

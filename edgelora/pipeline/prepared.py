@@ -1,0 +1,188 @@
+"""A model whose tensors were measured: what any plan for it will cost, and what a written one did cost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from converters.budget import Choice, least_bytes, least_damage
+from converters.candidates import candidates, probe
+from converters.file_size import padded
+from converters.imatrix import Importance, read_importance
+from converters.plan import Plan, QuantizeOptions, plan_types
+from converters.quant_types import QUANT_TYPES, tensor_bytes
+from converters.quantize import write_planned
+from edgelora.base.ggml import FLOATS
+from edgelora.base.model import Base, open_base
+from edgelora.child import run_in_child
+from edgelora.errors import ConfigError, OutputError
+from edgelora.evaluate.fidelity import Fidelity
+from edgelora.evaluate.sensitivity import Cost, Sensitivity, cache_key, predicted
+from edgelora.files.atomic import require_space
+from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_file
+from edgelora.files.gguf import reserve
+from edgelora.peft.adapter import Adapter
+from edgelora.pipeline.calibration import Calibration, read_calibration
+from edgelora.pipeline.export import FLOAT_QUANTS
+from edgelora.pipeline.held_out import collect, held_out_kl
+from edgelora.pipeline.sensitivity import Job, Trial, sensitivities
+from edgelora.progress import OnProgress, silent
+from edgelora.versions import versions
+
+Type = GGMLQuantizationType
+
+RECIPE = "Q4_K_M"  # any recipe tells which tensors llama.cpp quantizes at all
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """What a target is reached with. One of `data` and `text` is what the model will see."""
+
+    data: Path | None = None
+    """Rows of conversations, in any format that training reads."""
+    text: Path | None = None
+    imatrix: Path | None = None
+    """Without it, importance is collected on the same tokens."""
+    plan_out: Path | None = None
+    """Where the plan is kept, to be read, edited and used again."""
+    repair_rank: int | None = None
+    overwrite: bool = False
+    allow_requantize: bool = False
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A plan that was written: what the sum of damages says of it, and what was measured on held-out tokens."""
+
+    file_bytes: int
+    predicted_kl: float
+    measured: Fidelity
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source whose tensors were measured: from here a plan for any target costs a fraction of a second."""
+
+    source: Path
+    calibration: Calibration
+    importance: Importance
+    stock: Plan
+    """Its types stay for tensors that were not measured."""
+    found: Mapping[str, Sensitivity]
+
+    @classmethod
+    def read(
+        cls,
+        source: Path,
+        options: BudgetOptions,
+        on_cost: Callable[[Cost], None] = lambda _: None,
+        on_progress: OnProgress = silent,
+    ) -> Prepared:
+        """Read what to measure on, collect importance unless it is given, and measure every tensor once and for all.
+
+        Raises OutputError for a source that is quantized already, ConfigError for a mixture of experts or nothing to
+        measure on, DataError for too little of it.
+        """
+        base = open_base(source)
+        _refuse(base, options)
+        calibration = read_calibration(base, options.data, options.text)
+        if options.imatrix is not None:
+            importance = read_importance(options.imatrix)
+            importance.check({name: info.shape for name, info in base.file.tensors.items()})
+        else:
+            found = run_in_child(collect, source, calibration.importance, on_progress=on_progress)
+            importance = replace(found, datasets=tuple(p.name for p in (options.data, options.text) if p))
+        weights = importance.weights()
+        stock = plan_types(base.file.path, QuantizeOptions(RECIPE, imatrix=weights), _keys())
+        source = base.file.path
+        job = Job(source, calibration.measured, _trials(stock, weights))
+        return cls(source, calibration, importance, stock, sensitivities(job, _key(base, job), on_cost, on_progress))
+
+    def choices(self) -> dict[str, list[Choice]]:
+        """For each measured tensor its types, with bytes as they lie in a file."""
+        found: dict[str, list[Choice]] = {}
+        for t in self.stock.tensors:
+            if (one := self.found.get(t.name)) is not None:
+                kinds = [GGMLQuantizationType[name] for name in one.errors]
+                found[t.name] = [Choice(k, padded(tensor_bytes(t.shape, k)), one.damage(k.name)) for k in kinds]
+        return found
+
+    def within_bytes(self, size_bytes: int) -> Plan:
+        """The plan with the least damage whose file has at most `size_bytes`."""
+        choices = self.choices()
+        rest = sum(padded(t.size_bytes) for t in self.stock.tensors if t.name not in choices)
+        return self._plan(least_damage(choices, size_bytes - self.stock.header_bytes - rest))
+
+    def within_damage(self, damage: float) -> Plan:
+        """The smallest plan whose damages add up to at most `damage`."""
+        return self._plan(least_bytes(self.choices(), damage))
+
+    def damage(self, plan: Plan) -> float:
+        """The KL of `plan`, if damages add up."""
+        return predicted(self.found, {name: kind.name for name, kind in plan.types.items()})
+
+    def attempt(self, plan: Plan, draft: Path, on_progress: OnProgress) -> Attempt:
+        """Write `plan` to `draft` and measure it."""
+        require_space(draft.parent, plan.file_bytes, "the quantized weights")
+        write_planned(self.source, draft, plan, self.importance.weights(), on_progress, _keys())
+        return Attempt(draft.stat().st_size, self.damage(plan), self.measured(draft, None, on_progress))
+
+    def measured(self, written: Path, adapter: Adapter | None, on_progress: OnProgress) -> Fidelity:
+        """torch over `written` against torch over the source, on the tokens that were held out."""
+        windows = self.calibration.held_out
+        return run_in_child(held_out_kl, self.source, written, adapter, windows, on_progress=on_progress)
+
+    def _plan(self, taken: Mapping[str, Choice]) -> Plan:
+        types = {name: choice.type for name, choice in taken.items()}
+        plan = self.stock.with_types(types)
+        weights: Counter[Type] = Counter()
+        for t in plan.tensors:
+            weights[t.type] += int(np.prod(t.shape))
+        # what the file says it is: the recipe of the type that most of its weights have
+        return replace(plan, kind=next(kind.name for kind, _ in weights.most_common() if kind.name in QUANT_TYPES))
+
+
+def _refuse(base: Base, options: BudgetOptions) -> None:
+    if base.quant not in FLOAT_QUANTS and not options.allow_requantize:
+        raise OutputError(
+            what=f"{base.path} is {base.quant} already",
+            why="quantizing twice adds the errors of both",
+            fix="start from the F16 file, or pass --allow-requantize",
+        )
+    if base.architecture.experts is not None:
+        raise ConfigError(
+            what=f"{base.path}: a mixture of experts has no measured sensitivities",
+            why="a few thousand tokens reach few of its experts often enough",
+            fix="pass a TYPE and --imatrix instead of a target",
+        )
+
+
+def _keys() -> dict[str, str | int]:
+    """Metadata to add to the file."""
+    return {"general.quantized_by": f"edgelora {versions()['edgelora']}", CERTIFICATE_KEY: reserve(CERTIFICATE_BYTES)}
+
+
+def _trials(stock: Plan, importance: Mapping[str, np.ndarray]) -> dict[str, Trial]:
+    """What to try of every tensor that llama.cpp would quantize."""
+    trials = {}
+    for t in stock.tensors:
+        if t.type not in FLOATS and len(t.shape) == 2:
+            own = importance.get(t.name)
+            trials[t.name] = Trial(probe(t.shape[-1]), candidates(t.name, t.shape[-1], own is not None), own)
+    return trials
+
+
+def _key(base: Base, job: Job) -> str:
+    digest = hashlib.sha256()
+    for name, trial in sorted(job.trials.items()):
+        digest.update(f"{name} {trial.probe.name} {[kind.name for kind in trial.kinds]}".encode())
+        digest.update(b"" if trial.importance is None else np.ascontiguousarray(trial.importance).tobytes())
+    for array in (job.windows.ids, job.windows.scored):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return cache_key(source=sha256_file(base.path), asked=digest.hexdigest())

@@ -1,0 +1,149 @@
+"""Measure what each tensor's bits are worth, in a child process, and keep it: nothing is measured twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf.constants import GGMLQuantizationType
+
+from edgelora.base import ggml
+from edgelora.base.model import Base, open_base
+from edgelora.base.tensors import Stored
+from edgelora.child import run_in_child
+from edgelora.device import choose_products, compute_threads, computing
+from edgelora.evaluate.sensitivity import Cost, Sensitivity, as_json, from_json
+from edgelora.files.atomic import write_text
+from edgelora.home import models_folder
+from edgelora.pipeline.calibration import Windows
+from edgelora.progress import OnProgress, Pace, Progress, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgelora.base.output_kl import OutputKL, Slot
+    from edgelora.nn.decoder import Decoder
+
+Type = GGMLQuantizationType
+
+# Rows whose errors are compared between types: errors of rows add up, and only ratios count.
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is tried of one tensor: the type whose KL is measured, and those whose errors are."""
+
+    probe: Type
+    kinds: tuple[Type, ...]
+    importance: np.ndarray | None
+    """float32 (columns,), or None: all columns alike."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Measure the tensors of `trials` (by GGUF name) of the model at `source` on `windows`."""
+
+    source: Path
+    windows: Windows
+    trials: Mapping[str, Trial]
+
+
+def sensitivities(
+    job: Job, key: str, on_cost: Callable[[Cost], None] = lambda _: None, on_progress: OnProgress = silent
+) -> dict[str, Sensitivity]:
+    """By GGUF tensor name, from the cache where `key` was measured before.
+
+    `on_cost` hears what it takes before it starts, and nothing if it is there already.
+    """
+    cache = models_folder() / "sensitivities" / f"{key}.json"
+    if cache.exists():
+        return from_json(cache.read_text(encoding="utf-8"), str(cache))
+    on_cost(run_in_child(time_one, job))
+    found = run_in_child(measure, job, on_progress=on_progress)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_text(cache, as_json(found), overwrite=True)
+    return found
+
+
+def time_one(job: Job, _: OnProgress = silent) -> Cost:
+    """Measure one tensor in the middle of the model, and say what all of them will take.
+
+    It is measured twice: ggml makes tables of the IQ types for the first, which takes seconds once.
+    """
+    with _opened(job) as model:
+        middle = model.base.config.num_hidden_layers // 2
+        name = next(name for name, slot in model.slots.items() if slot.layer == middle)
+        x = next(x for layer, x in model.output.layers() if layer == middle)
+        marks = [time.perf_counter()]
+        for _again in range(2):
+            model.measure(name, job.trials[name], x)
+            marks.append(time.perf_counter())
+        first, second = np.diff(marks).tolist()
+        return Cost(len(job.trials), first + (len(job.trials) - 1) * second)
+
+
+def measure(job: Job, on_progress: OnProgress = silent) -> dict[str, Sensitivity]:
+    """Layer by layer, so that what lies before a tensor is computed once for all of its layer."""
+    found, pace = {}, Pace(len(job.trials))
+    with _opened(job) as model:
+        for layer, x in model.output.layers():
+            for name in (name for name, slot in model.slots.items() if slot.layer == layer):
+                found[name] = model.measure(name, job.trials[name], x)
+                _, eta = pace.step(0)
+                on_progress(Progress("sensitivity", pace.done, pace.total, eta_s=eta))
+    return found
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The model as it is, what it says, and where the tensors of a job are used."""
+
+    base: Base
+    decoder: Decoder
+    output: OutputKL
+    slots: Mapping[str, Slot]
+
+    def measure(self, name: str, trial: Trial, x: Tensor) -> Sensitivity:
+        """x (T, d): the state that enters the first layer which the tensor changes."""
+        from edgelora.base.output_kl import exchanged
+        from edgelora.base.weights import from_rows
+
+        slot = self.slots[name]
+        stored = self.base.tensors.matrix(f"{slot.hf_name}.weight")
+        rows = ggml.requantize(stored.rows, stored.kind, stored.columns, trial.probe, trial.importance)
+        with exchanged(self.decoder, slot, from_rows(rows, trial.probe, stored.columns)):
+            kl = self.output.from_layer(slot.layer, self.output.embedded() if slot.embeds else x)
+        return Sensitivity(trial.probe.name, kl, errors(stored, trial))
+
+
+@contextmanager
+def _opened(job: Job) -> Iterator[_Opened]:
+    from edgelora.base.decoder import build_decoder
+    from edgelora.base.output_kl import OutputKL, slots
+
+    base = open_base(job.source)
+    with computing(choose_products(), compute_threads()):
+        decoder = build_decoder(base)
+        used = {name: slot for name, slot in slots(base).items() if name in job.trials}
+        yield _Opened(base, decoder, OutputKL(decoder, job.windows.ids, job.windows.scored), used)
+
+
+def errors(stored: Stored, trial: Trial) -> dict[str, float]:
+    """By type, the weighted squared error of a few seeded rows of a tensor: Σ importance · (w − Q(w))²."""
+    n_rows = len(stored.rows)
+    picked = np.sort(np.random.default_rng(0).choice(n_rows, min(SAMPLED_ROWS, n_rows), replace=False))
+    weights = ggml.dequantize(stored.rows[picked], stored.kind, stored.columns)
+    importance = np.ones(stored.columns) if trial.importance is None else trial.importance
+    found = {}
+    for kind in {trial.probe, *trial.kinds}:
+        blocks = ggml.quantize(weights, kind, trial.importance)
+        found[kind.name] = float(
+            (np.square(weights - ggml.dequantize(blocks, kind, stored.columns)) @ importance).sum()
+        )
+    return found
