@@ -224,6 +224,8 @@ def test_an_unknown_program_and_what_stands_in_the_way_are_refused(tiny, tmp_pat
     with pytest.raises(ConfigError) as error:
         prepare("vllm", served)
     assert all(name in error.value.fix for name in RUNNERS)
+    with pytest.raises(ConfigError, match="is not named as a GGUF file"):
+        prepare("lmstudio", Served(served.base, tmp_path / "folder"))
     (tmp_path / "m.Modelfile").write_text("mine")
     with pytest.raises(OutputError, match="exists already"):
         prepare("ollama", served)
@@ -251,3 +253,15 @@ def test_what_a_program_cannot_run_is_refused_before_the_work(tiny, tmp_path, ca
     assert run(words) == ConfigError.exit_code
     assert "whole models only" in capfd.readouterr().err
     assert [p.name for p in Path(tmp_path).iterdir()] == ["mine"]
+
+
+def test_merge_for_a_program_names_the_merged_file(tiny, tmp_path, capfd):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    words = ["merge", str(tiny.path), "--adapter", str(tmp_path / "mine"), "--out", str(tmp_path / "m.gguf")]
+    assert run([*words, "--to", "Q8_0", "--for", "lmstudio", "--json"]) == 0
+    said = capfd.readouterr()
+    found = json.loads(said.out)
+    assert found["for"]["files"] == [str(tmp_path / "edgelora" / "m" / "m.gguf")]
+    assert found["certificate"]["passed"]
+    assert "llama.cpp computes what torch does over these weights" in said.err
+    assert (tmp_path / "edgelora" / "m" / "m.gguf").read_bytes() == (tmp_path / "m.gguf").read_bytes()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgelora.cli.arguments import Base, Json, Out, Overwrite, Unverified, scaled
+from edgelora.cli.arguments import Base, CheckData, CheckRows, For, Json, Out, Overwrite, Unverified, scaled
 
 
 def merge(
@@ -28,6 +28,9 @@ def merge(
     hf_dtype: Annotated[
         str | None, typer.Option(help="Numbers of a folder: F32, F16, BF16.", show_default="as the base has them")
     ] = None,
+    data: CheckData = None,
+    check_rows: CheckRows = 64,
+    for_: For = None,
     allow_unverified_base: Unverified = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -37,19 +40,31 @@ def merge(
     Example: `edgelora merge base.gguf --adapter adapters/mine --to Q8_0 --out mine-Q8_0.gguf`
     """
     from edgelora.cli.display import Display
+    from edgelora.pipeline.certificate import Reference
     from edgelora.pipeline.merge import MergeOptions
     from edgelora.pipeline.merge import merge as run
+    from edgelora.pipeline.runners import prepare_for
 
-    options = MergeOptions(imatrix, plan, hf_dtype and hf_dtype.upper())
+    options = MergeOptions(imatrix, plan, hf_dtype and hf_dtype.upper(), data, check_rows)
+    adapters = [scaled(text) for text in adapter]
+    delivery = prepare_for(for_, Reference(base, tuple(adapters)), out, live=False, overwrite=overwrite)
     with Display() as display:
         merged = run(
-            base, [scaled(text) for text in adapter], out, quant=to, options=options,
+            base, adapters, out, quant=to, options=options,
             allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,
         )  # fmt: skip
         display.say(f"{merged.path}: {merged.kind}, {merged.size_bytes / 1e6:.1f} MB")
+        display.say(merged.certificate.sentence)
         for note in merged.notes:
             display.note(note)
+        if delivery is not None:
+            delivery.write()
+            for note in delivery.notes:
+                display.say(note)
+            display.say("next: " + delivery.command)
     if as_json:
-        print(json.dumps({
+        made = {
             "out": str(out), "type": merged.kind, "size_bytes": merged.size_bytes, "notes": merged.notes,
-        }))  # fmt: skip
+            "certificate": merged.certificate.as_dict(),
+        }  # fmt: skip
+        print(json.dumps(made | ({"for": delivery.as_dict()} if delivery else {})))

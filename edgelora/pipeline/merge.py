@@ -18,11 +18,21 @@ from converters.plan_check import check_importance, check_plan
 from converters.quant_types import COPY, QUANT_TYPES, parse_type
 from edgelora.base.model import Base, open_base
 from edgelora.errors import ConfigError, OutputError
-from edgelora.files.atomic import refuse_existing, require_space, staged
+from edgelora.files.atomic import refuse_existing, require_space
 from edgelora.files.checkpoint import CONFIG
 from edgelora.files.contract import sha256_file
 from edgelora.files.split import open_gguf
 from edgelora.peft.adapter import TENSORS
+from edgelora.pipeline.certificate import (
+    ModelCertificate,
+    Output,
+    Reference,
+    certify_model,
+    rows_to_check,
+    stamp,
+    write_certified,
+)
+from edgelora.pipeline.check_rows import CHECKED_ROWS
 from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
 from edgelora.pipeline.snap_back import snap_back_notes
 from edgelora.progress import OnProgress, silent
@@ -40,6 +50,7 @@ class Merged:
     kind: str
     size_bytes: int
     notes: list[str]
+    certificate: ModelCertificate
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,9 @@ class MergeOptions:
     """The type of each tensor, instead of llama.cpp's choice."""
     hf_dtype: str | None = None
     """F32, F16 or BF16: of a Hugging Face folder; None: each tensor as the base has it."""
+    check: Path | None = None
+    """Rows that the result is checked on; a few built-in ones without it."""
+    check_rows: int = CHECKED_ROWS
 
 
 def merge(
@@ -69,21 +83,33 @@ def merge(
 
     The base is a GGUF of any type or a checkpoint; `quant` a GGUF's type (without it the plan's, else F16), or `hf`: a
     checkpoint like the base. No other file is written, and of no model more than a few rows are in memory.
+    Raises CertificateError, the result kept aside, if it does not compute what base and adapters do.
     """
     if not adapters:
         raise ConfigError("nothing to merge", "no adapter was named", "pass --adapter FOLDER[:SCALE]")
     wanted = None if (quant or "").upper() == HF else _Wanted.read(quant, options)
     _refuse_to_write(out, overwrite, folder=wanted is None)
+    made_from = stamp(base_path, *(path for path, _ in adapters))
+    rows = None if options.check is None else rows_to_check(options.check, options.check_rows)
     base, parts = open_parts(base_path, adapters, allow_unverified=allow_unverified)
-    with staged(out, folder=wanted is None, overwrite=overwrite) as draft:
+    notes: list[str] = []
+
+    def write(draft: Path) -> None:
         if wanted is None:
             require_space(out.parent, sum(file.stat().st_size for file in base.source.files), "the weights")
             write_merged_folder(draft, base, parts, options.hf_dtype, on_progress)
-            kind, notes = f"Hugging Face folder in {options.hf_dtype or base.quant}", []
         else:
-            kind, notes = wanted.kind, _write_gguf(draft, base, parts, wanted, on_progress)
+            notes.extend(_write_gguf(draft, base, parts, wanted, on_progress))
+
+    certificate = write_certified(
+        Output(out, overwrite, folder=wanted is None),
+        made_from,
+        write,
+        lambda draft: certify_model(draft, Reference(base_path, tuple(adapters)), rows, on_progress),
+    )
+    kind = f"Hugging Face folder in {options.hf_dtype or base.quant}" if wanted is None else wanted.kind
     written = [out] if out.is_file() else sorted(out.iterdir())
-    return Merged(out, kind, sum(file.stat().st_size for file in written), notes)
+    return Merged(out, kind, sum(file.stat().st_size for file in written), notes, certificate)
 
 
 def _write_gguf(draft: Path, base: Base, parts: Sequence[Part], wanted: _Wanted, on_progress: OnProgress) -> list[str]:

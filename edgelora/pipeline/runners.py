@@ -73,6 +73,12 @@ def prepare(runner: str, served: Served, *, overwrite: bool = False) -> Delivery
             why="each needs other files beside the model",
             fix=f"choose one of {', '.join(RUNNERS)}, or leave it out: a GGUF is all that llama.cpp needs",
         )
+    if served.made.suffix != ".gguf":
+        raise ConfigError(
+            what=f"--for {runner}: {served.made} is not named as a GGUF file",
+            why="these programs run GGUF files, and some know one by its name alone",
+            fix="choose an --out that ends in .gguf",
+        )
     delivery = RUNNERS[runner](served, overwrite)
     for path in (*delivery.texts, *delivery.links):
         refuse_existing(path, overwrite)
