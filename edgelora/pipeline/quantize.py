@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,8 +155,20 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
     plan = given or plan_types(base.path, options, keys)
     check_plan(plan, base.file.tensors)
     check_importance(plan, options.imatrix)
-    notes = [*plan.notes, *_requantized(base, plan, settings.allow_requantize)]
+    idle = [
+        f"--tensor-type {pattern}: in no tensor's name"
+        for pattern, _ in settings.tensor_types if not any(_is_in(pattern, t.name) for t in plan.tensors)
+    ]  # fmt: skip
+    notes = [*plan.notes, *idle, *_requantized(base, plan, settings.allow_requantize)]
     return Planned(base.path, options, plan, keys, notes)
+
+
+def _is_in(pattern: str, name: str) -> bool:
+    """As llama.cpp would find it: its regular expressions are ECMAScript's, and Python may not know one."""
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return True
 
 
 def _kind(quant: str | None, given: Plan | None, settings: QuantizeSettings) -> str:
