@@ -20,7 +20,6 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
 from edgelora.pipeline.export import export
-from edgelora.pipeline.quantize import quantize
 from runtime.engine import Engine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
@@ -203,19 +202,6 @@ def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
         "  fix: merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
-
-
-def test_quantizing_a_quantized_file_is_refused(make_tiny, tmp_path):
-    with pytest.raises(OutputError, match="Q8_0 already"):
-        quantize(make_tiny(Type.Q8_0).path, tmp_path / "out.gguf", "Q4_0")
-
-
-def test_a_failing_quantizer_leaves_nothing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("converters.quantize.parse_type", lambda _: 9999)
-    monkeypatch.setattr("edgelora.pipeline.merge.parse_type", lambda _: 9999)
-    with pytest.raises(ExportError, match="could not quantize"):
-        quantize(tiny.path, tmp_path / "out.gguf", "Q4_0")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_overwriting_never_replaces_a_folder_by_a_file(tiny, tmp_path):
