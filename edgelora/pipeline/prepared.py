@@ -86,10 +86,11 @@ class Prepared:
     ) -> Prepared:
         """Read what to measure on, collect importance unless it is given, and measure every tensor once and for all.
 
-        Raises OutputError for a source that is quantized already, ConfigError for a mixture of experts or nothing to
-        measure on, DataError for too little of it.
+        Raises BaseModelError for a checkpoint, OutputError for a source that is quantized already, ConfigError for a
+        mixture of experts or nothing to measure on, DataError for too little of it.
         """
         base = open_base(source)
+        source = base.file.path
         _refuse(base, options)
         calibration = read_calibration(base, options.data, options.text)
         if options.imatrix is not None:
@@ -99,8 +100,7 @@ class Prepared:
             found = run_in_child(collect, source, calibration.importance, on_progress=on_progress)
             importance = replace(found, datasets=tuple(p.name for p in (options.data, options.text) if p))
         weights = importance.weights()
-        stock = plan_types(base.file.path, QuantizeOptions(RECIPE, imatrix=weights), _keys())
-        source = base.file.path
+        stock = plan_types(source, QuantizeOptions(RECIPE, imatrix=weights), _keys())
         job = Job(source, calibration.measured, _trials(stock, weights))
         return cls(source, calibration, importance, stock, sensitivities(job, _key(base, job), on_cost, on_progress))
 
