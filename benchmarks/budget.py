@@ -185,7 +185,8 @@ def main() -> None:
         found = {
             "model": "gemma-3-270m" if args.gemma else f"{args.base.name}, padded to {WIDTH}, dithered",
             "scored_tokens": prepared.calibration.held_out.n_scored, "calibrated_on": "the first half of the text",
-            "processor": f"{processor_name()}, {physical_cores()} cores", "cpu_seconds": sum(os.times()[:4]),  # ours and our children's
+            "processor": f"{processor_name()}, {physical_cores()} cores",
+            "cpu_seconds": sum(os.times()[:4]),  # with those of child processes
             "rows": [row.as_dict() for row in rows],
         }  # fmt: skip
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
