@@ -255,6 +255,20 @@ def test_llama_imatrix_collects_the_same(tool, family, text, tmp_path, name, out
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
+@pytest.mark.real
+def test_llama_imatrix_collects_the_same_over_blocks(tool, smollm, text, tmp_path):
+    tool("llama-imatrix", "-m", smollm, "-f", text, "-o", tmp_path / "theirs.gguf", "-c", 128, "-b", 128, "--chunks", 3,
+         "-t", 1, "--no-ppl")  # fmt: skip
+    theirs = read_importance(tmp_path / "theirs.gguf")
+    ours = compute(smollm, tmp_path / "ours.gguf", text=text, window=128, windows=3).importance
+    assert_alike(ours, theirs, rtol=1e-3)
+    # torch does not round activations to 8 bits, which moves a few large ones: up to 1.05 % here, 0.5 % on 4096 tokens
+    torchs = compute(smollm, tmp_path / "torch.gguf", text=text, window=128, windows=3, engine="torch").importance
+    ratios = np.array([torchs.sums[name].sum() / sums.sum() for name, sums in theirs.sums.items()])
+    assert np.abs(ratios - 1).max() < 0.03
+    assert np.abs(ratios - 1).mean() < 0.01
+
+
 def test_llama_quantize_takes_it(tool, make_tiny, text, tmp_path):
     model, out = make_tiny(tied=False).path, tmp_path / "ours.gguf"
     made = compute(model, out, text=text)
@@ -363,8 +377,6 @@ def test_a_dora_is_computed_in_torch(make_tiny, text, tmp_path):
 def test_a_family_that_only_llama_cpp_computes(make_tiny, text, tmp_path):
     model = tmp_path / "foreign.gguf"
     tiny = make_tiny(tied=False)
-    data = tiny.path.read_bytes()
-    assert data.count(b"llama.") > 5
     model.write_bytes(renamed(tiny.path, "xverse"))
     made = compute(model, tmp_path / "a.gguf", text=text)
     assert made.engine.value == "llama.cpp"
@@ -372,6 +384,11 @@ def test_a_family_that_only_llama_cpp_computes(make_tiny, text, tmp_path):
     with pytest.raises(ConfigError, match="--engine torch"):
         compute(model, tmp_path / "b.gguf", text=text, engine="torch")
     assert len(made.importance.sums) == 2 * 7
+    (tmp_path / "rows.jsonl").write_text(chat("lights", "on " * 30), encoding="utf-8")
+    said = compute(model, tmp_path / "c.gguf", data=tmp_path / "rows.jsonl")
+    own = compute(tiny.path, tmp_path / "d.gguf", data=tmp_path / "rows.jsonl")
+    assert said.task_tokens == own.task_tokens > 30
+    assert_alike(said.importance, own.importance, rtol=1e-5)
 
 
 def renamed(path: Path, architecture: str) -> bytes:

@@ -56,8 +56,12 @@ def imatrix(
         )
         for note in made.notes:
             display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
-        quantized = out.with_name(f"{model.stem}-Q4_K_M.gguf")
-        display.say("next: " + command("quantize", model, quantized, "Q4_K_M", "--imatrix", out))
+        small = out.with_name(f"{model.stem}-Q4_K_M.gguf")
+        if adapters and all(path.is_dir() for path, _ in adapters):
+            merged = [part for name in adapter or [] for part in ("--adapter", name)]
+            display.say("next: " + command("merge", model, *merged, "--to", "Q4_K_M", "--imatrix", out, "--out", small))
+        elif not adapters and model.is_file():
+            display.say("next: " + command("quantize", model, small, "Q4_K_M", "--imatrix", out))
     if as_json:
         print(json.dumps({
             "out": str(out), "tensors": len(made.importance.sums), "task_tokens": made.task_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from edgelora.base.activations import ActivationSums
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.calibration import Mix, calibrate
-from edgelora.data.template import ChatTemplate
+from edgelora.data.folder import read_template
+from edgelora.data.template import ChatTemplate, chatml
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.vocabulary import vocabulary_from_gguf
 from edgelora.device import Choice, compute_threads
@@ -24,6 +25,7 @@ from edgelora.files.adapter_check import check_adapter, contract_of
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
+from edgelora.files.split import open_gguf
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.export import read_checked
 from edgelora.progress import OnProgress, Pace, Progress, silent
@@ -67,18 +69,24 @@ class Foreign:
     file: GGUFFile
     tokenizer: Tokenizer
     why: str
+    chosen_template: str | None = None
 
     @property
     def template(self) -> ChatTemplate:
         """Raises BaseModelError if there is none."""
-        source, t = self.file.get("tokenizer.chat_template", str), self.tokenizer
+        source, t = self.file.get("tokenizer.chat_template", str) or self.chosen_template, self.tokenizer
         if not source:
             raise BaseModelError(
                 what=f"{self.file.path}: it has no chat template",
                 why="without one nobody knows how a conversation looks to this model",
-                fix="use documents instead of conversations, or --text alone",
+                fix="pass --chat-template chatml, or the path of a Jinja file",
             )
         return ChatTemplate(source, bos=t.text_of(t.bos_id), eos=t.text_of(t.eos_id))
+
+    def with_template(self, choice: str) -> Foreign:
+        """The same speaking by `chatml` or a Jinja file, where it has no template of its own."""
+        text = chatml(self.tokenizer) if choice == "chatml" else read_template(Path(choice))
+        return replace(self, chosen_template=text)
 
 
 def compute_importance(
@@ -98,9 +106,7 @@ def compute_importance(
     refuse_existing(out, overwrite)
     opened = _open(model)
     engine = choose_engine(settings.engine, opened, adapters)
-    if isinstance(opened, Base):
-        opened = _speaking(opened, adapters, settings)
-    tokens = calibrate(settings.mix, opened)
+    tokens = calibrate(settings.mix, _speaking(opened, adapters, settings))
     work = _by_llama_cpp if engine.value == LLAMA_CPP else _by_torch
     sums = run_in_child(work, model, adapters, settings, tokens.sequences, on_progress=on_progress)
     n_tokens, window = tokens.task_tokens + tokens.general_tokens, settings.mix.window
@@ -162,20 +168,22 @@ def _open(model: Path) -> Base | Foreign:
     except BaseModelError as e:
         if model.suffix != ".gguf":
             raise
-        file = GGUFFile(model)
+        file = open_gguf(model)
         if file.get("general.type", str, "model") != "model":
             raise
         return Foreign(file, Tokenizer(vocabulary_from_gguf(file)), e.what)
 
 
-def _speaking(base: Base, adapters: Sequence[Scaled], settings: Settings) -> Base:
-    """The base with the chat template that was chosen for it, or that its adapter was trained with."""
+def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:
+    """The model with the chat template that was chosen for it, or that its adapter was trained with."""
     if settings.template is not None:
-        return base.with_template(settings.template)
-    for path, _ in adapters:
-        folder = path.is_dir()
-        base = base.as_trained(read_adapter(path, base.linears).contract if folder else contract_of(GGUFFile(path)))
-    return base
+        return opened.with_template(settings.template)
+    if isinstance(opened, Base):
+        for path, _ in adapters:
+            folder = path.is_dir()
+            contract = read_adapter(path, opened.linears).contract if folder else contract_of(GGUFFile(path))
+            opened = opened.as_trained(contract)
+    return opened
 
 
 def _by_torch(
