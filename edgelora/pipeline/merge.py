@@ -87,7 +87,7 @@ def merge(
     """
     if not adapters:
         raise ConfigError("nothing to merge", "no adapter was named", "pass --adapter FOLDER[:SCALE]")
-    wanted = None if (quant or "").upper() == HF else _Wanted.read(quant, options)
+    wanted = None if (quant or "").upper() == HF else Wanted.read(quant, options)
     _refuse_to_write(out, overwrite, folder=wanted is None)
     made_from = stamp(base_path, *(path for path, _ in adapters))
     rows = None if options.check is None else rows_to_check(options.check, options.check_rows)
@@ -99,7 +99,7 @@ def merge(
             require_space(out.parent, sum(file.stat().st_size for file in base.source.files), "the weights")
             write_merged_folder(draft, base, parts, options.hf_dtype, on_progress)
         else:
-            notes.extend(_write_gguf(draft, base, parts, wanted, on_progress))
+            notes.extend(write_gguf(draft, base, parts, wanted, on_progress))
 
     certificate = write_certified(
         Output(out, overwrite, folder=wanted is None),
@@ -112,7 +112,9 @@ def merge(
     return Merged(out, kind, sum(file.stat().st_size for file in written), notes, certificate)
 
 
-def _write_gguf(draft: Path, base: Base, parts: Sequence[Part], wanted: _Wanted, on_progress: OnProgress) -> list[str]:
+def write_gguf(
+    draft: Path, base: Base, parts: Sequence[Part], wanted: Wanted, on_progress: OnProgress = silent
+) -> list[str]:
     """Write the GGUF; returns what its user should know."""
     types, notes = wanted.types_for(base, draft.with_name(f"{draft.name}.header"))
     require_space(draft.parent, sum(entry.size_bytes for entry in entries_of(base, types).values()), "the weights")
@@ -150,7 +152,7 @@ def open_parts(
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """The types that were asked for, as read before any work."""
 
     kind: str
@@ -160,7 +162,7 @@ class _Wanted:
     imatrix: Path | None
 
     @classmethod
-    def read(cls, quant: str | None, options: MergeOptions) -> _Wanted:
+    def read(cls, quant: str | None, options: MergeOptions) -> Wanted:
         plan = None if options.plan is None else read_plan(options.plan)
         kind = (quant or (plan.kind if plan else "F16")).upper()
         parse_type(kind)
