@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from edgelora import team
-from edgelora.nn import attention, flash
+from edgelora.nn import attention, compiled, flash
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.scores import Scores
 
-compiled = pytest.mark.skipif(flash.library() is None, reason="no compiler was here when edgelora was installed")
+needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no compiler was here at installation")
 
 SHAPES = [(9, 3, 64), (4, 4, 96), (8, 1, 16), (2, 1, 256), (5, 5, 80)]
 HOW = [Scores(0.2), Scores(0.2, window=33), Scores(0.3, softcap=2.5), Scores(0.3, window=70, softcap=1.5)]
@@ -47,10 +47,10 @@ def both(q, k, v, d_out, starts, prefix, how):
 def test_it_was_compiled():
     if not shutil.which("cc"):
         pytest.skip("there is no C compiler here")
-    assert flash.library() is not None, "install again: pip install -e ."
+    assert compiled.library() is not None, "install again: pip install -e ."
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize(("starts", "prefix"), LAYOUTS)
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +60,7 @@ def test_it_is_torch_s_tile_by_tile(shape, how, starts, prefix):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize(("starts", "prefix"), LAYOUTS[1:4])
 def test_any_number_of_threads_shares_the_work(monkeypatch, threads, starts, prefix):
@@ -71,14 +71,14 @@ def test_any_number_of_threads_shares_the_work(monkeypatch, threads, starts, pre
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
 
 
-@compiled
+@needs_compiler
 def test_the_same_bits_each_time():
     case = (*draw(300, SHAPES[0]), *LAYOUTS[3], HOW[0])
     for one, other in zip(both(*case)[0], both(*case)[0], strict=True):
         assert torch.equal(one, other)
 
 
-@compiled
+@needs_compiler
 def test_bfloat16_is_float32_inside():
     q, k, v, d_out = draw(300, SHAPES[0], torch.bfloat16)
     narrow, _ = both(q, k, v, d_out, *LAYOUTS[3], HOW[0])
@@ -92,7 +92,7 @@ def test_bfloat16_is_float32_inside():
         assert ((ours.float() - exact).norm() / exact.norm()) < 5e-3
 
 
-@compiled
+@needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_shows(bad):
     q, k, v, d_out = draw(100, SHAPES[0])
@@ -103,7 +103,7 @@ def test_what_is_not_finite_shows(bad):
     assert found[0][:, 3:].isfinite().all()  # or another head
 
 
-@compiled
+@needs_compiler
 def test_bfloat16_is_written_to_the_nearest_and_keeps_nan():
     """One token alone gives its value back: whatever bits that has."""
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -124,12 +124,12 @@ def test_torch_does_the_rest(dtype, dim):
 
 
 def test_torch_does_it_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(flash, "library", lambda: None)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     found, expected = both(*draw(300, SHAPES[0]), *LAYOUTS[3], HOW[0])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
-@compiled
+@needs_compiler
 def test_the_structure_is_that_of_the_c_code():
-    assert ctypes.sizeof(flash._Attention) == flash.library().attention_bytes()
+    assert ctypes.sizeof(flash._Attention) == compiled.library().attention_bytes()

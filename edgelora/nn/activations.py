@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgelora.nn import compiled
+
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) · up, both (T, ff)."""
@@ -21,6 +23,12 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (dy,) = grads
         gate, up = ctx.saved_tensors
+        if compiled.usable(dy, gate, up):
+            dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+            d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+            narrow = compiled.NARROW[gate.dtype]
+            compiled.over_rows("swiglu_backward", gate, dy, gate, up, d_gate, d_up, gate.shape[-1], narrow)
+            return d_gate, d_up
         return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
 
 
@@ -48,6 +56,11 @@ def silu(x: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) · up, in fresh memory; outside of any graph."""
+    if compiled.usable(gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        out = torch.empty_like(gate)
+        compiled.over_rows("swiglu_forward", gate, gate, up, out, gate.shape[-1], compiled.NARROW[gate.dtype])
+        return out
     return silu(gate).mul_(up)
 
 

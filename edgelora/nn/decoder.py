@@ -62,7 +62,7 @@ class Norm(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """The same values without a place in the graph."""
-        return rms_norm(x, self.weight, self.eps)[0].to(self.dtype)
+        return rms_norm(x, self.weight, self.eps, self.dtype)[0]
 
 
 class Attention(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from edgelora.nn import compiled
 from edgelora.nn.linear import Weight
 from edgelora.nn.scratch import scratch
 
@@ -56,22 +57,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         buffer = scratch(step, head.shape[0], hidden.dtype, hidden.device, use="logits")
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
-            label = labels[part, None]
-            z = logits(hidden[part], head, how.softcap, buffer[: len(label)])
-            slope = None if how.softcap is None or d_hidden is None else 1 - (z / how.softcap).square_()
-            target = z.gather(1, label)
-            if how.smoothing:
-                target.mul_(1 - how.smoothing).add_(z.mean(-1, keepdim=True), alpha=how.smoothing)
-            top = z.amax(-1, keepdim=True)
-            p = torch.softmax(z, -1, out=z)
-            # log Σ exp z from the likeliest token: p there is no less than 1 / V, so its logarithm is exact enough
-            nll[part] = (top - p.amax(-1, keepdim=True).log() - target).squeeze(1)
+            z = logits(hidden[part], head, how.softcap, buffer[: len(labels[part])])
+            nll[part], d_z = _nll(z, labels[part], how, hidden.dtype)
             if d_hidden is not None:
-                d_z = p.scatter_add_(1, label, torch.full_like(target, how.smoothing - 1))
-                if how.smoothing:
-                    d_z.sub_(how.smoothing / head.shape[0])
-                if slope is not None:
-                    d_z.mul_(slope)
                 _accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
         ctx.save_for_backward(d_hidden)
         return nll
@@ -82,8 +70,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * grads[0][:, None], None, None, None
 
 
+def _nll(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """−log p(label) (P,), and its gradient (P, V), which takes the memory of the logits z."""
+    narrow = (how.compute or dtype) == torch.bfloat16
+    if compiled.usable(z) and z.dtype == torch.float32 and how.softcap is None and not how.smoothing:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < z.shape[1]:
+            raise IndexError(f"a label is not one of {z.shape[1]} tokens")
+        nll = torch.empty(len(z))
+        compiled.over_rows("cross_entropy", z, z, labels, nll, z.shape[1], narrow)
+        return nll, z.view(torch.bfloat16)[:, : z.shape[1]] if narrow else z
+    label = labels[:, None]
+    slope = None if how.softcap is None else 1 - (z / how.softcap).square_()
+    target = z.gather(1, label)
+    if how.smoothing:
+        target.mul_(1 - how.smoothing).add_(z.mean(-1, keepdim=True), alpha=how.smoothing)
+    top = z.amax(-1, keepdim=True)
+    p = torch.softmax(z, -1, out=z)
+    # log Σ exp z from the likeliest token: p there is no less than 1 / V, so its logarithm is exact enough
+    nll = (top - p.amax(-1, keepdim=True).log() - target).squeeze(1)
+    d_z = p.scatter_add_(1, label, torch.full_like(target, how.smoothing - 1))
+    if how.smoothing:
+        d_z.sub_(how.smoothing / z.shape[1])
+    return nll, d_z if slope is None else d_z.mul_(slope)
+
+
 def _accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) -> None:
-    """d_hidden (P, d) += d_z (P, V) @ head (V, d), a slice of the vocabulary at a time."""
+    """d_hidden (P, d) += d_z (P, V) @ head (V, d), computed in `dtype`, a slice of the vocabulary at a time."""
     for first, last in _slices(head.shape[0]):
         part = d_z[:, first:last]
         if dtype == d_hidden.dtype:

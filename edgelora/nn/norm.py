@@ -7,27 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgelora.nn import compiled
+
 
 class RMSNorm(torch.autograd.Function):
     """x / rms(x) · w with w frozen (arXiv:1910.07467). x (…, d), w (d,). Saves x and one float per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
-        y, inverse_rms = rms_norm(x, w, eps)
+        x = x.contiguous()
+        y, inverse_rms = rms_norm(x, w, eps, dtype)
         ctx.save_for_backward(x, w, inverse_rms)
-        return y if dtype is None else y.to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, w, inverse_rms = ctx.saved_tensors
-        dy = grads[0] * w  # (…, d) float32
-        mean = (dy * x).mean(-1, keepdim=True)  # (…, 1)
-        dx = dy.addcmul_(x, mean * inverse_rms.square(), value=-1).mul_(inverse_rms)
-        return dx.to(x.dtype), None, None, None
+        return _backward(grads[0], x, w, inverse_rms), None, None, None
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed rows (…, d) and 1 / rms of each (…, 1), in float32 or, for float64, in that."""
+def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The normed rows (…, d) in `dtype` (None: that of w), and 1 / rms of each (…, 1)."""
+    dtype = dtype or w.dtype
+    if compiled.usable(x, w) and w.dtype == torch.float32 and dtype in compiled.NARROW:
+        x = x.contiguous()
+        y, inverse_rms = torch.empty_like(x, dtype=dtype), torch.empty(*x.shape[:-1], 1)
+        compiled.over_rows(
+            "rms_norm_forward", x.view(-1, x.shape[-1]), x, w, y, inverse_rms,
+            x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dtype], eps,
+        )  # fmt: skip
+        return y, inverse_rms
     x = x.to(w.dtype)
     inverse_rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * inverse_rms).mul_(w), inverse_rms
+    return (x * inverse_rms).mul_(w).to(dtype), inverse_rms
+
+
+def _backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
+    if compiled.usable(dy, x, w) and w.dtype == torch.float32:
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        compiled.over_rows(
+            "rms_norm_backward", x.view(-1, x.shape[-1]), dy, x, w, inverse_rms, dx,
+            x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dy.dtype],
+        )  # fmt: skip
+        return dx
+    dy = dy * w  # (…, d) float32
+    mean = (dy * x).mean(-1, keepdim=True)  # (…, 1)
+    return dy.addcmul_(x, mean * inverse_rms.square(), value=-1).mul_(inverse_rms).to(x.dtype)

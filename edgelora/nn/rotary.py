@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgelora.architectures.rope import Rope
 from edgelora.errors import DataError
+from edgelora.nn import compiled
 
 
 class Rotary(torch.autograd.Function):
@@ -24,16 +25,22 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
+        return rotate(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotate(grads[0], cos, -sin), None, None
+        return rotate(grads[0], cos, sin, -1.0), None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (…, head_dim) with its first 2·cos.shape[-1] columns rotated by halves, as HF does; in x's dtype."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """x (T, H, d) with its first 2·cos.shape[-1] columns rotated by halves, as HF does, by the angles times `sign`."""
+    if compiled.usable(x, cos, sin) and cos.dtype == torch.float32:
+        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        sizes = x.shape[1], x.shape[2], cos.shape[-1], compiled.NARROW[x.dtype]
+        compiled.over_rows("rotary", x, x, cos, sin, out, *sizes, sign)
+        return out
+    sin = sin * sign
     rotated, wide = 2 * cos.shape[-1], x.to(cos.dtype)  # a product rounded to bfloat16 before its sum would lose much
     first, second = wide[..., :rotated].chunk(2, dim=-1)
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)

@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
             facts[name] = asdict(choice)
         except ImportError as e:
             facts[name] = {"value": "none", "why": f"torch cannot be imported ({e}); run `make quickstart`"}
-    facts["attention"] = _attention()
+    facts["kernels"] = _kernels()
     try:
         facts["llama_cpp"] = run_in_child(_llama_features)
     except EdgeloraError as e:
@@ -40,13 +40,13 @@ def examine() -> dict[str, Any]:
     return facts
 
 
-def _attention() -> str:
+def _kernels() -> str:
     try:
-        from edgelora.nn import flash
+        from edgelora.nn import compiled
     except ImportError:
         return "none without torch"
-    if flash.library() is None:
-        return "through torch, half as fast on a CPU: no C compiler was at hand when edgelora was installed"
+    if compiled.library() is None:
+        return "none, torch does all the work: no C compiler was at hand when edgelora was installed"
     return "compiled for this machine"
 
 

@@ -1,0 +1,159 @@
+"""The compiled code between products: that of torch, in float32 and in bfloat16, at the ends of the range too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgelora import team
+from edgelora.nn import compiled, loss
+from edgelora.nn.activations import SwiGLU, swiglu
+from edgelora.nn.loss import LinearCrossEntropy, Target
+from edgelora.nn.norm import RMSNorm, rms_norm
+from edgelora.nn.rotary import Rotary
+
+pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiler was here at installation")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+
+
+def through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: None)
+
+
+def with_gradients(function, inputs, *rest):
+    """Output and gradients of `function(*inputs, *rest)` for a seeded gradient of the output."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs, *rest)
+    return out.detach(), *torch.autograd.grad(out, inputs, draw(*out.shape, dtype=out.dtype, seed=9))
+
+
+def assert_near(found: Tensor, exact: Tensor) -> None:
+    """Float32 to its last bits; bfloat16 to one rounding of what is exact."""
+    rtol = 2e-5 if found.dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(found.float(), exact, atol=1e-5, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 37, 700])
+def test_swiglu(dtype, rows):
+    inputs = [draw(rows, 160, dtype=dtype, seed=s, scale=4) for s in (1, 2)]
+    found = with_gradients(SwiGLU.apply, inputs)
+    gate, up = (x.float().requires_grad_() for x in inputs)
+    out = torch.nn.functional.silu(gate) * up
+    exact = out.detach(), *torch.autograd.grad(out, (gate, up), draw(*out.shape, dtype=dtype, seed=9).float())
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_near(ours, theirs)
+
+
+@pytest.mark.parametrize("value", [200.0, -200.0, 3e38, -3e38, 0.0, -0.0, float("inf"), float("nan")])
+def test_swiglu_at_the_ends(value):
+    gate, up = torch.full((1, 16), value), torch.full((1, 16), 0.5)
+    expected = torch.nn.functional.silu(gate) * up
+    torch.testing.assert_close(swiglu(gate, up), expected, equal_nan=True)
+
+
+def test_swiglu_of_halves_of_one_matrix():
+    """As a fused gate_up_proj gives them: rows of each half lie apart."""
+    gate, up = draw(5, 64).chunk(2, dim=-1)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 576), (700, 64), (11, 4, 128)])
+def test_rms_norm(monkeypatch, x_dtype, dtype, shape):
+    x, w = draw(*shape, dtype=x_dtype, seed=1), draw(shape[-1], seed=2) + 1
+    d_out = draw(*shape, dtype=dtype, seed=3)
+
+    def run(x, dtype):
+        x = x.clone().requires_grad_()
+        y = RMSNorm.apply(x, w, 1e-5, dtype)
+        return y.detach(), torch.autograd.grad(y, x, d_out.to(dtype))[0]
+
+    found = run(x, dtype)
+    through_torch(monkeypatch)
+    expected = run(x.float(), torch.float32)
+    assert found[0].dtype == dtype
+    assert found[1].dtype == x_dtype
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_a_norm_of_what_is_not_finite_shows():
+    x = draw(2, 32)
+    x[1, 5] = float("nan")
+    y, _ = rms_norm(x, torch.ones(32), 1e-5)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "half"), [(64, 32), (96, 32), (128, 64)])
+def test_rotary(monkeypatch, dtype, dim, half):
+    x, angles = draw(50, 3, dim, dtype=dtype), draw(50, 1, half, seed=1)
+    found = with_gradients(lambda x: Rotary.apply(x, angles.cos(), angles.sin()), [x])
+    through_torch(monkeypatch)
+    exact = with_gradients(lambda x: Rotary.apply(x, angles.cos(), angles.sin()), [x])
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6 if dtype == torch.float32 else 2**-8, rtol=2**-8)
+
+
+class Head:
+    """A frozen head of floats."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.shape = values, values.shape
+
+    def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.values[first:last].to(dtype)
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [64, 4096])
+def test_cross_entropy(monkeypatch, compute, vocabulary):
+    head, labels = Head(draw(vocabulary, 48, seed=1)), torch.arange(33) * 7 % vocabulary
+    hidden = draw(33, 48)
+    monkeypatch.setattr(loss, "LOGITS", 10 * vocabulary)
+
+    def run():
+        return with_gradients(lambda h: LinearCrossEntropy.apply(h, head, labels, Target(compute=compute)), [hidden])
+
+    found = run()
+    theirs = hidden.clone().requires_grad_()
+    nll = torch.nn.functional.cross_entropy(theirs @ head.values.T, labels, reduction="none")
+    torch.testing.assert_close(found[0], nll.detach(), atol=1e-5, rtol=1e-5)
+    (exact,) = torch.autograd.grad(nll, theirs, draw(33, seed=9))
+    error = (found[1] - exact).norm() / exact.norm()
+    assert error < (1e-5 if compute is None else 5e-3)
+    through_torch(monkeypatch)
+    for ours, theirs in zip(found, run(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5 if compute is None else 2e-2)
+
+
+@pytest.mark.parametrize("label", [-1, 64])
+def test_a_label_outside_the_vocabulary_is_refused(label):
+    with pytest.raises(IndexError, match="not one of 64 tokens"):
+        LinearCrossEntropy.apply(draw(2, 48), Head(draw(64, 48)), torch.tensor([0, label]), Target())
+
+
+def test_a_loss_that_is_not_finite_shows():
+    hidden = draw(2, 48)
+    hidden[1, 0] = float("nan")
+    nll = LinearCrossEntropy.apply(hidden, Head(draw(64, 48)), torch.tensor([0, 1]), Target())
+    assert nll[0].isfinite()
+    assert nll[1].isnan()
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_rows_are_shared_whatever_their_number(monkeypatch, threads):
+    monkeypatch.setattr(team, "threads", lambda: threads)
+    monkeypatch.setattr(compiled, "WORTH_A_THREAD", 16)
+    gate, up = draw(37, 32), draw(37, 32, seed=1)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
