@@ -12,6 +12,7 @@ from edgelora import team
 from edgelora.nn import attention, compiled, flash
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.scores import Scores
+from edgelora.training.settle import choose_attention
 
 needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no compiler was here at installation")
 
@@ -133,3 +134,19 @@ def test_torch_does_it_without_a_compiler(monkeypatch):
 @needs_compiler
 def test_the_structure_is_that_of_the_c_code():
     assert ctypes.sizeof(flash._Attention) == compiled.library().attention_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dim", "device", "compiler", "value", "why"),
+    [
+        (64, "cpu", True, "compiled", "flash attention for this CPU"),
+        (64, "cpu", False, "torch", "no C compiler"),
+        (24, "cpu", True, "torch", "a multiple of 16"),
+        (64, "cuda", True, "torch", "not for cuda"),
+    ],
+)
+def test_who_computes_it_is_chosen_and_explained(monkeypatch, dim, device, compiler, value, why):
+    monkeypatch.setattr(compiled, "library", lambda: object() if compiler else None)
+    choice = choose_attention(dim, device)
+    assert choice.value == value
+    assert why in choice.why
