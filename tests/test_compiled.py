@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from edgelora import team
+from edgelora.base.nf4 import quantize_nf4
+from edgelora.kernels import load
 from edgelora.nn import compiled, loss
 from edgelora.nn.activations import SwiGLU, swiglu
 from edgelora.nn.loss import LinearCrossEntropy, Target
 from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.rotary import Rotary
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no compiler was here at installation")
+pytestmark = pytest.mark.skipif(load.library() is None, reason="no compiler was here at installation")
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -23,7 +25,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
 
 
 def through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(load, "library", lambda: None)
 
 
 def with_gradients(function, inputs, *rest):
@@ -157,3 +159,20 @@ def test_rows_are_shared_whatever_their_number(monkeypatch, threads):
     monkeypatch.setattr(compiled, "WORTH_A_THREAD", 16)
     gate, up = draw(37, 32), draw(37, 32, seed=1)
     torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 1000])
+def test_narrowing_is_torch_s(n):
+    wide, narrow = draw(n, scale=100.0), torch.zeros(n + 1, dtype=torch.bfloat16)
+    load.library().narrow_row(wide.data_ptr(), narrow.data_ptr(), n)
+    assert torch.equal(narrow[:n], wide.bfloat16())
+    assert narrow[n] == 0  # nothing behind the end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_is_torch_s_bit_for_bit(monkeypatch, dtype):
+    weight = quantize_nf4(draw(70, 96))
+    found = [weight.rows(first, last, dtype).clone() for first, last in ((0, 70), (3, 40), (69, 70))]
+    through_torch(monkeypatch)
+    for ours, (first, last) in zip(found, ((0, 70), (3, 40), (69, 70)), strict=True):
+        assert torch.equal(ours, weight.rows(first, last, dtype))

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from edgelora import team
-from edgelora.nn import attention, compiled, flash
+from edgelora.kernels import load
+from edgelora.nn import attention, flash
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.scores import Scores
 from edgelora.training.settle import choose_attention
 
-needs_compiler = pytest.mark.skipif(compiled.library() is None, reason="no compiler was here at installation")
+needs_compiler = pytest.mark.skipif(load.library() is None, reason="no compiler was here at installation")
 
 SHAPES = [(9, 3, 64), (4, 4, 96), (8, 1, 16), (2, 1, 256), (5, 5, 80)]
 HOW = [Scores(0.2), Scores(0.2, window=33), Scores(0.3, softcap=2.5), Scores(0.3, window=70, softcap=1.5)]
@@ -48,7 +49,7 @@ def both(q, k, v, d_out, starts, prefix, how):
 def test_it_was_compiled():
     if not shutil.which("cc"):
         pytest.skip("there is no C compiler here")
-    assert compiled.library() is not None, "install again: pip install -e ."
+    assert load.library() is not None, "install again: pip install -e ."
 
 
 @needs_compiler
@@ -125,7 +126,7 @@ def test_torch_does_the_rest(dtype, dim):
 
 
 def test_torch_does_it_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(compiled, "library", lambda: None)
+    monkeypatch.setattr(load, "library", lambda: None)
     found, expected = both(*draw(300, SHAPES[0]), *LAYOUTS[3], HOW[0])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -133,7 +134,7 @@ def test_torch_does_it_without_a_compiler(monkeypatch):
 
 @needs_compiler
 def test_the_structure_is_that_of_the_c_code():
-    assert ctypes.sizeof(flash._Attention) == compiled.library().attention_bytes()
+    assert ctypes.sizeof(flash._Attention) == load.library().attention_bytes()
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_the_structure_is_that_of_the_c_code():
     ],
 )
 def test_who_computes_it_is_chosen_and_explained(monkeypatch, dim, device, compiler, value, why):
-    monkeypatch.setattr(compiled, "library", lambda: object() if compiler else None)
+    monkeypatch.setattr(load, "library", lambda: object() if compiler else None)
     choice = choose_attention(dim, device)
     assert choice.value == value
     assert why in choice.why

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 
-from edgelora.base import ggml, team
+from edgelora import team
+from edgelora.base import ggml
 from edgelora.errors import BaseModelError, EdgeloraError, ExportError
 
 COLUMNS = 512  # two blocks of a K-quant

@@ -17,8 +17,9 @@ import gguf
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edgelora.team import run, shared_openmp, split
 from edgelora.errors import BaseModelError, ExportError
+from edgelora.kernels import load
+from edgelora.team import run, shared_openmp, split
 
 Type = GGMLQuantizationType
 
@@ -123,6 +124,14 @@ def _say_what_gguf_py_costs() -> None:
     )
 
 
+@cache
+def _narrow() -> ctypes._NamedFuncPointer:
+    """float32 to bfloat16: ggml's loop of one number at a time takes twice as long as the dequantizing before it."""
+    compiled = load.library()
+    function: ctypes._NamedFuncPointer = _library().ggml_fp32_to_bf16_row if compiled is None else compiled.narrow_row
+    return function
+
+
 def worth_a_thread(kind: Type) -> int:
     """How many weights of `kind` make a second thread pay."""
     return (FAST_ELEMENTS_PER_THREAD if kind in FAST else ELEMENTS_PER_THREAD) * (1 if shared_openmp() else POOL_FACTOR)
@@ -172,8 +181,7 @@ class Reader:
         for begin in range(first, last, step):
             end = min(begin + step, last)
             self._write(begin, end, wide.ctypes.data)
-            narrow = address + 2 * (begin - first) * self._columns
-            _library().ggml_fp32_to_bf16_row(wide.ctypes.data, narrow, (end - begin) * self._columns)
+            _narrow()(wide.ctypes.data, address + 2 * (begin - first) * self._columns, (end - begin) * self._columns)
 
 
 def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from edgelora.base.products import Products, has_triton
-from edgelora.team import run, split
 from edgelora.errors import BaseModelError
+from edgelora.kernels import load
+from edgelora.nn import compiled
 from edgelora.nn.scratch import scratch
+from edgelora.team import run, split
 
 if TYPE_CHECKING:
     from edgelora.base.triton_blocks import Stored
@@ -69,10 +71,21 @@ class NF4(Products):
         columns = self.shape[1]
         begin, end = first * columns, last * columns
         first_block, last_block = begin // BLOCK, -(-end // BLOCK)
-        blocks = self._blocks if self.codes.device.type == "cpu" else self._blocks_on_device
-        flat = blocks(first_block, last_block).view(-1)
+        flat = self._floats(first_block, last_block, dtype).view(-1)
         out = flat[begin - first_block * BLOCK : end - first_block * BLOCK].view(last - first, columns)
-        return out if dtype == torch.float32 else scratch(last - first, columns, dtype, out.device).copy_(out)
+        return out if dtype == out.dtype else scratch(last - first, columns, dtype, out.device).copy_(out)
+
+    def _floats(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Blocks [first, last), (last - first, 64), in float32 or `dtype`, whichever comes sooner."""
+        if self.codes.device.type != "cpu":
+            return self._blocks_on_device(first, last)
+        if load.library() is None:
+            return self._blocks(first, last)
+        dtype = dtype if dtype in compiled.NARROW else torch.float32
+        out, codes = scratch(last - first, BLOCK, dtype), self.codes[first:last]
+        scales, levels = self._scales(first, last), _levels(codes.device)
+        compiled.over_rows("nf4_blocks", out, codes, scales, levels, out, compiled.NARROW[dtype])
+        return out
 
     def gather(self, ids: Tensor) -> Tensor:
         at = ids[:, None] * self.shape[1] + torch.arange(self.shape[1], device=ids.device)  # (n, d_in)

@@ -1,6 +1,6 @@
-"""Attention by the compiled code of attention.c: more than twice as fast as the same products through torch.
+"""Attention by the compiled code of kernels/attention.c: more than twice as fast as the same products through torch.
 
-Where it cannot be used (`compiled.py`), attention.py computes the same tile by tile.
+Where it cannot be used (`compiled.usable`), attention.py computes the same tile by tile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from edgelora import team
-from edgelora.nn.compiled import NARROW, library, usable
+from edgelora.kernels import load
+from edgelora.nn.compiled import NARROW, usable
 from edgelora.nn.scores import Scores
 from edgelora.nn.scratch import scratch
 
@@ -45,7 +46,7 @@ class Problem:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, borders: list[int], prefix: int, how: Scores) -> None:
-        found = library()
+        found = load.library()
         assert found is not None
         self.library, self.shape, self.kv_heads, self.dtype = found, q.shape, k.shape[1], q.dtype
         longest = prefix + max((b - a for a, b in itertools.pairwise(borders)), default=0)

@@ -10,9 +10,11 @@ from edgelora.child import run_in_child
 from edgelora.device import choose_device, choose_dtype, free_memory_bytes, physical_cores, processor_name
 from edgelora.errors import EdgeloraError
 from edgelora.home import models_folder
+from edgelora.kernels import load
 from edgelora.progress import OnProgress
 from edgelora.versions import versions
 
+NO_KERNELS = "none, torch does all the work: no C compiler was at hand when edgelora was installed"
 FEATURES = ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "METAL", "CUDA", "OPENMP", "REPACK")
 
 
@@ -31,23 +33,13 @@ def examine() -> dict[str, Any]:
             facts[name] = asdict(choice)
         except ImportError as e:
             facts[name] = {"value": "none", "why": f"torch cannot be imported ({e}); run `make quickstart`"}
-    facts["kernels"] = _kernels()
+    facts["kernels"] = "compiled for this machine" if load.library() else NO_KERNELS
     try:
         facts["llama_cpp"] = run_in_child(_llama_features)
     except EdgeloraError as e:
         facts["llama_cpp"] = f"cannot be loaded: {e.why}"
     facts["models_folder"] = str(models_folder())
     return facts
-
-
-def _kernels() -> str:
-    try:
-        from edgelora.nn import compiled
-    except ImportError:
-        return "none without torch"
-    if compiled.library() is None:
-        return "none, torch does all the work: no C compiler was at hand when edgelora was installed"
-    return "compiled for this machine"
 
 
 def _llama_features(_: OnProgress) -> str:

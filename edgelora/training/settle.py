@@ -9,6 +9,7 @@ from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice, choose_device, choose_dtype, choose_products, free_memory_bytes
+from edgelora.kernels import load
 from edgelora.nn import compiled
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model
@@ -50,7 +51,7 @@ def choose_attention(head_dim: int, device: str) -> Choice:
         return Choice(
             "torch", f"tile by tile, so that no scores of a whole row exist; the compiled code is not for {device}"
         )
-    if compiled.library() is None:
+    if load.library() is None:
         return Choice(
             "torch", "tile by tile; there was no C compiler when edgelora was installed, with one it is faster"
         )

@@ -1,0 +1,44 @@
+// Frozen weights on their way into a product, on a CPU.
+
+#include "vectors.h"
+
+// bfloat16 of n float32 numbers, to the nearest.
+void narrow_row(const float *from, uint16_t *to, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) write(to, i, 1, load(from + i));
+    if (i < n) {
+        float rest[LANES] = {0};
+        uint16_t narrow[LANES];
+        for (int64_t j = i; j < n; j++) rest[j - i] = from[j];
+        write(narrow, 0, 1, load(rest));
+        for (int64_t j = i; j < n; j++) to[j] = narrow[j - i];
+    }
+}
+
+// Blocks [first, last) of NF4: 32 bytes are 64 codes, the first of each two in the high bits; a code is one of 16 levels,
+// times the scale of its block. `to` holds 64 float32 for each, or bfloat16 if `narrow`.
+void nf4_blocks(const uint8_t *codes, const float *scales, const float *levels, void *to, int64_t narrow, int64_t first,
+                int64_t last) {
+#if LANES == 16 && defined(__GNUC__) && !defined(__clang__)
+    const ivec even = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
+    vec table = load(levels);
+    for (int64_t block = first; block < last; block++)
+        for (int64_t i = 0; i < 2; i++) {
+            ivec pair = __builtin_convertvector(*(const bytes *)(codes + block * 32 + i * 16), ivec);
+            vec high = __builtin_shuffle(table, pair >> 4) * scales[block];
+            vec low = __builtin_shuffle(table, pair & 15) * scales[block];
+            write(to, block * 64 + i * 32, narrow, __builtin_shuffle(high, low, even));
+            write(to, block * 64 + i * 32 + 16, narrow, __builtin_shuffle(high, low, even + 8));
+        }
+#else
+    for (int64_t block = first; block < last; block++) {
+        float values[64];
+        for (int64_t i = 0; i < 32; i++) {
+            uint8_t pair = codes[block * 32 + i];
+            values[2 * i] = levels[pair >> 4], values[2 * i + 1] = levels[pair & 15];
+        }
+        for (int64_t c = 0; c < 64; c += LANES) write(to, block * 64 + c, narrow, load(values + c) * scales[block]);
+    }
+#endif
+}
