@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from test_export import llama_logits, make_adapter, torch_logits
-from test_merge import saved, tensors
+from test_merge import saved, tensors, write
 
 from converters.metadata import copy_metadata
 from edgelora.base.model import open_base
 from edgelora.errors import BaseModelError, FileFormatError
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.split import open_gguf
-from edgelora.pipeline.merge import merge
 
 
 def split(path: Path, folder: Path, per_part: int = 8) -> list[Path]:
@@ -73,8 +72,8 @@ def test_merging_into_parts_is_merging_into_the_whole(make_tiny, tmp_path, kind,
     whole = make_tiny(kind).path
     parts = split(whole, tmp_path / "parts")
     mine = saved(tmp_path / "mine", make_adapter(open_base(whole)))
-    merge(parts[1], [(mine, 1.0)], tmp_path / "a.gguf", quant=quant)
-    merge(whole, [(mine, 1.0)], tmp_path / "b.gguf", quant=quant)
+    write(parts[1], [(mine, 1.0)], tmp_path / "a.gguf", quant)
+    write(whole, [(mine, 1.0)], tmp_path / "b.gguf", quant)
     assert tensors(tmp_path / "a.gguf") == tensors(tmp_path / "b.gguf")
     assert not [key for key in GGUFFile(tmp_path / "a.gguf").metadata if key.startswith("split.")]
 

@@ -67,4 +67,6 @@ def _row_norms(tensors: Tensors, architecture: Architecture, config: ModelConfig
             name, (d_out, _) = shapes[pick % len(shapes)]
             row = int(draw.integers(d_out))
             norms.append(float(np.linalg.norm(tensors.row(f"model.layers.{layer}.{name}.weight", row).floats())))
+        for name, _ in shapes:  # with each row the system maps others around it
+            tensors.forget(f"model.layers.{layer}.{name}.weight")
     return np.array(norms, np.float32)

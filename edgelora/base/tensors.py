@@ -46,6 +46,10 @@ class Tensors(Protocol):
         """One row of a matrix, mapped: nothing else of it is read."""
         ...
 
+    def forget(self, name: str) -> None:
+        """Let go of what was read of a matrix: it no longer counts as this process's memory."""
+        ...
+
     def vector(self, name: str) -> np.ndarray:
         """A bias or a norm, float32 (n,). A norm is what activations are multiplied by: the family's shift is in it."""
         ...
@@ -71,6 +75,9 @@ class GGUFTensors:
         stored, order = self._as_in_the_file(name), self._order(name)
         at = index if order is None else int(order[index])
         return stored._replace(rows=stored.rows[at : at + 1])
+
+    def forget(self, name: str) -> None:
+        self.file.forget(gguf_place(self.architecture, self.config, name).name)
 
     def _as_in_the_file(self, name: str) -> Stored:
         place = gguf_place(self.architecture, self.config, name)
@@ -110,6 +117,9 @@ class CheckpointTensors:
     def row(self, name: str, index: int) -> Stored:
         stored = self.matrix(name)
         return stored._replace(rows=stored.rows[index : index + 1])
+
+    def forget(self, name: str) -> None:
+        self.checkpoint.forget(name)
 
     def vector(self, name: str) -> np.ndarray:
         values = self.matrix(name).floats().reshape(-1)
