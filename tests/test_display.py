@@ -153,6 +153,14 @@ def test_a_plain_line_now_and_then_and_for_each_evaluation(capsys, clock):
 
 
 @pytest.mark.usefixtures("clock")
+def test_what_is_measured_before_the_first_step_is_said_once(capsys):
+    with Display() as display:
+        display.show(Progress("train", 0, 40, epoch=0.0, held_out_loss=3.25))
+        display.show(Progress("train", 1, 40, loss=3.0))
+    assert capsys.readouterr().err.splitlines() == ["train 0/40 · epoch 0.00 · held-out 3.2500"]
+
+
+@pytest.mark.usefixtures("clock")
 def test_each_stage_is_said_when_it_begins_and_again_for_the_next_file(capsys):
     with Display() as display:
         for stage in ("merge", "merge", "check", "merge"):

@@ -155,7 +155,7 @@ def test_max_steps_ends_a_run_early(make):
 def test_the_held_out_loss_is_measured_before_now_and_then_and_at_the_end(make):
     run = trained(make(examples(*[8] * 7), held_out=examples(9, 12, seed=1), eval_every=3))
     assert list(held_out_losses(run)) == [0, 3, 6, 7]
-    assert run.watch.events[0].best is not False  # of the base: nothing was lower before it
+    assert run.watch.events[0].best is None  # of the base: it is no candidate
 
 
 @pytest.mark.parametrize(("n_steps", "every"), [(1, 1), (10, 1), (11, 2), (95, 10)])
@@ -421,7 +421,7 @@ def test_a_held_out_loss_that_is_not_finite_is_not_the_best(make):
     run.job = replace(run.job, objective=broken)
     trained(run)
     assert run.state.best is None
-    assert [e.best for e in run.watch.events] == [False] * 3
+    assert [e.best for e in run.watch.events] == [None, False, False]
 
 
 # -- the whole way, with each objective ---------------------------------------------------------------------------

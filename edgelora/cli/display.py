@@ -67,7 +67,9 @@ class Display:
             self._print(answered(sample))
         if self._live:
             self._live.update(drawn(progress, self._training, self._held_out))
-        elif progress.stage not in self._told or time.monotonic() - self._last > PLAIN_LINE_EVERY_S:
+        elif progress.held_out_loss is None and (
+            progress.stage not in self._told or time.monotonic() - self._last > PLAIN_LINE_EVERY_S
+        ):  # an evaluation has its line already
             self._print(Text(describe(progress, self._held_out)))
         self._told.add(progress.stage)
 

@@ -257,20 +257,25 @@ def _measure(job: Job, state: State, step: int) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     if len(job.held_out):
         loss, numbers = over_held_out(job, state)
-        is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
-        state.stale = 0 if is_best else state.stale + 1
-        if is_best:
-            state.best = Best(step, loss)
-        measured |= {"held_out_loss": loss, "held_out_numbers": numbers, "best": is_best}
+        measured |= {"held_out_loss": loss, "held_out_numbers": numbers}
+        if step:  # what there is to improve on is no candidate
+            measured["best"] = _is_best(state, step, loss)
     if job.sampler is not None:
         with averaged(state):
             measured["samples"] = job.sampler(job.decoder)
     return measured
 
 
+def _is_best(state: State, step: int, loss: float) -> bool:
+    """Whether no held-out loss before was as low; `state` remembers it, and for how long there was none."""
+    is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
+    state.stale = 0 if is_best else state.stale + 1
+    if is_best:
+        state.best = Best(step, loss)
+    return is_best
+
+
 def _tell_of_the_base(job: Job, state: State, watch: Watch, clock: _Clock) -> None:
-    """Before the first step: what there is to improve on. Not a candidate for the best."""
-    measured = _measure(job, state, 0)
-    state.best, state.stale = None, 0
-    if measured:
+    """Before the first step: what there is to improve on."""
+    if measured := _measure(job, state, 0):
         watch.stepped(Progress("train", 0, job.total, epoch=0.0, **measured), 0, clock.now())
