@@ -346,6 +346,8 @@ def test_the_result_as_json(files, tmp_path, capsys):
 def test_a_dora_is_merged_next(files, tmp_path, capsys):
     assert run(trains(files, tmp_path / "mine", "--method", "dora")) == 0
     assert " merge " in capsys.readouterr().err.splitlines()[-1]
+    assert run(["train", str(files.base), str(files.rows), "--out", str(tmp_path / "mine"), "--resume"]) == 0
+    assert " merge " in capsys.readouterr().err.splitlines()[-1]  # the method is the earlier run's
 
 
 def test_settings_in_a_file_are_overridden_on_the_command_line(files, tmp_path, capsys):

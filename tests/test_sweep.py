@@ -24,11 +24,11 @@ from edgelora.cli.sweep import taken_apart
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
-from edgelora.pipeline.sweep import Listeners, run_sweep
+from edgelora.pipeline.sweep import Sweep, SweepListeners, run_sweep
 from edgelora.training import curve
 from edgelora.training.metrics import read_metrics
 from edgelora.training.run import run_training
-from edgelora.training.sweep import Result, Trial, first_rung, successive_halving, trials_of, work
+from edgelora.training.sweep import Result, Standing, Trial, first_rung, successive_halving, trials_of, work
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -275,7 +275,7 @@ def test_a_sweep_leaves_its_trials_a_picture_and_no_checkpoints_of_losers(swept)
 def test_resuming_what_has_ended_trains_nothing(settings, swept, again):
     heard: list[Any] = []
     shutil.rmtree(again)
-    run_sweep(settings(again, resume=True), WORDS, Listeners(heard.append))
+    run_sweep(settings(again, resume=True), WORDS, SweepListeners(heard.append))
     assert heard == []
     assert outcome(again) == outcome(swept)
 
@@ -292,7 +292,7 @@ def test_a_trial_whose_loss_is_no_number_loses(settings, tmp_path):
     """The first step makes its weights so large that the next three, in a row, teach nothing."""
     out = tmp_path / "mine"
     said: list[str] = []
-    run_sweep(settings(out, rank=2, eval_every=8), ["weight_decay=1e30,0"], Listeners(on_say=said.append))
+    run_sweep(settings(out, rank=2, eval_every=8), ["weight_decay=1e30,0"], SweepListeners(on_say=said.append))
     best, lost = record(out)["ranking"]
     assert (best["trial"], best["fault"], best["stopped_at"]) == ("weight_decay=0", None, None)
     assert (lost["held_out_loss"], lost["steps"]) == (None, 4)
@@ -316,7 +316,7 @@ def test_a_sweep_that_died_anywhere_goes_on(settings, swept, tmp_path, moment):
             raise Fault
 
     with pytest.raises(Fault):
-        run_sweep(settings(out), WORDS, Listeners(die))
+        run_sweep(settings(out), WORDS, SweepListeners(die))
     assert not out.exists()
     run_sweep(settings(out, resume=True), WORDS)
     assert decided(out) == decided(swept)
@@ -452,6 +452,21 @@ def test_the_command_prints_the_ranking(settings, again, capsys):
     assert f"the adapter of {BEST}" in shown.err
     assert run([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ranking"] == record(again)["ranking"]
+
+
+@pytest.mark.parametrize(("method", "following"), [("lora", "export"), ("dora", "merge")])
+def test_what_to_type_next_fits_the_best_trials_method(settings, tmp_path, monkeypatch, capsys, method, following):
+    config = settings(tmp_path / "mine")
+
+    def swept(asked, words, _):
+        trials = {trial.settings["method"]: trial for trial in trials_of(asked, words)}
+        result = Result(step=8, total=8, held_out=((8, 1.0),), seconds=1.0, ended=True, adapter_loss=1.0)
+        return Sweep(asked.out, tmp_path, [Standing(trials[method], result, 1.0)])
+
+    monkeypatch.setattr("edgelora.pipeline.sweep.run_sweep", swept)
+    line = ["train", str(config.base), str(config.data[0].path), "--sweep", "method=lora,dora", "--out", "mine"]
+    assert run([*line, "--valid", str(config.valid)]) == 0
+    assert f" {following} " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_misspelt_word_is_three_lines(settings, tmp_path, capsys):

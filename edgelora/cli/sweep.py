@@ -32,16 +32,17 @@ def taken_apart(
 def sweep(config: TrainConfig, words: Sequence[str], as_json: bool) -> None:
     """Run it, and print the ranking."""
     from edgelora.cli.display import listener
-    from edgelora.invocation import command
-    from edgelora.pipeline.sweep import Listeners, as_row, at_once, run_sweep
+    from edgelora.cli.train import to_a_file
+    from edgelora.pipeline.sweep import SweepListeners, as_row, at_once, run_sweep
 
     with listener(as_json) as display:
         try:
-            found = run_sweep(config, words, Listeners(display.show, display.say, display.note))
+            found = run_sweep(config, words, SweepListeners(display.show, display.say, display.note))
         except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first trial
             raise at_once(config, words, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
-        display.say(f"{found.out}: the adapter of {found.standings[0].trial.name}; all trials are in {found.folder}")
-        display.say("next: " + command("export", config.base, found.out, "--out", Path(f"{found.out}.gguf")))
+        best = found.standings[0].trial
+        display.say(f"{found.out}: the adapter of {best.name}; all trials are in {found.folder}")
+        display.say(f"next: {to_a_file(best.config.method, config.base, found.out)}")
     if as_json:
         ranking = [as_row(standing) for standing in found.standings]
         print(json.dumps({"out": str(found.out), "folder": str(found.folder), "ranking": ranking}, allow_nan=False))

@@ -10,7 +10,7 @@ import typer
 
 from edgelora.cli.arguments import Json
 from edgelora.cli.options import as_toml, settled, with_options
-from edgelora.config import TrainConfig
+from edgelora.config import Method, TrainConfig
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Display, JsonLines
@@ -74,8 +74,6 @@ def train(
 
 def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
     """The result in a line or two, and what to type next."""
-    from edgelora.invocation import command
-
     held = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.4f}"
     display.say(
         f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
@@ -83,10 +81,15 @@ def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
     )
     if run.step != run.n_steps:
         display.note(f"it is the adapter of step {run.step}, whose held-out loss was the lowest")
-    if config.method == "dora":
-        display.say("next: " + command("merge", config.base, "--adapter", run.out, "--out", Path(f"{run.out}.gguf")))
-    else:
-        display.say("next: " + command("export", config.base, run.out, "--out", Path(f"{run.out}.gguf")))
+    display.say(f"next: {to_a_file(run.method, config.base, run.out)}")
+
+
+def to_a_file(method: Method, base: Path, adapter: Path) -> str:
+    """The command that makes a file for llama.cpp of an adapter: a DoRA can only be merged."""
+    from edgelora.invocation import command
+
+    given = ("merge", base, "--adapter", adapter) if method == "dora" else ("export", base, adapter)
+    return command(*given, "--out", Path(f"{adapter}.gguf"))
 
 
 def summary(run: Run) -> dict[str, Any]:

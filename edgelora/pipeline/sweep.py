@@ -37,7 +37,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Listeners:
+class SweepListeners:
     """Who hears of a sweep: `on_say` each trial that has come as far as it was sent, `on_note` what is odd."""
 
     on_progress: OnProgress = silent
@@ -54,14 +54,14 @@ class Leg:
     notes: list[str]
 
 
-def run_sweep(config: TrainConfig, words: Sequence[str], heard: Listeners | None = None) -> Sweep:
+def run_sweep(config: TrainConfig, words: Sequence[str], heard: SweepListeners | None = None) -> Sweep:
     """Train every combination of `words` (`rank=4,8`) as far as it is worth, and make the best adapter config.out.
 
     Trials are ranked by held-out loss; they and `sweep.json` stand in OUT.sweep. Asked to stop (Ctrl-C, SIGTERM), it
     raises Stopped, and with config.resume goes on there. Raises EdgeloraError for every fault of the input before the
     first step.
     """
-    heard = heard or Listeners()
+    heard = heard or SweepListeners()
     _refuse(config)
     folder = SweepFolder(config.out)
     earlier = folder.earlier(config)
@@ -107,7 +107,7 @@ class _Runner:
 
     folder: SweepFolder
     record: Record
-    heard: Listeners
+    heard: SweepListeners
     interrupt: Interrupt
     again: str
     noted: set[str] = field(default_factory=set)

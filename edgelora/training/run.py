@@ -12,7 +12,7 @@ from typing import Any
 from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
-from edgelora.config import TrainConfig
+from edgelora.config import Method, TrainConfig
 from edgelora.data.order import Order
 from edgelora.device import Choice, computing, peak_memory_bytes
 from edgelora.errors import DataError, FileFormatError
@@ -45,12 +45,14 @@ from edgelora.versions import revision, versions
 class Run:
     """What a run ended in: the adapter, and what it measured on the way.
 
-    step: whose adapter it is. losses: of each step, mean over what it learned. seconds and peak_bytes: of this process.
+    step: whose adapter it is; method: what kind. losses: of each step, mean over what it learned. seconds and
+    peak_bytes: of this process.
     """
 
     out: Path
     folder: Path
     step: int
+    method: Method
     losses: list[float]
     held_out_loss: float | None
     skipped_steps: int
@@ -257,7 +259,7 @@ def _keep(
     skipped = metrics[-1].skipped_steps
     speed = metrics[-1].tokens_per_s or 0.0
     run = Run(
-        c.out, folder.path, step, losses, held_out, skipped, speed, ready.choices, len(ready.rows.train),
+        c.out, folder.path, step, c.method, losses, held_out, skipped, speed, ready.choices, len(ready.rows.train),
         time.perf_counter() - started, peak_memory_bytes(),
     )  # fmt: skip
     assert c.rank is not None
