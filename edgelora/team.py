@@ -11,10 +11,13 @@ import ctypes
 import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 Piece = tuple[int, int]
 Work = Callable[[int, int], None]
@@ -31,7 +34,7 @@ def cores() -> int:
 def threads() -> int:
     """As many as torch computes with, where it is loaded: another number would make libgomp build its team anew."""
     torch = sys.modules.get("torch")
-    return cores() if torch is None or shared_openmp() is None else min(cores(), int(torch.get_num_threads()))
+    return cores() if torch is None else min(cores(), int(torch.get_num_threads()))
 
 
 def split(n_rows: int, elements: int, worth_a_thread: int) -> list[Piece]:
@@ -70,18 +73,39 @@ def _libgomp(torch: str) -> ctypes.CDLL | None:
 
 def _run_in(openmp: ctypes.CDLL, pieces: Sequence[Piece], work: Work) -> None:
     faults: list[BaseException] = []
+    done: list[Piece] = []
 
     def body(_: int | None) -> None:
         try:
             # the team may be smaller than asked for: each thread takes every n-th piece
             for piece in pieces[openmp.omp_get_thread_num() :: openmp.omp_get_num_threads()]:
                 work(*piece)
+                done.append(piece)
         except BaseException as e:  # nothing may leave a callback
             faults.append(e)
 
-    openmp.GOMP_parallel(_BODY(body), None, len(pieces), 0)
-    if faults:
-        raise faults[0]
+    with _raised_on_the_way(faults):
+        openmp.GOMP_parallel(_BODY(body), None, len(pieces), 0)
+    if faults or len(done) < len(pieces):
+        raise faults[0] if faults else KeyboardInterrupt
+
+
+@contextmanager
+def _raised_on_the_way(faults: list[BaseException]) -> Iterator[None]:
+    """Collect what a signal's handler raises as a callback begins: ctypes would print it and go on."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    before = sys.unraisablehook
+
+    def keep(unraisable: Any) -> None:
+        faults.append(unraisable.exc_value)
+
+    sys.unraisablehook = keep
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @cache

@@ -20,6 +20,10 @@ pytestmark = pytest.mark.skipif(load.library() is None, reason="no compiler was 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+# a NaN as processors make it, one with something in its lowest bits, and memory that was filled with ones
+NANS = [0x7FC00000, 0x7FC00001, 0x7F800001, -1]
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
@@ -59,6 +63,25 @@ def test_swiglu_at_the_ends(value):
     gate, up = torch.full((1, 16), value), torch.full((1, 16), 0.5)
     expected = torch.nn.functional.silu(gate) * up
     torch.testing.assert_close(swiglu(gate, up), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32), (0, 32)])
+def test_swiglu_of_any_shape(shape):
+    gate, up = draw(*shape), draw(*shape, seed=1)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+def test_swiglu_of_two_dtypes():
+    gate, up = draw(4, 32), draw(4, 32, dtype=torch.bfloat16)
+    torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+def test_rotary_of_one_angle_for_all():
+    x, angles = draw(5, 2, 64), draw(1, 1, 32)
+    expanded = [table.expand(5, 1, 32) for table in (angles.cos(), angles.sin())]
+    repeated = [table.repeat(5, 1, 1) for table in (angles.cos(), angles.sin())]
+    torch.testing.assert_close(Rotary.apply(x, *expanded), Rotary.apply(x, *repeated))
+    torch.testing.assert_close(Rotary.apply(x, angles.cos(), angles.sin()), Rotary.apply(x, *repeated))
 
 
 def test_swiglu_of_halves_of_one_matrix():
@@ -145,12 +168,22 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
         LinearCrossEntropy.apply(draw(2, 48), Head(draw(64, 48)), torch.tensor([0, label]), Target())
 
 
-def test_a_loss_that_is_not_finite_shows():
-    hidden = draw(2, 48)
-    hidden[1, 0] = float("nan")
-    nll = LinearCrossEntropy.apply(hidden, Head(draw(64, 48)), torch.tensor([0, 1]), Target())
+@pytest.mark.parametrize("bits", NANS)
+def test_a_loss_that_is_not_finite_shows(bits):
+    z = draw(2, 64)
+    z[1, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    nll, d_z = loss._nll(z, torch.tensor([0, 1]), Target(), torch.float32)
     assert nll[0].isfinite()
+    assert d_z[0].isfinite().all()
     assert nll[1].isnan()
+    assert d_z[1].isnan().all()
+
+
+def test_labels_of_any_kind_are_read_as_they_are():
+    head, hidden = Head(draw(64, 48, seed=1)), draw(4, 48)
+    labels = torch.arange(8, dtype=torch.int32)[::2]
+    expected = torch.nn.functional.cross_entropy(hidden @ head.values.T, labels.long(), reduction="none")
+    torch.testing.assert_close(LinearCrossEntropy.apply(hidden, head, labels, Target()), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

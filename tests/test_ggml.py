@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -332,3 +333,34 @@ def test_a_type_without_quantizer_is_refused(kind):
 def test_importance_of_another_width_never_reaches_c():
     with pytest.raises((ValueError, EdgeloraError)):
         ggml.quantize(weights(), Type.Q4_K, importance(COLUMNS // 2))
+
+
+class Rang(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer signals here")
+def test_what_a_signal_raises_comes_out_and_nothing_is_left_undone():
+    """Python runs handlers where a callback begins, too: ctypes would print what they raise, and go on."""
+
+    def ring(*_: object) -> None:
+        raise Rang
+
+    def work(first: int, _last: int) -> None:
+        done.append(first)
+
+    rang, before = 0, signal.signal(signal.SIGALRM, ring)
+    generator = np.random.default_rng(0)
+    try:
+        while rang < 200:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-4, 1e-3))
+                while True:
+                    done: list[int] = []
+                    team.run([(0, 1), (1, 2)], work)
+                    assert len(done) == 2
+            except Rang:
+                rang += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

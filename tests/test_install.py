@@ -33,6 +33,7 @@ def calls(install, monkeypatch):
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "make_venv", lambda: None)
+    monkeypatch.setattr(install, "compiled", lambda: False)
     return made
 
 
@@ -46,6 +47,7 @@ def test_the_second_run_installs_nothing(install, calls, monkeypatch, capsys):
     install.PYTHON.touch()
     run(install, monkeypatch, "quickstart")
     assert len(calls) >= 5
+    assert "C code could not be compiled" in capsys.readouterr().err
     calls.clear()
     run(install, monkeypatch, "quickstart")
     assert calls == []
@@ -54,11 +56,13 @@ def test_the_second_run_installs_nothing(install, calls, monkeypatch, capsys):
     assert any(a[-1].endswith("[test]") for a, _ in calls)
 
 
-@pytest.mark.parametrize("change", ["torch", "flags"])
+@pytest.mark.parametrize("change", ["torch", "flags", "processor"])
 def test_another_option_is_not_taken_for_installed(install, monkeypatch, change):
     before = install.stamp(argparse.Namespace(goal="test", torch="auto"))
     if change == "flags":
         monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    if change == "processor":
+        monkeypatch.setattr(install, "processor", lambda: "another")
     assert install.stamp(argparse.Namespace(goal="test", torch="cpu" if change == "torch" else "auto")) != before
 
 

@@ -84,7 +84,7 @@ class NF4(Products):
         dtype = dtype if dtype in compiled.NARROW else torch.float32
         out, codes = scratch(last - first, BLOCK, dtype), self.codes[first:last]
         scales, levels = self._scales(first, last), _levels(codes.device)
-        compiled.over_rows("nf4_blocks", out, codes, scales, levels, out, compiled.NARROW[dtype])
+        compiled.over_rows("nf4_blocks", *out.shape, codes, scales, levels, out, compiled.NARROW[dtype])
         return out
 
     def gather(self, ids: Tensor) -> Tensor:

@@ -204,6 +204,7 @@ static void tile_forward(const Attention *w, Tile *t) {
         multiply(rows_of(t->scores, KEYS), t->segment->v + from * d, d, t->sums, d, t->n, d, width);
     }
     for (int64_t i = 0; i < t->n; i++) {
+        if (top[i] == HIDDEN) total[i] = NAN;  // nothing that it sees has a finite score
         w->lse[(t->first + i) * w->heads + t->head] = top[i] + logf(total[i]);
         put(w, t, w->out, i, 1.0f / total[i]);
     }

@@ -2,6 +2,23 @@
 
 #include "vectors.h"
 
+#ifndef KERNELS_DIGEST
+#define KERNELS_DIGEST ""
+#endif
+
+const char *kernels_digest(void) { return KERNELS_DIGEST; }
+
+// What a processor must have to run this, by its name in /proc/cpuinfo.
+const char *kernels_need(void) {
+#if defined(__AVX512F__)
+    return "avx512f";
+#elif defined(__AVX2__)
+    return "avx2";
+#else
+    return "";
+#endif
+}
+
 // bfloat16 of n float32 numbers, to the nearest.
 void narrow_row(const float *from, uint16_t *to, int64_t n) {
     int64_t i = 0;

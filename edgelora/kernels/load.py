@@ -1,22 +1,27 @@
 """The C code beside this file, compiled for this machine when edgelora was installed.
 
-Each file does in one pass over memory what torch does in several. Nothing depends on it: where no compiler was at hand,
-whoever calls it computes the same another way, and tests hold the two to each other. Imports no torch.
+Each file does in one pass over memory what torch does in several. Nothing depends on it: where it could not be
+compiled, whoever calls it computes the same another way, and tests hold the two to each other. Imports no torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import logging
+import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
 
 _Pointer, _Size, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ROWS = [_Size, _Size]  # the first, and the last + 1
 
 # The arguments of each function: tensors, sizes, numbers, and at last the rows that a thread takes.
-SIGNATURES: dict[str, list[type[ctypes._SimpleCData[int]] | type[ctypes._SimpleCData[float]] | type[ctypes.c_void_p]]]
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "swiglu_forward": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
     "swiglu_backward": [*[_Pointer] * 5, *[_Size] * 2, *_ROWS],
     "rms_norm_forward": [*[_Pointer] * 4, *[_Size] * 3, _Float, *_ROWS],
@@ -30,17 +35,42 @@ SIGNATURES = {
 }
 
 
+def sources() -> list[Path]:
+    return sorted((*HERE.glob("*.c"), *HERE.glob("*.h")))
+
+
+def digest() -> str:
+    """Of the C code: setup.py compiles it in, so that another version's is not called."""
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources())).hexdigest()[:16]
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled code, if the installation could compile it."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"native{suffix}")
-        if path.exists():
-            found = ctypes.CDLL(str(path))
-            for name, arguments in SIGNATURES.items():
-                function = getattr(found, name)
-                function.argtypes, function.restype = arguments, None
-            found.attention_scratch.argtypes, found.attention_scratch.restype = [_Size, _Size], _Size
-            found.attention_bytes.restype = _Size
-            return found
-    return None
+    """The compiled code, if it is there, of this version and for this processor; else a line in the log says why."""
+    found = next((path for suffix in EXTENSION_SUFFIXES if (path := HERE / f"native{suffix}").exists()), None)
+    if found is None:
+        return None  # as chosen at installation, where it was said
+    try:
+        return _opened(found)
+    except (OSError, AttributeError, ValueError) as e:
+        logging.getLogger(__name__).warning(
+            "edgelora's compiled code is not used, and training on a CPU is slower: %s; install it again", e
+        )
+        return None
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for name in ("kernels_digest", "kernels_need"):
+        getattr(found, name).restype = ctypes.c_char_p
+    if sources() and found.kernels_digest().decode() != digest():
+        raise ValueError("it was compiled from other code")
+    needed = found.kernels_need().decode()
+    if sys.platform == "linux" and needed and needed not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
+        raise ValueError(f"it was compiled for a processor with {needed}")
+    for name, arguments in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    found.attention_scratch.argtypes, found.attention_scratch.restype = [_Size, _Size], _Size
+    found.attention_bytes.restype = _Size
+    return found

@@ -45,7 +45,7 @@ INLINE void write(void *p, int64_t at, int narrow, vec x) {
     *(hvec *)((uint16_t *)p + at) = __builtin_convertvector((nearest & ~nan) | (nan & 0x7fc0), hvec);
 }
 
-// e^x to about 1e-7 of it: x = n ln 2 + r, and a polynomial in r (Cephes). 0 below -87.
+// e^x for x <= 88, to about 1e-7 of it: x = n ln 2 + r, and a polynomial in r (Cephes). 0 below -87; NaN stays NaN.
 INLINE vec exponential(vec x) {
     vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer n stands in the lowest bits
     vec n = shifted - 12582912.0f;
@@ -57,8 +57,9 @@ INLINE vec exponential(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    ivec power = ((ivec)shifted - 0x4b400000) << 23;
-    return (vec)(((ivec)p + power) & ~(ivec)(x < -87.0f));
+    uvec bits = (uvec)p + (((uvec)shifted - 0x4b400000) << 23);
+    bits &= ~(uvec)(x < -87.0f);
+    return (vec)(bits | (uvec)(x != x));  // all ones are a NaN
 }
 
 INLINE vec tangent(vec x) {  // tanh

@@ -23,11 +23,11 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (dy,) = grads
         gate, up = ctx.saved_tensors
-        if compiled.usable(dy, gate, up):
+        if compiled.usable(dy, gate, up) and dy.shape == gate.shape == up.shape:
             dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
             d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-            narrow = compiled.NARROW[gate.dtype]
-            compiled.over_rows("swiglu_backward", gate, dy, gate, up, d_gate, d_up, gate.shape[-1], narrow)
+            n_rows, columns, narrow = gate.numel() // gate.shape[-1], gate.shape[-1], compiled.NARROW[gate.dtype]
+            compiled.over_rows("swiglu_backward", n_rows, columns, dy, gate, up, d_gate, d_up, columns, narrow)
             return d_gate, d_up
         return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
 
@@ -56,10 +56,11 @@ def silu(x: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) · up, in fresh memory; outside of any graph."""
-    if compiled.usable(gate, up):
+    if compiled.usable(gate, up) and gate.shape == up.shape:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        compiled.over_rows("swiglu_forward", gate, gate, up, out, gate.shape[-1], compiled.NARROW[gate.dtype])
+        sizes = gate.numel() // gate.shape[-1], gate.shape[-1]
+        compiled.over_rows("swiglu_forward", *sizes, gate, up, out, gate.shape[-1], compiled.NARROW[gate.dtype])
         return out
     return silu(gate).mul_(up)
 

@@ -95,7 +95,7 @@ class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
         ctx.how = [0, *starts] if prefix else starts, prefix, how
-        if flash.available(q):
+        if flash.available(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out, lse = flash.Problem(q, k, v, *ctx.how).forward()
             ctx.save_for_backward(q, k, v, out, lse)

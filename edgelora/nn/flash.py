@@ -34,9 +34,9 @@ class _Attention(ctypes.Structure):
     )  # fmt: skip
 
 
-def available(q: Tensor) -> bool:
-    """Whether attention over queries (T, H, d) can be computed here."""
-    return usable(q)
+def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether attention of queries (T, H, d) over keys and values (T, KV, d) can be computed here."""
+    return usable(q, k, v)
 
 
 class Problem:

@@ -74,10 +74,11 @@ def _nll(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Te
     """−log p(label) (P,), and its gradient (P, V), which takes the memory of the logits z."""
     narrow = (how.compute or dtype) == torch.bfloat16
     if compiled.usable(z) and z.dtype == torch.float32 and how.softcap is None and not how.smoothing:
+        labels = labels.to(torch.int64).contiguous()
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < z.shape[1]:
             raise IndexError(f"a label is not one of {z.shape[1]} tokens")
         nll = torch.empty(len(z))
-        compiled.over_rows("cross_entropy", z, z, labels, nll, z.shape[1], narrow)
+        compiled.over_rows("cross_entropy", *z.shape, z, labels, nll, z.shape[1], narrow)
         return nll, z.view(torch.bfloat16)[:, : z.shape[1]] if narrow else z
     label = labels[:, None]
     slope = None if how.softcap is None else 1 - (z / how.softcap).square_()

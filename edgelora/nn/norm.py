@@ -29,11 +29,11 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """The normed rows (…, d) in `dtype` (None: that of w), and 1 / rms of each (…, 1)."""
     dtype = dtype or w.dtype
-    if compiled.usable(x, w) and w.dtype == torch.float32 and dtype in compiled.NARROW:
+    if compiled.usable(x) and w.dtype == torch.float32 and dtype in compiled.NARROW:
         x = x.contiguous()
         y, inverse_rms = torch.empty_like(x, dtype=dtype), torch.empty(*x.shape[:-1], 1)
         compiled.over_rows(
-            "rms_norm_forward", x.view(-1, x.shape[-1]), x, w, y, inverse_rms,
+            "rms_norm_forward", inverse_rms.numel(), x.shape[-1], x, w, y, inverse_rms,
             x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dtype], eps,
         )  # fmt: skip
         return y, inverse_rms
@@ -43,10 +43,10 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None)
 
 
 def _backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
-    if compiled.usable(dy, x, w) and w.dtype == torch.float32:
+    if compiled.usable(dy) and compiled.usable(x) and w.dtype == torch.float32:
         dy, dx = dy.contiguous(), torch.empty_like(x)
         compiled.over_rows(
-            "rms_norm_backward", x.view(-1, x.shape[-1]), dy, x, w, inverse_rms, dx,
+            "rms_norm_backward", inverse_rms.numel(), x.shape[-1], dy, x, w, inverse_rms, dx,
             x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dy.dtype],
         )  # fmt: skip
         return dx

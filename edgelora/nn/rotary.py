@@ -35,10 +35,11 @@ class Rotary(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """x (T, H, d) with its first 2·cos.shape[-1] columns rotated by halves, as HF does, by the angles times `sign`."""
-    if compiled.usable(x, cos, sin) and cos.dtype == torch.float32:
+    if compiled.usable(x) and cos.dtype == torch.float32 and cos.shape[-1] % compiled.LANES == 0 and len(cos) == len(x):
         x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        sizes = x.shape[1], x.shape[2], cos.shape[-1], compiled.NARROW[x.dtype]
-        compiled.over_rows("rotary", x, x, cos, sin, out, *sizes, sign)
+        (n_tokens, heads, dim), half, narrow = x.shape, cos.shape[-1], compiled.NARROW[x.dtype]
+        tables = cos.contiguous(), sin.contiguous()
+        compiled.over_rows("rotary", n_tokens, heads * dim, x, *tables, out, heads, dim, half, narrow, sign)
         return out
     sin = sin * sign
     rotated, wide = 2 * cos.shape[-1], x.to(cos.dtype)  # a product rounded to bfloat16 before its sum would lose much

@@ -14,7 +14,7 @@ from edgelora.kernels import load
 from edgelora.progress import OnProgress
 from edgelora.versions import versions
 
-NO_KERNELS = "none, torch does all the work: no C compiler was at hand when edgelora was installed"
+NO_KERNELS = "none, torch does all the work: not compiled when edgelora was installed, or not for this machine"
 FEATURES = ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "METAL", "CUDA", "OPENMP", "REPACK")
 
 

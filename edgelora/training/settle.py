@@ -53,7 +53,7 @@ def choose_attention(head_dim: int, device: str) -> Choice:
         )
     if load.library() is None:
         return Choice(
-            "torch", "tile by tile; there was no C compiler when edgelora was installed, with one it is faster"
+            "torch", "tile by tile; edgelora's C code was not compiled when it was installed; with it, it is faster"
         )
     if head_dim % compiled.LANES:
         return Choice("torch", f"tile by tile; the compiled code wants heads of a multiple of {compiled.LANES}")
