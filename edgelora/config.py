@@ -101,7 +101,8 @@ class TrainConfig(BaseModel):
     learning_rate: float | None = Field(None, gt=0, lt=1)
     """At its peak. None: by the size of the base and the method (training/defaults.py has the sources)."""
     epochs: float = Field(2.0, gt=0)
-    """How often each row is seen."""
+    """How often each row is seen. The last step is filled up with rows of the next round: 30 rows twice, 8 a step, are
+    8 steps and end at epoch 2.13."""
     max_steps: int | None = Field(None, ge=1)
     """At most so many optimizer steps."""
     batch_rows: int = Field(8, ge=1)
