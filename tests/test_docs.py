@@ -44,11 +44,21 @@ def a_row(name="x", **speed) -> Row:
     return Row(name, 10**8, Scored(score, {"known": score}, []), replace(measured, **speed))
 
 
-def test_generated_parts_of_the_readme_are_fresh():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+def benchmark(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.generated(README) == README, "run: python benchmarks/readme.py"
+    return module
+
+
+def test_generated_parts_of_the_readme_are_fresh(monkeypatch):
+    assert benchmark("readme", monkeypatch).generated(README) == README, "run: python benchmarks/readme.py"
+
+
+def test_the_page_of_figures_is_what_was_recorded(monkeypatch):
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert benchmark("performance", monkeypatch).written() == text, "run: python benchmarks/performance.py"
 
 
 def test_the_recorded_quickstart_met_its_targets():
@@ -119,12 +129,9 @@ def test_every_data_format_stands_in_the_readme():
 
 def test_every_option_of_train_that_the_readme_names_is_one():
     said = README.split("## Training")[1].split("\n## ")[0] + README.split("## Your data")[1].split("\n## ")[0]
-    command = typer.main.get_command(app).commands["train"]
-    known = {option for parameter in command.params for option in parameter.opts} | {
-        "--base",
-        "--preview",
-        "--nproc-per-node",
-    }
+    commands = typer.main.get_command(app).commands
+    known = {option for name in ("train", "plan") for one in commands[name].params for option in one.opts}
+    known |= {"--base", "--preview", "--nproc-per-node"}
     named = set(re.findall(r"--[a-z][a-z-]+", said))
     assert named - known == set()
     assert len(named) > 20

@@ -75,8 +75,14 @@ class Adapter:
             rank = len(parts["lora_A"])
             alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
             scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-            a, b = parts["lora_A"].astype(np.float32), parts["lora_B"].astype(np.float32) * scale
-            out[module] = LoraPair(a, b, parts[MAGNITUDE].astype(np.float32) if MAGNITUDE in parts else None)
+            # float32 factors are not copied: those of a large model take hundreds of MB
+            a, b, magnitude = (
+                parts[name].astype(np.float32, copy=False) if name in parts else None
+                for name in ("lora_A", "lora_B", MAGNITUDE)
+            )
+            assert a is not None
+            assert b is not None
+            out[module] = LoraPair(a, b if scale == 1.0 else b * np.float32(scale), magnitude)
         return out
 
 

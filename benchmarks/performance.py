@@ -1,0 +1,130 @@
+"""Write docs/performance.md from what the other benchmarks recorded in results/.
+
+python benchmarks/performance.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peers.table import table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """# Performance
+
+Written by `python benchmarks/performance.py` from what each benchmark recorded; its command stands above each table.
+All sides of a table were measured in turns, in one run, on the processor that is named; ratios are medians.
+"""
+
+TRAINING = """## A training step against what people use
+
+    python benchmarks/train.py --out benchmarks/results/train.json
+
+SmolLM2-135M, LoRA of rank 16 on all linear layers, ragged chats of 50 to 500 tokens, four rows a step,
+{threads} cores of {processor}; peak memory is the whole process.
+"""
+
+LIMITS = """
+What limits a step: its matrix products, which run near what the processor can do, and take the shares below. What
+remains between them and the target lies between products (each layer's tensors are read and written a few times) and,
+over quantized weights, in their way out of the blocks, twice in each micro-batch. Memory is torch itself (some 220 MB),
+the weights, adapter and optimizer, and the activations of one micro-batch; recomputing these (`--recompute full`) takes
+a third more time and is not in the table.
+"""
+
+GROUPS = {
+    "products": ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm", "aten::matmul"),
+    "attention": ("SegmentAttention", "SegmentAttentionBackward"),
+    "softmax of the loss": ("LinearCrossEntropy",),
+    "norms, gates, rotation": (
+        "SwiGLU", "SwiGLUBackward", "RMSNorm", "RMSNormBackward", "Rotary", "RotaryBackward",
+    ),
+    "weights out of their storage": ("LoraLinears", "LoraLinearsBackward", "FrozenLinear", "FrozenLinearBackward"),
+    "copies and sums": ("aten::copy_", "aten::add", "aten::add_", "aten::mul", "aten::mul_", "aten::cat"),
+}  # fmt: skip
+
+STEP = """## What the storage of frozen weights costs
+
+    python benchmarks/step.py --out benchmarks/results/step.json
+
+A float32 step of {tokens} tokens over each, against the same step over dense float32 weights, on {processor}.
+"""
+
+BLOCKS = """## Blocks to floats
+
+    python benchmarks/dequantize.py --out benchmarks/results/dequantize.json
+
+GB of float32 written per second on {cores} cores of {processor}; the peer is gguf-py, for NF4
+bitsandbytes. Q8_0 is bound by memory: no code writes floats faster there.
+"""
+
+EXPORT = """## From adapter to one file
+
+    python benchmarks/export.py --out benchmarks/results/export.json
+
+SmolLM2-135M and an adapter of rank {rank}, merged and quantized to {quant} on {processor}: llama.cpp's own
+tools, and PEFT with llama.cpp's converter, against one pass. Neither peer
+checks its result, so theirs is compared with the writing alone.
+"""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
+def training(result: Mapping[str, Any]) -> str:
+    parts = result["parts"]
+    any_part = parts["ragged-bf16"]
+    rows = table({name: part for name, part in parts.items() if name != "profile"})
+    text = TRAINING.format(threads=any_part["threads"], processor=any_part["processor"])
+    text += "\n" + markdown(["", "target", "found", ""], [(r.what, r.target, r.found, r.verdict) for r in rows]) + "\n"
+    return text + LIMITS + ("\n" + profile(parts["profile"]["ms"]) if "profile" in parts else "")
+
+
+def profile(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Shares of a step's milliseconds; a profiler makes small operators dearer than they are."""
+    named = {operator for operators in GROUPS.values() for operator in operators}
+    rows = []
+    for name, ms in found.items():
+        total = sum(ms.values())
+        shares = [sum(ms.get(operator, 0.0) for operator in operators) / total for operators in GROUPS.values()]
+        rest = sum(one for operator, one in ms.items() if operator not in named) / total
+        rows.append([name, *(f"{share:.0%}" for share in (*shares, rest)), f"{total:.0f}"])
+    return markdown(["share of a step", *GROUPS, "the rest", "ms"], rows) + "\n"
+
+
+def step(result: Mapping[str, Any]) -> str:
+    rows = [(r["width"], r["held"], f"{r['mb']:.0f}", f"{r['ratio']:.2f}") for r in result["found"]]
+    text = STEP.format(tokens=result["tokens"], processor=result["processor"])
+    return text + "\n" + markdown(["width", "held as", "MB", "times the dense step"], rows) + "\n"
+
+
+def blocks(result: Mapping[str, Any]) -> str:
+    def row(r: Mapping[str, Any]) -> list[object]:
+        ratio = "–" if r["ratio"] is None else f"{r['ratio']:.1f}"
+        return [r["type"], r["ours_gb_per_s"], r.get("peer_gb_per_s", "–"), ratio, f"≥ {r['at_least']:g}"]
+
+    head = ["type", "edgelora", "peer", "times the peer", "target"]
+    return BLOCKS.format(**result) + "\n" + markdown(head, map(row, result["found"])) + "\n"
+
+
+def export(result: Mapping[str, Any]) -> str:
+    return EXPORT.format(**result) + "\n" + markdown(["", "target", "peer → edgelora", ""], result["table"]) + "\n"
+
+
+def written() -> str:
+    """The whole text."""
+    parts = {"train": training, "step": step, "dequantize": blocks, "export": export}
+    found = {name: RESULTS / f"{name}.json" for name in parts}
+    texts = [make(json.loads(found[name].read_text(encoding="utf-8"))) for name, make in parts.items()]
+    return "\n".join([HEAD, *texts])
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "performance.md").write_text(written(), encoding="utf-8")
