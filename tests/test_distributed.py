@@ -203,7 +203,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
                 shutil.rmtree(path)
         done = trained(processes, whole.model_copy(update={"out": out, "resume": True}))
         assert "going on behind step 3" in done.stderr
-        assert ("it goes on in 1 instead of 2 processes" in done.stderr) == (processes == 1)
+        assert ("it goes on with processes 1 instead of 2" in done.stderr) == (processes == 1)
     assert outcome(tmp_path / "again") == outcome(whole.out)
     for one, two in zip(lines(tmp_path / "alone"), lines(whole.out), strict=True):
         assert one.loss == pytest.approx(two.loss, abs=CLOSE)
@@ -326,16 +326,18 @@ def test_a_process_without_a_card_is_refused(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, 3), ("1", 3), ("2", 2)], ids=str)
-def test_the_cores_are_divided_among_the_processes_of_a_machine(monkeypatch, asked, expected):
+@pytest.mark.parametrize(
+    ("asked", "processes", "expected"), [(None, 2, 3), ("1", 2, 3), ("2", 2, 2), ("1", 1, 1), ("0", 1, 1)], ids=str
+)
+def test_the_cores_are_divided_among_the_processes_of_a_machine(monkeypatch, asked, processes, expected):
     """torchrun itself asks for one thread where nobody asked."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(distributed, "physical_cores", lambda: 7)
     world = world_of(1, 2)
-    world.local_size = 2
-    assert distributed.threads(world) == expected
+    world.local_size = processes
+    assert distributed.choose_threads(world).value == str(expected)
 
 
 # -- dealing out --------------------------------------------------------------------------------------------------

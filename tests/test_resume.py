@@ -25,6 +25,7 @@ from test_atomic import Disk, tree
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
+from edgelora.kernels import load
 from edgelora.training import loop, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.metrics import read_metrics
@@ -212,6 +213,38 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(settings, whole, again):
         in notes
     )
     assert outcome(again) == outcome(whole)
+
+
+def test_what_computes_otherwise_where_a_run_goes_on_is_said_and_written_down(settings, whole, again, monkeypatch):
+    """Other threads, another torch, no compiled code: the same losses but for rounding, and a run.json that says so."""
+    before = json.loads((run_folder(whole) / "run.json").read_text())
+    assert before["changed"] == []
+    threads = int(before["choices"]["threads"]["value"])
+    other = {"threads": str(threads + 1), "torch": "0.0.1", "attention": "torch"}
+    monkeypatch.setenv("OMP_NUM_THREADS", other["threads"])
+    monkeypatch.setattr(load, "library", lambda: None)
+    monkeypatch.setattr(run, "versions", lambda: before["versions"] | {"torch": other["torch"]})
+    was = {"threads": str(threads), "torch": before["versions"]["torch"],
+           "attention": before["choices"]["attention"]["value"]}  # fmt: skip
+    differ = [name for name in other if was[name] != other[name]]
+    assert set(differ) >= {"threads", "torch"}  # and attention, where the code is compiled
+    said = {
+        f"it goes on with {name} {other[name]} instead of {was[name]}: the same but for rounding" for name in differ
+    }
+    for step, wanted in ((6, said), (9, set())):  # the second time as the first
+        cut_back(again, step)
+        notes: list[str] = []
+        run_training(settings(again, resume=True), on_note=notes.append)
+        assert {note.partition(", unless")[0] for note in notes if "rounding" in note} == wanted
+        facts = json.loads((run_folder(again) / "run.json").read_text())
+        assert {name: facts["choices"][name]["value"] for name in ("threads", "attention")} == {
+            name: other[name] for name in ("threads", "attention")
+        }
+        assert facts["versions"]["torch"] == other["torch"]
+        assert {line.partition(", unless")[0] for line in facts["changed"]} == {f"behind step 6: {one}" for one in said}
+    ours, theirs = (read_metrics(run_folder(out) / "metrics.jsonl") for out in (again, whole))
+    # in float32 1e-4 would do: where the CPU has bfloat16, rounding is 2⁻⁹ of each product
+    assert [line.loss for line in ours[1:]] == pytest.approx([line.loss for line in theirs[1:]], rel=1e-2)
 
 
 def test_what_a_killed_run_left_is_swept(settings, again):

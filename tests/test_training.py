@@ -197,7 +197,7 @@ def test_the_contract_says_what_was_trained_on_what(ran, data):
 def test_every_choice_has_its_reason(ran):
     contract = read_contract((ran[0].out / "edgelora.json").read_text(), "edgelora.json")
     choices = contract.training["choices"]
-    assert choices.keys() >= {"device", "dtype", "products", "attention", "base_dtype", "alpha"}
+    assert choices.keys() >= {"device", "dtype", "products", "attention", "threads", "base_dtype", "alpha"}
     assert not choices.keys() & {"rank", "learning_rate"}  # asked for, not chosen
     assert all(choice["value"] and choice["why"] for choice in choices.values())
 

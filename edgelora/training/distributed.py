@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from edgelora.data.pack import Batch
-from edgelora.device import compute_threads, physical_cores
+from edgelora.device import Choice, compute_threads, physical_cores
 from edgelora.errors import ConfigError, EdgeloraError
 from edgelora.training.world import Alone, World
 
@@ -54,13 +54,15 @@ def joined() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def threads(world: World) -> int:
+def choose_threads(world: World) -> Choice:
     """How many threads torch gets: those of the machine, divided among its processes."""
-    if world.local_size == 1:
-        return compute_threads()
-    asked = os.environ.get("OMP_NUM_THREADS", "")
+    asked, mine = os.environ.get("OMP_NUM_THREADS", ""), world.local_size
     # torchrun sets it to 1 wherever nobody set it
-    return int(asked) if asked.isdigit() and int(asked) > 1 else max(1, physical_cores() // world.local_size)
+    if asked.isdigit() and (mine == 1 or int(asked) > 1):
+        return Choice(str(max(1, int(asked))), "OMP_NUM_THREADS says so")
+    if mine == 1:
+        return Choice(str(compute_threads()), "one for each core")
+    return Choice(str(max(1, physical_cores() // mine)), f"the cores, divided among {mine} processes")
 
 
 class Processes:

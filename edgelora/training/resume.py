@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from edgelora.config import TrainConfig
+from edgelora.device import Choice
 from edgelora.errors import ConfigError, FileFormatError
 from edgelora.training.checkpoint import Snapshot, read_latest
 from edgelora.training.folder import RunFolder
@@ -16,6 +17,7 @@ from edgelora.training.folder import RunFolder
 FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
 PATHS = {"base", "data", "valid"}
+ALONE = {"processes": "1"}  # where no choice says how many
 
 
 class Earlier:
@@ -28,6 +30,8 @@ class Earlier:
             self.settled = TrainConfig.model_validate(snapshot.facts["settled"])
             self.choices: dict[str, dict[str, str]] = dict(snapshot.facts["choices"])
             self.digests: dict[str, str] = dict(snapshot.facts["digests"])
+            self.versions: dict[str, str] = dict(snapshot.facts["versions"])
+            self.changed: list[str] = list(snapshot.facts.get("changed", []))
         except (KeyError, TypeError, ValueError, ValidationError) as e:
             raise FileFormatError(
                 what=f"the checkpoint of step {snapshot.step} does not say what run it belongs to",
@@ -45,6 +49,25 @@ class Earlier:
         wishes = {name: getattr(config, name) for name in config.model_fields_set & (FREE | PATHS)}
         return self.asked.model_copy(update=wishes)
 
+    def differences(self, here: Mapping[str, Choice], versions: Mapping[str, str]) -> list[str]:
+        """What now computes otherwise than it did: `here`, of this machine, and the packages. In words, for a note.
+
+        What the earlier run did not write down is not compared.
+        """
+        before = ALONE | {name: choice["value"] for name, choice in self.choices.items()}
+        now = ALONE | {name: choice.value for name, choice in here.items()}
+        return [
+            *(f"{other}: the same but for rounding" for other in _others(before, now)),
+            *(
+                f"{other}: the same but for rounding, unless it computes something else now"
+                for other in _others(self.versions, versions)
+            ),
+        ]
+
+    def changed_until_now(self, differences: Sequence[str]) -> list[str]:
+        """What changed whenever the run went on, for run.json."""
+        return [*self.changed, *(f"behind step {self.snapshot.step}: {one}" for one in differences)]
+
     def require_same(self, digests: dict[str, str]) -> None:
         """Raise ConfigError if the base, the rows or those held out are others."""
         other = [name for name, digest in digests.items() if self.digests.get(name) != digest]
@@ -56,6 +79,14 @@ def earlier_run(folder: RunFolder, on_note: Callable[[str], None]) -> Earlier | 
     """The run in `folder` at its last whole checkpoint, None if it has none. `on_note` hears of damaged ones."""
     snapshot = read_latest(folder.checkpoints, on_note)
     return None if snapshot is None else Earlier(snapshot)
+
+
+def _others(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"it goes on with {name} {value} instead of {before[name]}"
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

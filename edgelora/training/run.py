@@ -14,7 +14,7 @@ from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method, TrainConfig
 from edgelora.data.order import Order
-from edgelora.device import Choice, computing, peak_memory_bytes
+from edgelora.device import Choice, choose_products, computing, peak_memory_bytes
 from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
@@ -22,7 +22,7 @@ from edgelora.peft.inject import adapter_config, collect, inject, targeted
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
-from edgelora.training.distributed import Processes, joined, threads
+from edgelora.training.distributed import Processes, choose_threads, joined
 from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
 from edgelora.training.footprint import Model
@@ -34,7 +34,7 @@ from edgelora.training.recorder import Recorder, Silent
 from edgelora.training.resume import FREE, PATHS, Earlier, earlier_run, settings
 from edgelora.training.rows import Rows, load_rows
 from edgelora.training.sample import Sampler
-from edgelora.training.settle import settle
+from edgelora.training.settle import choose_attention, settle
 from edgelora.training.sharding import shard
 from edgelora.training.state import State
 from edgelora.training.world import World
@@ -118,7 +118,7 @@ def _run(config: TrainConfig, heard: Listeners, world: World) -> Run:
         ready = _make_ready(config, folder, heard, world)
         with (
             folder.held(ready.asked) if writes else nullcontext(),
-            computing(ready.choices["products"], threads(world)),
+            computing(ready.choices["products"], int(choose_threads(world).value)),
             explained(Model.of(ready.base), ready.config, int(ready.rows.train.lengths.max())),
         ):
             return _trained(ready, folder, heard, world, started)
@@ -180,13 +180,13 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         settled, choices = planned.config, planned.choices
     else:
         settled = earlier.settled.model_copy(update={name: getattr(asked, name) for name in FREE | PATHS})
-        choices = {name: Choice(**choice) for name, choice in earlier.choices.items()}
+        choices = {name: Choice(**choice) for name, choice in earlier.choices.items() if name != "processes"}
         heard.on_note(f"going on behind step {earlier.snapshot.step}")
-        if (before := choices.pop("processes", Choice("1", "")).value) != str(world.size):
-            heard.on_note(f"it goes on in {world.size} instead of {before} processes: the same but for rounding")
-    if world.size > 1:
-        held = f"1/{world.size} of each layer" if settled.shard_base else "the whole base"
-        choices["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")
+    here = world.first(lambda: _computed_by(settled, base, world))
+    changed = [] if earlier is None else earlier.differences(here, versions())
+    for difference in changed:
+        heard.on_note(difference)
+    choices = choices | here
     world.use(settled.device)
     rows = load_rows(settled, base, heard.on_note)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
@@ -206,9 +206,23 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         "choices": {name: asdict(choice) for name, choice in choices.items()},
         "digests": digests,
         "versions": versions(),
+        "changed": changed if earlier is None else earlier.changed_until_now(changed),
         "revision": revision(),
     }
     return Ready(asked, settled, base, rows, choices, digests, earlier, facts)
+
+
+def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Choice]:
+    """What rounds each step, and is this machine's, not the run's: chosen anew wherever a run goes on."""
+    here = {
+        "products": choose_products(config.device),
+        "attention": choose_attention(base.config.head_dim, config.device),
+        "threads": choose_threads(world),
+    }
+    if world.size > 1:
+        held = f"1/{world.size} of each layer" if config.shard_base else "the whole base"
+        here["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")
+    return here
 
 
 def _build(ready: Ready, world: World) -> tuple[Job, State]:
