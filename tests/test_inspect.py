@@ -306,6 +306,13 @@ def test_weights_that_nobody_can_read_are_told(checkpoint):
 # -- lineage and certificates -------------------------------------------------------------------------------------
 
 
+def test_of_a_model_the_comparison_over_its_own_weights_is_shown(tiny, tmp_path, capsys):
+    stated = {**CERTIFICATE, "fidelity": CERTIFICATE["adapter"], "loss": {**CERTIFICATE["adapter"], "kl_mean": 0.5}}
+    del stated["adapter"]
+    model = copied(tiny.path, tmp_path / "m.gguf", **{CERTIFICATE_KEY.replace(".", "__"): json.dumps(stated)})
+    assert "passed, mean KL 0.001 (limit 0.01)" in " ".join(printed(capsys, model).split())
+
+
 def test_lineage_and_certificate_of_a_base(tiny, tmp_path, capsys):
     merged = copied(
         tiny.path, tmp_path / "merged.gguf",

@@ -256,8 +256,9 @@ def _contract(contract: Mapping[str, Any]) -> Rows:
 
 def _certificate(certificate: Mapping[str, Any]) -> Text:
     """Whatever a file says here was written by whoever made it."""
-    compared = certificate.get("adapter", certificate.get("base"))
-    numbers = compared if isinstance(compared, dict) else {}
+    # of an adapter; of a model, over its own weights; of a folder, which llama.cpp does not run
+    compared = (certificate.get(name) for name in ("adapter", "fidelity", "loss"))
+    numbers = next((found for found in compared if isinstance(found, dict)), {})
     parts = ["passed" if certificate.get("passed") is True else "not passed"]
     if isinstance(kl := numbers.get("kl_mean"), float):
         parts.append(f"mean KL {kl:.2g} (limit {_value(certificate.get('kl_limit'))})")
