@@ -124,14 +124,6 @@ def _say_what_gguf_py_costs() -> None:
     )
 
 
-@cache
-def _narrow() -> ctypes._NamedFuncPointer:
-    """float32 to bfloat16: ggml's loop of one number at a time takes twice as long as the dequantizing before it."""
-    compiled = load.library()
-    function: ctypes._NamedFuncPointer = _library().ggml_fp32_to_bf16_row if compiled is None else compiled.narrow_row
-    return function
-
-
 def worth_a_thread(kind: Type) -> int:
     """How many weights of `kind` make a second thread pay."""
     return (FAST_ELEMENTS_PER_THREAD if kind in FAST else ELEMENTS_PER_THREAD) * (1 if shared_openmp() else POOL_FACTOR)
@@ -176,12 +168,18 @@ class Reader:
 
     def _write_narrow(self, first: int, last: int, address: int) -> None:
         """A few rows at a time through float32 that stays in the cache."""
+        compiled = load.library()
+        if compiled is not None and self._function is not None:
+            source, n = self._source + first * self._stride, (last - first) * self._columns
+            compiled.narrow_blocks(self._function, source, address, row_bytes(self._kind, load.CHUNK), n)
+            return
         step = max(1, NARROWED_AT_ONCE // self._columns)
         wide = np.empty(step * self._columns, np.float32)
         for begin in range(first, last, step):
             end = min(begin + step, last)
             self._write(begin, end, wide.ctypes.data)
-            _narrow()(wide.ctypes.data, address + 2 * (begin - first) * self._columns, (end - begin) * self._columns)
+            narrow = address + 2 * (begin - first) * self._columns
+            _library().ggml_fp32_to_bf16_row(wide.ctypes.data, narrow, (end - begin) * self._columns)
 
 
 def dequantize(blocks: np.ndarray, kind: Type, columns: int) -> np.ndarray:

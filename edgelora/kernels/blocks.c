@@ -32,6 +32,19 @@ void narrow_row(const float *from, uint16_t *to, int64_t n) {
     }
 }
 
+#define CHUNK 4096  // floats on their way: 16 KB stay in the cache
+
+// n weights as bfloat16: by ggml's function for their type, CHUNK at a time, which are `chunk_bytes` of blocks.
+void narrow_blocks(void (*dequantize)(const void *, float *, int64_t), const uint8_t *blocks, uint16_t *to,
+                   int64_t chunk_bytes, int64_t n) {
+    float wide[CHUNK];
+    for (int64_t i = 0; i < n; i += CHUNK, blocks += chunk_bytes) {
+        int64_t some = n - i < CHUNK ? n - i : CHUNK;
+        dequantize(blocks, wide, some);
+        narrow_row(wide, to + i, some);
+    }
+}
+
 // Blocks [first, last) of NF4: 32 bytes are 64 codes, the first of each two in the high bits; a code is one of 16 levels,
 // times the scale of its block. `to` holds 64 float32 for each, or bfloat16 if `narrow`.
 void nf4_blocks(const uint8_t *codes, const float *scales, const float *levels, void *to, int64_t narrow, int64_t first,

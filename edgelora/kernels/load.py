@@ -15,6 +15,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+CHUNK = 4096  # weights that narrow_blocks takes at a time
 HERE = Path(__file__).resolve().parent
 
 _Pointer, _Size, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -32,6 +33,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "attention_backward": [_Pointer, *_ROWS],
     "nf4_blocks": [*[_Pointer] * 4, _Size, *_ROWS],
     "narrow_row": [*[_Pointer] * 2, _Size],
+    "narrow_blocks": [*[_Pointer] * 3, *[_Size] * 2],
 }
 
 
