@@ -27,7 +27,7 @@ from edgelora.peft.inject import collect, inject
 from edgelora.progress import Sample
 from edgelora.training import loop, neftune
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
-from edgelora.training.loop import MAX_BAD_STEPS, Job, averaged, over_held_out, train
+from edgelora.training.loop import MAX_BAD_STEPS, Job, averaged, measurements, over_held_out, train
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.run import run_training
@@ -161,6 +161,12 @@ def test_the_held_out_loss_is_measured_before_now_and_then_and_at_the_end(make):
 @pytest.mark.parametrize(("n_steps", "every"), [(1, 1), (10, 1), (11, 2), (95, 10)])
 def test_ten_measurements_are_made_where_nobody_says(make, n_steps, every):
     assert make(examples(*[4] * n_steps)).job.eval_every == every
+
+
+@pytest.mark.parametrize(("n_steps", "every"), [(1, None), (7, 3), (6, 3), (4, 4), (3, 4), (11, None)])
+def test_as_many_measurements_are_made_as_are_reckoned_with(make, n_steps, every):
+    run = trained(make(examples(*[4] * n_steps), held_out=examples(6, seed=1), eval_every=every))
+    assert len(held_out_losses(run)) == measurements(run.job.config, run.job.total)
 
 
 def test_no_held_out_rows_no_measurement(make):

@@ -13,20 +13,20 @@ from edgelora.cli.arguments import Base, Json
 from edgelora.cli.options import settled, with_options
 from edgelora.config import TrainConfig
 
-# What decides neither memory nor time.
+# What decides neither memory nor time, is an argument here (--memory for max_gpu_memory), or is not known (patience).
 ELSEWHERE = {
-    "base", "data", "out", "valid", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "alpha",
+    "base", "data", "out", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "alpha",
     "weight_decay", "beta1", "beta2", "loraplus_ratio", "schedule", "warmup_steps", "decay_share", "max_grad_norm",
-    "label_smoothing", "neftune_alpha", "max_gpu_memory", "eval_every", "patience", "samples", "save_every",
-    "keep_checkpoints", "tensorboard", "resume", "overwrite",
+    "label_smoothing", "neftune_alpha", "max_gpu_memory", "patience", "save_every", "keep_checkpoints",
+    "tensorboard", "resume", "overwrite",
 }  # fmt: skip
 
 
-@with_options(TrainConfig, skip=ELSEWHERE, panels={"data_format": "As for `edgelora train`"})
+@with_options(TrainConfig, skip=ELSEWHERE, panels={"valid": "As for `edgelora train`"})
 def plan(
     base: Base,
     data: Annotated[
-        list[str] | None, typer.Argument(help="Rows: with them three steps are timed.", show_default=False)
+        list[str] | None, typer.Argument(help="Rows: with them a few steps are timed.", show_default=False)
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="What may be taken in all, such as 8GB. Default: what is free.")
@@ -44,19 +44,22 @@ def plan(
 
     Example: `edgelora plan base.gguf rows.jsonl --memory 8GB`
     """
-    from rich.console import Console
-
     from edgelora.base.device_memory import parse_size
+    from edgelora.cli.display import listener, output
     from edgelora.pipeline.plan import as_json as to_json
     from edgelora.pipeline.plan import estimate, lines, plan_run
 
     places = {"base": base, "data": data or [str(base)], "out": Path("adapter")}  # nothing is written there
     asked = settled(TrainConfig, config, {**places, **settings}, arguments=("base", "data"))
     opened, found = plan_run(asked, None if memory is None else parse_size(memory), processes)
-    timed = estimate(found.config, opened) if data and processes == 1 else None
+    timed = None
+    if data and processes == 1:
+        with listener(as_json) as display:
+            timed = estimate(found.config, opened, display.note)
     if as_json:
-        print(json.dumps({**to_json(found), "time": None if timed is None else asdict(timed)}))
+        time = None if timed is None else {**asdict(timed), "seconds": timed.seconds}
+        print(json.dumps({**to_json(found), "time": time}))
         return
-    console = Console(highlight=False)
+    console = output()
     for name, text in lines(found, timed):
         console.print(f"{name:<24} {text}", soft_wrap=True, markup=False)

@@ -1,4 +1,4 @@
-"""Whether a run fits and how long it takes, before it starts: the memory plan, and three steps over the real rows."""
+"""Whether a run fits and how long it takes, before it starts: the memory plan, and a few steps over the real rows."""
 
 from __future__ import annotations
 
@@ -7,37 +7,53 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from statistics import median
+from typing import Any
 
 import torch
 
 from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
+from edgelora.data.dataset import Dataset
 from edgelora.data.order import Order
 from edgelora.device import choose_products, compute_threads, computing
+from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
+from edgelora.training.loop import Numbered, measurements
 from edgelora.training.memory import Plan
 from edgelora.training.objectives import objective_of
-from edgelora.training.objectives.objective import mean_losses
+from edgelora.training.objectives.objective import Objective, held_out, mean_losses
 from edgelora.training.optim import build_optimizer
 from edgelora.training.rows import load_rows
+from edgelora.training.sample import MAX_TOKENS, Sampler
 from edgelora.training.settle import settle
 
 MEASURED_STEPS = 3
+MEASURED_ROWS = 64  # of those held out
+MEASURED_TOKENS = 8  # of each sample's answer
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a run takes. steps: of the run; seconds: of all of them, at the median of those that were measured."""
+    """How long a run takes, checkpoints aside.
+
+    steps: of the run, each as long as the median of those that were timed. measurements: made of the rows held out and
+    with the samples, whose answers are reckoned at their full length; fewer steps and measurements where patience ends
+    the run.
+    """
 
     rows: int
     steps: int
     seconds_per_step: float
     tokens_per_s: float
+    measurements: int = 0
+    seconds_held_out: float = 0.0
+    seconds_samples: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.steps * self.seconds_per_step
+        measured = self.measurements * (self.seconds_held_out + self.seconds_samples)
+        return self.steps * self.seconds_per_step + measured
 
 
 def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1) -> tuple[Base, Plan]:
@@ -53,14 +69,17 @@ def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1)
 
 
 def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:
-    """Build the decoder and do one step to warm up and MEASURED_STEPS more over the rows of `config`, which is settled.
+    """Build the decoder and do one step to warm up and MEASURED_STEPS more over the rows of `config`, which is settled;
+    then measure as the run would: the loss of some rows held out, and the first tokens of the samples' answers.
 
-    Nothing is written. Raises DataError for rows that cannot be trained on.
+    Nothing is written. `on_note` hears what is odd about the rows. Raises DataError for those that cannot be used.
     """
     assert config.rank is not None
     assert config.alpha is not None
     assert config.micro_batch_tokens is not None
-    rows, objective = load_rows(config, base, on_note).train, objective_of(config)
+    loaded, objective = load_rows(config, base, on_note), objective_of(config)
+    rows = loaded.train
+    sampler = Sampler(config.samples, base, rows.system, MEASURED_TOKENS) if config.samples else None
     order = Order(rows.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
     total = order.n_steps(config.epochs, config.max_steps)
     seconds, tokens = [], 0
@@ -77,12 +96,39 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
                 torch.autograd.backward(scored.loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if config.device.startswith("cuda"):
-                torch.cuda.synchronize()
+            _finish(config.device)
             if number or total == 1:
                 seconds.append(time.perf_counter() - started)
                 tokens += sum(batch.n_tokens for batch in packed)
-    return Estimate(len(rows), total, median(seconds), tokens / sum(seconds))
+        passing = _seconds_held_out(decoder, objective, loaded.valid, config)
+        answering = 0.0 if sampler is None else _seconds_samples(decoder, sampler, config.device)
+    times = measurements(config, total) if passing or answering else 0
+    return Estimate(len(rows), total, median(seconds), tokens / sum(seconds), times, passing, answering)
+
+
+def _seconds_held_out(decoder: Decoder, objective: Objective[Any], rows: Numbered, config: TrainConfig) -> float:
+    """Of one pass over all `rows`, by the tokens of at most MEASURED_ROWS of them, taken at equal distances."""
+    if not isinstance(rows, Dataset):
+        return 0.0
+    taken = range(0, len(rows), -(-len(rows) // MEASURED_ROWS))
+    assert config.micro_batch_tokens is not None
+    started = time.perf_counter()
+    held_out(objective, decoder, [rows[i] for i in taken], config, config.micro_batch_tokens)
+    _finish(config.device)
+    return (time.perf_counter() - started) * rows.n_tokens / float(rows.lengths[taken].sum())
+
+
+def _seconds_samples(decoder: Decoder, sampler: Sampler, device: str) -> float:
+    """Of answers at their full length, at the pace of their first tokens: more than most answers take."""
+    started = time.perf_counter()
+    sampler(decoder)
+    _finish(device)
+    return (time.perf_counter() - started) * MAX_TOKENS / MEASURED_TOKENS
+
+
+def _finish(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def lines(found: Plan, timed: Estimate | None = None) -> list[tuple[str, str]]:
@@ -98,6 +144,10 @@ def lines(found: Plan, timed: Estimate | None = None) -> list[tuple[str, str]]:
     if timed is not None:
         each = f"{timed.steps} steps of {timed.seconds_per_step:.2f} s over {timed.rows} rows"
         told.append(("time", f"{timed.seconds / 60:.1f} minutes: {each}, {timed.tokens_per_s:.0f} tokens/s"))
+        parts = ((timed.seconds_held_out, "for rows held out"), (timed.seconds_samples, "at most for samples"))
+        if timed.measurements:
+            taking = ", ".join(f"{seconds:.2f} s {what}" for seconds, what in parts if seconds)
+            told.append(("of it measurements", f"{timed.measurements} of {taking}"))
     return told
 
 

@@ -62,12 +62,23 @@ class Job:
 
     @property
     def eval_every(self) -> int:
-        return self.config.eval_every or max(1, math.ceil(self.total / MEASUREMENTS))
+        return eval_every(self.config, self.total)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: the same whenever it is asked for."""
         assert self.config.micro_batch_tokens is not None
         return self.objective.pack([self.rows[i] for i in self.order.rows(step)], self.config.micro_batch_tokens)
+
+
+def eval_every(config: TrainConfig, total: int) -> int:
+    """Steps between two measurements, in a run of `total` steps."""
+    return config.eval_every or max(1, math.ceil(total / MEASUREMENTS))
+
+
+def measurements(config: TrainConfig, total: int) -> int:
+    """How many are made in a run that patience does not end: every `eval_every` steps, of the last one, of the base."""
+    every = eval_every(config, total)
+    return math.ceil(total / every) + (every <= total)
 
 
 class Watch(Protocol):
