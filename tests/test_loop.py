@@ -305,7 +305,11 @@ def test_noise_is_where_something_is_learned_and_nowhere_else(make, monkeypatch,
         drawn.append(shape)
         return real(*shape, **options)
 
-    monkeypatch.setattr(neftune.torch, "empty", seen)
+    # its own torch alone: layers too make room with `empty`
+    own = SimpleNamespace(
+        **{name: getattr(torch, name) for name in ("is_grad_enabled", "tensor", "float32")}, empty=seen
+    )
+    monkeypatch.setattr(neftune, "torch", own)
     trained(noisy)
     monkeypatch.undo()
     plain = trained(make(rows_of(objective), **settings))
