@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/memory.py [--base FILE] [--out benchmarks/results/memory.json]
 
-Each configuration is a process of its own that does three steps over ragged rows (log-normal, as `peers/data.py`).
-Memory is measured, not time: the machine may be busy meanwhile.
+Each configuration is a process of its own that does two steps over ragged rows (log-normal, as `peers/data.py`), or
+over some of one length. Memory is measured, not time: two run at once, and the machine may be busy meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +22,10 @@ import numpy as np
 
 from edgelora.config import TrainConfig
 from edgelora.data.encode import Example
-from edgelora.device import peak_memory_bytes
+from edgelora.device import choose_products, compute_threads, computing, peak_memory_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, ROWS, SHORTEST, LONGEST, MEDIAN, SIGMA = 3, 24, 50, 500, 158, 0.5
+AT_ONCE, STEPS, ROWS, SHORTEST, LONGEST, MEDIAN, SIGMA = 2, 2, 16, 50, 500, 158, 0.5
 WITHIN = 0.1
 
 
@@ -34,17 +36,29 @@ class Case(NamedTuple):
     micro_batch_tokens: int
     rank: int
     method: str = "lora"
+    row_tokens: int | None = None
+    """Of each row; None: ragged ones."""
+    compiled: bool = True
+    """Whether the compiled code computes, or torch in its place."""
 
 
 CASES = (
+    Case("blocks", "bf16", "off", 256, 16),
     Case("blocks", "bf16", "off", 512, 16),
-    Case("blocks", "bf16", "off", 1536, 16),
+    Case("blocks", "bf16", "off", 1024, 16),
+    Case("blocks", "bf16", "off", 2048, 16, row_tokens=2048),
     Case("blocks", "bf16", "full", 768, 16),
+    Case("blocks", "f32", "off", 512, 16),
+    Case("blocks", "f32", "off", 768, 16),
+    Case("blocks", "f32", "off", 1500, 16, row_tokens=1500),
+    Case("nf4", "f32", "full", 768, 16),
+    Case("f32", "f32", "full", 1536, 16),
     Case("bf16", "bf16", "off", 768, 8),
     Case("bf16", "bf16", "full", 256, 64),
-    Case("f32", "f32", "full", 1536, 16),
     Case("nf4", "bf16", "off", 256, 64),
     Case("blocks", "bf16", "off", 768, 16, "dora"),
+    Case("blocks", "bf16", "off", 768, 16, compiled=False),
+    Case("blocks", "f32", "off", 512, 16, compiled=False),
 )
 
 
@@ -57,9 +71,14 @@ def main() -> None:
     if asked.child is not None:
         print(json.dumps(_measure(asked.base, CASES[asked.child])))
         return
-    found = [_run(asked.base, number) for number in range(len(CASES))]
+    found: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for row in pool.map(partial(_run, asked.base), range(len(CASES))):
+            found.append(row)
+            asked.out.write_text(
+                json.dumps({"base": asked.base.name, "cases": found}, indent=1) + "\n", encoding="utf-8"
+            )
     print(table(found))
-    asked.out.write_text(json.dumps({"base": asked.base.name, "cases": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def _run(base: Path, number: int) -> dict[str, Any]:
@@ -74,21 +93,23 @@ def _run(base: Path, number: int) -> dict[str, Any]:
 def table(found: list[dict[str, Any]]) -> str:
     """The result as Markdown."""
     lines = [
-        "| base held as | products | recompute | micro-batch | r | method | planned MB | measured MB | error |",
-        "|---|---|---|---:|---:|---|---:|---:|---:|",
+        "| base held as | products | by | recompute | micro-batch | rows | r | method | plan | measured, MB | error |",
+        "|---|---|---|---|---:|---:|---:|---|---:|---:|---:|",
     ]
     for row in found:
+        by = "compiled code" if row["compiled"] else "torch"
         lines.append(
-            f"| {row['base_dtype']} | {row['dtype']} | {row['recompute']} | {row['micro_batch_tokens']} "
-            f"| {row['rank']} | {row['method']} | {row['planned'] / 1e6:.0f} "
+            f"| {row['base_dtype']} | {row['dtype']} | {by} | {row['recompute']} | {row['micro_batch_tokens']} "
+            f"| {row['row_tokens'] or 'ragged'} | {row['rank']} | {row['method']} | {row['planned'] / 1e6:.0f} "
             f"| {row['measured'] / 1e6:.0f} | {row['error']:+.1%} |"
         )
     return "\n".join(lines)
 
 
-def rows(vocabulary: int) -> list[Example]:
+def rows(vocabulary: int, tokens: int | None) -> list[Example]:
     draw = np.random.default_rng(0)
-    lengths = draw.lognormal(np.log(MEDIAN), SIGMA, ROWS).clip(SHORTEST, LONGEST).astype(int)
+    ragged = draw.lognormal(np.log(MEDIAN), SIGMA, ROWS).clip(SHORTEST, LONGEST).astype(int)
+    lengths = ragged if tokens is None else [tokens] * 2
     return [Example(draw.integers(3, vocabulary, n), np.arange(n) > n // 3) for n in lengths]
 
 
@@ -98,6 +119,7 @@ def _measure(path: Path, case: Case) -> dict[str, Any]:
 
     from edgelora.base.decoder import build_decoder
     from edgelora.base.model import open_base
+    from edgelora.kernels import load as kernels
     from edgelora.peft.inject import inject
     from edgelora.training.footprint import Load, Model, footprint
     from edgelora.training.memory import resident_bytes
@@ -105,11 +127,14 @@ def _measure(path: Path, case: Case) -> dict[str, Any]:
     from edgelora.training.objectives.objective import mean_losses
     from edgelora.training.optim import build_optimizer
 
-    config = TrainConfig(base=path, data=path, out=path, alpha=32.0, learning_rate=1e-3, **case._asdict())
+    if not case.compiled:
+        kernels.library = lambda: None  # type: ignore[assignment]  # as where there was no compiler
+    settings = {name: value for name, value in case._asdict().items() if name in TrainConfig.model_fields}
+    config = TrainConfig(base=path, data=path, out=path, alpha=32.0, learning_rate=1e-3, **settings)
     base = open_base(path)
     base.tokenizer.encode("a run encodes its rows")
     base.template  # noqa: B018  (opened once, as a run does)
-    examples, objective = rows(base.config.vocab_size), objective_of(config)
+    examples, objective = rows(base.config.vocab_size, case.row_tokens), objective_of(config)
     packed = objective.pack(examples, case.micro_batch_tokens)
     load = Load(max(len(b.input_ids) for b in packed), max(map(len, examples)), case.recompute == "full")
     parts = footprint(Model.of(base), config, load, "cpu", resident_bytes())
@@ -117,11 +142,12 @@ def _measure(path: Path, case: Case) -> dict[str, Any]:
     decoder.recompute = load.recompute
     inject(decoder, case.method, case.rank, 32.0, 0)
     optimizer = build_optimizer(decoder.named_parameters(), config)
-    for _ in range(STEPS):
-        for scored in mean_losses(objective, decoder, packed, config):
-            torch.autograd.backward(scored.loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    with computing(choose_products(), compute_threads()):
+        for _ in range(STEPS):
+            for scored in mean_losses(objective, decoder, packed, config):
+                torch.autograd.backward(scored.loss)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return {"planned": parts.total, "measured": peak_memory_bytes(), "tokens": load.tokens, "parts": parts.as_dict()}
 
 

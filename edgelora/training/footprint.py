@@ -6,7 +6,7 @@ What a layer keeps is counted as `nn/` saves it (its docstrings say what); the l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -16,7 +16,10 @@ from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
+from edgelora.device import compute_threads
+from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
+from edgelora.nn.compiled import LANES
 from edgelora.nn.loss import LOGITS, VOCABULARY_ROWS
 
 Type = GGMLQuantizationType
@@ -26,10 +29,15 @@ MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each train
 NF4_BITS = 4.127
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 450_000_000  # what CUDA and its libraries take of a card; counted, not measured here
-FIRST_STEP = 75_000_000  # pages of libraries that it touches, and what oneDNN keeps (nn/primitives.py); measured
+FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
 # Memory between live tensors that the allocator cannot hand out again: glibc asks for more than a hole of the same
-# size holds where memory must be aligned. Measured by benchmarks/memory.py as a share of what a micro-batch takes.
-LOST = {"cpu": 1.0, "cuda": 0.1, "mps": 0.1}
+# size holds where memory must be aligned. Both as benchmarks/memory.py finds them, here as a share of activations.
+LOST = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
+
+
+def compiled_threads() -> int:
+    """How many threads run the code of `kernels/` on this CPU; 0 where it was not compiled, and torch does its work."""
+    return 0 if kernels.library() is None else compute_threads()
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Model:
     """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers.
 
     shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
+    threads: of the compiled code, should it compute on a CPU (see `compiled_threads`).
     """
 
     architecture: Architecture
@@ -44,6 +53,7 @@ class Model:
     matrices: Mapping[str, tuple[Shape, Type]]
     n_vector: int
     shares: int = 1
+    threads: int = field(default_factory=compiled_threads)
 
     @classmethod
     def of(cls, base: Base) -> Model:
@@ -64,6 +74,10 @@ class Model:
     @property
     def n_weights(self) -> int:
         return sum(prod(shape) for shape, _ in self.matrices.values()) + self.n_vector
+
+    def attention_threads(self, device: str) -> int:
+        """How many compute attention in compiled code, as nn/flash.py can; 0: torch does, tile by tile."""
+        return self.threads if device == "cpu" and self.config.head_dim % LANES == 0 else 0
 
     @property
     def head(self) -> tuple[Shape, Type]:
@@ -192,18 +206,38 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     return kept + 4 * d + 8 * c.num_experts + chosen * (wide * (2 * c.moe_intermediate_size + 2 * d) + 24)
 
 
-def in_passing(model: Model, config: TrainConfig) -> int:
-    """Bytes for each token that a layer's backward pass needs for a moment: gradients, and values made again."""
+def in_passing(model: Model, config: TrainConfig, load: Load, device: str) -> int:
+    """Bytes that a layer's backward pass needs for a moment: gradients, and values made again.
+
+    Beside the gradient of the residual stream, whichever is more: a gated unit's (of its answer and its two halves),
+    attention's (of what it reads and gives), or, before any layer, the hidden states at the end and theirs.
+    """
     c, wide = model.config, 4 if config.dtype == "f32" else 2
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     ff = c.intermediate_size if model.architecture.experts is None else c.num_experts_per_tok * c.moe_intermediate_size
-    mlp, attention = 5 * wide * ff, 4 * (3 * q + 4 * kv)
-    return 3 * 4 * d + max(mlp, attention)
+    with_compiled = model.attention_threads(device) > 0
+    gated = 3 * wide * ff * load.tokens
+    if model.architecture.fused:  # both halves are copied for compiled code, or their gradients put together
+        gated += (2 if with_compiled else 1) * wide * ff * load.tokens
+    attended = (wide * (2 * q + 2 * kv) + 8 * kv) * load.tokens
+    if not with_compiled:  # torch rotates in float32
+        attended = max(attended + tile_bytes(model, load), (wide * (2 * q + 2 * kv) + 8 * q) * load.tokens)
+    return 4 * d * load.tokens + max(gated, attended, 3 * 4 * d * load.tokens)
 
 
-def tile_bytes(model: Model, longest: int) -> int:
-    """Scores, probabilities and their gradients of one tile of queries, in float32."""
-    return 3 * 4 * model.config.num_attention_heads * min(QUERY_TILE, longest) * longest
+def tile_bytes(model: Model, load: Load) -> int:
+    """Scores, probabilities and their gradients of one tile of queries, in float32: attention through torch."""
+    matrices = 4 if model.config.attn_logit_softcapping is None else 5
+    return matrices * 4 * model.config.num_attention_heads * min(QUERY_TILE, load.longest) * load.longest
+
+
+def attention_buffers(model: Model, load: Load, device: str) -> int:
+    """What compiled attention keeps: of each thread six float32 matrices of its longest sequence (`attention_scratch`
+    of kernels/attention.c), and the parts that threads have in the gradients of keys and values (nn/flash.py).
+    """
+    threads, c = model.attention_threads(device), model.config
+    parts = 2 * (threads + c.num_key_value_heads - 1) * load.tokens
+    return 4 * c.head_dim * (threads * 6 * load.longest + parts) if threads else 0
 
 
 def scratch_bytes(model: Model, config: TrainConfig) -> int:
@@ -231,10 +265,9 @@ def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
 def activation_bytes(model: Model, config: TrainConfig, load: Load, device: str) -> tuple[int, int]:
     """What a micro-batch takes at the peak of its backward pass, and how much of it waits elsewhere (`offload`)."""
     layers, one = model.config.num_hidden_layers, kept_by_a_layer(model, config)
-    stream = 4 * model.config.hidden_size
-    inputs, ends = stream * layers, 6 * stream  # embeddings, final norm, hidden states with loss and their gradients
+    inputs = 4 * model.config.hidden_size * layers
     kept = (0 if config.offload else inputs) + one if load.recompute else layers * one
-    moving = load.tokens * (kept + ends + in_passing(model, config)) + tile_bytes(model, load.longest)
+    moving = load.tokens * kept + in_passing(model, config, load, device)
     return int(moving * (1 + LOST[device])), load.tokens * inputs if config.offload else 0
 
 
@@ -251,7 +284,7 @@ def footprint(
         adapter=numbers * (2 if config.ema_decay else 1),
         gradients=numbers,
         optimizer=optimizer_bytes(model, config),
-        scratch=scratch_bytes(model, config),
+        scratch=scratch_bytes(model, config) + attention_buffers(model, load, device),
         logits=logits_bytes(model, config, load.tokens),
         activations=activations,
         offloaded=offloaded,
