@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from edgelora.cli import run
 from edgelora.data.go_template import FAMILIES, go_template, render
 from edgelora.data.rows import Message
 from edgelora.errors import ConfigError, ExportError, OutputError
+from edgelora.files.contract import Contract
 from edgelora.peft.adapter import write_adapter
-from edgelora.pipeline.runners import RUNNERS, Served, ends_of_turns, ollama_template, prepare
+from edgelora.pipeline.ollama import ends_of_turns, ollama_template
+from edgelora.pipeline.runners import MOST_CONTEXT, RUNNERS, Served, prepare
 
 SAID = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
 JINJA = {
@@ -108,6 +111,14 @@ def test_a_system_message_that_the_template_adds_is_added_by_ollama(make_tiny):
     assert "Tiny" not in render(template, [("system", "Be brief."), *SAID])
 
 
+@pytest.mark.parametrize("words", ["Say {{x}} or {{{y}}}.", "{", "a }} b{{", "{{ end }}"])
+def test_braces_in_a_system_message_are_no_actions(make_tiny, words):
+    _, template = ollama_template(
+        open_base(make_tiny(template=DEFAULT_SYSTEM.replace("You are Tiny.", f"{{% raw %}}{words}{{% endraw %}}")).path)
+    )
+    assert render(template, SAID).startswith(f"<|im_start|>system\n{words}<|im_end|>\n<|im_start|>user\nHi")
+
+
 @pytest.mark.parametrize(
     "template",
     [
@@ -144,6 +155,62 @@ def test_a_modelfile(tiny, tmp_path):
     assert delivery.command == f"ollama create mine -f {tmp_path / 'mine.Modelfile'} && ollama run mine"
     live = prepare("ollama", Served(base, tiny.path, tmp_path / "live.gguf")).texts[tmp_path / "live.Modelfile"]
     assert live.splitlines()[:2] == [f"FROM {tiny.path}", "ADAPTER ./live.gguf"]
+
+
+# -- the system message of the training ---------------------------------------------------------------------------
+
+TAUGHT = 'You switch "lights".\nSay on or off.'
+
+
+def taught(base, *systems: str | None, single_turn: bool = False) -> tuple[Contract, ...]:
+    """Contracts of adapters that were trained with these system messages."""
+    contract = make_adapter(base).contract
+    return tuple(contract.model_copy(update={"system": said, "single_turn": single_turn}) for said in systems)
+
+
+def test_ollama_says_what_the_adapter_was_trained_with(tiny, tmp_path):
+    base = open_base(tiny.path)
+    served = Served(base, tmp_path / "m.gguf", contracts=taught(base, TAUGHT, TAUGHT))
+    text = prepare("ollama", served).texts[tmp_path / "m.Modelfile"]
+    assert f'SYSTEM """{TAUGHT}"""\nPARAMETER' in text
+    with pytest.raises(ExportError, match="cannot be written into a Modelfile"):
+        prepare("ollama", Served(base, tmp_path / "m.gguf", contracts=taught(base, 'a """ b')))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(JINJA["ChatML"].replace("m.content }}", "m.content | trim }}"), "on or off\n"), (DEFAULT_SYSTEM, "")],
+    ids=["trimmed", "empty, where silence says another one"],
+)
+def test_a_system_message_that_ollama_would_render_otherwise_is_refused(make_tiny, tmp_path, template, said):
+    base = open_base(make_tiny(template=template).path)
+    prepare("ollama", Served(base, tmp_path / "m.gguf", contracts=taught(base, "on or off")))
+    with pytest.raises(ExportError, match="not one that edgelora can write in Go's language"):
+        prepare("ollama", Served(base, tmp_path / "m.gguf", contracts=taught(base, said)))
+
+
+def test_who_runs_it_elsewhere_is_told_what_to_send_first(tiny, tmp_path):
+    base = open_base(tiny.path)
+    first = json.dumps({"role": "system", "content": TAUGHT})
+    (tmp_path / "m.gguf").write_bytes(b"model")
+    for runner in ("llama-server", "lmstudio"):
+        told = prepare(runner, Served(base, tmp_path / "m.gguf", contracts=taught(base, TAUGHT, single_turn=True)))
+        assert any(note.endswith(first) for note in told.notes)
+        assert any("ask each one in a conversation of its own" in note for note in told.notes)
+        assert not any("trained" in note for note in prepare(runner, Served(base, tmp_path / "m.gguf")).notes)
+    script = prepare("llama-server", Served(base, tmp_path / "m.gguf", contracts=taught(base, TAUGHT)))
+    lines = script.texts[tmp_path / "m.llama-server.sh"].splitlines()
+    assert lines[1].startswith("# ")
+    assert lines[1].endswith(first)
+    assert lines[2].startswith("exec llama-server -m")
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_adapters_that_were_told_different_things_are_told_nothing(tiny, tmp_path, runner):
+    base = open_base(tiny.path)
+    delivery = prepare(runner, Served(base, tmp_path / "m.gguf", contracts=taught(base, "on", None)))
+    assert "its adapters were trained with different system messages, so none is said" in delivery.notes
+    assert not any("SYSTEM" in text for text in delivery.texts.values())
 
 
 @pytest.mark.real
@@ -198,13 +265,20 @@ def test_llama_server_gets_its_words_in_a_script_that_runs(tiny, tmp_path):
     fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     fake.chmod(0o755)
     said = subprocess.run(
-        ["sh", folder / "a.llama-server.sh", "--port", "1"], env={"PATH": f"{fake.parent}:{os.environ['PATH']}"},
+        [folder / "a.llama-server.sh", "--port", "1"], env={"PATH": f"{fake.parent}:{os.environ['PATH']}"},
         capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     assert said == [
         "-m", str(folder / "m.gguf"), "--lora-scaled", f"{folder / 'a.gguf'}:1.0", "-c", "512", "--port", "1",
     ]  # fmt: skip
     assert shlex.split(delivery.command)[1:] == said[:-2]
+
+
+def test_llama_server_gets_no_more_context_than_a_machine_has_room_for(make_tiny, tmp_path):
+    base = open_base(make_tiny().path)
+    base = replace(base, config=replace(base.config, max_position_embeddings=131072))
+    assert base.context == 131072
+    assert prepare("llama-server", Served(base, tmp_path / "m.gguf")).command.endswith(f"-c {MOST_CONTEXT}")
 
 
 def test_a_template_that_the_file_lacks_goes_to_llama_server_with_it(make_tiny, tmp_path):
@@ -242,9 +316,22 @@ def test_export_for_a_program_writes_its_file_and_says_what_to_type(tiny, tmp_pa
     assert run([*words, "--json"]) == 0
     said = capfd.readouterr()
     found = json.loads(said.out)
+    assert found["for"].pop("notes")
     assert found["for"] == {"files": [str(tmp_path / "a.Modelfile")], "command": f"ollama create a -f "
                             f"{tmp_path / 'a.Modelfile'} && ollama run a"}  # fmt: skip
     assert "ADAPTER ./a.gguf" in (tmp_path / "a.Modelfile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("scales", [("1", "0"), ("0", "1")], ids=["the first", "the second"])
+def test_the_system_message_is_that_of_the_adapters_that_count(tiny, tmp_path, scales):
+    base = open_base(tiny.path)
+    words = ["merge", str(tiny.path), "--to", "F16", "--out", str(tmp_path / "m.gguf"), "--for", "ollama"]
+    for said, scale in zip(("lights", "music"), scales, strict=True):
+        write_adapter(tmp_path / said, replace(make_adapter(base), contract=taught(base, said)[0]))
+        words += ["--adapter", f"{tmp_path / said}:{scale}"]
+    assert run(words) == 0
+    wanted = "lights" if scales[0] == "1" else "music"
+    assert f'SYSTEM """{wanted}"""' in (tmp_path / "m.Modelfile").read_text(encoding="utf-8")
 
 
 def test_what_a_program_cannot_run_is_refused_before_the_work(tiny, tmp_path, capfd):

@@ -49,10 +49,10 @@ FAMILIES: tuple[Family, ...] = (
 
 def go_template(family: Family, default_system: str | None = None, start: str = "") -> str:
     """The template of a family. `default_system` is said where nobody says anything else, `start` before all."""
-    text = start
+    text = _literal(start)
     if default_system is not None:
         before, after = family.turns["system"]
-        text += "{{ if not .System }}" + before + default_system + after + "{{ end }}"
+        text += "{{ if not .System }}" + before + _literal(default_system) + after + "{{ end }}"
     cases = []
     for role, (before, after) in family.turns.items():
         if role == "user" and family.joins_system is not None:  # the system's words have begun this turn
@@ -62,6 +62,11 @@ def go_template(family: Family, default_system: str | None = None, start: str = 
         opening = family.turns["user"][0] + "{{ .Content }}" + family.joins_system
         cases.append(f'if eq .Role "system" }}}}{opening}')
     return text + "{{ range $i, $_ := .Messages }}{{ " + "{{ else ".join(cases) + "{{ end }}{{ end }}" + family.ask
+
+
+def _literal(text: str) -> str:
+    """A text as it is: two braces, or one before an action, would begin another."""
+    return re.sub(r"\{+", lambda braces: '{{ "' + braces[0] + '" }}', text)
 
 
 def render(source: str, messages: Sequence[tuple[str, str]]) -> str:

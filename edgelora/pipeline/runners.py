@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 from edgelora.base.model import Base
-from edgelora.data.encode import encode_conversation
-from edgelora.data.go_template import FAMILIES, Family, go_template, render
-from edgelora.data.rows import Message
-from edgelora.errors import ConfigError, DataError, ExportError
+from edgelora.errors import ConfigError, ExportError
 from edgelora.files.atomic import refuse_existing, staged, write_text
-from edgelora.pipeline.check_rows import DEFAULT_CHECK
+from edgelora.files.contract import Contract
 from edgelora.pipeline.compare import Reference
+from edgelora.pipeline.ollama import ends_of_turns, ollama_template
 
+MOST_CONTEXT = 8192  # tokens: llama-server keeps room for all of them, and a trained context may be 131072
 PUBLISHER = "edgelora"  # LM Studio sorts models by who published them
 
 
 @dataclass(frozen=True)
 class Served:
-    """A GGUF model (written, or to be) that `base` describes, and the GGUF adapter that is live over it."""
+    """A GGUF model (written, or to be) that `base` describes, and the GGUF adapter that is live over it.
+
+    contracts: of the adapters that are merged into it, or live.
+    """
 
     base: Base
     model: Path
     adapter: Path | None = None
+    contracts: Sequence[Contract] = ()
 
     @property
     def made(self) -> Path:
         """The file of the two that the command writes."""
         return self.adapter or self.model
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the adapters were trained with, as `edgelora chat` says it: None if they differ."""
+        said = {contract.system for contract in self.contracts}
+        return said.pop() if len(said) == 1 else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What these programs do not do by themselves."""
+        notes = []
+        if self.system is None and any(contract.system is not None for contract in self.contracts):
+            notes.append("its adapters were trained with different system messages, so none is said")
+        if self.contracts and all(contract.single_turn for contract in self.contracts):
+            notes.append("it was trained on single questions: ask each one in a conversation of its own")
+        return notes
 
 
 @dataclass(frozen=True)
@@ -43,16 +62,24 @@ class Delivery:
     texts: Mapping[Path, str]
     command: str
     notes: Sequence[str] = ()
+    """What its user should know."""
     links: Mapping[Path, Path] = field(default_factory=dict)
     overwrite: bool = False
 
     def as_dict(self) -> dict[str, object]:
-        return {"files": [str(path) for path in (*self.texts, *self.links)], "command": self.command}
+        return {
+            "files": [str(path) for path in (*self.texts, *self.links)],
+            "command": self.command,
+            "notes": self.notes,
+        }
 
     def write(self) -> None:
         """Write everything, each file in one step. Raises OutputError."""
         for path, text in self.texts.items():
             write_text(path, text, overwrite=self.overwrite)
+            if path.suffix == ".sh":
+                mode = path.stat().st_mode
+                path.chmod(mode | (mode & 0o444) >> 2)  # who may read it may run it
         for path, model in self.links.items():
             with staged(path, overwrite=self.overwrite) as draft:
                 try:
@@ -92,8 +119,9 @@ def prepare_for(runner: str | None, made_of: Reference, out: Path, *, live: bool
     """
     if runner is None:
         return None
-    base, _ = made_of.open()
-    served = Served(base, base.file.path, out) if live else Served(base, out)
+    base, adapters = made_of.open()
+    contracts = tuple(a.contract for a, scale in adapters if scale and a.contract is not None)
+    served = Served(base, base.file.path, out, contracts) if live else Served(base, out, contracts=contracts)
     return prepare(runner, served, overwrite=overwrite)
 
 
@@ -101,12 +129,15 @@ def prepare_for(runner: str | None, made_of: Reference, out: Path, *, live: bool
 
 
 def for_ollama(served: Served, overwrite: bool) -> Delivery:
-    """A Modelfile. Its template is Go's, and renders what the model's own renders; its stops are the model's own."""
-    base = served.base
-    family, template = ollama_template(base)
+    """A Modelfile. Its template is Go's, and renders what the model's own renders; its stops are the model's own.
+
+    What it says first is the system message of the training.
+    """
+    base, system = served.base, served.system
+    family, template = ollama_template(base, system)
     stops = ends_of_turns(base)
     path = served.made.with_name(f"{served.made.stem}.Modelfile")
-    for text in (template, *stops, str(served.model)):
+    for text in (template, system or "", *stops, str(served.model)):
         if '"""' in text or (text in stops and ('"' in text or "\n" in text)):
             raise ExportError(
                 what=f"{text!r} cannot be written into a Modelfile",
@@ -116,91 +147,20 @@ def for_ollama(served: Served, overwrite: bool) -> Delivery:
     lines = [f"FROM {_seen_from(path.parent, served.model)}"]
     if served.adapter is not None:
         lines.append(f"ADAPTER {_seen_from(path.parent, served.adapter)}")
-    lines += [f'TEMPLATE """{template}"""', *(f'PARAMETER stop "{stop}"' for stop in stops)]
+    lines.append(f'TEMPLATE """{template}"""')
+    if system:
+        lines.append(f'SYSTEM """{system}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     name = shlex.quote(served.made.stem.lower())
     return Delivery(
         {path: "\n".join(lines) + "\n"},
         f"ollama create {name} -f {shlex.quote(str(path))} && ollama run {name}",
-        [f"the template is {family.name}'s in Go's language: it renders what the model's own renders, as was checked"],
+        [
+            f"the template is {family.name}'s in Go's language: it renders what the model's own does, as was checked",
+            *served.notes,
+        ],
         overwrite=overwrite,
     )
-
-
-def ollama_template(base: Base) -> tuple[Family, str]:
-    """The first family that renders what the model's own template renders, and its Go template.
-
-    Raises ExportError if none does: ollama would say something else to the model than it was trained on.
-    """
-    asked = _conversations(base)
-    default = _default_system(base)
-    for family, start in product(FAMILIES, ("", _bos(base))):
-        if default is not None and "system" not in family.turns:
-            continue
-        template = go_template(family, default, start)
-        if all(render(template, messages) == _without_bos(base, text) for messages, text in asked):
-            return family, template
-    raise ExportError(
-        what=f"{base.path}: its chat template is not one that edgelora can write in Go's language for ollama",
-        why=f"none of {', '.join(f.name for f in FAMILIES)} renders the same prompts, and in other ones the model "
-        "would see what it was not trained on",
-        fix="run it with llama-server, which reads the template inside the file: --for llama-server",
-    )
-
-
-def ends_of_turns(base: Base) -> list[str]:
-    """The tokens that end a turn, as text. Raises ExportError if the built-in rows do not end in one of them."""
-    tokenizer = base.tokenizer
-    for row in DEFAULT_CHECK:
-        example = encode_conversation(row, tokenizer, base.template)
-        last = int(example.input_ids[example.loss_mask.nonzero()[0][-1]])
-        if last not in tokenizer.eog_ids:
-            raise ExportError(
-                what=f"{base.path}: its turns end in {tokenizer.text_of(last)!r}, which ends no answer",
-                why="the vocabulary does not name it as an end, so ollama would not stop there",
-                fix="use a base model whose template ends a turn with its end-of-turn token",
-            )
-    return [tokenizer.text_of(end) for end in sorted(tokenizer.eog_ids)]
-
-
-Said = list[tuple[str, str]]
-
-
-def _conversations(base: Base) -> list[tuple[Said, str]]:
-    """Prompts of one and several turns, with a system message where the template knows one, and what it renders."""
-    first, second = DEFAULT_CHECK[0].messages[:2], DEFAULT_CHECK[1].messages[:1]
-    system = (Message("system", "Answer in one sentence."),)
-    plain = [row.messages[:1] for row in DEFAULT_CHECK] + [(*first, *second), (*first, *first, *second)]
-    with_system = [(*system, *messages) for messages in plain]
-    out = []
-    for messages in [*plain, *with_system]:
-        try:
-            text = base.template.render(messages, generation_prompt=True).text
-        except DataError:
-            if messages in with_system:  # this model knows no system messages: it is asked without one
-                continue
-            raise
-        out.append(([(m.role, m.content or "") for m in messages], text))
-    return out
-
-
-def _default_system(base: Base) -> str | None:
-    """What the template says where nobody says anything else: the text of the system turn that it adds by itself."""
-    alone = _without_bos(base, base.template.render((Message("user", "x"),), generation_prompt=True).text)
-    for family in FAMILIES:
-        if "system" in family.turns:
-            (before, after), user = family.turns["system"], family.turns["user"][0]
-            opening, found, _ = alone.partition(f"{after}{user}x")
-            if found and opening.startswith(before):
-                return opening.removeprefix(before)
-    return None
-
-
-def _bos(base: Base) -> str:
-    return base.tokenizer.text_of(base.tokenizer.bos_id) if base.tokenizer.bos_id is not None else ""
-
-
-def _without_bos(base: Base, text: str) -> str:
-    return text.removeprefix(_bos(base)) if base.tokenizer.add_bos else text
 
 
 def _seen_from(folder: Path, path: Path) -> str:
@@ -225,7 +185,7 @@ def for_lmstudio(served: Served, overwrite: bool) -> Delivery:
     return Delivery(
         {},
         f"lms import --user-repo {shlex.quote(f'{PUBLISHER}/{model.stem}')} --copy {shlex.quote(str(model))}",
-        [f"or move the folder {place.parents[1]} into ~/.lmstudio/models"],
+        [f"or move the folder {place.parents[1]} into ~/.lmstudio/models", *_said_first(served), *served.notes],
         {place: model},
         overwrite,
     )
@@ -243,10 +203,19 @@ def for_llama_server(served: Served, overwrite: bool) -> Delivery:
             jinja = served.adapter.with_name(f"{served.adapter.stem}.jinja")
             texts[jinja] = base.chosen_template
             words += ["--jinja", "--chat-template-file", str(jinja.absolute())]
-    words += ["-c", str(base.context)]
-    command = shlex.join(words)
-    texts[served.made.with_name(f"{served.made.stem}.llama-server.sh")] = f'#!/bin/sh\nexec {command} "$@"\n'
-    return Delivery(texts, command, overwrite=overwrite)
+    words += ["-c", str(min(base.context, MOST_CONTEXT))]
+    command, notes = shlex.join(words), [*_said_first(served), *served.notes]
+    script = ["#!/bin/sh", *(f"# {note}" for note in notes), f'exec {command} "$@"']
+    texts[served.made.with_name(f"{served.made.stem}.llama-server.sh")] = "\n".join(script) + "\n"
+    return Delivery(texts, command, notes, overwrite=overwrite)
+
+
+def _said_first(served: Served) -> list[str]:
+    """What to send a program that keeps no system message of its own, in one line of JSON."""
+    if served.system is None:
+        return []
+    first = json.dumps({"role": "system", "content": served.system}, ensure_ascii=False)
+    return [f"it was trained with a system message: begin every conversation with {first}"]
 
 
 def _plain(path: Path) -> str:
