@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgelora.base.model import Base
 from edgelora.data.conversation import Conversation, Message, read_conversations
 from edgelora.data.encode import turn_weights
 from edgelora.errors import DataError
@@ -36,13 +37,16 @@ CHECK_TEXTS = (
 )
 
 
-def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS) -> list[Conversation]:
+def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS, base: Base | None = None) -> list[Conversation]:
     """The first rows of `data` in which something is learned (what comes before it is compared with it).
 
-    The built-in ones without `data`. Raises DataError if no row has an answer of a weight above 0.
+    The built-in ones without `data`. Raises DataError if no row has an answer of a weight above 0, or if `base`, the
+    model that will read them, has no chat template.
     """
     if data is None:
         return list(DEFAULT_CHECK[:limit])
+    if base is not None:
+        require_template(base)
     rows = [row for row in read_conversations(data) if any(turn_weights(row))][:limit]
     if not rows:
         raise DataError(
@@ -51,3 +55,13 @@ def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS) -> list[Conversa
             fix="pass other rows with --data, or leave it out",
         )
     return rows
+
+
+def require_template(base: Base) -> None:
+    """Raise DataError if nobody knows how rows look to this model."""
+    if base.template_source is None:
+        raise DataError(
+            what=f"{base.path}: it has no chat template, and your rows are conversations",
+            why="without one nobody knows how they look to this model, so they cannot be compared",
+            fix="leave --data out: it is checked on plain texts then",
+        )

@@ -18,7 +18,7 @@ from edgelora.device import choose_products, compute_threads, computing
 from edgelora.errors import DataError, EdgeloraError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK
+from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK, require_template
 from edgelora.pipeline.evaluate import context_for
 from edgelora.pipeline.tokenize import Tokenized, difference_of_chat, tokenize_chat, tokenize_text
 from edgelora.progress import OnProgress, Pace, Progress
@@ -180,6 +180,8 @@ def torch_logits(decoder: Decoder, group: Group) -> np.ndarray:
 
 def _chats(base: Base, rows: Sequence[Conversation] | None) -> tuple[Sequence[Conversation], list[Tokenized]]:
     if base.template_source is None:
+        if rows is not None:
+            require_template(base)
         return (), []
     try:
         asked = DEFAULT_CHECK if rows is None else rows
@@ -191,12 +193,23 @@ def _chats(base: Base, rows: Sequence[Conversation] | None) -> tuple[Sequence[Co
 
 
 def _examples(said: Sequence[Tokenized], room: int) -> list[Example]:
-    """Every token is compared, the template's too, but what all rows begin with only once. A row is cut at `room`."""
-    ids = [np.array(row.ids[:room], np.int64) for row in said]
+    """Every token is compared, the template's too, but what all rows begin with only once."""
+    ids = [np.array(_cut(row, room), np.int64) for row in said]
     shortest = min(map(len, ids))
     differ = np.flatnonzero((np.stack([row[:shortest] for row in ids]) != ids[0][:shortest]).any(0))
     shared = int(differ[0]) if len(differ) else shortest - 1
     return [Example(row, np.arange(len(row)) > (shared if i else 0)) for i, row in enumerate(ids)]
+
+
+def _cut(row: Tokenized, room: int) -> list[int]:
+    """At most `room` ids. Of a longer conversation the first, which may be BOS, and those up to its last answer's end.
+
+    Both sides see the same ids, so a question that is cut costs nothing; an answer that is cut would not be compared.
+    """
+    if row.learned is None or len(row.ids) <= room:
+        return row.ids[:room]
+    end = 1 + max((i for i, learned in enumerate(row.learned) if learned), default=room - 1)
+    return row.ids[:room] if end <= room else [row.ids[0], *row.ids[end - room + 1 : end]]
 
 
 def _groups(examples: Sequence[Example]) -> Iterator[list[Example]]:

@@ -90,8 +90,8 @@ def merge(
     wanted = None if (quant or "").upper() == HF else Wanted.read(quant, options)
     _refuse_to_write(out, overwrite, folder=wanted is None)
     made_from = stamp(base_path, *(path for path, _ in adapters))
-    rows = None if options.check is None else rows_to_check(options.check, options.check_rows)
     base, parts = open_parts(base_path, adapters, allow_unverified=allow_unverified)
+    rows = None if options.check is None else rows_to_check(options.check, options.check_rows, base)
     notes: list[str] = []
 
     def write(draft: Path) -> None:

@@ -97,7 +97,7 @@ def quantize(
     """
     refuse_existing(out, overwrite, folder=settings.keep_split)
     made_from = stamp(source)
-    rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows)
+    rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows, open_base(source))
     asked = prepare(source, quant, settings)
     require_space(out.absolute().parent, asked.plan.file_bytes, "the quantized weights")
     if save_plan is not None:
