@@ -251,6 +251,56 @@ def test_what_a_killed_process_left_is_swept(tmp_path, case):
         assert [p.name for p in folder.iterdir()] == ["out"] * bool(tree(folder)), f"call {at}"
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_next_write_sweeps_what_a_killed_one_left(tmp_path, case):
+    write, before, after = CASES[case]
+    lay(tmp_path / "good", before)
+    for at in range(1, n_calls(write, tmp_path / "good") + 1):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        lay(folder, before)
+        killed(write, folder, at)
+        write(folder / "out")
+        assert tree(folder) == after, f"call {at}"
+        assert [p.name for p in folder.iterdir()] == ["out"], f"call {at}"
+
+
+def test_an_old_folder_that_a_killed_run_moved_aside_is_not_written_over(tmp_path):
+    lay(tmp_path, {f".edgelora-out-abcdefgh/{REPLACED}/a": b"old", ".edgelora-out-abcdefgh/out/a": b"half"})
+    with pytest.raises(OutputError, match="exists already"):
+        write_folder(tmp_path / "out", overwrite=False)
+    assert tree(tmp_path) == {"out/a": b"old"}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_true_of_the_old_one_only_is_gone_before_the_new_one_stands(tmp_path, folder):
+    def write(out: Path) -> None:
+        with staged(out, folder=folder, overwrite=True, stale=out.with_name("card")) as draft:
+            (draft / "a" if folder else draft).write_bytes(b"new")
+
+    one = "out/a" if folder else "out"
+    before, after = {one: b"old", "card": b"of the old"}, {one: b"new"}
+    lay(tmp_path / "good", before)
+    calls = n_calls(write, tmp_path / "good")
+    assert tree(tmp_path / "good") == after
+    for at in range(1, calls + 1):
+        broken, dead = tmp_path / f"broken-{at}", tmp_path / f"dead-{at}"
+        lay(broken, before)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fail_at=at)
+            told = False
+            try:
+                write(broken / "out")
+            except OutputError:
+                told = True
+        assert tree(broken) == (before if told else after), f"call {at}"
+        lay(dead, before)
+        killed(write, dead, at)
+        sweep(dead)
+        left = tree(dead)
+        assert left in (before, after, {one: b"old"}), f"call {at}"
+
+
 def test_only_what_staging_left_is_swept(tmp_path):
     room = {".edgelora-out-abcd_123/out/a": b"half"}
     kept = {

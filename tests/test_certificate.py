@@ -325,13 +325,37 @@ def test_what_fails_is_kept_aside_and_what_stood_there_stays(tmp_path):
     assert out.read_bytes() == b"old"
     aside = json.loads(GGUFFile(tmp_path / "mine.gguf.rejected").get(CERTIFICATE_KEY, str))
     assert aside["passed"] is False
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.gguf", "mine.gguf.rejected"]
+    stated = json.loads((tmp_path / "mine.gguf.rejected.certificate.json").read_text(encoding="utf-8"))
+    assert stated == {"files": {"mine.gguf.rejected": sha256_file(tmp_path / "mine.gguf.rejected")}, **aside}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "mine.gguf", "mine.gguf.rejected", "mine.gguf.rejected.certificate.json",
+    ]  # fmt: skip
 
 
 def test_an_existing_file_is_refused_before_the_work(tmp_path):
     (tmp_path / "out.gguf").write_bytes(b"kept")
     with pytest.raises(OutputError, match="exists already"):
         write_certified(Output(tmp_path / "out.gguf"), stamp(), lambda _: pytest.fail("began"), lambda _: claimed())
+
+
+def test_names_that_differ_behind_a_dot_have_certificates_of_their_own(tmp_path):
+    for name in ("model-v1.0", "model-v1.5", "model-v1.0.gguf", "model-v1.5.gguf"):
+        write_certified(Output(tmp_path / name, overwrite=True), stamp(), write_signed, lambda _: claimed())
+    assert beside(Path("model-v1.0")).name == "model-v1.0.certificate.json"
+    for name in ("model-v1.0.gguf", "model-v1.5.gguf"):
+        assert name in json.loads(beside(tmp_path / name).read_text(encoding="utf-8"))["files"]
+
+
+@pytest.mark.parametrize("text", ['{"files": {"mine": "0"}}', "notes of mine", "[]", '{"files": 1}'])
+def test_what_is_not_its_certificate_is_not_replaced(tmp_path, text):
+    out = Output(tmp_path / "mine.gguf")
+    beside(out.path).write_text(text, encoding="utf-8")
+    with pytest.raises(OutputError, match=r"certificate\.json: this file exists already"):
+        write_certified(out, stamp(), lambda _: pytest.fail("began"), lambda _: claimed())
+    assert beside(out.path).read_text(encoding="utf-8") == text
+    write_certified(Output(out.path, overwrite=True), stamp(), write_signed, lambda _: claimed())
+    out.path.unlink()
+    write_certified(out, stamp(), write_signed, lambda _: claimed())  # its own, of a file that is gone
 
 
 # -- what it is made from stays what it was -----------------------------------------------------------------------
@@ -366,6 +390,27 @@ def test_a_base_that_changes_while_it_is_read_is_not_used(tmp_path, how):
     assert str(error.value).splitlines()[0] == f"{base}: changed while it was read"
     assert out.read_bytes() == b"old"
     assert {p.name for p in tmp_path.iterdir()} <= {"base.gguf", "out.gguf"}  # and nothing is kept aside
+
+
+@pytest.mark.parametrize("place", ["base.gguf", "link.gguf", "hf", "mine", "hf/config.json", "hf/../base.gguf"])
+def test_a_result_never_takes_the_place_of_what_it_is_made_from(tmp_path, place):
+    hf, base = tmp_path / "hf", tmp_path / "base.gguf"
+    hf.mkdir()
+    for path in (base, hf / "config.json", tmp_path / "mine.certificate.json"):
+        path.write_bytes(b"precious")
+    (tmp_path / "link.gguf").symlink_to(base)
+    made_from = stamp(base, hf, tmp_path / "mine.certificate.json")
+    with pytest.raises(OutputError) as error:
+        write_certified(
+            Output(tmp_path / place, overwrite=True, folder=place == "hf"), made_from,
+            lambda _: pytest.fail("began"), lambda _: claimed(),
+        )  # fmt: skip
+    assert "it would be written over" in error.value.what
+    assert str(error.value).splitlines()[1:] == [
+        "  why: that is what it is made from, and would be gone",
+        "  fix: choose another name for the result",
+    ]
+    made_from.require_unchanged()
 
 
 def test_of_a_folder_and_of_a_split_model_every_file_counts(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 from edgelora.errors import OutputError
 
 REPLACED = "replaced"
+STALE = ".stale"
 REJECTED = ".rejected"
 STAGE_PREFIX = ".edgelora-"
 STAGE_NAME = re.compile(re.escape(STAGE_PREFIX) + r"(?P<name>.+)-[a-z0-9_]{8}")  # as tempfile and `remove` draw them
@@ -50,13 +51,15 @@ def refuse_existing(path: Path, overwrite: bool = False, *, folder: bool = False
 
 
 @contextmanager
-def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iterator[Path]:
+def staged(path: Path, *, folder: bool = False, overwrite: bool = False, stale: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
 
     The block creates the file (or fills the folder, which exists when `folder` is true). On any error the
-    temporary is removed and `path` is as it was. Raises OutputError if `path` exists and `overwrite` is false,
-    or if the folder cannot be written.
+    temporary is removed and `path` is as it was. `stale`: a file on the same disk that is true of the old `path` only,
+    and is gone before the new one stands. What killed processes left of `path` is swept first.
+    Raises OutputError if `path` exists and `overwrite` is false, or if the folder cannot be written.
     """
+    sweep(path.absolute().parent, path.name)  # first: it may put an old folder back
     refuse_existing(path, overwrite, folder=folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +80,8 @@ def staged(path: Path, *, folder: bool = False, overwrite: bool = False) -> Iter
                 _fsync(file)
         if folder:
             _fsync(draft)
-        _replace(draft, path, room)
+        with _withdrawn(stale, room / STALE):
+            _replace(draft, path, room)
         with contextlib.suppress(OSError):  # it stands there whole already; some disks cannot sync a folder
             _fsync(path.parent)
     except OSError as e:
@@ -118,6 +122,19 @@ def _replace(draft: Path, path: Path, room: Path) -> None:
         draft.replace(path)
 
 
+@contextmanager
+def _withdrawn(stale: Path | None, aside: Path) -> Iterator[None]:
+    """Move `stale` aside, and back if the block fails."""
+    if stale is not None and os.path.lexists(stale):
+        stale.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if stale is not None and os.path.lexists(aside):
+            aside.rename(stale)
+        raise
+
+
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -141,12 +158,18 @@ def remove(path: Path) -> None:
     _delete(aside)
 
 
+def rejected(path: Path) -> Path:
+    """Where `set_aside` keeps what must not become `path`."""
+    return path.with_name(path.name + REJECTED)
+
+
 def set_aside(draft: Path, path: Path) -> Path:
     """Keep what must not become `path` as `path` + `.rejected`, in place of an older one; returns where it stands.
 
     For use in the block of `staged`. Raises OSError.
     """
-    aside = path.with_name(path.name + REJECTED)
+    aside = rejected(path)
+    sweep(aside.absolute().parent, aside.name)
     if os.path.lexists(aside):
         remove(aside)
     draft.rename(aside)
@@ -184,7 +207,7 @@ def _abandoned(room: Path) -> Iterator[None]:
 
 def _put_back(room: Path, path: Path) -> None:
     left = {REPLACED, path.name}  # what `_replace` leaves between its two renames
-    if not os.path.lexists(path) and _is_folder(room) and {p.name for p in room.iterdir()} == left:
+    if not os.path.lexists(path) and _is_folder(room) and {p.name for p in room.iterdir()} - {STALE} == left:
         (room / REPLACED).rename(path)
 
 

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgelora.errors import BaseModelError
-
-SPLIT = re.compile(r"-\d{5}-of-(?P<parts>\d{5})\.gguf$")
+from edgelora.errors import BaseModelError, OutputError
+from edgelora.files.split import PART_NAME
 
 Mark = tuple[int, int, int]  # bytes, time of the last change in ns, inode
 
@@ -33,6 +32,19 @@ class Stamps:
                 fix="wait until the other program has finished with it, then run the command again",
             )
 
+    def require_apart(self, *results: Path) -> None:
+        """Raise OutputError if something that is to be written would take the place of one of the files."""
+        for path in results:
+            place = path.resolve()
+            for file in self.marks:
+                whole = file.resolve()
+                if place == whole or place in whole.parents:
+                    raise OutputError(
+                        what=f"{path}: it would be written over {file}",
+                        why="that is what it is made from, and would be gone",
+                        fix="choose another name for the result",
+                    )
+
 
 def stamp(*paths: Path) -> Stamps:
     """The files at `paths` as they stand: of a folder all that lie in it, of a split model all its parts."""
@@ -42,9 +54,8 @@ def stamp(*paths: Path) -> Stamps:
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.is_file())
-    if split := SPLIT.search(path.name):
-        name = path.name[: split.start()]
-        return sorted(path.parent.glob(f"{_literal(name)}-?????-of-{split['parts']}.gguf"))
+    if part := PART_NAME.fullmatch(path.name):
+        return sorted(path.parent.glob(f"{_literal(part['stem'])}-?????-of-{part['count']}.gguf"))
     return [path]
 
 

@@ -22,7 +22,7 @@ from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.errors import CertificateError
 from edgelora.evaluate.thresholds import Limits, limits_of
-from edgelora.files.atomic import refuse_existing, set_aside, staged, sweep, write_text
+from edgelora.files.atomic import refuse_existing, rejected, set_aside, staged, write_text
 from edgelora.files.contract import CERTIFICATE_KEY, sha256_file
 from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.files.unchanged import Stamps, stamp
@@ -135,24 +135,48 @@ class Output:
 def write_certified(out: Output, made_from: Stamps, write: Callable[[Path], object], check: Callable[[Path], C]) -> C:
     """`write(draft)`, `check(draft)`, and only then give it its name; returns the certificate, which stands beside it.
 
-    Raises CertificateError if the check found faults: what was written is kept aside as `.rejected`. Raises
-    BaseModelError if what it is made from changed meanwhile. What stood at `out` is then untouched.
+    Raises CertificateError if the check found faults: what was written is kept aside as `.rejected`, its certificate
+    beside it. Raises BaseModelError if what it is made from changed meanwhile, OutputError if the result would take its
+    place or another's certificate. What stood at `out` is then untouched.
     """
+    card = beside(out.path)
+    made_from.require_apart(out.path, card, rejected(out.path))
     refuse_existing(out.path, out.overwrite, folder=out.folder)
-    for path in (out.path, beside(out.path)):
-        sweep(path.absolute().parent, path.name)  # of a run that was killed
-    with staged(out.path, overwrite=out.overwrite, folder=out.folder) as draft:
+    if not out.overwrite and _is_of_another(card, out):
+        refuse_existing(card)
+    with (
+        staged(card, overwrite=True) as new_card,  # its name comes last, and the old one is gone by then
+        staged(out.path, overwrite=out.overwrite, folder=out.folder, stale=card) as draft,
+    ):
         write(draft)
         certificate = check(draft)
         made_from.require_unchanged()  # before its faults: they may be nothing else
         if out.sign and not out.folder and CERTIFICATE_KEY in GGUFFile(draft).metadata:
             fill_reserved(draft, CERTIFICATE_KEY, json.dumps(certificate.as_dict()))
         if certificate.faults:
-            raise _rejected(out.path, certificate.faults, set_aside(draft, out.path))
-        files = {file.name: sha256_file(file) for file in (sorted(draft.iterdir()) if out.folder else [draft])}
-    text = json.dumps({"files": files, **certificate.as_dict()}, indent=2)
-    write_text(beside(out.path), text + "\n", overwrite=True)
+            aside = set_aside(draft, out.path)
+            write_text(beside(aside), _text(aside, certificate), overwrite=True)
+            raise _rejected(out.path, certificate.faults, aside)
+        new_card.write_text(_text(draft, certificate), encoding="utf-8", newline="\n")
     return certificate
+
+
+def _text(written: Path, certificate: Checked) -> str:
+    """The certificate as it stands beside what was written, with the digest of each file."""
+    files = sorted(written.iterdir()) if written.is_dir() else [written]
+    return json.dumps({"files": {f.name: sha256_file(f) for f in files}, **certificate.as_dict()}, indent=2) + "\n"
+
+
+def _is_of_another(card: Path, out: Output) -> bool:
+    """Whether what stands at `card` is something else than an earlier certificate of `out`."""
+    if not card.exists():
+        return False
+    try:
+        files = json.loads(card.read_text(encoding="utf-8"))["files"]
+        own = f"{out.path.name}.gguf" not in files if out.folder else out.path.name in files
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return True
+    return not own
 
 
 def _rejected(out: Path, faults: Sequence[str], aside: Path) -> CertificateError:
@@ -165,4 +189,4 @@ def _rejected(out: Path, faults: Sequence[str], aside: Path) -> CertificateError
 
 def beside(out: Path) -> Path:
     """Where the certificate of `out` stands."""
-    return out.with_name(f"{out.stem}.certificate.json")
+    return out.with_name(f"{out.name.removesuffix('.gguf')}.certificate.json")
