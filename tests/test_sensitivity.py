@@ -17,7 +17,7 @@ from edgelora.errors import FileFormatError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.evaluate.sensitivity import Sensitivity, as_json, cache_key, from_json, predicted
 from edgelora.pipeline.calibration import Windows
-from edgelora.pipeline.sensitivity import Job, Trial, errors, measure
+from edgelora.pipeline.sensitivity import Job, Trial, errors, measure, sensitivities
 
 WINDOWS = np.random.default_rng(0).integers(0, 512, (2, 24))
 SCORED = np.arange(8, 24, 3)
@@ -66,6 +66,49 @@ def test_measuring_gives_every_type_its_damage(make_tiny):
     # near the original the KL is quadratic: what is scaled is close to what would have been measured
     (measured,) = measure(Job(path, Windows(WINDOWS, SCORED), {name: Trial(Type.Q4_K, (), importance)})).values()
     assert found.damage("Q4_K") == pytest.approx(measured.kl, rel=0.3)
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(make_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELORA_HOME", str(tmp_path))
+    names = ("blk.0.attn_v.weight", "blk.0.ffn_up.weight", "blk.1.attn_v.weight")
+    job = Job(
+        make_tiny().path, Windows(WINDOWS, SCORED), {name: Trial(Type.Q3_K, (Type.Q4_K,), None) for name in names}
+    )
+
+    def stop(progress):
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivities(job, "key", on_progress=stop)
+    (log,) = tmp_path.rglob("*.log")
+    lines = log.read_text().splitlines(keepends=True)
+    assert len(lines) >= 2
+    log.write_text(lines[0] + lines[1] + lines[1][:20])  # stopped in the middle of the third
+    costs, steps = [], []
+    found = sensitivities(job, "key", costs.append, steps.append)
+    assert [cost.evaluations for cost in costs] == [1]
+    assert [(p.step, p.total) for p in steps] == [(1, 1)]
+    assert found == measure(job)
+    assert sensitivities(job, "key", costs.append) == found
+    assert len(costs) == 1
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_the_time_that_is_left_counts_layers(make_tiny, monkeypatch):
+    """A clock that takes a second for each layer that is computed: what is left is known from the first tensor on."""
+    now = [0.0]
+    monkeypatch.setattr("edgelora.progress.time.perf_counter", lambda: now[0])
+
+    def computed(self, first, _):
+        now[0] += len(self.decoder.model.layers) - first + 1  # and the head
+        return 0.0
+
+    monkeypatch.setattr(OutputKL, "from_layer", computed)
+    names = ("blk.0.attn_v.weight", "blk.0.ffn_up.weight", "blk.1.attn_v.weight", "blk.1.ffn_up.weight")
+    trials, left = {name: Trial(Type.Q3_K, (), None) for name in names}, []
+    measure(Job(make_tiny().path, Windows(WINDOWS, SCORED), trials), lambda progress: left.append(progress.eta_s))
+    assert left == pytest.approx([7.0, 4.0, 2.0, 0.0])
 
 
 def test_the_error_of_a_whole_tensor_is_that_of_its_blocks(make_tiny):

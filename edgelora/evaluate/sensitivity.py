@@ -8,6 +8,7 @@ Damages add up over tensors as if their errors did not meet, which a whole file 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -72,3 +73,17 @@ def from_json(text: str, where: str) -> dict[str, Sensitivity]:
             why="the file was cut short, or another program wrote it",
             fix="delete it: it is measured again",
         ) from e
+
+
+def as_line(name: str, one: Sensitivity) -> str:
+    """One tensor, to be appended to those before it."""
+    return json.dumps({name: asdict(one)}) + "\n"
+
+
+def from_lines(text: str) -> dict[str, Sensitivity]:
+    """What `as_line` appended; a line that was cut short is of a tensor that is not measured yet."""
+    found: dict[str, Sensitivity] = {}
+    for line in text.splitlines():
+        with contextlib.suppress(FileFormatError):
+            found |= from_json(line, "a log")
+    return found

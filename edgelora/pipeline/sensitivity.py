@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.base.tensors import Stored
 from edgelora.child import run_in_child
 from edgelora.device import choose_products, compute_threads, computing
-from edgelora.evaluate.sensitivity import Cost, Sensitivity, as_json, from_json
+from edgelora.evaluate.sensitivity import Cost, Sensitivity, as_json, as_line, from_json, from_lines
 from edgelora.files.atomic import write_text
 from edgelora.home import models_folder
 from edgelora.pipeline.calibration import Windows
@@ -52,6 +52,8 @@ class Job:
     source: Path
     windows: Windows
     trials: Mapping[str, Trial]
+    log: Path | None = None
+    """Where each tensor is noted as soon as it is measured, for a run that goes on where this one was stopped."""
 
 
 def sensitivities(
@@ -64,39 +66,52 @@ def sensitivities(
     cache = models_folder() / "sensitivities" / f"{key}.json"
     if cache.exists():
         return from_json(cache.read_text(encoding="utf-8"), str(cache))
-    on_cost(run_in_child(time_one, job))
-    found = run_in_child(measure, job, on_progress=on_progress)
     cache.parent.mkdir(parents=True, exist_ok=True)
+    log = cache.with_suffix(".log")
+    found = from_lines(log.read_text(encoding="utf-8")) if log.exists() else {}
+    rest = {name: trial for name, trial in job.trials.items() if name not in found}
+    if rest:
+        left = replace(job, trials=rest, log=log)
+        on_cost(run_in_child(time_one, left))
+        found |= run_in_child(measure, left, on_progress=on_progress)
     write_text(cache, as_json(found), overwrite=True)
+    log.unlink(missing_ok=True)
     return found
 
 
 def time_one(job: Job, _: OnProgress = silent) -> Cost:
-    """Measure one tensor in the middle of the model, and say what all of them will take.
+    """Measure one tensor near the middle of the model, and say what all of them will take.
 
     It is measured twice: ggml makes tables of the IQ types for the first, which takes seconds once.
     """
     with _opened(job) as model:
         middle = model.base.config.num_hidden_layers // 2
-        name = next(name for name, slot in model.slots.items() if slot.layer == middle)
-        x = next(x for layer, x in model.output.layers() if layer == middle)
+        name = min(model.slots, key=lambda name: abs(model.slots[name].layer - middle), default=None)
+        if name is None:
+            return Cost(0, 0.0)
+        x = next(x for layer, x in model.output.layers() if layer == model.slots[name].layer)
         marks = [time.perf_counter()]
         for _again in range(2):
             model.measure(name, job.trials[name], x)
             marks.append(time.perf_counter())
         first, second = np.diff(marks).tolist()
-        return Cost(len(job.trials), first + (len(job.trials) - 1) * second)
+        others = sum(map(model.work, model.slots)) / model.work(name) - 1
+        return Cost(len(model.slots), first + others * second)
 
 
 def measure(job: Job, on_progress: OnProgress = silent) -> dict[str, Sensitivity]:
     """Layer by layer, so that what lies before a tensor is computed once for all of its layer."""
-    found, pace = {}, Pace(len(job.trials))
+    found: dict[str, Sensitivity] = {}
     with _opened(job) as model:
+        work = Pace(sum(map(model.work, model.slots)))
         for layer, x in model.output.layers():
             for name in (name for name, slot in model.slots.items() if slot.layer == layer):
                 found[name] = model.measure(name, job.trials[name], x)
-                _, eta = pace.step(0)
-                on_progress(Progress("sensitivity", pace.done, pace.total, eta_s=eta))
+                if job.log is not None:
+                    with job.log.open("a", encoding="utf-8") as log:
+                        log.write(as_line(name, found[name]))
+                _, eta = work.step(0, model.work(name))
+                on_progress(Progress("sensitivity", len(found), len(model.slots), eta_s=eta))
     return found
 
 
@@ -108,6 +123,10 @@ class _Opened:
     decoder: Decoder
     output: OutputKL
     slots: Mapping[str, Slot]
+
+    def work(self, name: str) -> int:
+        """What measuring a tensor takes, in layers: those from it on, and the head."""
+        return self.base.config.num_hidden_layers - self.slots[name].layer + 1
 
     def measure(self, name: str, trial: Trial, x: Tensor) -> Sensitivity:
         """x (T, d): the state that enters the first layer which the tensor changes."""
