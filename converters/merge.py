@@ -44,7 +44,10 @@ NOT_COPIED = (QUANTIZED_BY, "quantize.imatrix.", "split.", "edgelora.", PARENTS)
 
 @dataclass(frozen=True)
 class Part:
-    """An adapter to merge: how strongly, the digest that names it in the result's lineage, and what people call it."""
+    """An adapter to merge: how strongly, the digest that names it in the result's lineage, and what people call it.
+
+    At the scale 0 it adds nothing, and the result says nothing of it.
+    """
 
     adapter: Adapter
     scale: float
@@ -158,11 +161,11 @@ def _of_matrix(recipe: Recipe, name: str, slab: Slab) -> np.ndarray | None:
 
 def lineage_of(base: Base, parts: Sequence[Part]) -> list[str]:
     """What was merged into these weights, in order: digests and scales."""
-    return [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts)]
+    return [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts if part.scale)]
 
 
 def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
-    base, parts = recipe.base, recipe.parts
+    base, parts = recipe.base, [part for part in recipe.parts if part.scale]
     if base.is_gguf:
         stays = {key for key in base.file.metadata if not key.startswith(NOT_COPIED)}
         copy_metadata(base.file, writer, leave_out=base.file.metadata.keys() - stays)

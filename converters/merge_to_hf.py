@@ -109,7 +109,7 @@ def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | Non
             shutil.copyfile(file, out / name)
     if base.chosen_template is not None:
         (out / "chat_template.jinja").write_text(base.chosen_template, encoding="utf-8", newline="\n")
-    contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)
+    contract = next((p.adapter.contract for p in parts if p.scale and p.adapter.contract is not None), None)
     if contract is not None:
         unsigned = contract.model_copy(update={"certificate": None})
         (out / FILE_NAME).write_text(unsigned.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from edgelora.errors import AdapterError, ConfigError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, CONTRACT_KEY, LINEAGE_KEY, read_contract
 from edgelora.files.gguf import GGUFFile, Value
+from edgelora.invocation import command
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.pipeline.export import export
 from edgelora.pipeline.merge import MergeOptions, Wanted, merge, open_parts, write_gguf
@@ -344,6 +346,25 @@ def test_a_merge_says_what_it_is_and_where_it_comes_from(tiny, checkpoint, tmp_p
         assert CERTIFICATE_KEY in file.metadata
 
 
+@pytest.mark.parametrize("folder", [False, True], ids=["gguf", "folder"])
+def test_an_adapter_at_scale_0_leaves_no_trace(tiny, checkpoint, tmp_path, folder):
+    base = checkpoint if folder else tiny.path
+    mine = saved(tmp_path / "mine", make_adapter(open_base(base)))
+    other = make_adapter(open_base(base), seed=1)
+    other = replace(other, contract=other.contract.model_copy(update={"method": "another"}))
+    named, out = [(saved(tmp_path / "other", other), 0.0), (mine, 1.0)], tmp_path / "out.gguf"
+    merge(base, named, out, quant="hf" if folder else "F16")
+    merged = open_base(out)
+    assert len(merged.lineage) == 1
+    stated = (out / "edgelora.json").read_text() if folder else merged.file.get(CONTRACT_KEY, str)
+    assert read_contract(stated, "merged").method == "lora"
+    if not folder:
+        assert merged.file.get("general.name", str) == "tiny-F32 + mine"
+        merge(base, named[:1], tmp_path / "same.gguf", quant="F32")
+        assert open_base(tmp_path / "same.gguf").identity == open_base(base).identity
+        assert CONTRACT_KEY not in GGUFFile(tmp_path / "same.gguf").metadata
+
+
 def test_an_empty_array_is_left_out(tmp_path):
     kinds = gguf.GGUFValueType
     stranger = SimpleNamespace(
@@ -372,6 +393,7 @@ def test_merging_into_the_very_weights_it_was_trained_over_is_told(make_tiny, ti
         assert "merge it into the 16-bit original" in note
         assert f"export {base} ADAPTER" in note
         assert notes_of(base, mine, out, "Q8_0") == notes_of(base, mine, out, "F16") == []
+        assert [note for note in write(base, [(mine, 0.0)], out, "Q4_0") if "snap back" in note] == []
     assert notes_of(tiny.path, mine, out, "Q4_0") == []
 
 
@@ -506,6 +528,31 @@ def test_the_command_writes_any_type(tiny, tmp_path, capfd):
     assert open_base(out).lineage[0].endswith(":0.5")
     assert run(words) == OutputError.exit_code
     assert "exists already" in capfd.readouterr().err
+
+
+def test_adapters_may_follow_the_base(tiny, tmp_path, capfd):
+    """`merge BASE ADAPTER…`, as export has it; with --adapter in the order of the words, positional ones first."""
+    base, out = open_base(tiny.path), tmp_path / "out.gguf"
+    one, two, three = (str(saved(tmp_path / str(i), make_adapter(base, seed=i))) for i in range(3))
+    assert run(["merge", str(tiny.path), f"{one}:0.5", two, "--adapter", f"{three}:-1", "--out", str(out)]) == 0
+    assert [entry.rpartition(":")[2] for entry in open_base(out).lineage] == ["0.5", "1", "-1"]
+    capfd.readouterr()
+    assert run(["merge", str(tiny.path), "--out", str(tmp_path / "none.gguf"), "--for", "ollama"]) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "error: nothing to merge", "  why: no adapter was named",
+        f"  fix: name one behind the base: `{command('merge', tiny.path, 'FOLDER', '--out', tmp_path / 'none.gguf')}`",
+    ]  # fmt: skip
+
+
+def test_numbers_of_a_folder_are_refused_for_a_file(tiny, tmp_path, capfd):
+    mine = saved(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    for words in (["--to", "Q4_0"], []):
+        out = ["--out", str(tmp_path / "x.gguf"), "--hf-dtype", "f16"]
+        assert run(["merge", str(tiny.path), str(mine), *words, *out]) == ConfigError.exit_code
+        said = capfd.readouterr().err
+        assert said.startswith("error: --hf-dtype F16, and what is written is no Hugging Face folder")
+        assert "fix: leave it out, or pass --to hf" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,12 @@ from edgelora.cli.arguments import Base, CheckData, CheckRows, For, Json, Out, O
 def merge(
     base: Base,
     out: Out,
-    adapter: Annotated[list[str], typer.Option(help="An adapter folder[:scale]; repeatable.", show_default=False)],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(metavar="ADAPTER[:SCALE]", help="Adapter folders.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="The same, spelled out: a folder[:scale]; repeatable.", show_default=False)
+    ] = None,
     to: Annotated[
         str | None,
         typer.Option(help="F16, BF16, F32, a quantization such as Q4_K_M, or hf: a folder.", show_default="F16"),
@@ -40,17 +45,28 @@ def merge(
     Example: `edgelora merge base.gguf --adapter adapters/mine --to Q8_0 --out mine-Q8_0.gguf`
     """
     from edgelora.cli.display import Display
+    from edgelora.errors import ConfigError
+    from edgelora.invocation import command
     from edgelora.pipeline.certificate import Reference
     from edgelora.pipeline.merge import MergeOptions
     from edgelora.pipeline.merge import merge as run
     from edgelora.pipeline.runners import prepare_for
 
+    parts = [scaled(text) for text in (*(adapters or ()), *(adapter or ()))]
+    if not parts:
+        spelled = command("merge", base, "FOLDER", "--out", out)
+        raise ConfigError("nothing to merge", "no adapter was named", f"name one behind the base: `{spelled}`")
+    if hf_dtype is not None and (to or "").upper() != "HF":
+        raise ConfigError(
+            what=f"--hf-dtype {hf_dtype.upper()}, and what is written is no Hugging Face folder",
+            why="the types of a GGUF are those of --to or --plan",
+            fix="leave it out, or pass --to hf",
+        )
     options = MergeOptions(imatrix, plan, hf_dtype and hf_dtype.upper(), data, check_rows)
-    adapters = [scaled(text) for text in adapter]
-    delivery = prepare_for(for_, Reference(base, tuple(adapters)), out, live=False, overwrite=overwrite)
+    delivery = prepare_for(for_, Reference(base, tuple(parts)), out, live=False, overwrite=overwrite)
     with Display() as display:
         merged = run(
-            base, adapters, out, quant=to, options=options,
+            base, parts, out, quant=to, options=options,
             allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,
         )  # fmt: skip
         display.say(f"{merged.path}: {merged.kind}, {merged.size_bytes / 1e6:.1f} MB")

@@ -30,6 +30,7 @@ def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQ
 
     types: of every tensor of the result.
     """
+    parts = [part for part in parts if part.scale]
     touched = {base.tensor_of(module) for part in parts for module in part.adapter.tensors}
     coarse = sorted({types[name].name for name in touched if types[name].name not in FINE})
     if not coarse:
