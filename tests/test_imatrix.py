@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPLATE
+from gguf.constants import GGMLQuantizationType as Type
 from test_architectures import CASES, seeded
 from test_export import make_adapter, make_dora
 
@@ -551,3 +553,28 @@ def test_the_command_prints_what_was_computed(tiny, rows, tmp_path, capsys):
     assert read_importance(out).datasets == ("rows.jsonl",)
     assert run(arguments) == 1
     assert "this file exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("live", [False, True], ids=["bare", "with an adapter"])
+def test_the_command_that_it_names_next_is_one_that_works(make_tiny, rows, tmp_path, capfd, kind, live):
+    model, out = make_tiny(kind).path, tmp_path / "out.gguf"
+    write_adapter(tmp_path / "mine", make_adapter(open_base(model)))
+    more = ["--adapter", str(tmp_path / "mine")] if live else []
+    words = ["imatrix", str(model), "--data", str(rows), "--context", "64", "--chunks", "2", "--out", str(out)]
+    assert run([*words, *more]) == 0
+    (said,) = re.findall(r"next: .*", capfd.readouterr().err)
+    if kind == Type.Q8_0:
+        assert said == "next: give it to --imatrix where the 16-bit original of this model is quantized or merged"
+        return
+    typed = shlex.split(said.removeprefix("next: "))
+    typed = typed[typed.index("merge" if live else "quantize") :]
+    assert run(typed) == 0
+    assert open_base(tmp_path / f"{model.stem}-Q4_K_M.gguf").quant == "Q4_K_M"
+
+
+def test_of_a_family_that_is_not_known_no_command_is_named(make_tiny, text, tmp_path, capfd):
+    (tmp_path / "foreign.gguf").write_bytes(renamed(make_tiny(tied=False).path, "xverse"))
+    words = ["imatrix", str(tmp_path / "foreign.gguf"), "--text", str(text), "--context", "64", "--chunks", "1"]
+    assert run([*words, "--out", str(tmp_path / "out.gguf")]) == 0
+    assert "edgelora quantize" not in capfd.readouterr().err

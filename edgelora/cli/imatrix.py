@@ -57,7 +57,9 @@ def imatrix(
         for note in made.notes:
             display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
         small = out.with_name(f"{model.stem}-Q4_K_M.gguf")
-        if adapters and all(path.is_dir() for path, _ in adapters):
+        if not made.quantizable:
+            display.say("next: give it to --imatrix where the 16-bit original of this model is quantized or merged")
+        elif adapters and all(path.is_dir() for path, _ in adapters):
             merged = [part for name in adapter or [] for part in ("--adapter", name)]
             display.say("next: " + command("merge", model, *merged, "--to", "Q4_K_M", "--imatrix", out, "--out", small))
         elif not adapters and model.is_file():

@@ -27,7 +27,7 @@ from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.split import open_gguf
 from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.pipeline.export import read_checked
+from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 __all__ = ["Computed", "Mix", "Settings", "compute_importance"]
@@ -60,6 +60,8 @@ class Computed:
     task_tokens: int
     general_tokens: int
     notes: list[str]
+    quantizable: bool
+    """Whether `edgelora quantize` and `merge` take the model's weights as they are: 16-bit ones, of a known family."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,10 @@ def compute_importance(
     )
     with staged(out, overwrite=overwrite) as draft:
         write_importance(draft, importance)
-    return Computed(out, importance, engine, tokens.task_tokens, tokens.general_tokens, _notes(importance))
+    return Computed(
+        out, importance, engine, tokens.task_tokens, tokens.general_tokens, _notes(importance),
+        quantizable=isinstance(opened, Base) and opened.quant in FLOAT_QUANTS,
+    )  # fmt: skip
 
 
 def choose_engine(asked: str, opened: Base | Foreign, adapters: Sequence[Scaled]) -> Choice:
