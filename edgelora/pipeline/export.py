@@ -96,7 +96,7 @@ def export(
         Output(out, overwrite),
         made_from,
         lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
-        lambda draft: run_in_child(_certify, base_path, adapter_path, draft, rows, on_progress=on_progress),
+        lambda draft: run_in_child(certify_adapter, base_path, adapter_path, draft, rows, on_progress=on_progress),
     )
     if adapter.contract is not None:
         signed = adapter.contract.model_copy(update={"certificate": certificate.as_dict()})
@@ -118,7 +118,7 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     return adapter
 
 
-def _certify(
+def certify_adapter(
     base_path: Path, adapter_path: Path, gguf: Path, rows: Sequence[Conversation], on_progress: OnProgress
 ) -> Certificate:
     """Both models on the same tokens in equal shapes: first the bare base, then with the adapter."""

@@ -8,11 +8,17 @@ from typing import Any
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.repair import half, repair
-from edgelora.base.model import open_base
-from edgelora.files.atomic import staged
-from edgelora.peft.adapter import Adapter
+from edgelora.base.model import Base, open_base
+from edgelora.child import run_in_child
+from edgelora.files.contract import Contract
+from edgelora.peft.adapter import Adapter, write_adapter
+from edgelora.pipeline.certificate import Output, beside, rows_to_check, stamp, write_certified
+from edgelora.pipeline.export import Certificate, certify_adapter
 from edgelora.pipeline.prepared import Attempt, BudgetOptions, Prepared
 from edgelora.progress import OnProgress, Pace, Progress
+from edgelora.versions import versions
+
+FOLDER = "adapter"  # beside the draft, for the time of the check
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Repair:
 
     @property
     def kept(self) -> bool:
-        return self.kl_with < self.kl_bits
+        return self.kl_with < min(self.kl_without, self.kl_bits)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "kept": self.kept}
@@ -46,7 +52,7 @@ class Repair:
 
 def repair_path(out: Path) -> Path:
     """Where the repair of the file at `out` stands."""
-    return out.with_name(f"{out.stem}-repair.gguf")
+    return out.with_name(f"{out.name.removesuffix('.gguf')}-repair.gguf")
 
 
 class _NotKept(Exception):
@@ -56,21 +62,32 @@ class _NotKept(Exception):
 def repair_beside(
     prepared: Prepared, out: Path, attempt: Attempt, options: BudgetOptions, on_progress: OnProgress
 ) -> Repair:
-    """Write the repair of the file at `out` beside it, unless the plan that spends its bytes on bits is better.
+    """Write the repair of the file at `out` beside it, certified as any adapter is, unless bits are worth more.
 
     `attempt`: what was measured of that file. With `overwrite` a repair that is not kept takes an older one along:
-    it belongs to no file that is there.
+    it belongs to no file that is there. Raises CertificateError if llama.cpp does not compute with it what torch does.
     """
     assert options.repair_rank is not None
     place = repair_path(out)
+    made: list[Repair] = []
+
+    def write(draft: Path) -> None:
+        adapter = repair_adapter(prepared, out, options.repair_rank or 0, on_progress)
+        made.append(measure_repair(prepared, adapter, out, attempt, draft, on_progress))
+        if not made[0].kept:
+            raise _NotKept
+        write_adapter(draft.with_name(FOLDER), adapter)  # to be read by the check, and dropped with its draft
+
+    def check(draft: Path) -> Certificate:
+        folder, rows = draft.with_name(FOLDER), rows_to_check(None)
+        return run_in_child(certify_adapter, out, folder, draft, rows, on_progress=on_progress)
+
     try:
-        with staged(place, overwrite=options.overwrite) as draft:
-            repair = replace(try_repair(prepared, options.repair_rank, out, attempt, draft, on_progress), path=place)
-            if not repair.kept:
-                raise _NotKept
+        write_certified(Output(place, options.overwrite), stamp(prepared.source, out), write, check)
     except _NotKept:
-        place.unlink(missing_ok=True)
-    return repair
+        for old in (place, beside(place)):
+            old.unlink(missing_ok=True)
+    return replace(made[0], path=place)
 
 
 def try_repair(
@@ -78,12 +95,20 @@ def try_repair(
 ) -> Repair:
     """Write the repair of `written` to `draft`, and measure it and the plan that spends its bytes on bits."""
     adapter = repair_adapter(prepared, written, rank, on_progress)
+    return measure_repair(prepared, adapter, written, attempt, draft, on_progress)
+
+
+def measure_repair(
+    prepared: Prepared, adapter: Adapter, written: Path, attempt: Attempt, draft: Path, on_progress: OnProgress
+) -> Repair:
+    """The same of a repair that was made."""
     write_adapter_gguf(draft, adapter, open_base(written), f"repair of {written.stem}")
     with_repair = prepared.measured(written, adapter, on_progress)
     size_bytes = draft.stat().st_size
     bits = draft.with_name("bits.gguf")
     richer = prepared.attempt(prepared.within_bytes(attempt.file_bytes + size_bytes), bits, on_progress)
     bits.unlink()
+    rank = adapter.config["r"]
     return Repair(draft, rank, size_bytes, attempt.measured.kl_mean, with_repair.kl_mean, richer.measured.kl_mean)
 
 
@@ -98,4 +123,24 @@ def repair_adapter(prepared: Prepared, written: Path, rank: int, on_progress: On
         pairs[module] = {"lora_A": pair.a, "lora_B": pair.b}
         _, eta = pace.step(0)
         on_progress(Progress("repair", pace.done, pace.total, eta_s=eta))
-    return Adapter({"lora_alpha": rank}, pairs)
+    targets = sorted({module.rpartition(".")[2] for module in base.linears})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": written.name, "r": rank,
+        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
+    }  # fmt: skip
+    return Adapter(config, pairs, _contract(other))
+
+
+def _contract(written: Base) -> Contract:
+    """It belongs to the written file, and was made from weights: no row taught it anything."""
+    held_to = written.identity
+    return Contract(
+        version=versions()["edgelora"],
+        base=held_to.fingerprint,
+        base_file=written.base_file,
+        tokenizer_sha256=held_to.tokenizer_sha256,
+        chat_template_sha256=held_to.chat_template_sha256,
+        eog_ids=held_to.eog_ids,
+        method="repair",
+        versions=versions(),
+    )
