@@ -34,15 +34,20 @@ def least_damage(choices: Mapping[str, Sequence[Choice]], limit_bytes: int) -> d
 
     Raises ConfigError if even the smallest choices are larger.
     """
-    smallest = sum(min(c.size_bytes for c in given) for given in choices.values())
+    require_room([[c.size_bytes for c in given] for given in choices.values()], limit_bytes)
+    pairs = [[(float(c.size_bytes), c.damage) for c in given] for given in choices.values()]
+    return _named(choices, _knapsack(pairs, float(limit_bytes)))
+
+
+def require_room(sizes: Sequence[Sequence[int]], limit_bytes: int) -> None:
+    """Raise ConfigError if even the smallest of each tensor's `sizes` are more than `limit_bytes` in all."""
+    smallest = sum(map(min, sizes))
     if smallest > limit_bytes:
         raise ConfigError(
             what=f"{limit_bytes / 1e6:.2f} MB are too few for these weights",
             why=f"with the smallest type of every tensor they take {smallest / 1e6:.2f} MB",
             fix="ask for a larger file, or allow smaller types (the smallest need an importance matrix)",
         )
-    pairs = [[(float(c.size_bytes), c.damage) for c in given] for given in choices.values()]
-    return _named(choices, _knapsack(pairs, float(limit_bytes)))
 
 
 def least_bytes(choices: Mapping[str, Sequence[Choice]], limit_damage: float) -> dict[str, Choice]:

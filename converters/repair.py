@@ -6,10 +6,22 @@ truncated SVD of the scaled residual, unscaled (Eckart and Young; the weighting 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from edgelora.errors import ConfigError
 from edgelora.peft.adapter import LoraPair
+
+
+def require_rank(rank: int, shape: Sequence[int]) -> None:
+    """Raise ConfigError for a rank that no matrix of this shape (d_out, d_in) has."""
+    if not 0 < rank <= min(shape):
+        raise ConfigError(
+            what=f"--repair {rank}: no rank for weights of {shape[0]} × {shape[1]}",
+            why="a matrix has at least rank 1, and at most as many as its shorter side",
+            fix="choose a small one, such as 8",
+        )
 
 
 def repair(residual: np.ndarray, rank: int, importance: np.ndarray | None = None) -> LoraPair:
@@ -19,12 +31,7 @@ def repair(residual: np.ndarray, rank: int, importance: np.ndarray | None = None
     activation ever reaches is left alone. Singular values are shared evenly by both factors, which F16 holds best.
     Raises ConfigError for a rank that is none of this matrix.
     """
-    if not 0 < rank <= min(residual.shape):
-        raise ConfigError(
-            what=f"--repair {rank}: no rank for weights of {residual.shape[0]} × {residual.shape[1]}",
-            why="a matrix has at least rank 1, and at most as many as its shorter side",
-            fix="choose a small one, such as 8",
-        )
+    require_rank(rank, residual.shape)
     scale = np.ones(residual.shape[1]) if importance is None else np.sqrt(importance.astype(np.float64))
     unscale = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
     scaled = residual * scale  # float64 (d_out, d_in)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from converters.budget import Choice, least_bytes, least_damage
+from converters.budget import Choice, least_bytes, least_damage, require_room
 from converters.candidates import candidates, probe
 from converters.file_size import padded
 from converters.imatrix import Importance, read_importance
-from converters.plan import Plan, QuantizeOptions, plan_types
+from converters.plan import Plan, QuantizeOptions, TensorPlan, plan_types
 from converters.quant_types import QUANT_TYPES, tensor_bytes
 from converters.quantize import write_planned
+from converters.repair import require_rank
 from edgelora.base.ggml import FLOATS
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
@@ -32,6 +33,7 @@ from edgelora.pipeline.calibration import Calibration, read_calibration
 from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.pipeline.held_out import collect, held_out_kl
 from edgelora.pipeline.sensitivity import Job, Trial, sensitivities
+from edgelora.pipeline.snap_back import notes_on_grid
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
 
@@ -75,6 +77,8 @@ class Prepared:
     stock: Plan
     """Its types stay for tensors that were not measured."""
     found: Mapping[str, Sensitivity]
+    notes: tuple[str, ...] = ()
+    """What is to be known about what was measured."""
 
     @classmethod
     def read(
@@ -83,11 +87,14 @@ class Prepared:
         options: BudgetOptions,
         on_cost: Callable[[Cost], None] = lambda _: None,
         on_progress: OnProgress = silent,
+        *,
+        size_bytes: int | None = None,
     ) -> Prepared:
         """Read what to measure on, collect importance unless it is given, and measure every tensor once and for all.
 
+        size_bytes: of the file that will be asked for; what cannot be reached is refused before anything is measured.
         Raises BaseModelError for a checkpoint, OutputError for a source that is quantized already, ConfigError for a
-        mixture of experts or nothing to measure on, DataError for too little of it.
+        mixture of experts, a size or a rank that cannot be or nothing to measure on, DataError for too little of it.
         """
         base = open_base(source)
         source = base.file.path
@@ -97,12 +104,17 @@ class Prepared:
             importance = read_importance(options.imatrix)
             importance.check({name: info.shape for name, info in base.file.tensors.items()})
         else:
-            found = run_in_child(collect, source, calibration.importance, on_progress=on_progress)
-            importance = replace(found, datasets=tuple(p.name for p in (options.data, options.text) if p))
+            collected = run_in_child(collect, source, calibration.importance, on_progress=on_progress)
+            importance = replace(collected, datasets=tuple(p.name for p in (options.data, options.text) if p))
         weights = importance.weights()
         stock = plan_types(source, QuantizeOptions(RECIPE, imatrix=weights), _keys())
         job = Job(source, calibration.measured, _trials(stock, weights))
-        return cls(source, calibration, importance, stock, sensitivities(job, _key(base, job), on_cost, on_progress))
+        if size_bytes is not None:
+            room = size_bytes - stock.header_bytes - _unmeasured(stock, job.trials)
+            require_room([_sizes(t, job.trials[t.name].kinds) for t in stock.tensors if t.name in job.trials], room)
+        found = sensitivities(job, _key(base, job), on_cost, on_progress)
+        notes = (*_seen(options, importance), *notes_on_grid(base, stock.types))
+        return cls(source, calibration, importance, stock, found, notes)
 
     def choices(self) -> dict[str, list[Choice]]:
         """For each measured tensor its types, with bytes as they lie in a file."""
@@ -116,12 +128,17 @@ class Prepared:
     def within_bytes(self, size_bytes: int) -> Plan:
         """The plan with the least damage whose file has at most `size_bytes`."""
         choices = self.choices()
-        rest = sum(padded(t.size_bytes) for t in self.stock.tensors if t.name not in choices)
-        return self._plan(least_damage(choices, size_bytes - self.stock.header_bytes - rest))
+        room = size_bytes - self.stock.header_bytes - _unmeasured(self.stock, choices)
+        return self._plan(least_damage(choices, room))
 
     def within_damage(self, damage: float) -> Plan:
         """The smallest plan whose damages add up to at most `damage`."""
         return self._plan(least_bytes(self.choices(), damage))
+
+    def damages(self) -> tuple[float, float]:
+        """What the damages of a plan add up to at least and at most."""
+        given = [[choice.damage for choice in found] for found in self.choices().values()]
+        return sum(map(min, given)), sum(map(max, given))
 
     def damage(self, plan: Plan) -> float:
         """The KL of `plan`, if damages add up."""
@@ -144,8 +161,9 @@ class Prepared:
         weights: Counter[Type] = Counter()
         for t in plan.tensors:
             weights[t.type] += int(np.prod(t.shape))
-        # what the file says it is: the recipe of the type that most of its weights have
-        return replace(plan, kind=next(kind.name for kind, _ in weights.most_common() if kind.name in QUANT_TYPES))
+        # what the file says it is: the recipe of the type that most of its weights have and that has one
+        named = (kind.name for kind, _ in weights.most_common() if kind.name in QUANT_TYPES)
+        return replace(plan, kind=next(named, plan.kind))
 
 
 def _refuse(base: Base, options: BudgetOptions) -> None:
@@ -161,6 +179,37 @@ def _refuse(base: Base, options: BudgetOptions) -> None:
             why="a few thousand tokens reach few of its experts often enough",
             fix="pass a TYPE and --imatrix instead of a target",
         )
+    if options.repair_rank is not None:
+        for shape in base.linears.values():
+            require_rank(options.repair_rank, shape)
+        if base.template_source is None:
+            raise ConfigError(
+                what=f"--repair, and {base.path} has no chat template",
+                why="a repair is checked in llama.cpp on conversations, as every adapter is",
+                fix="leave --repair out",
+            )
+
+
+def _seen(options: BudgetOptions, importance: Importance) -> tuple[str, ...]:
+    """What is to be said where the importance matrix has seen what is held out."""
+    measured_on = options.data or options.text
+    if options.imatrix is None or measured_on is None:
+        return ()
+    if measured_on.name not in {Path(name).name for name in importance.datasets}:
+        return ()
+    return (
+        f"{options.imatrix.name} was computed on {measured_on.name} too: the KL is measured on tokens that chose the "
+        "bits, and is a little lower than on others; leave --imatrix out, or measure on other rows",
+    )
+
+
+def _unmeasured(stock: Plan, measured: Mapping[str, object]) -> int:
+    """The bytes in a file of the tensors whose types stay."""
+    return sum(padded(t.size_bytes) for t in stock.tensors if t.name not in measured)
+
+
+def _sizes(tensor: TensorPlan, kinds: Sequence[Type]) -> list[int]:
+    return [padded(tensor_bytes(tensor.shape, kind)) for kind in kinds]
 
 
 def _keys() -> dict[str, str | int]:
