@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,14 +13,19 @@ from conftest import ROOT, write_tiny
 from gguf.constants import GGMLQuantizationType as Type
 
 from converters.budget import Choice, least_bytes, least_damage
+from converters.imatrix import Importance, write_importance
 from converters.plan import QuantizeOptions, plan_types, read_plan
+from edgelora.base.model import open_base
 from edgelora.cli import run
+from edgelora.cli.budget import size_bytes
 from edgelora.errors import ConfigError, DataError, OutputError
 from edgelora.files.adapter_check import check_adapter
 from edgelora.files.gguf import GGUFFile
-from edgelora.pipeline.budget import MISS, BudgetOptions, Target, quantize_to
+from edgelora.pipeline.budget import MISS, Attempt, BudgetOptions, Target, quantize_to, reach
 from edgelora.pipeline.quantize import QuantizeSettings, quantize
 from edgelora.pipeline.repair import Repair
+from edgelora.progress import silent
+from runtime.engine import Engine
 
 KINDS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
 
@@ -137,12 +144,65 @@ def options_of(data, **others):
 
 def test_a_kl_is_reached_by_measuring_what_was_written(source, tmp_path):
     reached = quantize_to(source, tmp_path / "out.gguf", Target(kl=0.002), options_of(HOME))
-    assert reached.kl == reached.attempts[-1].measured.kl_mean
+    assert reached.kl == reached.taken.measured.kl_mean <= 0.002
+    assert reached.size_bytes == reached.taken.file_bytes
     if not reached.notes:
-        assert abs(reached.kl / 0.002 - 1) <= MISS
-    assert all(abs(a.measured.kl_mean / 0.002 - 1) > MISS for a in reached.attempts[:-1])
-    smaller = quantize_to(source, tmp_path / "smaller.gguf", Target(kl=0.02), options_of(HOME))
+        assert reached.kl >= (1 - MISS) * 0.002
+    smaller = quantize_to(source, tmp_path / "smaller.gguf", Target(kl=20), options_of(HOME))
     assert smaller.size_bytes < reached.size_bytes
+    assert len(smaller.attempts) == 1  # no plan is smaller
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"{name}.{end}" for name in ("out", "smaller") for end in ("gguf", "certificate.json")
+    }
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Stands for a measured model: plans by the limit of damages from which on they are chosen, and the KL of each."""
+
+    kls: dict[float, float]
+    written: list[float] = field(default_factory=list)
+
+    def damages(self):
+        return min(self.kls), max(self.kls)
+
+    def within_damage(self, limit):
+        chosen = max(at for at in self.kls if at <= limit)
+        return SimpleNamespace(types={"a": chosen})
+
+    def attempt(self, plan, draft, _):
+        at = plan.types["a"]
+        draft.write_text(str(at))
+        self.written.append(at)
+        return Attempt(round(1000 - list(self.kls).index(at)), at, SimpleNamespace(kl_mean=self.kls[at]))
+
+
+@pytest.mark.parametrize(
+    ("kls", "target", "stands", "most"),
+    [
+        ({0.0: 0.0, 1e-6: 2.9e-6, 1.2e-5: 3.2e-5, 1e-4: 4.1e-5}, 1e-5, 1e-6, 4),  # nothing lies between the two
+        ({0.0: 0.0, 0.01: 0.03, 0.1: 0.3}, 1e-9, 0.0, 3),  # only the model itself: a KL of 0 is no divisor
+        ({0.0: 0.0, 0.01: 0.03, 0.1: 0.3}, 20.0, 0.1, 1),  # everything is within it
+        ({0.01: 0.3, 0.02: 0.4}, 0.015, 0.01, 2),  # nothing is: the nearest
+        ({i / 1000: i / 400 for i in range(200)}, 0.05, 0.019, 6),  # damages are off by a factor alone
+        ({i / 1000: (i / 200) ** 2 for i in range(200)}, 0.05, 0.044, 6),  # and by more than a factor
+    ],
+)
+def test_the_search_keeps_the_smallest_plan_within_a_kl(kls, target, stands, most, tmp_path):
+    steps, draft = Steps(kls), tmp_path / "draft.gguf"
+    tried = list(reach(steps, Target(kl=target), draft, silent))
+    assert len(set(steps.written)) == len(steps.written) == len(tried) <= most  # no plan twice
+    kept = float(draft.read_text())
+    inside = [a for _, a in tried if a.measured.kl_mean <= target]
+    if inside:
+        assert kept == max(inside, key=lambda a: a.predicted_kl).predicted_kl
+    else:
+        assert kept == min((a for _, a in tried), key=lambda a: a.measured.kl_mean).predicted_kl
+    assert kls[kept] == pytest.approx(kls[stands], rel=MISS)
+    assert list(tmp_path.iterdir()) == [draft]
+
+
+REPAIRED = ("out-repair.gguf", "out-repair.certificate.json")
 
 
 def test_a_repair_is_held_against_the_same_bytes_as_bits(source, tmp_path):
@@ -152,9 +212,10 @@ def test_a_repair_is_held_against_the_same_bytes_as_bits(source, tmp_path):
     assert reached.repair is not None
     assert reached.repair.kl_with < reached.repair.kl_without == reached.kl
     assert reached.repair.kept == (reached.repair.kl_with < reached.repair.kl_bits)
+    assert not replace(reached.repair, kl_with=0.2, kl_without=0.1, kl_bits=0.3).kept  # worse than nothing
     beside = tmp_path / "out-repair.gguf"
     assert beside.exists() == reached.repair.kept
-    expected = {"out.gguf", "out.certificate.json", *(["out-repair.gguf"] if reached.repair.kept else [])}
+    expected = {"out.gguf", "out.certificate.json", *(REPAIRED if reached.repair.kept else [])}
     assert {file.name for file in tmp_path.iterdir()} == expected
 
 
@@ -168,6 +229,13 @@ def test_a_repair_that_beats_bits_stays_beside_the_file(source, tmp_path, monkey
     assert beside.stat().st_size == reached.repair.size_bytes
     shapes = {name: info.shape for name, info in GGUFFile(source).tensors.items()}
     check_adapter(beside, "llama", shapes)
+    card = json.loads((tmp_path / "out-repair.certificate.json").read_text())
+    assert card["passed"]
+    assert list(card["files"]) == ["out-repair.gguf"]
+    base = open_base(tmp_path / "out.gguf")
+    with Engine(base, n_ctx=64) as engine:  # says which base it belongs to
+        engine.load("repair", beside)
+    assert {file.name for file in tmp_path.iterdir()} == {"out.gguf", "out.certificate.json", *REPAIRED}
 
 
 def test_targets_that_cannot_be_are_refused(source, tmp_path, make_tiny):
@@ -197,10 +265,65 @@ def test_the_command_says_what_it_reached(source, tmp_path, capsys):
     assert result["size_bytes"] == out.stat().st_size <= size + 15_000
     assert result["certificate"]["passed"]
     assert "held-out tokens" in said.err
-    assert f"KL {result['kl']:.4f}" in " ".join(said.err.split())
+    assert f"KL {result['kl']:.4g}" in " ".join(said.err.split())
     assert {file.name for file in tmp_path.iterdir()} == {
         "out.gguf", "out.certificate.json", "plan.toml", "plan.imatrix.gguf",
     }  # fmt: skip
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(source, tmp_path, monkeypatch):
+    def measured(*_):
+        raise AssertionError("it was measured")
+
+    out = tmp_path / "out.gguf"
+    monkeypatch.setattr("edgelora.pipeline.prepared.sensitivities", measured)
+    with pytest.raises(ConfigError, match="are too few for these weights"):
+        quantize_to(source, out, Target(size_bytes=100_000), options_of(HOME))
+    monkeypatch.setattr("edgelora.pipeline.prepared.read_calibration", measured)
+    for rank in (0, 129):  # keys and values are 128 × 256
+        with pytest.raises(ConfigError, match=f"--repair {rank}"):
+            quantize_to(source, out, Target(kl=0.1), options_of(HOME, repair_rank=rank))
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over_what_it_is_made_from(source, tmp_path):
+    whole = source.read_bytes()
+    for out, options in (
+        (source, options_of(HOME, overwrite=True)),
+        (tmp_path / "out.gguf", options_of(HOME, overwrite=True, plan_out=source)),
+    ):
+        with pytest.raises(OutputError, match="written over"):
+            quantize_to(source, out, Target(kl=0.1), options)
+    assert source.read_bytes() == whole
+
+
+def test_importance_that_saw_what_is_held_out_is_said(source, tmp_path):
+    sums = {
+        t.name: np.ones((1, t.shape[1]), np.float32)
+        for t in plan_types(source, QuantizeOptions("Q4_K_M")).tensors if len(t.shape) == 2
+    }  # fmt: skip
+    stock = plan_types(source, QuantizeOptions("Q4_K_M")).file_bytes
+    for names, said in (((HOME.name,), 1), (("other.txt",), 0)):
+        seen = tmp_path / "seen.gguf"
+        seen.unlink(missing_ok=True)
+        write_importance(seen, Importance(sums, {name: np.full(1, 64) for name in sums}, 1, 64, names))
+        reached = quantize_to(
+            source, tmp_path / "out.gguf", Target(size_bytes=stock), options_of(HOME, imatrix=seen, overwrite=True)
+        )
+        assert len(reached.notes) == said
+        assert all("was computed on train.jsonl too" in note for note in reached.notes)
+
+
+@pytest.mark.parametrize(("text", "size"), [("90MB", 90e6), ("90mb", 90e6), ("1.5 GiB", 1.5 * 2**30), ("2gb", 2e9)])
+def test_a_size_is_a_number_and_a_unit(text, size):
+    assert size_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["abc", "90", "0MB", "90 Mbit", ""])
+def test_what_is_no_size_names_its_option(text, capsys):
+    assert run(["quantize", "in.gguf", "out.gguf", "--target-size", text]) == 2
+    assert "--target-size" in (said := capsys.readouterr().err)
+    assert "no size" in said
 
 
 @pytest.mark.parametrize(
@@ -208,6 +331,7 @@ def test_the_command_says_what_it_reached(source, tmp_path, capsys):
     [
         ("quantize in.gguf out.gguf Q4_K_M --target-size 90MB", "TYPE"),
         ("quantize in.gguf out.gguf --target-kl 0.02 --pure", "--pure"),
+        ("quantize in.gguf out.gguf --target-kl 0.02 --data rows.jsonl --check-rows 8", "--check-rows"),
         ("quantize in.gguf out.gguf Q4_K_M --repair 8", "--repair"),
         ("quantize in.gguf --target-kl 0.02", "OUT"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ import typer
 if TYPE_CHECKING:
     from edgelora.cli.display import Display
     from edgelora.pipeline.budget import Reached
+
+
+UNITS = {"mb": 10**6, "mib": 1 << 20, "gb": 10**9, "gib": 1 << 30}
+SIZE = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,35 @@ class Asked:
         """
         if self.size is not None or self.kl is not None:
             if wrong := [name for name, value in others.items() if value]:
-                raise typer.BadParameter("a target chooses the types itself", param_hint=wrong)
+                raise typer.BadParameter(
+                    "a target chooses the types itself, and is measured on --data or --text", param_hint=wrong
+                )
             return True
         if wrong := [n for n, value in {"--text": self.text, "--repair": self.repair}.items() if value is not None]:
             raise typer.BadParameter("it goes with --target-size or --target-kl", param_hint=wrong)
         return False
 
 
+def size_bytes(text: str) -> int:
+    """`90MB`, `90 mb` or `1.5 GiB` in bytes. Raises typer.BadParameter for anything else, and for nothing."""
+    found = SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * UNITS[found[2].lower()]) if found else 0
+    if size == 0:
+        raise typer.BadParameter(
+            f"{text} is no size of a file: write a number above 0 and MB, GB, MiB or GiB, such as 90MB",
+            param_hint="--target-size",
+        )
+    return size
+
+
 def run(asked: Asked, *, as_json: bool) -> None:
     """Reach the target and say what was reached."""
-    from edgelora.base.device_memory import parse_size
     from edgelora.cli.display import Display
     from edgelora.pipeline.budget import BudgetOptions, Target, quantize_to
 
     if asked.out is None:
         raise typer.BadParameter("name the file to write", param_hint="OUT")
-    target = Target(None if asked.size is None else parse_size(asked.size), asked.kl)
+    target = Target(None if asked.size is None else size_bytes(asked.size), asked.kl)
     options = BudgetOptions(
         asked.data, asked.text, asked.imatrix, asked.save_plan, asked.repair, asked.overwrite, asked.allow_requantize
     )
@@ -70,17 +88,21 @@ def run(asked: Asked, *, as_json: bool) -> None:
 
 
 def _say(reached: Reached, source: str, display: Display) -> None:
-    for tried in reached.attempts[:-1]:
-        display.say(f"a plan of {tried.file_bytes / 1e6:.1f} MB has a KL of {tried.measured.kl_mean:.4f}: the next one")
-    last = reached.attempts[-1]
+    for tried in reached.attempts:
+        if tried is not reached.taken:
+            size, kl = tried.file_bytes / 1e6, tried.measured.kl_mean
+            display.say(f"a plan of {size:.1f} MB has a KL of {kl:.4g}: not taken")
+    last = reached.taken
     kinds = Counter(kind.name for kind in reached.plan.types.values()).most_common()
     display.say(
-        f"{reached.path}: {reached.size_bytes / 1e6:.1f} MB, mean KL {reached.kl:.4f} to {source} on "
-        f"{last.measured.n_tokens:,} held-out tokens ({last.predicted_kl:.4f} predicted)"
+        f"{reached.path}: {reached.size_bytes / 1e6:.1f} MB, mean KL {reached.kl:.4g} to {source} on "
+        f"{last.measured.n_tokens:,} held-out tokens ({last.predicted_kl:.4g} predicted)"
     )
     display.say("tensors: " + ", ".join(f"{n} {kind}" for kind, n in kinds))
     display.say(reached.certificate.sentence)
     if reached.repair is not None:
         display.say(str(reached.repair))
+        if reached.repair.kept:
+            display.say(f"use both: edgelora chat {reached.path} --adapter {reached.repair.path}")
     for note in reached.notes:
         display.note(note)
