@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli import budget
-from edgelora.cli.arguments import CheckData, CheckRows, Json, Overwrite
+from edgelora.cli.arguments import CheckRows, Json, Overwrite
 
 if TYPE_CHECKING:
     from edgelora.pipeline.quantize import Quantized
+
+CHECKED_ROWS = 64
 
 
 def quantize(
@@ -54,10 +56,16 @@ def quantize(
         bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")
     ] = False,
     target_size: Annotated[
-        str | None, typer.Option(help="Instead of TYPE: the best file of at most 90MB.", show_default=False)
+        str | None,
+        typer.Option(help="Instead of TYPE: the best file of at most this, such as 90MB.", show_default=False),
     ] = None,
     target_kl: Annotated[
-        float | None, typer.Option(help="Instead of TYPE: the smallest file within this KL.", show_default=False)
+        float | None,
+        typer.Option(
+            help="Instead of TYPE: the smallest file within this mean KL (nats) to IN, on a quarter of --data or "
+            "--text that is held out.",
+            show_default=False,
+        ),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="With a target: a text to measure on, if not --data.", show_default=False)
@@ -68,8 +76,15 @@ def quantize(
             metavar="RANK", help="With a target: a LoRA beside it, if it beats more bits.", show_default=False
         ),
     ] = None,
-    data: CheckData = None,
-    check_rows: CheckRows = 64,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows to check with, a few built-in ones without it; with a target: to measure on, as the model "
+            "will see them.",
+            show_default=False,
+        ),
+    ] = None,
+    check_rows: CheckRows = CHECKED_ROWS,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +98,7 @@ def quantize(
     if asked.is_target({
         "TYPE": kind, "--plan": plan, "--tensor-type": tensor_type, "--output-type": output_type, "--pure": pure,
         "--embedding-type": embedding_type, "--keep-split": keep_split, "--plain": plain, "--dry-run": dry_run,
+        "--check-rows": check_rows != CHECKED_ROWS,
     }):  # fmt: skip
         budget.run(asked, as_json=as_json)
         return
@@ -115,8 +131,10 @@ def quantize(
 
 
 def _places(out: Path | None, kind: str | None, *, dry_run: bool, planned: bool) -> tuple[Path | None, str | None]:
-    """Where to write (None: nowhere) and the type: `IN TYPE --dry-run` names no file, `--plan FILE` no type."""
-    if dry_run and kind is None and out is not None and not planned:
+    """Where to write (None: nowhere) and the type: `IN TYPE` names no file, `IN OUT --plan FILE` no type."""
+    from converters.quant_types import QUANT_TYPES
+
+    if kind is None and out is not None and (str(out).upper() in QUANT_TYPES or (dry_run and not planned)):
         out, kind = None, str(out)
     if kind is None and not planned:
         raise typer.BadParameter("name one, such as Q4_K_M", param_hint="TYPE")
