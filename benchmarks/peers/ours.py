@@ -27,7 +27,7 @@ from edgelora.training.optim import build_optimizer, set_share
 from peers.channel import Turnstile
 from peers.data import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK, batches, load, share
 
-MICRO_BATCH_TOKENS = 512  # what the memory plan takes on a CPU
+MICRO_BATCH_TOKENS = 1024  # what the memory plan takes on a CPU
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 

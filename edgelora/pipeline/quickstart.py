@@ -96,11 +96,11 @@ def quickstart(
 
     say(f"base model: {base.name}, {base.stat().st_size / 1e6:.1f} MB; task: {data.parent.name}")
     rows = [scored("base", base)]
-    # in blocks even where memory abounds: this run shows how little the path needs. The test rows are looked at once,
+    # in blocks and few at once even where memory abounds: this run shows how little the path needs. The test rows are looked at once,
     # at the end: nothing is chosen by them
     config = TrainConfig(
         base=base, data=(Source(data),), out=adapter, valid=test, epochs=epochs, base_dtype="blocks",
-        eval_every=1_000_000, overwrite=True,
+        micro_batch_tokens=512, eval_every=1_000_000, overwrite=True,
     )  # fmt: skip
     run = run_in_child(run_training, config, on_progress=on_progress)
     say(
