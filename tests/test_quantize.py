@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from test_export import make_adapter
 
 from converters.imatrix import Importance, write_importance
 from converters.metadata import copy_metadata
@@ -29,7 +30,9 @@ from edgelora.files.atomic import STAGE_PREFIX
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_file
 from edgelora.files.gguf import GGUFFile, TensorInfo
 from edgelora.files.split import open_gguf
-from edgelora.pipeline.quantize import QuantizeSettings, prepare, quantize
+from edgelora.peft.adapter import write_adapter
+from edgelora.pipeline.merge import MergeOptions, Wanted, open_parts, write_gguf
+from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of, prepare, quantize
 
 # /work/shared/reference: what llama-quantize made of SmolLM2's Q4_1, and then of that F16 file.
 REFERENCE = {
@@ -108,6 +111,12 @@ def write_plain(source, out, kind, **settings):
     asked = prepare(source, kind, QuantizeSettings(plain=True, **settings))
     write_quantized(asked.source, out, asked.options, keys=asked.keys)
     return asked.plan
+
+
+def merged(base, adapter, out, kind="F16", imatrix=None) -> list[str]:
+    """What `merge` writes, without its check; returns its notes."""
+    opened, parts = open_parts(base, [(adapter, 1.0)], allow_unverified=False)
+    return write_gguf(out, opened, parts, Wanted.read(kind, MergeOptions(imatrix)))
 
 
 def expert_importance(path) -> dict[str, np.ndarray]:
@@ -222,6 +231,16 @@ def test_parts_are_read_as_one_and_kept_as_parts(tiny, tmp_path):
         quantize(tiny.path, tmp_path / "other", "Q4_K_M", QuantizeSettings(keep_split=True))
 
 
+def test_parts_do_not_keep_the_certificate_of_their_source(tiny, tmp_path):
+    first = split_in_two(tiny.path, tmp_path, certificate='{"passed": true}')
+    for plain in (False, True):
+        (tmp_path / str(plain)).mkdir()
+        asked = prepare(first, "Q4_0", QuantizeSettings(keep_split=True, plain=plain))
+        write_quantized(asked.source, tmp_path / str(plain) / "out", asked.options, keys=asked.keys)
+        written = GGUFFile(tmp_path / str(plain) / "out-00001-of-00002.gguf")
+        assert written.get(CERTIFICATE_KEY, str) == ('{"passed": true}' if plain else "")
+
+
 def test_llama_quantize_keeps_the_same_parts(llama_quantize, tiny, tmp_path):
     first = split_in_two(tiny.path, tmp_path)
     llama_quantize("--keep-split", first, tmp_path / "theirs.gguf", "Q4_K_M", 1)
@@ -230,7 +249,7 @@ def test_llama_quantize_keeps_the_same_parts(llama_quantize, tiny, tmp_path):
         assert (tmp_path / f"ours-{part}.gguf").read_bytes() == (tmp_path / f"theirs-{part}.gguf").read_bytes()
 
 
-def split_in_two(source, folder):
+def split_in_two(source, folder, certificate=None):
     """The model in two files, as gguf-split writes them."""
     file = GGUFFile(source)
     names = [list(file.tensors)[::2], list(file.tensors)[1::2]]
@@ -239,6 +258,8 @@ def split_in_two(source, folder):
         writer = gguf.GGUFWriter(path, "llama")
         if i == 0:
             copy_metadata(file, writer)
+            if certificate is not None:
+                writer.add_string(CERTIFICATE_KEY, certificate)
         writer.add_uint16("split.no", i)
         writer.add_uint16("split.count", 2)
         writer.add_int32("split.tensors.count", len(file.tensors))
@@ -372,6 +393,24 @@ def test_importance_that_does_not_fit_is_refused(tiny, values, fault):
         check_importance(plan_types(tiny.path, options), options.imatrix)
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K_M"])
+def test_a_merge_refuses_importance_of_another_model(tiny, tmp_path, kind):
+    write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
+    other = Importance(
+        {"blk.7.attn_q.weight": np.ones((1, 256), np.float32)}, {"blk.7.attn_q.weight": np.array([4])}, 1, 4, ("x",)
+    )
+    write_importance(tmp_path / "other.gguf", other)
+    with pytest.raises(ExportError, match=r"does not fit the model: blk\.7\.attn_q\.weight is no tensor"):
+        merged(tiny.path, tmp_path / "mine", tmp_path / "out.gguf", kind, tmp_path / "other.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_a_merge_into_floats_has_no_use_for_importance(imatrix, kind):
+    with pytest.raises(ConfigError, match=f"--imatrix .* with {kind}"):
+        Wanted.read(kind, MergeOptions(imatrix))
+
+
 def test_a_bad_pattern_is_a_setting_that_cannot_be(tiny):
     with pytest.raises(ConfigError, match="no regular expression"):
         plan_types(tiny.path, QuantizeOptions("Q4_K_M", tensor_types=(("attn_(v", "Q8_0"),)))
@@ -439,6 +478,77 @@ def test_a_full_disk_is_said_before_the_work(tiny, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"the quantized weights need .* bytes, and"):
         quantize(tiny.path, tmp_path / "out.gguf", "Q8_0")  # the certificate's room comes to it
     quantize(tiny.path, tmp_path / "out.gguf", "Q8_0", PLAIN)
+
+
+@pytest.mark.parametrize("words", [["Q8_0"], ["q4_k_m", "--plan", "plan.toml"]])
+def test_a_type_alone_is_no_file_to_write(tiny, tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    write_plan(tmp_path / "plan.toml", plan_types(tiny.path, QuantizeOptions("Q4_K_M")))
+    assert run(["quantize", str(tiny.path), *words]) == 2
+    assert "name the file to write" in capsys.readouterr().err
+    assert run(["quantize", str(tiny.path), *words, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["type"] == words[0].upper()
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+
+
+@pytest.mark.parametrize("place", ["out.gguf", "out.certificate.json", "source.gguf", "there.toml"])
+def test_a_plan_that_cannot_be_saved_is_refused_before_the_work(tiny, tmp_path, monkeypatch, place):
+    source = tmp_path / "source.gguf"
+    shutil.copyfile(tiny.path, source)
+    (tmp_path / "there.toml").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr("edgelora.pipeline.quantize.prepare", lambda *_: pytest.fail("began"))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for overwrite in (False,) if place == "there.toml" else (False, True):
+        with pytest.raises(OutputError, match=place.replace(".", r"\.")):
+            quantize(source, tmp_path / "out.gguf", "Q8_0", save_plan=tmp_path / place, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_failed_run_saves_no_plan(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ExportError("it", "failed", "here")
+
+    monkeypatch.setattr("edgelora.pipeline.quantize._write", fail)
+    with pytest.raises(ExportError):
+        quantize(tiny.path, tmp_path / "out.gguf", "Q8_0", save_plan=tmp_path / "plan.toml")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_and_what_else_is_read_are_never_written_over(tiny, imatrix, tmp_path):
+    source, known = tmp_path / "source.gguf", tmp_path / "imatrix.gguf"
+    shutil.copyfile(tiny.path, source)
+    shutil.copyfile(imatrix, known)
+    for out in (source, known):
+        with pytest.raises(OutputError, match="it would be written over"):
+            quantize(source, out, "Q8_0", QuantizeSettings(imatrix=known), overwrite=True)
+    with pytest.raises(OutputError, match="it would be written over"):
+        dry_run_of(source, "Q8_0", save_plan=source, overwrite=True)
+    assert source.read_bytes() == tiny.path.read_bytes()
+    assert known.read_bytes() == imatrix.read_bytes()
+
+
+# -- what a merge left in its weights -----------------------------------------------------------------------------
+
+
+def test_a_merge_that_would_snap_back_is_told_at_the_second_step_too(make_tiny, tiny, tmp_path):
+    """Q4_0 + an adapter that was trained over it → F16 → Q4_K_M; not over the original, nor into Q8_0."""
+    q4, half, again = make_tiny(Type.Q4_0).path, tmp_path / "half.gguf", tmp_path / "again.gguf"
+    write_adapter(tmp_path / "mine", make_adapter(open_base(q4)))
+    assert any("quantize it below 8 bits" in note for note in merged(q4, tmp_path / "mine", half))
+    (note,) = prepare(half, "Q4_K_M").notes
+    assert "an adapter was merged into half.gguf over weights that had been Q4_0" in note
+    assert "snap back" in note
+    assert prepare(half, "Q8_0").notes == []
+    write_plain(half, tmp_path / "eight.gguf", "Q8_0")  # the statement goes along
+    (first, second) = prepare(tmp_path / "eight.gguf", "Q4_0", QuantizeSettings(allow_requantize=True)).notes
+    assert "adds a second error" in first
+    assert "over weights that had been Q4_0" in second
+    write_adapter(tmp_path / "second", make_adapter(open_base(half), seed=5))
+    merged(half, tmp_path / "second", again)
+    assert any("snap back" in note for note in prepare(again, "Q4_0").notes)
+    assert any("snap back" in note for note in merged(half, tmp_path / "second", again, "Q4_0"))
+    assert merged(tiny.path, tmp_path / "mine", half) == []
+    assert prepare(half, "Q4_0").notes == []
 
 
 # -- what is written, shown and said ------------------------------------------------------------------------------

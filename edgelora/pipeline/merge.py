@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.header import write_header_only
 from converters.imatrix import Importance, read_importance
-from converters.merge import Part, Recipe, entries_of, float_types, write_merged
+from converters.merge import Part, Recipe, entries_of, float_types, targets_of, write_merged
 from converters.merge_to_hf import write_merged_folder
 from converters.plan import Plan, QuantizeOptions, plan_types, read_plan
 from converters.plan_check import check_importance, check_plan
@@ -34,7 +34,7 @@ from edgelora.pipeline.certificate import (
 )
 from edgelora.pipeline.check_rows import CHECKED_ROWS
 from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
-from edgelora.pipeline.snap_back import snap_back_notes
+from edgelora.pipeline.snap_back import FINE, GRID_KEY, grid_of, snap_back_notes
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
 
@@ -90,6 +90,7 @@ def merge(
     wanted = None if (quant or "").upper() == HF else Wanted.read(quant, options)
     _refuse_to_write(out, overwrite, folder=wanted is None)
     made_from = stamp(base_path, *(path for path, _ in adapters))
+    stamp(*filter(None, (options.imatrix, options.plan, options.check))).require_apart(out)
     base, parts = open_parts(base_path, adapters, allow_unverified=allow_unverified)
     rows = None if options.check is None else rows_to_check(options.check, options.check_rows, base)
     notes: list[str] = []
@@ -118,7 +119,10 @@ def write_gguf(
     """Write the GGUF; returns what its user should know."""
     types, notes = wanted.types_for(base, draft.with_name(f"{draft.name}.header"))
     require_space(draft.parent, sum(entry.size_bytes for entry in entries_of(base, types).values()), "the weights")
-    recipe = Recipe(base, parts, types, QUANT_TYPES[wanted.kind], wanted.keys(), wanted.weights)
+    keys = wanted.keys()
+    if wanted.kind in FINE and (grid := grid_of(base, parts)) is not None:
+        keys[GRID_KEY] = grid
+    recipe = Recipe(base, parts, types, QUANT_TYPES[wanted.kind], keys, wanted.weights)
     write_merged(draft, recipe, on_progress)
     return [*notes, *snap_back_notes(base, parts, types)]
 
@@ -174,11 +178,19 @@ class Wanted:
                 why="the file would state another type than it has",
                 fix=f"leave --to out, or say `kind = {kind!r}` in the plan",
             )
+        if options.imatrix is not None and plan is None and kind in FLOAT_QUANTS:
+            raise ConfigError(
+                what=f"--imatrix {options.imatrix} with {kind}",
+                why="it says where few bits are to be spent, and floats are only rounded",
+                fix="leave it out, or ask for a quantized type",
+            )
         importance = None if options.imatrix is None else read_importance(options.imatrix)
         return cls(kind, plan, importance, {} if importance is None else importance.weights(), options.imatrix)
 
     def types_for(self, base: Base, header: Path) -> tuple[Mapping[str, Type], list[str]]:
         """The type of every tensor, and what to say of them. `header`: where a file may stand for the moment."""
+        if self.importance is not None:
+            self.importance.check({name: target.shape for name, target in targets_of(base).items()})
         if self.plan is None and self.kind in FLOAT_QUANTS:
             return float_types(base, GGMLQuantizationType[self.kind]), []
         try:

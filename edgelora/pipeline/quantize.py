@@ -22,6 +22,7 @@ from edgelora.pipeline.certificate import (
     ModelCertificate,
     Output,
     Reference,
+    beside,
     certify_model,
     rows_to_check,
     stamp,
@@ -29,6 +30,7 @@ from edgelora.pipeline.certificate import (
 )
 from edgelora.pipeline.check_rows import CHECKED_ROWS
 from edgelora.pipeline.export import FLOAT_QUANTS
+from edgelora.pipeline.snap_back import notes_on_grid
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
 
@@ -97,11 +99,12 @@ def quantize(
     """
     refuse_existing(out, overwrite, folder=settings.keep_split)
     made_from = stamp(source)
+    read = stamp(source, *filter(None, (settings.imatrix, settings.plan, settings.check)))
+    read.require_apart(out, *([save_plan] if save_plan else []))
+    _refuse_plan(save_plan, out, overwrite)
     rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows, open_base(source))
     asked = prepare(source, quant, settings)
     require_space(out.absolute().parent, asked.plan.file_bytes, "the quantized weights")
-    if save_plan is not None:
-        write_plan(save_plan, asked.plan, overwrite=overwrite)
     certificate = write_certified(
         Output(out, overwrite, folder=settings.keep_split, sign=not settings.plain),
         made_from,
@@ -110,8 +113,23 @@ def quantize(
             min(draft.iterdir()) if settings.keep_split else draft, Reference(asked.source), rows, on_progress
         ),
     )
+    if save_plan is not None:
+        write_plan(save_plan, asked.plan, overwrite=overwrite)
     written = sorted(out.iterdir()) if settings.keep_split else [out]
     return Quantized(out, sum(file.stat().st_size for file in written), asked.plan, asked.notes, certificate)
+
+
+def _refuse_plan(save_plan: Path | None, out: Path, overwrite: bool) -> None:
+    """Raise OutputError if the plan cannot be written after the model, or would take its place."""
+    if save_plan is None:
+        return
+    if save_plan.resolve() in (out.resolve(), beside(out).resolve()):
+        raise OutputError(
+            what=f"--save-plan {save_plan}: another result of this command stands there",
+            why="one would replace the other",
+            fix="choose another name for the plan, such as plan.toml",
+        )
+    refuse_existing(save_plan, overwrite)
 
 
 def _write(draft: Path, asked: Planned, settings: QuantizeSettings, on_progress: OnProgress) -> None:
@@ -131,6 +149,8 @@ def dry_run_of(
     overwrite: bool = False,
 ) -> Quantized:
     """What `quantize` would write, and how large: nothing is, but the plan where `save_plan` says."""
+    if save_plan is not None:
+        stamp(source, *filter(None, (settings.imatrix,))).require_apart(save_plan)
     asked = prepare(source, quant, settings)
     if save_plan is not None:
         write_plan(save_plan, asked.plan, overwrite=overwrite)
@@ -150,6 +170,8 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
         None if importance is None else importance.weights(), physical_cores(),
     )  # fmt: skip
     keys = _keys(settings, importance)
+    if settings.keep_split and not settings.plain and CERTIFICATE_KEY in base.file.metadata:
+        keys[CERTIFICATE_KEY] = ""  # the source's, which llama.cpp would copy
     if settings.keep_split and len(base.file.files) == 1:
         raise ConfigError(f"{source}: --keep-split, and it is one file", "it has no parts to keep", "leave it out")
     plan = given or plan_types(base.path, options, keys)
@@ -159,7 +181,9 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
         f"--tensor-type {pattern}: in no tensor's name"
         for pattern, _ in settings.tensor_types if not any(_is_in(pattern, t.name) for t in plan.tensors)
     ]  # fmt: skip
-    notes = [*plan.notes, *idle, *_requantized(base, plan, settings.allow_requantize)]
+    notes = [
+        *plan.notes, *idle, *_requantized(base, plan, settings.allow_requantize), *notes_on_grid(base, plan.types)
+    ]  # fmt: skip
     return Planned(base.path, options, plan, keys, notes)
 
 

@@ -3,6 +3,7 @@
 An adapter moves weights by less than a step of a low-bit type. Where the base's weights are that type's own values,
 quantizing their sum with the adapter again rounds most of them to where they were: at Q4_0 a loss of 1.688 nats became
 1.960 (DESIGN section 3). Over the 16-bit original the sums lie anywhere between the steps, and the change survives.
+An F16 merge over such weights keeps all, and says in its metadata what quantizing it later would lose.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ FINE = ("F32", "F16", "BF16", "Q8_0")  # their steps are finer than what an adap
 # original and its quantization to 4 bits by 1e-3 and more.
 SAME_WEIGHTS = 5e-4
 
+GRID_KEY = "edgelora.grid"  # of a merge in FINE numbers: the coarse type near whose steps its weights lie
+
 
 def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQuantizationType]) -> list[str]:
     """What to know before such a merge is used, and both ways around it; empty where nothing is lost.
@@ -34,7 +37,7 @@ def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQ
     touched = {base.tensor_of(module) for part in parts for module in part.adapter.tensors}
     coarse = sorted({types[name].name for name in touched if types[name].name not in FINE})
     if not coarse:
-        return []
+        return _later(grid_of(base, parts)) if touched else []
     into, notes = ", ".join(coarse), []
     for part in parts:
         contract = part.adapter.contract
@@ -51,7 +54,46 @@ def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQ
             f"the base is {base.quant} already: merged and quantized again to {into}, its weights tend to snap back to "
             f"the old steps, which can undo what the adapter learned. {_instead(base)}"
         )
-    return notes
+    return notes or notes_on_grid(base, types)
+
+
+def notes_on_grid(base: Base, types: Mapping[str, GGMLQuantizationType]) -> list[str]:
+    """What to know before a GGUF is quantized to `types` that an earlier merge left near the steps of a coarse type."""
+    coarse = sorted({kind.name for kind in types.values() if kind.name not in FINE})
+    grid = _stated_grid(base)
+    if grid is None or base.quant not in FINE or not coarse:
+        return []
+    return [
+        f"an adapter was merged into {base.path.name} over weights that had been {grid}: quantized to "
+        f"{', '.join(coarse)} they snap back to the old steps, which can undo what it learned. Run the adapter live "
+        f"over the {grid} file instead, or merge it into the 16-bit original of the base and quantize that; Q8_0 keeps "
+        f"it too"
+    ]
+
+
+def grid_of(base: Base, parts: Sequence[Part]) -> str | None:
+    """The coarse type on or near whose steps the base's weights lie, as far as it and its adapters' contracts tell."""
+    if base.quant not in FINE:
+        return base.quant
+    contracts = (part.adapter.contract for part in parts)
+    trained_over = (c.base_file.quant for c in contracts if c is not None and _same_weights(c, base))
+    return next((quant for quant in trained_over if quant not in FINE), None) or _stated_grid(base)
+
+
+def _stated_grid(base: Base) -> str | None:
+    value = base.file.metadata.get(GRID_KEY) if base.is_gguf else None
+    return value.data if value is not None and isinstance(value.data, str) and value.data.isidentifier() else None
+
+
+def _later(grid: str | None) -> list[str]:
+    """What not to do with a merge in fine numbers."""
+    if grid is None:
+        return []
+    return [
+        f"these weights were {grid}, and still lie near its steps: this file keeps what the adapter learned, but "
+        f"quantize it below 8 bits and they return to them. For a small file, run the adapter live over the {grid} "
+        f"file, or merge it into the 16-bit original of the base and quantize that"
+    ]
 
 
 def _same_weights(contract: Contract, base: Base) -> bool:
