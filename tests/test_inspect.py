@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.metadata import copy_metadata
+from converters.quantize import write_quantized
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.files.contract import CERTIFICATE_KEY, LINEAGE_KEY, Contract
@@ -27,7 +28,7 @@ from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.inspect import DIMENSIONS, inspect
 from edgelora.pipeline.inspect_facts import shares, template_facts
-from edgelora.pipeline.quantize import quantize
+from edgelora.pipeline.quantize import QuantizeSettings, prepare, quantize
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 DATA = [{"name": "train.jsonl", "rows": 924, "weight": 1.0}, {"name": "more.jsonl", "rows": 7, "weight": 0.5}]
@@ -311,6 +312,17 @@ def test_of_a_model_the_comparison_over_its_own_weights_is_shown(tiny, tmp_path,
     del stated["adapter"]
     model = copied(tiny.path, tmp_path / "m.gguf", **{CERTIFICATE_KEY.replace(".", "__"): json.dumps(stated)})
     assert "passed, mean KL 0.001 (limit 0.01)" in " ".join(printed(capsys, model).split())
+
+
+def test_the_certificate_of_the_source_is_not_taken_for_its_own(tiny, tmp_path, capsys):
+    first, plain = quantize(tiny.path, tmp_path / "first.gguf", "F16").path, tmp_path / "plain.gguf"
+    assert not inspect(first).origin.certificate_of_source
+    asked = prepare(first, "Q4_0", QuantizeSettings(plain=True))
+    write_quantized(asked.source, plain, asked.options, keys=asked.keys)
+    assert inspect(plain).origin.certificate_of_source
+    told = "none of its own: this is that of the file it was made from, which has other types"
+    assert told in " ".join(printed(capsys, plain).split())
+    assert told not in " ".join(printed(capsys, first).split())
 
 
 def test_lineage_and_certificate_of_a_base(tiny, tmp_path, capsys):

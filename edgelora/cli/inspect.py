@@ -181,6 +181,8 @@ def _origin(origin: Origin) -> Rows:
         yield "identity", _bad(fault)
     if origin.contract is not None:
         yield from _contract(origin.contract)
+    if origin.certificate_of_source:
+        yield "certificate", _note("none of its own: this is that of the file it was made from, which has other types")
     if origin.certificate is not None:
         yield "certificate", _certificate(origin.certificate)
 

@@ -31,6 +31,7 @@ from edgelora.pipeline.inspect_facts import (
     TypeShare,
     certificate_of,
     contract_facts,
+    is_of_source,
     reason,
     shares,
     stated,
@@ -94,6 +95,8 @@ class Origin:
     contract: dict[str, Any] | None
     certificate: dict[str, Any] | None
     faults: list[str]
+    certificate_of_source: bool = False
+    """The certificate is not this file's, but that of the one it was quantized from."""
 
 
 @dataclass(frozen=True)
@@ -282,12 +285,14 @@ def _origin(source: Source, base: Base | None) -> Origin:
     if isinstance(source, Checkpoint):
         return Origin(fingerprint, [], None, None, faults)
     contract = read(lambda: contract_of(source))
+    certificate = certificate_of(source)
     return Origin(
         fingerprint=fingerprint,
         lineage=list(read(lambda: read_lineage(source)) or ()),
         contract=contract_facts(contract) if contract else None,
-        certificate=certificate_of(source),
+        certificate=certificate,
         faults=list(dict.fromkeys(faults)),
+        certificate_of_source=certificate is not None and is_of_source(certificate, source),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,6 +91,12 @@ def certificate_of(file: GGUFFile) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_of_source(certificate: Mapping[str, Any], file: GGUFFile) -> bool:
+    """Whether a model's certificate speaks of other types than the file has: it was copied from the file's source."""
+    types = Counter(info.type.name for info in file.tensors.values() if len(info.shape) > 1)
+    return "types" in certificate and certificate["types"] != types
 
 
 # -- tokenizer and template ---------------------------------------------------------------------------------------
