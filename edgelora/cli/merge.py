@@ -46,7 +46,6 @@ def merge(
     """
     from edgelora.cli.display import Display
     from edgelora.errors import ConfigError
-    from edgelora.invocation import command
     from edgelora.pipeline.certificate import Reference
     from edgelora.pipeline.merge import MergeOptions
     from edgelora.pipeline.merge import merge as run
@@ -54,8 +53,7 @@ def merge(
 
     parts = [scaled(text) for text in (*(adapters or ()), *(adapter or ()))]
     if not parts:
-        spelled = command("merge", base, "FOLDER", "--out", out)
-        raise ConfigError("nothing to merge", "no adapter was named", f"name one behind the base: `{spelled}`")
+        raise typer.BadParameter("name at least one, behind the base", param_hint="ADAPTER")
     if hf_dtype is not None and (to or "").upper() != "HF":
         raise ConfigError(
             what=f"--hf-dtype {hf_dtype.upper()}, and what is written is no Hugging Face folder",
