@@ -132,9 +132,9 @@ def quantize(
 
 def _places(out: Path | None, kind: str | None, *, dry_run: bool, planned: bool) -> tuple[Path | None, str | None]:
     """Where to write (None: nowhere) and the type: `IN TYPE` names no file, `IN OUT --plan FILE` no type."""
-    from converters.quant_types import QUANT_TYPES
+    from edgelora.pipeline.quantize import is_type
 
-    if kind is None and out is not None and (str(out).upper() in QUANT_TYPES or (dry_run and not planned)):
+    if kind is None and out is not None and (is_type(str(out)) or (dry_run and not planned)):
         out, kind = None, str(out)
     if kind is None and not planned:
         raise typer.BadParameter("name one, such as Q4_K_M", param_hint="TYPE")

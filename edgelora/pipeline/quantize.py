@@ -10,7 +10,7 @@ from pathlib import Path
 from converters.imatrix import Importance, read_importance
 from converters.plan import Plan, QuantizeOptions, plan_types, read_plan, write_plan
 from converters.plan_check import check_importance, check_plan
-from converters.quant_types import parse_type
+from converters.quant_types import QUANT_TYPES, parse_type
 from converters.quantize import MAX_KEY_BYTES, write_planned, write_quantized
 from edgelora.base.model import Base, open_base
 from edgelora.device import physical_cores
@@ -117,6 +117,11 @@ def quantize(
         write_plan(save_plan, asked.plan, overwrite=overwrite)
     written = sorted(out.iterdir()) if settings.keep_split else [out]
     return Quantized(out, sum(file.stat().st_size for file in written), asked.plan, asked.notes, certificate)
+
+
+def is_type(text: str) -> bool:
+    """Whether this is the name of a type that a model can be quantized to."""
+    return text.upper() in QUANT_TYPES
 
 
 def _refuse_plan(save_plan: Path | None, out: Path, overwrite: bool) -> None:
