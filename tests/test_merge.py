@@ -557,7 +557,8 @@ def test_numbers_of_a_folder_are_refused_for_a_file(tiny, tmp_path, capfd):
         (["--to", "Q9_K"], "error: Q9_K: no such quantization type"),
         (["--to", "COPY"], "error: --to COPY"),
         (["--plan", "none.toml"], "error: none.toml: not a usable plan"),
-        (["--imatrix", "none.gguf"], "error: none.gguf: no such file"),
+        (["--to", "Q4_0", "--imatrix", "none.gguf"], "error: none.gguf: no such file"),
+        (["--imatrix", "none.gguf"], "error: --imatrix none.gguf with F16"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, tmp_path, capfd, words, what):
