@@ -96,8 +96,8 @@ def quickstart(
 
     say(f"base model: {base.name}, {base.stat().st_size / 1e6:.1f} MB; task: {data.parent.name}")
     rows = [scored("base", base)]
-    # in blocks and few at once even where memory abounds: this run shows how little the path needs. The test rows are looked at once,
-    # at the end: nothing is chosen by them
+    # in blocks and few at once even where memory abounds: this run shows how little the path needs. The test rows are
+    # looked at once, at the end: nothing is chosen by them
     config = TrainConfig(
         base=base, data=(Source(data),), out=adapter, valid=test, epochs=epochs, base_dtype="blocks",
         micro_batch_tokens=512, eval_every=1_000_000, overwrite=True,
