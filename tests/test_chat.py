@@ -38,7 +38,7 @@ def test_a_conversation_on_a_terminal(tiny, files):
         sys.executable,
         ["-m", "edgelora", "chat", str(tiny.path), "--adapter", f"home={files / 'home.gguf'}", "--adapter",
          f"poet={files / 'poet.gguf'}", "--max-tokens", "8"],
-        timeout=30, encoding="utf-8", dimensions=(24, 200),
+        timeout=120, encoding="utf-8", dimensions=(24, 200),
     )  # fmt: skip
     terminal.expect("answering with home")
     terminal.expect_exact("> ")
