@@ -73,6 +73,15 @@ checks its result, so theirs is compared with the writing alone.
 """
 
 
+BUDGET = """## The same bytes, spent where they matter
+
+    python benchmarks/budget.py --text wiki.txt --windows 4 --out benchmarks/results/budget.json
+
+{model}, on {processor}. Mean KL to F16 in nats over {scored_tokens} tokens that were not calibrated on: llama.cpp's own
+choice of types, the same with an importance matrix, and types by measured sensitivity at no more bytes.
+"""
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
@@ -118,9 +127,27 @@ def export(result: Mapping[str, Any]) -> str:
     return EXPORT.format(**result) + "\n" + markdown(["", "target", "peer → edgelora", ""], result["table"]) + "\n"
 
 
+def budget(result: Mapping[str, Any]) -> str:
+    def row(r: Mapping[str, Any]) -> list[object]:
+        kl = [f"{r[side]['kl_mean']:.3f}" for side in ("plain", "important", "ours")]
+        lower = [f"{r[name]:.0%}" for name in ("lower_than_plain", "lower_than_important")]
+        return [r["kind"], f"{r['bytes'] / 1e6:.1f}", *kl, *lower]
+
+    head = [
+        "bytes of",
+        "MB",
+        "llama.cpp's choice",
+        "with importance",
+        "edgelora",
+        "lower by (≥ 25 %)",
+        "and by (≥ 10 %)",
+    ]
+    return BUDGET.format(**result) + "\n" + markdown(head, map(row, result["rows"])) + "\n"
+
+
 def written() -> str:
     """The whole text."""
-    parts = {"train": training, "step": step, "dequantize": blocks, "export": export}
+    parts = {"train": training, "step": step, "dequantize": blocks, "export": export, "budget": budget}
     found = {name: RESULTS / f"{name}.json" for name in parts}
     texts = [make(json.loads(found[name].read_text(encoding="utf-8"))) for name, make in parts.items()]
     return "\n".join([HEAD, *texts])
