@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
+from converters.in_range import in_range
 from converters.metadata import write_metadata
 from converters.stream import Entry, write_streamed
 from edgelora.architectures.metadata import context_in_llama_cpp, gguf_extra_tensors, unlike_llama_cpp
@@ -27,6 +28,7 @@ from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
 
+ELSE = "convert to BF16 or F32; if it is not a number, download the checkpoint again"
 ELEMENTS_AT_ONCE = 1 << 20  # floats alive while a tensor goes from one type to another
 
 FILE_TYPES = {
@@ -85,7 +87,7 @@ def write_base_gguf(out: Path, base: Base, dtype: str = "F16", on_progress: OnPr
 
     def rows_of(name: str) -> Iterator[np.ndarray]:
         for slab in slabs(base, name, targets[name]):
-            yield _cast(slab.floats, targets[name].kind, name)
+            yield in_range(f"{name}: a weight", slab.floats, targets[name].kind, fix=ELSE)
 
     write_streamed(writer, targets, rows_of, "convert", on_progress)
 
@@ -141,16 +143,3 @@ def _checkpoint_slabs(base: Base, name: str, target: Target) -> Iterator[Slab]:
 def _parts(n_rows: int, columns: int) -> Iterator[slice]:
     step = max(1, ELEMENTS_AT_ONCE // columns)
     return (slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step))
-
-
-def _cast(values: np.ndarray, kind: Type, name: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        cast = ggml.quantize(values, kind)
-    if kind == Type.F16 and not np.isfinite(cast.view(np.float16)).all():
-        finite = np.isfinite(values).all()
-        raise ExportError(
-            what=f"{name}: a weight {'does not fit into F16' if finite else 'is not a number'}",
-            why=f"F16 ends at 65504, the largest weight is {np.abs(values).max():.3g}",
-            fix="convert to BF16 or F32" if finite else "download the checkpoint again",
-        )
-    return cast

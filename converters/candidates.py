@@ -27,4 +27,5 @@ def candidates(name: str, columns: int, important: bool) -> tuple[Type, ...]:
 
 
 def probe(columns: int) -> Type:
+    """The type that a tensor with rows of so many weights is measured as."""
     return next(kind for kind in PROBES if columns % GGML_QUANT_SIZES[kind][0] == 0)

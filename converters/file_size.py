@@ -16,6 +16,7 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 def padded(n_bytes: int, alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
+    """Bytes up to the next multiple of `alignment`."""
     return -(-n_bytes // alignment) * alignment
 
 

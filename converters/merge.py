@@ -17,11 +17,10 @@ from gguf.constants import GGMLQuantizationType, LlamaFileType
 
 from converters.adapter_to_gguf import gguf_pairs
 from converters.base_to_gguf import Slab, Target, plan, slabs
+from converters.in_range import in_range
 from converters.metadata import PARENTS, QUANTIZED_BY, copy_metadata, descent, put, write_metadata
 from converters.stream import Entry, write_streamed
-from edgelora.base import ggml
 from edgelora.base.model import Base
-from edgelora.errors import ExportError
 from edgelora.files.contract import (
     CERTIFICATE_BYTES,
     CERTIFICATE_KEY,
@@ -35,9 +34,6 @@ from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
 
-# What rounds to infinity: the scales of blocks are F16.
-HALF_ENDS = 65520.0
-BEYOND = {Type.F32: float(np.finfo(np.float32).max) * (1 + 2**-25), Type.BF16: (2 - 2**-8) * 2.0**127}
 # What a merge states itself, or what was true of the base's own quantization.
 NOT_COPIED = (QUANTIZED_BY, "quantize.imatrix.", "split.", "edgelora.", PARENTS)
 
@@ -117,16 +113,9 @@ def float_types(base: Base, kind: Type) -> dict[str, Type]:
 
 
 def quantized(weights: np.ndarray, kind: Type, name: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """float32 (n, columns) as rows of `kind`. Raises ExportError if a weight does not fit into it."""
-    largest = max(float(weights.max()), -float(weights.min()))
-    if largest < BEYOND.get(kind, HALF_ENDS):  # asked first: some of ggml's kernels abort on what is no number
-        return ggml.quantize(weights, kind, importance)
-    what = f"does not fit into {kind.name} (largest {largest:.3g})" if np.isfinite(largest) else "is not a number"
-    raise ExportError(
-        what=f"{name}: a merged weight {what}",
-        why=f"{kind.name} ends at {BEYOND.get(kind, 65504):.5g}; the adapter or its scale is too strong",
-        fix="merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead",
-    )
+    """Merged float32 (n, columns) as rows of `kind`. Raises ExportError if a weight does not fit into it."""
+    fix = "merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead"
+    return in_range(f"{name}: a merged weight", weights, kind, importance, fix=fix)
 
 
 class Deltas:

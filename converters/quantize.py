@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 
 from converters.file_size import REWRITTEN, SPLIT_KEYS
+from converters.in_range import in_range
 from converters.metadata import copy_metadata, put
 from converters.plan_check import check_importance, check_plan
 from converters.quant_types import COPY, QUANT_TYPES, parse_tensor_type
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 ERROR_LEVEL = 4
 MAX_KEY_BYTES = 127  # of a metadata value that llama.cpp is asked to add
 ELEMENTS_AT_ONCE = 1 << 22  # floats alive while weights go from one type to another
-SAFE_IN_ANY_TYPE = 32768.0  # no weight up to here gives a block a scale that fp16 does not hold
+ELSE = "quantize from another file of this model, or plan F32 or BF16 for this tensor"
 _TENSOR_LINE = re.compile(r"\[ *(?P<n>\d+)/ *(?P<total>\d+)\] .+? +- \[(?P<shape>[\d, ]+)\], type")
 _BAD_PATTERN = re.compile(r"regex|regular expression|expression contained", re.IGNORECASE)
 
@@ -242,21 +243,5 @@ def _rows(file: GGUFFile, tensor: TensorPlan, importance: np.ndarray | None) -> 
     for matrix, hint in enumerate(hints):
         for first in range(matrix * height, (matrix + 1) * height, step):
             part = rows[first : min(first + step, (matrix + 1) * height)]
-            yield _quantized(tensor, ggml.dequantize(part, tensor.source, columns), hint)
-
-
-def _quantized(tensor: TensorPlan, weights: np.ndarray, hint: np.ndarray | None) -> np.ndarray:
-    """float32 (n, columns) as rows of the planned type."""
-    largest = float(np.abs(weights).max())
-    if largest <= SAFE_IN_ANY_TYPE:
-        return ggml.quantize(weights, tensor.type, hint)
-    with np.errstate(over="ignore"):
-        rows = ggml.quantize(weights, tensor.type, hint) if np.isfinite(largest) else None
-    if rows is not None and np.isfinite(ggml.dequantize(rows, tensor.type, weights.shape[1])).all():
-        return rows
-    raise ExportError(
-        what=f"{tensor.name}: a weight "
-        + ("is not a number" if rows is None else f"does not fit into {tensor.type.name}"),
-        why=f"F16, and the scales of blocks, end at 65504; the largest weight is {largest:.3g}",
-        fix="quantize from another file of this model, or plan F32 or BF16 for this tensor",
-    )
+            weights = ggml.dequantize(part, tensor.source, columns)
+            yield in_range(f"{tensor.name}: a weight", weights, tensor.type, hint, fix=ELSE)

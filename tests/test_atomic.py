@@ -237,15 +237,22 @@ def killed(write, folder: Path, at: int) -> None:
             write(folder / "out")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_a_killed_process_left_is_swept(tmp_path, case):
-    write, before, after = CASES[case]
+def after_each_kill(case, tmp_path):
+    """(call, folder) for each call of `case` at which a process that wrote there was killed."""
+    write, before, _ = CASES[case]
     lay(tmp_path / "good", before)
     for at in range(1, n_calls(write, tmp_path / "good") + 1):
         folder = tmp_path / str(at)
         folder.mkdir()
         lay(folder, before)
         killed(write, folder, at)
+        yield at, folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_killed_process_left_is_swept(tmp_path, case):
+    _, before, after = CASES[case]
+    for at, folder in after_each_kill(case, tmp_path):
         sweep(folder)
         assert tree(folder) in (before, after), f"call {at}"
         assert [p.name for p in folder.iterdir()] == ["out"] * bool(tree(folder)), f"call {at}"
@@ -253,13 +260,8 @@ def test_what_a_killed_process_left_is_swept(tmp_path, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_next_write_sweeps_what_a_killed_one_left(tmp_path, case):
-    write, before, after = CASES[case]
-    lay(tmp_path / "good", before)
-    for at in range(1, n_calls(write, tmp_path / "good") + 1):
-        folder = tmp_path / str(at)
-        folder.mkdir()
-        lay(folder, before)
-        killed(write, folder, at)
+    write, _, after = CASES[case]
+    for at, folder in after_each_kill(case, tmp_path):
         write(folder / "out")
         assert tree(folder) == after, f"call {at}"
         assert [p.name for p in folder.iterdir()] == ["out"], f"call {at}"

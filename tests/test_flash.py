@@ -10,7 +10,7 @@ import torch
 
 from edgelora import team
 from edgelora.kernels import load
-from edgelora.nn import attention, flash
+from edgelora.nn import attention, compiled, flash
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.scores import Scores
 from edgelora.training.settle import choose_attention
@@ -120,7 +120,7 @@ def test_bfloat16_is_written_to_the_nearest_and_keeps_nan():
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float64, 64), (torch.float16, 64), (torch.float32, 24)])
 def test_torch_does_the_rest(dtype, dim):
     q, k, v, d_out = draw(30, (4, 2, dim), dtype)
-    assert not flash.available(q, k, v)
+    assert not compiled.usable(q, k, v)
     found, expected = both(q, k, v, d_out, [0, 12, 30], 0, HOW[0])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -34,7 +34,7 @@ from edgelora.peft.adapter import write_adapter
 from edgelora.pipeline.merge import MergeOptions, Wanted, open_parts, write_gguf
 from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of, prepare, quantize
 
-# /work/shared/reference: what llama-quantize made of SmolLM2's Q4_1, and then of that F16 file.
+# sha256 of what llama-quantize made of SmolLM2's Q4_1, and then of that F16 file.
 REFERENCE = {
     "F16": "a269e3181fcbb25046f99f64ba8d3c159165b211c2ff4ffca7ba1bb219d2ccd0",
     "Q8_0": "f7933c716a5b5334c54b997d1f6db3f38a0786c9046ac5f46311b396a3f1fe54",

@@ -15,11 +15,21 @@ Base = Annotated[
     Path, typer.Argument(help="The base model: a .gguf file, or a Hugging Face folder.", show_default=False)
 ]
 Out = Annotated[Path, typer.Option(help="Where the result goes.", show_default=False)]
+Imatrix = Annotated[
+    Path | None, typer.Option(help="An importance matrix, as `edgelora imatrix` writes it.", show_default=False)
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan", help="The type of each tensor, as `edgelora quantize --save-plan` wrote it.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
 CheckData = Annotated[
     Path | None, typer.Option("--data", help="Rows to check with; a few built-in ones without it.", show_default=False)
 ]
+CHECKED_ROWS = 64
 CheckRows = Annotated[int, typer.Option("--check-rows", min=1, help="How many rows of --data are compared.")]
 For = Annotated[
     str | None,

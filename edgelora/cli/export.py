@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgelora.cli.arguments import Base, CheckData, CheckRows, For, Json, Out, Overwrite, Unverified
+from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For, Json, Out, Overwrite, Unverified
 
 Adapter = Annotated[Path, typer.Argument(help="An adapter folder in PEFT's format.", show_default=False)]
 
@@ -19,7 +19,7 @@ def export(
     out: Out,
     type_: Annotated[str, typer.Option("--type", help="Numbers of the adapter file: F16 or F32.")] = "F16",
     data: CheckData = None,
-    check_rows: CheckRows = 64,
+    check_rows: CheckRows = CHECKED_ROWS,
     for_: For = None,
     allow_unverified_base: Unverified = False,
     overwrite: Overwrite = False,

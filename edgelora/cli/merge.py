@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edgelora.cli.arguments import Base, CheckData, CheckRows, For, Json, Out, Overwrite, Unverified, scaled
+from edgelora.cli.arguments import (
+    CHECKED_ROWS,
+    Base,
+    CheckData,
+    CheckRows,
+    For,
+    Imatrix,
+    Json,
+    Out,
+    Overwrite,
+    PlanFile,
+    Unverified,
+    scaled,
+)  # fmt: skip
+
+Adapters = Annotated[
+    list[str] | None, typer.Argument(metavar="ADAPTER[:SCALE]", help="Adapter folders.", show_default=False)
+]
+Adapter = Annotated[
+    list[str] | None, typer.Option(help="The same, spelled out: a folder[:scale]; repeatable.", show_default=False)
+]
+To = Annotated[
+    str | None,
+    typer.Option(help="F16, BF16, F32, a quantization such as Q4_K_M, or hf: a folder.", show_default="F16"),
+]
+HfDtype = Annotated[
+    str | None, typer.Option(help="Numbers of a folder: F32, F16, BF16.", show_default="as the base has them")
+]
 
 
 def merge(
     base: Base,
     out: Out,
-    adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="ADAPTER[:SCALE]", help="Adapter folders.", show_default=False)
-    ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="The same, spelled out: a folder[:scale]; repeatable.", show_default=False)
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(help="F16, BF16, F32, a quantization such as Q4_K_M, or hf: a folder.", show_default="F16"),
-    ] = None,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="An importance matrix: `edgelora imatrix` makes one.", show_default=False)
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="The type of each tensor: `edgelora quantize --save-plan`.", show_default=False)
-    ] = None,
-    hf_dtype: Annotated[
-        str | None, typer.Option(help="Numbers of a folder: F32, F16, BF16.", show_default="as the base has them")
-    ] = None,
+    adapters: Adapters = None,
+    adapter: Adapter = None,
+    to: To = None,
+    imatrix: Imatrix = None,
+    plan: PlanFile = None,
+    hf_dtype: HfDtype = None,
     data: CheckData = None,
-    check_rows: CheckRows = 64,
+    check_rows: CheckRows = CHECKED_ROWS,
     for_: For = None,
     allow_unverified_base: Unverified = False,
     overwrite: Overwrite = False,

@@ -9,81 +9,82 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli import budget
-from edgelora.cli.arguments import CheckRows, Json, Overwrite
+from edgelora.cli.arguments import CHECKED_ROWS, CheckRows, Imatrix, Json, Overwrite, PlanFile
 
 if TYPE_CHECKING:
     from edgelora.pipeline.quantize import Quantized
 
-CHECKED_ROWS = 64
+
+Source = Annotated[Path, typer.Argument(help="A whole GGUF model: F16, BF16 or F32.", show_default=False)]
+OutFile = Annotated[Path | None, typer.Argument(help="The file to write; left out with --dry-run.", show_default=False)]
+Kind = Annotated[
+    str | None, typer.Argument(metavar="TYPE", help="Such as Q4_K_M, or what the plan says.", show_default=False)
+]
+TensorTypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX=TYPE",
+        help="The type of tensors in whose name REGEX is found; repeatable.",
+        show_default=False,
+    ),
+]
+OutputType = Annotated[str | None, typer.Option(help="The type of output.weight.", show_default=False)]
+EmbeddingType = Annotated[str | None, typer.Option(help="The type of token_embd.weight.", show_default=False)]
+Pure = Annotated[bool, typer.Option("--pure", help="All tensors the same type, no mixture.")]
+SavePlan = Annotated[Path | None, typer.Option(help="Write the plan here, to edit.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show types and size, and write nothing.")]
+KeepSplit = Annotated[bool, typer.Option("--keep-split", help="Write a folder of as many parts as the source has.")]
+AllowRequantize = Annotated[bool, typer.Option("--allow-requantize", help="Take a source that is quantized already.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(help="Instead of TYPE: the best file of at most this, such as 90MB.", show_default=False),
+]
+TargetKl = Annotated[
+    float | None,
+    typer.Option(
+        help="Instead of TYPE: the smallest file within this mean KL (nats) to IN, on a quarter of --data or "
+        "--text that is held out.",
+        show_default=False,
+    ),
+]
+Text = Annotated[
+    Path | None, typer.Option(help="With a target: a text to measure on, if not --data.", show_default=False)
+]
+Repair = Annotated[
+    int | None,
+    typer.Option(metavar="RANK", help="With a target: a LoRA beside it, if it beats more bits.", show_default=False),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Rows to check with, a few built-in ones without it; with a target: to measure on, as the model "
+        "will see them.",
+        show_default=False,
+    ),
+]
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A whole GGUF model: F16, BF16 or F32.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Argument(help="The file to write; left out with --dry-run.", show_default=False)
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Argument(metavar="TYPE", help="Such as Q4_K_M, or what the plan says.", show_default=False)
-    ] = None,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REGEX=TYPE",
-            help="The type of tensors in whose name REGEX is found; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    output_type: Annotated[str | None, typer.Option(help="The type of output.weight.", show_default=False)] = None,
-    embedding_type: Annotated[
-        str | None, typer.Option(help="The type of token_embd.weight.", show_default=False)
-    ] = None,
-    pure: Annotated[bool, typer.Option("--pure", help="All tensors the same type, no mixture.")] = False,
-    imatrix: Annotated[
-        Path | None, typer.Option(help="An importance matrix, as `edgelora imatrix` writes it.", show_default=False)
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option(help="The type of each tensor, as --save-plan wrote it.", show_default=False)
-    ] = None,
-    save_plan: Annotated[Path | None, typer.Option(help="Write the plan here, to edit.", show_default=False)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show types and size, and write nothing.")] = False,
-    keep_split: Annotated[
-        bool, typer.Option("--keep-split", help="Write a folder of as many parts as the source has.")
-    ] = False,
-    allow_requantize: Annotated[
-        bool, typer.Option("--allow-requantize", help="Take a source that is quantized already.")
-    ] = False,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Nothing in the file that llama-quantize would not write.")
-    ] = False,
-    target_size: Annotated[
-        str | None,
-        typer.Option(help="Instead of TYPE: the best file of at most this, such as 90MB.", show_default=False),
-    ] = None,
-    target_kl: Annotated[
-        float | None,
-        typer.Option(
-            help="Instead of TYPE: the smallest file within this mean KL (nats) to IN, on a quarter of --data or "
-            "--text that is held out.",
-            show_default=False,
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="With a target: a text to measure on, if not --data.", show_default=False)
-    ] = None,
-    repair: Annotated[
-        int | None,
-        typer.Option(
-            metavar="RANK", help="With a target: a LoRA beside it, if it beats more bits.", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Rows to check with, a few built-in ones without it; with a target: to measure on, as the model "
-            "will see them.",
-            show_default=False,
-        ),
-    ] = None,
+    source: Source,
+    out: OutFile = None,
+    kind: Kind = None,
+    tensor_type: TensorTypes = None,
+    output_type: OutputType = None,
+    embedding_type: EmbeddingType = None,
+    pure: Pure = False,
+    imatrix: Imatrix = None,
+    plan: PlanFile = None,
+    save_plan: SavePlan = None,
+    dry_run: DryRun = False,
+    keep_split: KeepSplit = False,
+    allow_requantize: AllowRequantize = False,
+    plain: Plain = False,
+    target_size: TargetSize = None,
+    target_kl: TargetKl = None,
+    text: Text = None,
+    repair: Repair = None,
+    data: Data = None,
     check_rows: CheckRows = CHECKED_ROWS,
     overwrite: Overwrite = False,
     as_json: Json = False,

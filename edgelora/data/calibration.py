@@ -17,7 +17,7 @@ import numpy as np
 from edgelora.data.encode import encode_conversation, encode_document, encode_tokenized
 from edgelora.data.fit import Speech
 from edgelora.data.rows import Document, Row, Tokenized, conversation_of
-from edgelora.data.sources import read_rows
+from edgelora.data.sources import cannot_read, read_rows
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import ConfigError, DataError
 
@@ -155,11 +155,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")  # line ends as they are
     except OSError as e:
-        raise DataError(
-            what=f"{path}: cannot be read ({e.strerror})",
-            why="the path is wrong, or is not a file",
-            fix="check the spelling of the path",
-        ) from e
+        raise cannot_read(path, e) from e
     except UnicodeDecodeError as e:
         raise DataError(f"{path}: not a text file in UTF-8", str(e.reason), "convert the file to UTF-8") from e
 

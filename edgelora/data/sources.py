@@ -141,11 +141,7 @@ def _guarded(path: Path, raw_rows: Iterator[Raw]) -> Iterator[Raw]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(what=f"{path}: not a whole gzip file", why=str(e), fix="copy or download the file again") from e
     except OSError as e:
-        raise DataError(
-            what=f"{path}: cannot be read ({e.strerror or e})",
-            why="the path is wrong, or is not a file",
-            fix="check the spelling of the path",
-        ) from e
+        raise cannot_read(path, e) from e
 
 
 def _open(path: Path, newline: str = "\n") -> IO[str]:
@@ -285,3 +281,12 @@ READERS: dict[str, tuple[Callable[[Path], Iterator[Raw]], str]] = {
     ".parquet": (_parquet, "row"),
     ".txt": (_text, "line"),
 }
+
+
+def cannot_read(path: Path, e: OSError) -> DataError:
+    """What is raised where a file that somebody named cannot be opened or read."""
+    return DataError(
+        what=f"{path}: cannot be read ({e.strerror or e})",
+        why="the path is wrong, or is not a file",
+        fix="check the spelling of the path",
+    )

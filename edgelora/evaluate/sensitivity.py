@@ -60,6 +60,7 @@ def cache_key(**parts: Any) -> str:
 
 
 def as_json(found: Mapping[str, Sensitivity]) -> str:
+    """What `from_json` reads, by tensor name."""
     return json.dumps({name: asdict(one) for name, one in found.items()}, indent=1) + "\n"
 
 

@@ -192,9 +192,11 @@ def lineage_text(lineage: Sequence[str]) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """Hexadecimal, of all its bytes. Raises OSError."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sha256_text(text: str) -> str:
+    """Hexadecimal, of the text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()

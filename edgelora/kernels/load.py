@@ -38,6 +38,7 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 def sources() -> list[Path]:
+    """The C files and headers; none where only the compiled code was installed."""
     return sorted((*HERE.glob("*.c"), *HERE.glob("*.h")))
 
 

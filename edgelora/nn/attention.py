@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgelora.nn import flash
+from edgelora.nn import compiled, flash
 from edgelora.nn.scores import Scores
 
 QUERY_TILE = 128  # of 9 heads and 1024 keys: 5 MiB of scores. With 256 a row of 1024 took twice as long
@@ -95,7 +95,7 @@ class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
         ctx.how = [0, *starts] if prefix else starts, prefix, how
-        if flash.available(q, k, v):
+        if compiled.usable(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out, lse = flash.Problem(q, k, v, *ctx.how).forward()
             ctx.save_for_backward(q, k, v, out, lse)

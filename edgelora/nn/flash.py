@@ -14,7 +14,7 @@ from torch import Tensor
 
 from edgelora import team
 from edgelora.kernels import load
-from edgelora.nn.compiled import NARROW, usable
+from edgelora.nn.compiled import NARROW
 from edgelora.nn.scores import Scores
 from edgelora.nn.scratch import scratch
 
@@ -32,11 +32,6 @@ class _Attention(ctypes.Structure):
         *((name, _Size) for name in ("n_segments", "prefix", "tokens", "heads", "kv_heads", "dim", "window")),
         ("scratch_floats", _Size), ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("narrow", ctypes.c_int32),
     )  # fmt: skip
-
-
-def available(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether attention of queries (T, H, d) over keys and values (T, KV, d) can be computed here."""
-    return usable(q, k, v)
 
 
 class Problem:

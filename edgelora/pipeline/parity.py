@@ -50,6 +50,7 @@ def text_windows(base: Base, text: str, size: int, chunks: int) -> list[Window]:
 
 
 def torch_perplexity(base: Base, parts: list[Window]) -> Perplexity:
+    """Of the windows, by torch over the file's own weights."""
     import torch
 
     from edgelora.base.decoder import build_decoder
@@ -67,6 +68,7 @@ def torch_perplexity(base: Base, parts: list[Window]) -> Perplexity:
 
 
 def llama_cpp_perplexity(path: Path, parts: list[Window], exact: bool = False) -> Perplexity:
+    """Of the windows, by llama.cpp; `exact`: with keys and values in F32 and no flash attention."""
     size = len(parts[0].ids)
     with (
         closing(Model(path)) as model,

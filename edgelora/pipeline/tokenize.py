@@ -19,6 +19,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation, read_conversations
 from edgelora.data.encode import cut, encode_turns, turn_weights
+from edgelora.data.sources import cannot_read
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.turns import Turns
@@ -70,11 +71,7 @@ def read_text(path: Path) -> str:
             with path.open("rb") as f:
                 raw = f.read(LARGEST_TEXT + 1)
     except OSError as e:
-        raise DataError(
-            what=f"{path}: cannot be read ({e.strerror})",
-            why="the path is wrong, or is not a file",
-            fix="check the spelling of the path",
-        ) from e
+        raise cannot_read(path, e) from e
     text = _decoded(raw, str(path), "convert the file to UTF-8", whole=len(raw) <= LARGEST_TEXT)
     if len(raw) <= LARGEST_TEXT:
         return text
