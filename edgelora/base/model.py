@@ -27,7 +27,7 @@ from edgelora.files.contract import BaseFile, Contract, Fingerprint, Identity, r
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.split import open_gguf, whole_models
 
-FLOATS = ("F32", "F16", "BF16")
+FLOAT_QUANTS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _open_checkpoint(checkpoint: Checkpoint) -> Base:
         ignored.add("lm_head.weight")
     shapes = {name: shape for name, shape in tensors.shapes().items() if name not in ignored}
     _check_tensors(checkpoint.path, shapes, expected)
-    odd = sorted({t.dtype for name, t in checkpoint.tensors.items() if name in expected} - set(FLOATS))
+    odd = sorted({t.dtype for name, t in checkpoint.tensors.items() if name in expected} - set(FLOAT_QUANTS))
     if odd:
         raise BaseModelError(
             what=f"{checkpoint.path}: weights of type {', '.join(odd)}",

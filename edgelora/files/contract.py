@@ -62,7 +62,15 @@ class Fingerprint(BaseModel):
         return value
 
     def row_norms(self) -> np.ndarray:
+        """float32, those of the sketch one layer after the other."""
         return np.frombuffer(base64.b64decode(self.sketch), np.float16).astype(np.float32)
+
+    def distance(self, other: Fingerprint) -> float | None:
+        """Root mean square of the relative differences of the row norms; None if `other` has not as many."""
+        a, b = self.row_norms(), other.row_norms()
+        if a.shape != b.shape:
+            return None
+        return float(np.sqrt(np.mean(np.square((b - a) / np.maximum(np.abs(a), 1e-3)))))
 
 
 class BaseFile(BaseModel):
@@ -127,13 +135,11 @@ def differences(wanted: Fingerprint, found: Fingerprint, quant: str) -> list[str
     if wanted.lineage != found.lineage:
         merged = "has been merged with an adapter" if found.lineage else "is the original, not the merged model"
         faults.append(f"the file {merged}")
-    a, b = wanted.row_norms(), found.row_norms()
-    if a.shape != b.shape:
+    distance = wanted.distance(found)
+    if distance is None:
         faults.append("the weight sketch has another size")
-    else:
-        distance = float(np.sqrt(np.mean(np.square((b - a) / np.maximum(np.abs(a), 1e-3)))))
-        if not distance <= tolerance(quant):
-            faults.append(f"the weights differ by {distance:.1%}, more than {quant} explains")
+    elif not distance <= tolerance(quant):
+        faults.append(f"the weights differ by {distance:.1%}, more than {quant} explains")
     return faults
 
 

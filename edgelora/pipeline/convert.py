@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.base_to_gguf import shortened_context, write_base_gguf
-from edgelora.base.model import open_base
+from edgelora.base.model import FLOAT_QUANTS, open_base
 from edgelora.evaluate.fidelity import Fidelity
 from edgelora.files.atomic import refuse_existing
 from edgelora.pipeline.certificate import ModelCertificate, Output, Reference, certify_model, stamp, write_certified
-from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.progress import OnProgress, silent
 
 

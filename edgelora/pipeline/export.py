@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapter_to_gguf import write_adapter_gguf
-from edgelora.base.model import Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.data.encode import encode_conversation
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
+from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
 from edgelora.files.contract import FILE_NAME, require_same_base
 from edgelora.peft.adapter import Adapter, read_adapter
@@ -25,11 +26,9 @@ from edgelora.pipeline.evaluate import context_for
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
-# Over float weights torch and llama.cpp differ by rounding alone: only tokens as good as tied may change places.
-FLOAT_KL, FLOAT_FLIP_NATS, FLOAT_QUANTS = 1e-4, 0.05, ("F32", "F16", "BF16")
-# Over a quantized base llama.cpp rounds activations to 8 bits. That noise is measured on the base without the adapter,
-# and the adapter's must be like it: measured ratios on SmolLM2-135M are 0.3 to 1.6, a wrong rotary permutation gives
-# over 20.
+# Over float weights the limits are those of float models. Over a quantized base llama.cpp rounds activations to 8 bits.
+# That noise is measured on the base without the adapter, and the adapter's must be like it: measured ratios on
+# SmolLM2-135M are 0.3 to 1.6, a wrong rotary permutation gives over 20.
 NOISE_RATIO, NOISE_FLOOR, SAME_TOP_SLACK = 3.0, 2e-3, 0.05
 
 
@@ -52,7 +51,7 @@ class Certificate:
             faults.append(f"{self.n_prompts - self.equal_ids} of {self.n_prompts} rows have other token ids")
         if not found.kl_mean <= self.kl_limit:
             faults.append(f"mean KL {found.kl_mean:.2g}, allowed {self.kl_limit:.2g}")
-        tied = self.base_quant in FLOAT_QUANTS and found.worst_flip_nats <= FLOAT_FLIP_NATS
+        tied = self.base_quant in FLOAT_QUANTS and found.worst_flip_nats <= FLOATS.flip_nats
         if not (found.same_top >= self.same_top_limit or tied):
             faults.append(f"same top {found.same_top:.1%}, allowed {self.same_top_limit:.1%}")
         return faults
@@ -160,6 +159,6 @@ def certify_adapter(
         equal_ids=equal,
         floor=floor,
         adapter=adapted,
-        kl_limit=FLOAT_KL if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),
-        same_top_limit=1.0 if exact else floor.same_top - SAME_TOP_SLACK,
+        kl_limit=FLOATS.kl_mean if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),
+        same_top_limit=FLOATS.same_top if exact else floor.same_top - SAME_TOP_SLACK,
     )

@@ -12,7 +12,7 @@ import numpy as np
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.imatrix import Importance, write_importance
 from edgelora.base.activations import ActivationSums
-from edgelora.base.model import Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.calibration import Mix, calibrate
 from edgelora.data.folder import read_template
@@ -27,7 +27,7 @@ from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.split import open_gguf
 from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
+from edgelora.pipeline.export import read_checked
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 __all__ = ["Computed", "Mix", "Settings", "compute_importance"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from converters.base_to_gguf import refuse_unlike, shortened_context
-from edgelora.base.model import FLOATS, Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.data.folder import folder_template
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.vocabulary import vocabulary_from_folder, vocabulary_from_gguf
@@ -174,7 +174,7 @@ def _weights(source: Source, base: Base | None) -> Weights:
         known = True
     else:
         tensors = [(t.name, t.dtype, t.shape, t.size_bytes) for t in source.tensors.values()]
-        known = {kind for _, kind, _, _ in tensors} <= set(FLOATS)
+        known = {kind for _, kind, _, _ in tensors} <= set(FLOAT_QUANTS)
     tied_copy = "lm_head.weight" if base is not None and base.config.tie_word_embeddings else None
     tensors = [t for t in tensors if t[0] != tied_copy and not TABLES.fullmatch(t[0])]
     wide = base is not None and WIDE.match(base.quant) is not None

@@ -16,7 +16,7 @@ from converters.merge_to_hf import write_merged_folder
 from converters.plan import Plan, QuantizeOptions, plan_types, read_plan
 from converters.plan_check import check_importance, check_plan
 from converters.quant_types import COPY, QUANT_TYPES, parse_type
-from edgelora.base.model import Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, require_space
 from edgelora.files.checkpoint import CONFIG
@@ -33,7 +33,7 @@ from edgelora.pipeline.certificate import (
     write_certified,
 )
 from edgelora.pipeline.check_rows import CHECKED_ROWS
-from edgelora.pipeline.export import FLOAT_QUANTS, read_checked
+from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.snap_back import FINE, GRID_KEY, grid_of, snap_back_notes
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions

@@ -20,7 +20,7 @@ from converters.quant_types import QUANT_TYPES, tensor_bytes
 from converters.quantize import write_planned
 from converters.repair import require_rank
 from edgelora.base.ggml import FLOATS
-from edgelora.base.model import Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.errors import ConfigError, OutputError
 from edgelora.evaluate.fidelity import Fidelity
@@ -30,7 +30,6 @@ from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_f
 from edgelora.files.gguf import reserve
 from edgelora.peft.adapter import Adapter
 from edgelora.pipeline.calibration import Calibration, read_calibration
-from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.pipeline.held_out import collect, held_out_kl
 from edgelora.pipeline.sensitivity import Job, Trial, sensitivities
 from edgelora.pipeline.snap_back import notes_on_grid

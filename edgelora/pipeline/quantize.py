@@ -12,7 +12,7 @@ from converters.plan import Plan, QuantizeOptions, plan_types, read_plan, write_
 from converters.plan_check import check_importance, check_plan
 from converters.quant_types import QUANT_TYPES, parse_type
 from converters.quantize import MAX_KEY_BYTES, write_planned, write_quantized
-from edgelora.base.model import Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, require_space
@@ -29,7 +29,6 @@ from edgelora.pipeline.certificate import (
     write_certified,
 )
 from edgelora.pipeline.check_rows import CHECKED_ROWS
-from edgelora.pipeline.export import FLOAT_QUANTS
 from edgelora.pipeline.snap_back import notes_on_grid
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from converters.merge import Part
-from edgelora.base.model import Base
+from edgelora.base.model import FLOAT_QUANTS, Base
 from edgelora.files.contract import Contract
 from edgelora.invocation import command
 
-FINE = ("F32", "F16", "BF16", "Q8_0")  # their steps are finer than what an adapter changes
+FINE = (*FLOAT_QUANTS, "Q8_0")  # their steps are finer than what an adapter changes
 
 # Row norms of the same weights, stored as F16 or BF16 instead of blocks, differ by 1e-4 (root mean square); those of an
 # original and its quantization to 4 bits by 1e-3 and more.
@@ -98,10 +97,8 @@ def _later(grid: str | None) -> list[str]:
 
 def _same_weights(contract: Contract, base: Base) -> bool:
     """Whether the base's weights are those that the adapter was trained over, whatever they are stored as now."""
-    ours, theirs = base.fingerprint.row_norms(), contract.base.row_norms()
-    if ours.shape != theirs.shape:
-        return False
-    return float(np.sqrt(np.mean(np.square((ours - theirs) / np.maximum(np.abs(theirs), 1e-3))))) <= SAME_WEIGHTS
+    distance = contract.base.distance(base.fingerprint)
+    return distance is not None and distance <= SAME_WEIGHTS
 
 
 def _instead(base: Base) -> str:
