@@ -12,9 +12,8 @@ import itertools
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def run(pieces: Sequence[Piece], work: Work) -> None:
     elif (openmp := shared_openmp()) is not None:
         _run_in(openmp, pieces, work)
     else:
-        list(_pool().map(lambda piece: work(*piece), pieces))
+        _run_on(_pool(), pieces, work)
 
 
 def shared_openmp() -> ctypes.CDLL | None:
@@ -84,30 +83,35 @@ def _run_in(openmp: ctypes.CDLL, pieces: Sequence[Piece], work: Work) -> None:
         except BaseException as e:  # nothing may leave a callback
             faults.append(e)
 
-    with _raised_on_the_way(faults):
-        openmp.GOMP_parallel(_BODY(body), None, len(pieces), 0)
-    if faults or len(done) < len(pieces):
-        raise faults[0] if faults else KeyboardInterrupt
-
-
-@contextmanager
-def _raised_on_the_way(faults: list[BaseException]) -> Iterator[None]:
-    """Collect what a signal's handler raises as a callback begins: ctypes would print it and go on."""
-    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
-        yield
-        return
-    before = sys.unraisablehook
-
     def keep(unraisable: Any) -> None:
+        """What a signal's handler raises as a callback begins or ends: ctypes would print it and go on."""
         faults.append(unraisable.exc_value)
 
-    sys.unraisablehook = keep
-    try:
-        yield
+    before, callback = sys.unraisablehook, _BODY(body)
+    try:  # no context manager: a handler that raises between its calls would leave the hook in place
+        if threading.current_thread() is threading.main_thread():  # handlers run there alone
+            sys.unraisablehook = keep
+        openmp.GOMP_parallel(callback, None, len(pieces), 0)
     finally:
         sys.unraisablehook = before
+    if len(done) < len(pieces) and not faults:
+        raise KeyboardInterrupt
+    if faults:
+        try:
+            raise faults[0]
+        finally:
+            faults.clear()  # it holds this frame, and the frame it
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores(), thread_name_prefix="ggml")
+
+
+def _run_on(pool: ThreadPoolExecutor, pieces: Sequence[Piece], work: Work) -> None:
+    running = [pool.submit(work, *piece) for piece in pieces]
+    try:
+        for future in running:
+            future.result()
+    finally:
+        wait(running)  # whoever leaves early, by a signal or a fault, takes no memory from the rest
