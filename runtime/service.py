@@ -45,7 +45,7 @@ class EngineConfig:
     snapshot_folder: Path | None = None
     """Where states also outlive the process; None: nowhere."""
     hot_adapters: int = 0
-    """How many sets of adapters have a context of their own, so that a switch re-reserves nothing; each costs its KV."""
+    """How many sets of adapters have a context of their own: a switch re-reserves nothing, each costs its KV."""
     draft_tokens: int = 0
     """Guessed ahead from the prompt itself (prompt lookup); 0: none."""
 
