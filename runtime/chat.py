@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgelora.data.conversation import Message
 from edgelora.data.encode import encode_prompt
 from edgelora.errors import ConfigError, EdgeloraError
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine as Engine
 
 ONE_BY_ONE = ", each question by itself (it was trained on single turns)"
 HELP = "/adapter NAME [scale]  /adapters  /base  /reset  /quit"

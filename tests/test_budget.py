@@ -26,7 +26,7 @@ from edgelora.pipeline.prepared import Prepared
 from edgelora.pipeline.quantize import QuantizeSettings, quantize
 from edgelora.pipeline.repair import Repair
 from edgelora.progress import silent
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine
 
 KINDS = [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]
 
@@ -234,7 +234,7 @@ def test_a_repair_that_beats_bits_stays_beside_the_file(source, tmp_path, monkey
     assert card["passed"]
     assert list(card["files"]) == ["out-repair.gguf"]
     base = open_base(tmp_path / "out.gguf")
-    with Engine(base, n_ctx=64) as engine:  # says which base it belongs to
+    with ScoringEngine(base, n_ctx=64) as engine:  # says which base it belongs to
         engine.load("repair", beside)
     assert {file.name for file in tmp_path.iterdir()} == {"out.gguf", "out.certificate.json", *REPAIRED}
 

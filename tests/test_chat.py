@@ -14,7 +14,7 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import EdgeloraError
 from runtime.chat import Chat, Settings
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine as Engine
 
 
 @pytest.fixture(scope="module")

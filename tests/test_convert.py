@@ -36,7 +36,7 @@ from edgelora.pipeline.export import export
 from edgelora.pipeline.merge import merge
 from edgelora.training.run import run_training
 from runtime.chat import Chat, Settings
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine as Engine
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,

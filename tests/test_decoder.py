@@ -10,7 +10,7 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.inject import inject
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -45,7 +45,7 @@ def test_logits_are_those_of_llama_cpp(make_tiny, kind, flip_nats, kl):
     base = open_base(make_tiny(kind).path)
     ids = list(range(3, 103))
     ours = build_decoder(base).logits(torch.tensor(ids)).numpy()
-    with Engine(base, n_ctx=256, threads=2) as engine:
+    with ScoringEngine(base, n_ctx=256, threads=2) as engine:
         theirs = engine.logits([ids], [list(range(100))])
     found = fidelity([(ours, theirs)])
     assert found.worst_flip_nats <= flip_nats

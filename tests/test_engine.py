@@ -21,7 +21,7 @@ from edgelora.evaluate.protocols import Answer, Question
 from edgelora.evaluate.score import bootstrap, questions, score
 from edgelora.pipeline.check_rows import DEFAULT_CHECK
 from runtime.binding import Model
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine
 
 NAMES = ("one", "two", "three")
 
@@ -37,14 +37,14 @@ def adapters(tiny, tmp_path_factory):
 
 @pytest.fixture
 def engine(tiny, adapters):
-    with Engine(open_base(tiny.path), n_ctx=256, n_sequences=4, threads=1) as engine:
+    with ScoringEngine(open_base(tiny.path), n_ctx=256, n_sequences=4, threads=1) as engine:
         for name, path in adapters.items():
             engine.load(name, path)
         yield engine
 
 
 def cold(tiny, adapters, active, prompt, n=6):
-    with Engine(open_base(tiny.path), n_ctx=256, threads=1) as engine:
+    with ScoringEngine(open_base(tiny.path), n_ctx=256, threads=1) as engine:
         for name in active:
             engine.load(name, adapters[name])
         engine.use(active)
@@ -76,7 +76,7 @@ def test_no_state_of_one_adapter_answers_for_another(engine, tiny, adapters):
 
 def test_the_walk_notices_when_nothing_is_forgotten(engine, tiny, adapters, monkeypatch):
     """The control: without forgetting at a switch, as llama-cpp-python reuses its prefix, answers are wrong."""
-    monkeypatch.setattr(Engine, "_forget", lambda _: None)
+    monkeypatch.setattr(ScoringEngine, "_forget", lambda _: None)
     assert random_walk(engine, tiny, adapters, 60) > 0
 
 
@@ -113,7 +113,7 @@ def test_a_stream_ends_where_something_else_was_computed(engine):
 def test_questions_that_do_not_fit_one_decode_wait_for_the_next(tiny):
     draw = np.random.default_rng(1)
     asked = [Question(draw.integers(3, 500, 150).tolist(), draw.integers(3, 500, 200).tolist()) for _ in range(5)]
-    with Engine(open_base(tiny.path), n_ctx=384, n_sequences=3, threads=1) as engine:
+    with ScoringEngine(open_base(tiny.path), n_ctx=384, n_sequences=3, threads=1) as engine:
         engine._context.n_batch = 384  # as if many more sequences shared it
         found = engine.answer(asked, 3)
         assert [len(a.nll) for a in found] == [200] * 5
@@ -222,13 +222,13 @@ def test_temperature_draws_and_the_seed_repeats(engine):
 
 def test_a_context_longer_than_the_base_was_trained_on_is_refused(tiny):
     with pytest.raises(EngineError, match="513 tokens"):
-        Engine(open_base(tiny.path), n_ctx=513)
+        ScoringEngine(open_base(tiny.path), n_ctx=513)
 
 
 def test_another_chat_template_or_tokenizer_is_another_base(make_tiny, adapters):
     other = make_tiny(template="{{ messages[0]['content'] }}<|im_end|>")
     with (
-        Engine(open_base(other.path), n_ctx=64, threads=1) as engine,
+        ScoringEngine(open_base(other.path), n_ctx=64, threads=1) as engine,
         pytest.raises(AdapterError, match="the chat template is another one"),
     ):
         engine.load("one", adapters["one"])
@@ -244,7 +244,7 @@ def test_the_context_may_be_filled_to_the_brim(engine):
 
 
 def test_closed_handles_say_so(tiny):
-    engine = Engine(open_base(tiny.path), n_ctx=64, threads=1)
+    engine = ScoringEngine(open_base(tiny.path), n_ctx=64, threads=1)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         list(engine.stream([5, 6], 1, 0, 0))
@@ -265,7 +265,7 @@ def test_a_foreign_adapter_must_be_allowed(tiny, tmp_path, engine):
 
 def test_an_adapter_of_another_base_is_refused(make_tiny, adapters):
     with (
-        Engine(open_base(make_tiny(seed=7).path), n_ctx=64, threads=1) as engine,
+        ScoringEngine(open_base(make_tiny(seed=7).path), n_ctx=64, threads=1) as engine,
         pytest.raises(AdapterError, match="does not belong to"),
     ):
         engine.load("one", adapters["one"])

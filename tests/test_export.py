@@ -20,7 +20,7 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
 from edgelora.pipeline.export import export
-from runtime.engine import Engine
+from runtime.scorer import ScoringEngine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
 
@@ -50,7 +50,7 @@ def torch_logits(base, adapter=None) -> np.ndarray:
 
 
 def llama_logits(path, adapter=None, scale=1.0) -> np.ndarray:
-    with Engine(open_base(path), n_ctx=256, n_sequences=2, threads=2) as engine:
+    with ScoringEngine(open_base(path), n_ctx=256, n_sequences=2, threads=2) as engine:
         if adapter is not None:
             engine.load("a", adapter)
             engine.use({"a": scale})

@@ -29,7 +29,7 @@ def chat(
     """
     from edgelora.base.model import open_base
     from runtime.chat import Chat, Settings, talk
-    from runtime.engine import Engine
+    from runtime.scorer import ScoringEngine as Engine
 
     opened = open_base(base)
     if not adapter:

@@ -25,7 +25,7 @@ from edgelora.progress import OnProgress, Pace, Progress
 
 if TYPE_CHECKING:
     from edgelora.nn.decoder import Decoder
-    from runtime.engine import Engine
+    from runtime.scorer import ScoringEngine
 
 ROWS_TOGETHER = 8
 TOKENS_TOGETHER = 256  # logits are float32 over the whole vocabulary, on both sides: 256 of Gemma's are 270 MB
@@ -112,7 +112,7 @@ class Run(Protocol):
 class InLlamaCpp:
     """A GGUF in llama.cpp."""
 
-    engine: Engine
+    engine: ScoringEngine
 
     def same_ids(self, base: Base, row: Tokenized) -> bool:
         if row.learned is None:
@@ -151,10 +151,10 @@ def _run(written: Base, groups: Sequence[Group]) -> Iterator[Run]:
 
         yield InTorch(written, build_decoder(written))
         return
-    from runtime.engine import Engine
+    from runtime.scorer import ScoringEngine
 
     longest = max(len(example) for group in groups for example in group)
-    with Engine(written, n_ctx=context_for(written, longest), n_sequences=ROWS_TOGETHER) as engine:
+    with ScoringEngine(written, n_ctx=context_for(written, longest), n_sequences=ROWS_TOGETHER) as engine:
         yield InLlamaCpp(engine)
 
 

@@ -43,7 +43,7 @@ def context_for(base: Base, tokens: int) -> int:
 
 
 def _evaluate(cell: Cell, on_progress: OnProgress) -> Row:
-    from runtime.engine import Engine
+    from runtime.scorer import ScoringEngine
 
     base = open_base(cell.model)
     if cell.adapter is not None:
@@ -52,7 +52,7 @@ def _evaluate(cell: Cell, on_progress: OnProgress) -> Row:
     asked = questions(rows, base.tokenizer, base.template)
     room = max(len(q.prompt) for q in asked) + answer_room(asked)
     start = time.perf_counter()
-    with Engine(base, n_ctx=context_for(base, room), n_sequences=SIDE_BY_SIDE) as engine:
+    with ScoringEngine(base, n_ctx=context_for(base, room), n_sequences=SIDE_BY_SIDE) as engine:
         if cell.adapter is not None:
             engine.load("adapter", cell.adapter, allow_unverified=cell.allow_unverified)
             engine.use({"adapter": cell.scale})

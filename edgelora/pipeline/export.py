@@ -125,7 +125,7 @@ def certify_adapter(
 
     from edgelora.base.decoder import build_decoder
     from edgelora.peft.inject import attach
-    from runtime.engine import Engine
+    from runtime.scorer import ScoringEngine
 
     base = open_base(base_path)
     adapter = read_adapter(adapter_path, base.linears)
@@ -141,7 +141,7 @@ def certify_adapter(
 
     with (
         computing(choose_products(), compute_threads()),
-        Engine(base, n_ctx=n_ctx, n_sequences=ROWS_TOGETHER) as engine,
+        ScoringEngine(base, n_ctx=n_ctx, n_sequences=ROWS_TOGETHER) as engine,
         torch.no_grad(),
     ):
         texts = (tokenize_chat(base.tokenizer, base.template, row) for row in rows)

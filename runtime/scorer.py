@@ -1,4 +1,4 @@
-"""One base, adapters by name, and what was computed under one adapter never answers for another.
+"""Answers and scores of many questions side by side, for evaluation and certificates: one base, a set of adapters.
 
 Every state kept in the KV belongs to a key: the digests and scales of the active adapters. A change of the key forgets
 everything; under the same key the longest common prefix of the tokens is reused.
@@ -22,9 +22,8 @@ from edgelora.files.contract import require_same_base, sha256_file
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from runtime.bench import prompt_and_generation_speed
 from runtime.binding import Context, Entry, Lora, Model
+from runtime.service import MAX_SCALE
 from runtime.threads import choose_threads
-
-MAX_SCALE = 16.0
 
 Key = tuple[tuple[str, float], ...]
 
@@ -89,7 +88,7 @@ def _nll(z: np.ndarray, label: int) -> float:
     return float(np.log(np.exp(z - top).sum()) + top - z[label])
 
 
-class Engine:
+class ScoringEngine:
     """A base model open in llama.cpp. Not safe to call from several threads at once.
 
     `n_ctx` is the room of one conversation in tokens, `n_sequences` how many questions are answered side by side
@@ -121,7 +120,7 @@ class Engine:
         self._cached: list[int] = []  # what sequence 0 holds, under the active key
         self.threads = Choice(str(threads), "asked for") if threads else choose_threads(self._context)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> ScoringEngine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
