@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "child", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
     },
     "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "errors"},
-    "runtime": {"base", "evaluate", "data", "files", "device", "progress", "errors"},
+    "runtime": {"base", "evaluate", "data", "files", "home", "device", "progress", "errors"},
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
         "peft", "base", "nn", "architectures", "data", "files", "invocation", "device", "kernels", "versions",

@@ -17,24 +17,40 @@ from edgelora.files.gguf import GGUFFile
 
 Type = GGMLQuantizationType
 ALLOWED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: None, Type.Q8_0: None}
+INVOCATION_KEY = "adapter.alora.invocation_tokens"
+MAX_INVOCATION = 256
 MAX_FAULTS_SHOWN = 8
 
 
 def check_adapter(path: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> GGUFFile:
     """Open the adapter at `path` and check it against a base: its architecture and tensor shapes (rows, columns).
 
-    Raises AdapterError with all its faults at once, FileFormatError if it is no GGUF file.
+    Raises AdapterError with all its faults at once, FileFormatError if it is no GGUF file. One that waits for an
+    invocation (aLoRA) is a fault here: it would answer from the first token on.
     """
     file = GGUFFile(path)
+    require_fit(file, architecture, shapes, n_vocab=None)
+    return file
+
+
+def require_fit(
+    file: GGUFFile, architecture: str, shapes: Mapping[str, tuple[int, ...]], n_vocab: int | None
+) -> tuple[int, ...]:
+    """Raise AdapterError, with all its faults, unless `file` is an adapter that llama.cpp can run over a base.
+
+    Returns its invocation tokens: none for an adapter that is active from the first token on, which all must be where
+    `n_vocab`, the base's number of tokens, is None.
+    """
     faults = _key_faults(file, architecture) + _tensor_faults(file, shapes)
+    tokens = _invocation(file, n_vocab, faults)
     if faults:
         more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
         raise AdapterError(
-            what=f"{path}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + more,
+            what=f"{file.path}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + more,
             why="llama.cpp would crash on it or answer wrongly: it belongs to another base, or is no LoRA adapter",
             fix="use an adapter that `edgelora export` made for this base",
         )
-    return file
+    return tokens
 
 
 def contract_of(file: GGUFFile) -> Contract | None:
@@ -53,12 +69,23 @@ def _key_faults(file: GGUFFile, architecture: str) -> list[str]:
     alpha = file.metadata.get("adapter.lora.alpha")
     if alpha is None or alpha.type != GGUFValueType.FLOAT32 or not np.isfinite(alpha.data):
         faults.append(f"adapter.lora.alpha is {'missing' if alpha is None else alpha.data}, expected a finite float32")
-    tokens = file.metadata.get("adapter.alora.invocation_tokens")
-    if tokens is not None:
-        faults.append(
-            "adapter.alora.invocation_tokens is set: it waits for an invocation, which this engine does not see"
-        )
     return faults
+
+
+def _invocation(file: GGUFFile, n_vocab: int | None, faults: list[str]) -> tuple[int, ...]:
+    """The tokens after which the adapter is active; what is wrong with them goes to `faults`."""
+    found = file.metadata.get(INVOCATION_KEY)
+    if found is None:
+        return ()
+    if n_vocab is None:
+        faults.append(f"{INVOCATION_KEY} is set: it waits for an invocation, which this engine does not see")
+    elif found.item != GGUFValueType.UINT32 or not 0 < len(found.data) <= MAX_INVOCATION:
+        faults.append(f"{INVOCATION_KEY} is no list of 1 to {MAX_INVOCATION} uint32")
+    elif int(found.data.max()) >= n_vocab:
+        faults.append(f"{INVOCATION_KEY} holds {found.data.max()}, and the base has {n_vocab} tokens")
+    else:
+        return tuple(int(token) for token in found.data)
+    return ()
 
 
 def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -27,6 +27,7 @@ from edgelora.files.checkpoint import PICKLE_STARTS, PICKLES, pickle_fault
 from edgelora.files.mapped import forget
 
 MAGIC, LFS_POINTER = b"GGUF", b"version "
+HEADER_BYTES = 24
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes, the last one is zero
 MAX_KEY_BYTES = 65_535
 MAX_DIMS = 4
@@ -107,33 +108,44 @@ class Value:
 class GGUFFile:
     """An open, checked GGUF file: `metadata` by key, `tensors` by name, `rows(name)` for the mapped blocks.
 
-    `files` are the files it reads: itself (`files/split.py` has models in several).
+    `files` are the files it reads: itself (`files/split.py` has models in several). `content`: all its bytes, if they
+    are in memory already; then nothing is read, and `path` is only its name.
     Raises FileFormatError for anything that is not a whole, well-formed GGUF v2/v3 file.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, content: bytes | None = None) -> None:
         self.path = Path(path)
         self.files: tuple[Path, ...] = (self.path,)
+        self._map: mmap.mmap | None = None
+        if content is None:
+            self._map = self._mapped()
+            self._buffer = memoryview(self._map)
+        else:
+            self._refuse_others(content[: len(LFS_POINTER)])
+            self._buffer = memoryview(content)
+        self.size_bytes = len(self._buffer)
+        if self.size_bytes < HEADER_BYTES:
+            raise self._fault("the file is shorter than a GGUF header")
+        self._at = self._text_bytes = self._n_strings = 0
+        self.metadata: dict[str, Value] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._read_header()
+
+    def _mapped(self) -> mmap.mmap:
         try:
             if not stat.S_ISREG(self.path.stat().st_mode):
                 raise self._fault("this is a folder or a device, not a file", "pass a file")
             with self.path.open("rb") as f:
                 self._refuse_others(f.read(len(LFS_POINTER)))
-                self.size_bytes = os.fstat(f.fileno()).st_size
-                if self.size_bytes < 24:
+                if os.fstat(f.fileno()).st_size < HEADER_BYTES:  # an empty file cannot be mapped
                     raise self._fault("the file is shorter than a GGUF header")
-                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError as e:
             raise FileFormatError(
                 what=f"{self.path}: no such file", why="the path does not exist", fix="check the spelling of the path"
             ) from e
         except OSError as e:
             raise self._fault(f"cannot be read ({e.strerror})") from e
-        self._buffer = memoryview(self._map)
-        self._at = self._text_bytes = self._n_strings = 0
-        self.metadata: dict[str, Value] = {}
-        self.tensors: dict[str, TensorInfo] = {}
-        self._read_header()
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -168,7 +180,8 @@ class GGUFFile:
     def forget(self, name: str) -> None:
         """Let the mapped pages of a tensor go: what was read of it no longer counts as this process's memory."""
         info = self.tensors[name]
-        forget(self._map, info.offset, info.size_bytes)
+        if self._map is not None:
+            forget(self._map, info.offset, info.size_bytes)
 
     @cached_property
     def architecture(self) -> str:

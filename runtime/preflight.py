@@ -1,0 +1,128 @@
+"""What stands between a file and llama.cpp: an adapter is read once, checked, tried, and loaded from that very memory.
+
+The file is read into memory through one descriptor, and everything after looks at those bytes alone: what another
+process does to the file meanwhile (cut short, it would kill whoever has it mapped) changes nothing of what is loaded.
+What was found is kept by the file's digest, so the second load of a file costs reading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgelora.base.model import Base
+from edgelora.errors import AdapterError, FileFormatError
+from edgelora.files.adapter_check import contract_of, require_fit
+from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_same_base
+from edgelora.files.gguf import GGUFFile
+from edgelora.home import models_folder
+from runtime.trial import try_adapter
+from runtime.verdicts import Verdict, Verdicts, place_of
+
+MOST_BYTES = 1 << 30  # of an adapter whose base is smaller than that
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An adapter that may be loaded: `Lora(model, checked.path, checked.content)`. Let go of it afterwards: it holds
+    the file's bytes."""
+
+    path: Path
+    digest: str
+    """sha256 of the content, hexadecimal."""
+    content: bytes = field(repr=False)
+    base: Base
+    """The base as the adapter was trained over it: with its chat template, where the base has none of its own."""
+    contract: Contract | None = None
+    """None in an adapter that was made elsewhere."""
+    invocation: tuple[int, ...] = ()
+    """aLoRA: active only after these tokens."""
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.content)
+
+    @property
+    def system(self) -> str | None:
+        """The system message it was trained with."""
+        return None if self.contract is None else self.contract.system
+
+    @property
+    def single_turn(self) -> bool:
+        """It has only seen questions that stand alone."""
+        return self.contract is not None and self.contract.single_turn
+
+
+def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: Path | None = None) -> Checked:
+    """Check the GGUF adapter at `path` for the GGUF `base`, as far as it was not checked before.
+
+    Frame, types, shapes, ranks, finite values and targets; the base it was trained on, which an adapter made elsewhere
+    does not name (`allow_unverified`); and once in a throw-away process that it loads and computes.
+    `cache`: where verdicts are kept, by default in the user's home.
+    Raises AdapterError or FileFormatError; the process is never at risk.
+    """
+    verdicts = Verdicts(cache or models_folder() / "cache")
+    content, digest = _read(path, base, verdicts)
+    place = place_of(base.file.files)
+    verdict = verdicts.find(digest, place)
+    known = verdict is not None
+    if verdict is None:
+        verdict = _look(path, content, base)
+    contract = None if verdict.contract is None else read_contract(verdict.contract, str(path))
+    fitting = base.as_trained(contract)
+    if contract is not None:
+        require_same_base(contract, fitting.identity, str(path), str(base.path))
+    elif not allow_unverified:
+        raise AdapterError(
+            what=f"{path}: it does not say which base it belongs to",
+            why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
+            fix="pass --allow-unverified-base if you know that it was trained on this base",
+        )
+    if not known:
+        try_adapter(path, content, base.path)
+        verdicts.keep(digest, place, verdict)
+    return Checked(path, digest, content, fitting, contract, verdict.invocation)
+
+
+def _read(path: Path, base: Base, verdicts: Verdicts) -> tuple[bytes, str]:
+    """All bytes of a file as they were at one moment, and their sha256."""
+    limit = max(MOST_BYTES, 2 * base.file.size_bytes)
+    try:
+        # a pipe would otherwise be waited for
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as f:  # noqa: PTH123
+            before = os.fstat(f.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise _unreadable(path, "it is a folder or a device, not a file")
+            if before.st_size > limit:
+                raise _unreadable(path, f"{before.st_size:,} bytes are more than any adapter of this base needs")
+            content = f.read()
+            after = os.fstat(f.fileno())
+    except OSError as e:
+        raise _unreadable(path, e.strerror or str(e)) from e
+    if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (len(content), after.st_mtime_ns, after.st_ctime_ns):
+        raise AdapterError(
+            what=f"{path}: changed while it was read",
+            why="it would be partly of the old file and partly of the new one",
+            fix="wait until the other program has finished with it, then load it again",
+        )
+    digest = verdicts.digest(path, before)
+    if digest is None:
+        digest = hashlib.sha256(content).hexdigest()
+        verdicts.keep_digest(path, before, digest)
+    return content, digest
+
+
+def _look(path: Path, content: bytes, base: Base) -> Verdict:
+    """Everything that can be known of a file without llama.cpp."""
+    file = GGUFFile(path, content)
+    shapes = {name: info.shape for name, info in base.file.tensors.items()}
+    invocation = require_fit(file, base.architecture.gguf_name, shapes, base.config.vocab_size)
+    contract_of(file)
+    return Verdict(file.get(CONTRACT_KEY, str), invocation)
+
+
+def _unreadable(path: Path, why: str) -> FileFormatError:
+    return FileFormatError(what=f"{path}: cannot be read as an adapter", why=why, fix="pass a GGUF file")
