@@ -1,0 +1,255 @@
+"""The next token of one conversation: from a row of logits, by llama.cpp's own samplers in llama.cpp's own order.
+
+`check_sampling` is all that stands between a request and C, which checks nothing: a temperature of NaN, a negative
+count or an id beyond the vocabulary ends in undefined behaviour there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+
+import numpy as np
+
+from edgelora.errors import ConfigError, EngineError
+from runtime.binding import GrammarSampler, Model, SamplerChain
+from runtime.grammar import grammar_of
+from runtime.service import Sampling, TokenLogprob
+
+INT32 = 2**31 - 1
+# THE TABLE: what each number may be, both ends included. What lies beyond is off, undefined or noise in C.
+LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_k": (0, INT32),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),  # C divides by it
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+    "penalty_last_n": (-1, INT32),
+    "dry_multiplier": (0, 100),
+    "dry_base": (1, 100),  # below 1 C takes DRY for off
+    "dry_allowed_length": (1, INT32),
+    "dry_penalty_last_n": (-1, INT32),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),  # above it XTC is off
+    "mirostat": (0, 2),
+    "mirostat_tau": (0.01, 100),
+    "mirostat_eta": (0, 10),
+    "seed": (0, 2**32 - 2),  # 2**32 - 1 means "from the clock"
+    "logprobs": (0, 100),
+}
+WHOLE = {f.name for f in fields(Sampling) if isinstance(f.default, int)} | {"logprobs"}
+MAX_BIAS = 1e6  # beyond which float32 logits lose what they said; -inf forbids a token
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1000
+DRY_BREAKERS = (b"\n", b":", b'"', b"*")  # llama.cpp's: a repetition does not reach across them
+MIROSTAT_TOKENS = 100  # of which mirostat 1 estimates the distribution's shape
+
+
+def check_sampling(sampling: Sampling, n_vocab: int) -> None:
+    """Raises ConfigError with everything that cannot be, before C sees any of it."""
+    faults = [*_numbers(sampling), *_biases(sampling, n_vocab), *_stops(sampling.stop)]
+    if sampling.mirostat and sampling.temperature == 0:
+        faults.append("mirostat with temperature 0, which leaves it nothing to choose from")
+    if sampling.grammar is not None and sampling.json_schema is not None:
+        faults.append("a grammar and a JSON schema, where one must decide")
+    if faults:
+        raise ConfigError(
+            what=f"sampling: {'; '.join(faults)}",
+            why="llama.cpp does not check these: it would answer noise, ignore them or crash",
+            fix="correct these settings",
+        )
+
+
+def _numbers(sampling: Sampling) -> Iterable[str]:
+    for name, (low, high) in LIMITS.items():
+        value = getattr(sampling, name)
+        if value is None and name == "logprobs":
+            continue
+        kind = int if name in WHOLE else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            yield f"{name} is {value!r}, not a {'whole ' if name in WHOLE else ''}number"
+        elif not low <= value <= high:  # NaN is in no interval
+            yield f"{name} is {value}, outside {low:g} to {high:g}"
+
+
+def _biases(sampling: Sampling, n_vocab: int) -> Iterable[str]:
+    for token, bias in sampling.logit_bias.items():
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n_vocab:
+            yield f"a logit bias for token {token!r} of {n_vocab}"
+        elif not isinstance(bias, (int, float)) or not (bias == -math.inf or abs(bias) <= MAX_BIAS):
+            yield f"a logit bias of {bias!r} for token {token}"
+
+
+def _stops(stop: tuple[str, ...]) -> Iterable[str]:
+    if isinstance(stop, str):
+        yield "stop is a text, not a list of texts"
+        return
+    if len(stop) > MAX_STOPS:
+        yield f"{len(stop)} stop strings, more than {MAX_STOPS}"
+    for text in stop:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
+            yield f"a stop string that is not of 1 to {MAX_STOP_CHARACTERS} characters"
+
+
+class Sampler:
+    """Picks the tokens of one conversation. `pick`, then `accept` what was kept; `close` frees what lies in C.
+
+    Belongs to the thread that owns the model: all samplers share its room for candidates.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, last_n: int) -> None:
+        self._model, self._sampling = model, sampling
+        self._chain: SamplerChain | None = None
+        self._grammar: GrammarSampler | None = None
+        grammar = grammar_of(sampling)
+        try:
+            if not _plainly_greedy(sampling) or model.suppressed:
+                self._chain = _chain(model, sampling, last_n)
+            if grammar is not None:
+                self._grammar = GrammarSampler(model, grammar)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def of(model: Model, sampling: Sampling, *, n_ctx: int, prompt: Iterable[int] = ()) -> Sampler:
+        """A sampler that has seen `prompt` (penalties count its tokens too, as in llama-server).
+
+        n_ctx: the context's length, which a `…_last_n` of -1 stands for.
+        Raises ConfigError for settings, a grammar or a schema that cannot be.
+        """
+        check_sampling(sampling, model.n_vocab)
+        sampler = Sampler(model, sampling, n_ctx)
+        if sampler._chain is not None:
+            for token in prompt:
+                sampler._chain.accept(token)
+        return sampler
+
+    def pick(self, logits: np.ndarray) -> int:
+        """The token to follow: logits is float32 (V,), left as it is. The same seed and rows give the same tokens.
+
+        Raises EngineError if they are no numbers, or if no token fits the grammar.
+        """
+        best = int(logits.argmax())  # of a NaN if there is one
+        if not math.isfinite(logits[best]):
+            raise EngineError(
+                what="the model's logits are not numbers",
+                why="its weights or an adapter's overflow; whatever is drawn from them is noise",
+                fix="lower the adapter's scale, or check it with `edgelora doctor`",
+            )
+        token = best if self._chain is None else self._chain.pick(self._model.candidates.fill(logits))
+        # as llama.cpp does: the grammar looks at the whole vocabulary only if the token drawn without it does not fit
+        if self._grammar is None or self._grammar.allows(token):
+            return token
+        return self._pick_allowed(logits, self._grammar)
+
+    def _pick_allowed(self, logits: np.ndarray, grammar: GrammarSampler) -> int:
+        candidates = self._model.candidates.fill(logits)
+        grammar.restrict(candidates)
+        if not candidates.keep_possible():
+            raise EngineError(
+                what="no token fits the grammar",
+                why="the model's vocabulary cannot spell what must come next",
+                fix="check the grammar",
+            )
+        if self._chain is None:
+            return candidates.likeliest()
+        return self._chain.pick(candidates)
+
+    def accept(self, token: int) -> None:
+        """Take note that `token` was kept. Raises EngineError if the grammar does not allow it."""
+        if self._grammar is not None:
+            if not self._grammar.allows(token):  # C would abort the process
+                raise EngineError(
+                    what=f"token {token} does not fit the grammar",
+                    why="it was not picked under it",
+                    fix="accept only what pick() gave",
+                )
+            self._grammar.accept(token)
+        if self._chain is not None:
+            self._chain.accept(token)
+
+    def logprob(self, logits: np.ndarray, token: int) -> TokenLogprob | None:
+        """What is reported of `token` if `Sampling.logprobs` asks for it; logits is the row it was picked from."""
+        if self._sampling.logprobs is None:
+            return None
+        logprob, top = log_probabilities(logits, token, self._sampling.logprobs)
+        return TokenLogprob(token, self._model.piece(token), logprob, top)
+
+    def close(self) -> None:
+        for part in (self._chain, self._grammar):
+            if part is not None:
+                part.close()
+
+
+def log_probabilities(logits: np.ndarray, token: int, n_top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """log-softmax (nats) of `token` and of the `n_top` likeliest, the likeliest first; logits is float32 (V,)."""
+    peak = logits.max()
+    log_total = math.log(np.exp(logits - peak).sum(dtype=np.float64)) + float(peak)
+    n_top = min(n_top, len(logits))
+    if not n_top:
+        return float(logits[token]) - log_total, ()
+    best = np.argpartition(logits, -n_top)[-n_top:]
+    best = best[np.lexsort((best, -logits[best]))]  # of equals the lower id
+    return float(logits[token]) - log_total, tuple((int(i), float(logits[i]) - log_total) for i in best)
+
+
+def _plainly_greedy(s: Sampling) -> bool:
+    """Whether the answer is the largest logit of each row (top-k, top-p and min-p never drop that one)."""
+    return not (s.temperature or s.logit_bias or s.xtc_probability or s.dry_multiplier or _penalizes(s))
+
+
+def _penalizes(s: Sampling) -> bool:
+    return bool(s.repeat_penalty != 1 or s.presence_penalty or s.frequency_penalty)
+
+
+def _chain(model: Model, s: Sampling, last_n: int) -> SamplerChain:
+    """The order of llama.cpp's common/sampling.cpp; what is off is left out."""
+    chain = SamplerChain(model)
+    bias = {**s.logit_bias, **dict.fromkeys(model.suppressed, -math.inf)}
+    try:
+        if bias:
+            chain.add_bias(bias)
+        if s.mirostat:
+            chain.add("temp", s.temperature)
+            _add_mirostat(chain, model, s)
+        else:
+            _add_truncation(chain, model, s, last_n)
+            if s.temperature:
+                chain.add("temp_ext", s.temperature, 0.0, 1.0)
+                chain.add("dist", s.seed)
+            else:
+                chain.add("greedy")
+    except BaseException:
+        chain.close()
+        raise
+    return chain
+
+
+def _add_mirostat(chain: SamplerChain, model: Model, s: Sampling) -> None:
+    if s.mirostat == 1:
+        chain.add("mirostat", model.n_vocab, s.seed, s.mirostat_tau, s.mirostat_eta, MIROSTAT_TOKENS)
+    else:
+        chain.add("mirostat_v2", s.seed, s.mirostat_tau, s.mirostat_eta)
+
+
+def _add_truncation(chain: SamplerChain, model: Model, s: Sampling, last_n: int) -> None:
+    def back(n: int) -> int:  # C takes -1 for 0, and reserves what it is told
+        return last_n if n < 0 else min(n, last_n)
+
+    if _penalizes(s):
+        penalties = (s.repeat_penalty, s.frequency_penalty, s.presence_penalty)
+        chain.add("penalties", model.n_vocab, back(s.penalty_last_n), *penalties)
+    if s.dry_multiplier:
+        settings = (s.dry_multiplier, s.dry_base, s.dry_allowed_length, back(s.dry_penalty_last_n))
+        chain.add_dry(*settings, breakers=DRY_BREAKERS)
+    if s.top_k:
+        chain.add("top_k", s.top_k)
+    if s.top_p < 1:
+        chain.add("top_p", s.top_p, 0)
+    if s.min_p > 0:
+        chain.add("min_p", s.min_p, 0)
+    if s.xtc_probability:
+        chain.add("xtc", s.xtc_probability, s.xtc_threshold, 0, s.seed)
