@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-<<<<<<< /tmp/work-store/b2
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-=======
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> /tmp/work-store/b1
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
