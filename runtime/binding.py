@@ -43,18 +43,30 @@ def _refused(what: str, fix: str) -> EngineError:
     return EngineError(what=what, why=" | ".join(_last_words) or "llama.cpp gave no reason", fix=fix)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights are: layers on a GPU (-1: all), mapped from the file or copied, held from swapping."""
+
+    gpu_layers: int = 0  # what exports were checked on; builds with Metal or CUDA would take the GPU unasked
+    mmap: bool = True
+    mlock: bool = False
+
+
 class Model:
     """A loaded GGUF model: weights and vocabulary.
 
     `repack`: copy weights into the order that this CPU multiplies fastest; without it all stay mapped from the file.
     """
 
-    def __init__(self, path: Path, *, vocabulary_only: bool = False, repack: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, vocabulary_only: bool = False, repack: bool = True, placement: Placement = Placement()
+    ) -> None:
         _last_words.clear()
         params = C.llama_model_default_params()
         params.vocab_only = vocabulary_only
         params.use_extra_bufts = repack
-        params.n_gpu_layers = 0  # what exports were checked on; builds with Metal or CUDA would take the GPU unasked
+        params.n_gpu_layers = placement.gpu_layers
+        params.use_mmap, params.use_mlock = placement.mmap, placement.mlock
         self._handle = C.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
             raise _refused(
@@ -227,16 +239,30 @@ class Entry:
     wanted: bool
 
 
+@dataclass(frozen=True)
+class KeyValues:
+    """How keys and values are kept (`F32`, `F16`, `Q8_0`, `Q4_0`) and attended to (None: as llama.cpp chooses)."""
+
+    type: GGMLQuantizationType = GGMLQuantizationType.F16
+    flash: bool | None = None
+
+
+_FLASH = {
+    None: C.LLAMA_FLASH_ATTN_TYPE_AUTO, True: C.LLAMA_FLASH_ATTN_TYPE_ENABLED, False: C.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}  # fmt: skip
+EXACT = KeyValues(GGMLQuantizationType.F32, flash=False)
+
+
 class Context:
     """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each.
 
-    `exact`: keys and values in float32 and no flash attention, which rounds them to float16. `watch` sees the steps of
-    each decode; what it raises, the decode raises.
+    `exact`: keys and values in float32 and no flash attention, which rounds them to float16; else as `kept` says.
+    `watch` sees the steps of each decode; what it raises, the decode raises.
     """
 
     def __init__(
         self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048, exact: bool = False,
-        watch: Watch | None = None,
+        kept: KeyValues = KeyValues(), watch: Watch | None = None,
     ) -> None:  # fmt: skip
         _last_words.clear()
         params = C.llama_context_default_params()
@@ -247,9 +273,9 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         params.no_perf = True
         params.kv_unified = False
-        if exact:
-            params.type_k = params.type_v = int(GGMLQuantizationType.F32)
-            params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        kept = EXACT if exact else kept
+        params.type_k = params.type_v = int(kept.type)
+        params.flash_attn_type = _FLASH[kept.flash]
         self._fault: BaseException | None = None
         if watch is not None:
             _ggml()
@@ -312,6 +338,26 @@ class Context:
         """Make `target` hold all that `source` holds. (A partial copy between sequences would abort the process.)"""
         _ = self.handle
         C.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def state_bytes(self, sequence: int) -> int:
+        """What `save` would take."""
+        return int(C.llama_state_seq_get_size(self.handle, sequence))
+
+    def save(self, sequence: int) -> np.ndarray:
+        """The keys and values of a sequence: uint8 (n,). Any context of this model with equal settings takes them."""
+        state = np.empty(self.state_bytes(sequence), np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if C.llama_state_seq_get_data(self.handle, pointer, state.nbytes, sequence) != state.nbytes:
+            raise _refused("llama.cpp could not save a sequence", "close other programs: memory may be short")
+        return state
+
+    def restore(self, sequence: int, state: np.ndarray) -> None:
+        """Make `sequence` hold what was saved. It must be whole (its digest checked): llama.cpp takes some damaged
+        ones. Raises EngineError, and leaves the sequence empty, where it is refused."""
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if C.llama_state_seq_set_data(self.handle, pointer, state.nbytes, sequence) != state.nbytes:
+            self.forget(sequence, 0)
+            raise _refused("llama.cpp did not take a saved sequence", "evaluate it again")
 
     def decode(self, entries: Sequence[Entry]) -> np.ndarray:
         """Evaluate tokens; returns float32 (n wanted, V), a view that the next decode overwrites."""

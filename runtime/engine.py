@@ -1,0 +1,249 @@
+"""One base, many live adapters, the right one answering: what a chat, a command or a server calls from any thread.
+
+Every call goes to one owner's thread (`owner.py`), which holds the contexts (`lanes.py`), decides who computes next
+(`scheduler.py`) and what may be reused (`states.py`). Files are checked and prompts tokenized by whoever calls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from gguf.constants import GGMLQuantizationType
+
+from edgelora.base.model import Base, open_base
+from edgelora.device import Choice
+from edgelora.errors import AdapterError, ConfigError, EngineError
+from edgelora.files.adapter_check import check_adapter, contract_of
+from edgelora.files.contract import require_same_base, sha256_file
+from runtime.adapters import Adapters
+from runtime.answer import Answer
+from runtime.binding import UBATCH_TOKENS, Context, Entry, KeyValues, Lora, Model, Placement
+from runtime.lanes import Lane, Lanes
+from runtime.owner import Owner, closed
+from runtime.prompt import prompt_ids, require_limits
+from runtime.scheduler import Scheduler
+from runtime.service import AdapterInfo, EngineConfig, Request
+from runtime.states import Snapshots, chain_of, cut
+from runtime.stream import LiveStream
+from runtime.threads import choose_threads
+
+CONTEXT = 2048
+DEFAULTS = EngineConfig()
+POLL_SECONDS = 0.005
+_FLASH = {"auto": None, "on": True, "off": False}
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What is held in memory at the moment, and who is in work."""
+
+    running: int
+    waiting: int
+    contexts: int
+    kv_bytes: int
+    """Of all contexts together: reserved when they are opened."""
+    snapshots: int
+    snapshot_bytes: int
+    adapter_bytes: int
+
+
+class Engine:
+    """A base open in llama.cpp; see `Engine.open`. Safe to call from several threads. Close it, or use `with`."""
+
+    def __init__(self, base: Base, config: EngineConfig) -> None:
+        """Raises ConfigError for settings that cannot be, EngineError where llama.cpp refuses the model or memory."""
+        self.base, self.config = base, config
+        self.context = config.context or min(CONTEXT, base.context)
+        _require_possible(config, self.context, base)
+        self._encoding = threading.Lock()
+        self._owner = Owner(self._work, self._end)
+        try:
+            self._owner.call(self._start)
+        except BaseException:
+            self._owner.close()
+            raise
+
+    @classmethod
+    def open(cls, base: Base | Path, config: EngineConfig = DEFAULTS) -> Engine:
+        """Open a base, a GGUF file or what `open_base` made of one."""
+        return cls(open_base(base) if isinstance(base, Path) else base, config)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # -- for all ----------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.base.path.name
+
+    @property
+    def threads(self) -> Choice:
+        return self._threads
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        return self._adapters.infos
+
+    def load(self, name: str, path: Path, *, allow_unverified: bool = False) -> AdapterInfo:
+        """Load the GGUF adapter at `path` as `name`, in place of an older one of that name.
+
+        Answers that are in work keep what they were asked with. Raises AdapterError if it is damaged, or was trained
+        on another base, or (unless allowed) does not say on which.
+        """
+        info, base = self._checked(name, path, allow_unverified)
+
+        def load() -> None:
+            self._adapters.add(info, lambda: Lora(self._model, path))
+            self.base = base
+
+        self._owner.call(load)
+        return info
+
+    def unload(self, name: str, *, wait_seconds: float = 0.0) -> None:
+        """Forget the adapter `name` and free it. Raises EngineError if answers still need it after `wait_seconds`."""
+        deadline = time.monotonic() + wait_seconds
+        while not self._owner.call(lambda: self._adapters.remove(name)):
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    what=f"{name} is in use",
+                    why="an answer is being computed with it",
+                    fix="wait for its end or cancel it",
+                )
+            time.sleep(POLL_SECONDS)
+
+    def generate(self, request: Request) -> LiveStream:
+        """Answer; the pieces come as they are computed. Raises at once for what can be known before."""
+        require_limits(request.max_tokens)
+        with self._encoding:
+            prompt = prompt_ids(request.prompt, self.base, self.context)
+        stream = LiveStream(lambda stream: self._owner.post(lambda: self._scheduler.cancel(stream)))
+        self._owner.call(lambda: self._scheduler.submit(self._answer(request, prompt, stream)))
+        return stream
+
+    def stats(self) -> EngineStats:
+        return self._owner.call(self._stats)
+
+    def close(self) -> None:
+        """Free everything. Answers in work end with EngineError."""
+        self._owner.close()
+
+    # -- the owner's ------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        config = self.config
+        placement = Placement(config.gpu_layers, config.mmap, config.mlock)
+        self._model = Model(self.base.path, placement=placement)
+        self._snapshots = Snapshots(config.snapshot_bytes)
+        self._adapters = Adapters(lambda digest: self._lanes.detach(digest))
+        try:
+            first = self._lane(config.threads or 1)
+        except EngineError:
+            self._model.close()
+            raise
+        self._lanes = Lanes(first, config.hot_adapters, lambda: self._lane(int(self.threads.value)))
+        self._threads = Choice(str(config.threads), "asked for") if config.threads else choose_threads(first.context)
+        self._token_bytes = _token_bytes(first.context)
+        self._scheduler = Scheduler(self._lanes, self._adapters, config.conversations, self._token_bytes)
+
+    def _lane(self, threads: int) -> Lane:
+        config = self.config
+        context = Context(
+            self._model, n_ctx=self.context, n_sequences=config.conversations, threads=threads,
+            n_batch=max(config.chunk, config.conversations),
+            kept=KeyValues(GGMLQuantizationType[config.kv_type.upper()], _FLASH[config.flash_attention]),
+        )  # fmt: skip
+        return Lane(context, self._adapters, self._snapshots, config.chunk)
+
+    def _work(self) -> bool:
+        try:
+            return self._scheduler.step()
+        except Exception as e:  # a fault of ours must not end the thread that everybody waits for
+            self._scheduler.fail_all(EngineError("the engine failed", repr(e), "report this with what was asked"))
+            return False
+
+    def _answer(self, request: Request, prompt: list[int], stream: LiveStream) -> Answer:
+        key = self._adapters.key_of(request.adapters)
+        phases = self._adapters.phases(prompt, key)
+        parts = cut(prompt, phases, self.config.chunk)
+        return Answer(
+            request, stream, self._model, key, phases[-1][1], deque(parts), chain_of(parts, self.config.chunk, b""),
+            self.config.chunk, self.context,
+        )  # fmt: skip
+
+    def _stats(self) -> EngineStats:
+        contexts = len(self._lanes.all)
+        return EngineStats(
+            running=self._scheduler.n_running, waiting=self._scheduler.n_waiting, contexts=contexts,
+            kv_bytes=contexts * self.config.conversations * self.context * self._token_bytes,
+            snapshots=len(self._snapshots), snapshot_bytes=self._snapshots.n_bytes,
+            adapter_bytes=self._adapters.n_bytes,
+        )  # fmt: skip
+
+    def _end(self) -> None:
+        if not hasattr(self, "_scheduler"):
+            return  # opening failed and has freed what there was
+        self._scheduler.fail_all(closed())
+        self._lanes.close()
+        self._adapters.close()
+        self._model.close()
+
+    def _checked(self, name: str, path: Path, allow_unverified: bool) -> tuple[AdapterInfo, Base]:
+        shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
+        file = check_adapter(path, self.base.architecture.gguf_name, shapes)
+        contract = contract_of(file)
+        base = self.base.as_trained(contract)
+        if contract is not None:
+            require_same_base(contract, base.identity, str(path), str(base.path))
+        elif not allow_unverified:
+            raise AdapterError(
+                what=f"{path}: it does not say which base it belongs to",
+                why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
+                fix="pass --allow-unverified-base if you know that it was trained on this base",
+            )
+        info = AdapterInfo(
+            name, sha256_file(path), path, path.stat().st_size, system=contract.system if contract else None,
+            single_turn=contract is not None and contract.single_turn,
+        )  # fmt: skip
+        return info, base
+
+
+def _token_bytes(context: Context) -> int:
+    """What one token's keys and values take."""
+    sizes = []
+    for position in range(2):
+        context.decode([Entry(0, position, 0, True)])
+        sizes.append(context.state_bytes(0))
+    context.clear()
+    return sizes[1] - sizes[0]
+
+
+def _require_possible(config: EngineConfig, context: int, base: Base) -> None:
+    faults = [
+        f"{name} is {value}, from {least} to {most} can be"
+        for name, value, least, most in (
+            ("context", context, 2, base.context),
+            ("conversations", config.conversations, 1, 256),
+            ("chunk", config.chunk, 1, UBATCH_TOKENS),
+            ("hot_adapters", config.hot_adapters, 0, 64),
+            ("threads", config.threads or 1, 1, 512),
+            ("gpu_layers", config.gpu_layers, -1, 10_000),
+            ("snapshot_bytes", config.snapshot_bytes, 0, 1 << 50),
+        )
+        if not least <= value <= most
+    ]
+    if faults:
+        raise ConfigError(
+            what="; ".join(faults),
+            why=f"{base.path.name} was trained on {base.context} tokens, and llama.cpp has limits of its own",
+            fix="leave the setting out, or choose one in that range",
+        )
