@@ -7,6 +7,7 @@ those of W do (DESIGN section 3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -17,20 +18,25 @@ from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, CONTRACT_KEY
 from edgelora.files.gguf import reserve
+from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter, LoraPair
 
 LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
 
 
-def gguf_pairs(adapter: Adapter, base: Base) -> dict[str, LoraPair]:
-    """The adapter's pairs by GGUF tensor name, B and a DoRA's lengths in GGUF's row order, every scale in B."""
-    pairs = {}
-    for module, pair in adapter.pairs().items():
-        order = gguf_row_order(base.architecture, base.config, module)
-        if order is not None:
-            pair = LoraPair(pair.a, pair.b[order], None if pair.magnitude is None else pair.magnitude[order])
-        pairs[base.tensor_of(module)] = pair
-    return pairs
+def gguf_pairs(adapter: Adapter, base: Base) -> Mapping[str, LoraPair]:
+    """The adapter's pairs by GGUF tensor name, B and a DoRA's lengths in GGUF's row order, every scale in B.
+
+    Each is made where it is asked for, and not kept.
+    """
+
+    def pair_of(module: str) -> LoraPair:
+        pair, order = adapter.pair(module), gguf_row_order(base.architecture, base.config, module)
+        if order is None:
+            return pair
+        return LoraPair(pair.a, pair.b[order], None if pair.magnitude is None else pair.magnitude[order])
+
+    return Lazy({base.tensor_of(module): module for module in adapter.tensors}, pair_of)
 
 
 def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:
@@ -38,7 +44,7 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
 
     Raises ExportError if a value does not fit into `dtype`, or if it is a DoRA.
     """
-    pairs = gguf_pairs(adapter, base)
+    pairs = dict(gguf_pairs(adapter, base))
     if any(pair.magnitude is not None for pair in pairs.values()):
         raise ExportError(
             what=f"{name}: a DoRA cannot be an adapter of llama.cpp",

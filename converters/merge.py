@@ -119,23 +119,31 @@ def quantized(weights: np.ndarray, kind: Type, name: str, importance: np.ndarray
 
 
 class Deltas:
-    """What adapters add to the tensors of a base: the pairs of each by tensor name, and its scale."""
+    """What adapters add to the tensors of a base: the pairs of each by tensor name, and its scale.
+
+    Those of one tensor are in memory at a time.
+    """
 
     def __init__(self, adapters: Sequence[tuple[Mapping[str, LoraPair], float]]) -> None:
-        self.pairs = [(pairs, scale) for pairs, scale in adapters if scale]
-        self.touched = {name for pairs, _ in self.pairs for name in pairs}
+        self._adapters = [(pairs, scale) for pairs, scale in adapters if scale]
+        self.touched = {name for pairs, _ in self._adapters for name in pairs}
+        self._name, self._pairs = "", list[tuple[LoraPair, float]]()
 
     def merged(self, name: str, slab: Slab) -> np.ndarray:
         """The rows of a slab with every change added, float32."""
         weight, rows = slab.floats, slice(slab.first, slab.first + len(slab.floats))
         merged = weight.copy() if name in self.touched else weight
         with np.errstate(over="ignore", invalid="ignore"):  # `quantized` names the tensor
-            for pairs, scale in self.pairs:
-                if (pair := pairs.get(name)) is not None:
-                    change = _rows(pair, rows).change(weight)
-                    change *= scale
-                    merged += change
+            for pair, scale in self._of(name):
+                change = _rows(pair, rows).change(weight)
+                change *= scale
+                merged += change
         return merged
+
+    def _of(self, name: str) -> list[tuple[LoraPair, float]]:
+        if name != self._name:
+            self._name, self._pairs = name, [(pairs[name], scale) for pairs, scale in self._adapters if name in pairs]
+        return self._pairs
 
 
 def _rows(pair: LoraPair, rows: slice) -> LoraPair:

@@ -18,7 +18,9 @@ from edgelora.base.model import Base
 from edgelora.errors import ConfigError, ExportError
 from edgelora.files.checkpoint import CONFIG, INDEX, Checkpoint
 from edgelora.files.contract import CHECKPOINT_LINEAGE, FILE_NAME
+from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile, StoredTensor
+from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 # What goes along beside the weights and config.json. The model card does not: it describes the base.
@@ -46,15 +48,17 @@ def write_merged_folder(
             why="it lacks the files that describe one, and quantized weights would pass for an original",
             fix="merge into the checkpoint that it was made from, or choose another --to, such as F16",
         )
-    deltas = Deltas([
-        ({f"{module}.weight": pair for module, pair in part.adapter.pairs().items()}, part.scale) for part in parts
-    ])  # fmt: skip
+    deltas = Deltas([(_pairs(part.adapter), part.scale) for part in parts])
     pace = Pace(len(source.tensors))
     for shard in source.shards:
         for _ in _write_shard(out / shard.path.name, shard, deltas, dtype):
             _, eta = pace.step(0)
             on_progress(Progress("merge", pace.done, pace.total, eta_s=eta))
     _write_beside(out, base, parts, dtype)
+
+
+def _pairs(adapter: Adapter) -> Mapping[str, LoraPair]:
+    return Lazy({f"{module}.weight": module for module in adapter.tensors}, adapter.pair)
 
 
 def _write_shard(out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str | None) -> Iterator[None]:

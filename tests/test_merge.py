@@ -468,6 +468,27 @@ def test_no_tensor_is_ever_whole_in_memory(tmp_path, monkeypatch):
     assert peak <= 8192 * 256 * 2
 
 
+def test_of_an_adapter_one_module_is_in_memory_at_a_time(tiny, tmp_path):
+    """Whatever its rank: read, checked, and gone through as a merge does, with a scale that makes a copy of each B."""
+    base = open_base(tiny.path)
+    one = make_unnamed(base)
+    tensors = {
+        name: {part: np.tile(x, (512, 1) if part == "lora_A" else (1, 512)) for part, x in parts.items()}
+        for name, parts in one.tensors.items()
+    }
+    write_adapter(tmp_path / "large", Adapter({**one.config, "r": 1024}, tensors))
+    largest = max(sum(x.nbytes for x in parts.values()) for parts in tensors.values())
+    tracemalloc.start()
+    try:
+        pairs = gguf_pairs(read_adapter(tmp_path / "large", base.linears), base)
+        found = {name: pairs[name].b.shape for name in pairs}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == len(tensors) == 14
+    assert peak < 3 * largest
+
+
 def make_unnamed(base) -> Adapter:
     """A small adapter without a contract."""
     tensors = {

@@ -79,6 +79,13 @@ class SafetensorsFile:
         flat = self._bytes[t.offset : t.offset + t.size_bytes]
         return flat.reshape(math.prod(t.shape[:-1]), math.prod(t.shape[-1:]) * DTYPE_BITS[t.dtype] // 8)
 
+    def floats(self, name: str) -> np.ndarray:
+        """A tensor of floats as float32 in memory of its own; the mapped pages go. Raises what `rows` raises."""
+        tensor, rows = self.tensors[name], self.rows(name)
+        values = _floats(rows, tensor)
+        self.forget(name)
+        return values
+
     def forget(self, name: str) -> None:
         """Let the mapped pages of a tensor go: what was read of it no longer counts as this process's memory."""
         tensor = self.tensors[name]
@@ -186,7 +193,7 @@ def is_json_bomb(raw: bytes) -> bool:
 def read_floats(path: Path) -> dict[str, np.ndarray]:
     """Every tensor as float32. Raises FileFormatError for a broken file and for tensors that are not floats."""
     file = SafetensorsFile(path)
-    return {name: _floats(file.rows(name), tensor) for name, tensor in file.tensors.items()}
+    return {name: file.floats(name) for name in file.tensors}
 
 
 def _floats(rows: np.ndarray, tensor: StoredTensor) -> np.ndarray:

@@ -17,7 +17,8 @@ from edgelora.errors import AdapterError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
-from edgelora.files.safetensors import read_floats
+from edgelora.files.lazy import Lazy
+from edgelora.files.safetensors import SafetensorsFile
 
 # Settings of PEFT under which neither a LoRA nor a DoRA is what the adapter computes.
 BEYOND_LORA = (
@@ -62,28 +63,32 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter. `tensors` has, for each HF module, the method's own tensors by their PEFT names."""
+    """A trained adapter. `tensors` has, for each HF module, the method's own tensors by their PEFT names.
+
+    Of one that was read from its folder they stay in the file, and are read module by module where they are asked for.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, np.ndarray]]
     contract: Contract | None = None
 
     def pairs(self) -> dict[str, LoraPair]:
-        """Each module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B; a DoRA's lengths."""
-        out = {}
-        for module, parts in self.tensors.items():
-            rank = len(parts["lora_A"])
-            alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
-            scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-            # float32 factors are not copied: those of a large model take hundreds of MB
-            a, b, magnitude = (
-                parts[name].astype(np.float32, copy=False) if name in parts else None
-                for name in ("lora_A", "lora_B", MAGNITUDE)
-            )
-            assert a is not None
-            assert b is not None
-            out[module] = LoraPair(a, b if scale == 1.0 else b * np.float32(scale), magnitude)
-        return out
+        """The pair of every module, all in memory."""
+        return {module: self.pair(module) for module in self.tensors}
+
+    def pair(self, module: str) -> LoraPair:
+        """A module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B; a DoRA's lengths."""
+        parts = self.tensors[module]
+        rank = len(parts["lora_A"])
+        alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
+        scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        a, b, magnitude = (
+            parts[name].astype(np.float32, copy=False) if name in parts else None
+            for name in ("lora_A", "lora_B", MAGNITUDE)
+        )
+        assert a is not None
+        assert b is not None
+        return LoraPair(a, b if scale == 1.0 else b * np.float32(scale), magnitude)
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -144,16 +149,17 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
         settings = read_json(path / CONFIG)
     except FileFormatError as e:
         raise AdapterError(e.what, e.why, "train or download the adapter again") from e
-    flat = read_floats(path / TENSORS)
-    tensors: dict[str, dict[str, np.ndarray]] = {}
+    file = SafetensorsFile(path / TENSORS)
+    places: dict[str, dict[str, str]] = {}
     faults = _settings_faults(settings)
     wanted = ("lora_A", "lora_B", MAGNITUDE) if settings.get("use_dora") else ("lora_A", "lora_B")
-    for name, value in flat.items():
+    for name in file.tensors:
         module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if part not in wanted or not name.startswith(PREFIX):
             faults.append(f"{name} is no part of a {'DoRA' if MAGNITUDE in wanted else 'plain LoRA'}")
         else:
-            tensors.setdefault(module, {})[part] = value
+            places.setdefault(module, {})[part] = name
+    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
     faults += _tensor_faults(tensors, linears, wanted)
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
