@@ -60,3 +60,11 @@ class CertificateError(ExportError):
 
 class EngineError(EdgeloraError):
     """llama.cpp refused something, or a handle was used after its end."""
+
+
+class WorkerDied(EngineError):
+    """The process that held the model ended in the midst of what it was asked."""
+
+
+class Quarantined(EngineError):
+    """A request or an adapter that ended that process too often to be given to it again."""
