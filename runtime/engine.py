@@ -18,15 +18,15 @@ from gguf.constants import GGMLQuantizationType
 
 from edgelora.base.model import Base, open_base
 from edgelora.device import Choice
-from edgelora.errors import AdapterError, ConfigError, EngineError
-from edgelora.files.adapter_check import check_adapter, contract_of
-from edgelora.files.contract import require_same_base, sha256_file
+from edgelora.errors import ConfigError, EngineError
 from runtime.adapters import Adapters
-from runtime.answer import Answer
+from runtime.answer import Answer, Limits
 from runtime.binding import UBATCH_TOKENS, Context, Entry, KeyValues, Lora, Model, Placement
 from runtime.lanes import Lane, Lanes
 from runtime.owner import Owner, closed
+from runtime.preflight import preflight
 from runtime.prompt import prompt_ids, require_limits
+from runtime.sampling import Sampler
 from runtime.scheduler import Scheduler
 from runtime.service import AdapterInfo, EngineConfig, Request
 from runtime.states import Snapshots, chain_of, cut
@@ -61,6 +61,7 @@ class Engine:
         self.base, self.config = base, config
         self.context = config.context or min(CONTEXT, base.context)
         _require_possible(config, self.context, base)
+        self._limits = Limits(config.chunk, self.context, config.draft_tokens)
         self._encoding = threading.Lock()
         self._owner = Owner(self._work, self._end)
         try:
@@ -100,11 +101,14 @@ class Engine:
         Answers that are in work keep what they were asked with. Raises AdapterError if it is damaged, or was trained
         on another base, or (unless allowed) does not say on which.
         """
-        info, base = self._checked(name, path, allow_unverified)
+        checked = preflight(path, self.base, allow_unverified=allow_unverified)
+        info = AdapterInfo(
+            name, checked.digest, path, checked.size_bytes, checked.system, checked.single_turn, checked.invocation
+        )
 
         def load() -> None:
-            self._adapters.add(info, lambda: Lora(self._model, path))
-            self.base = base
+            self._adapters.add(info, lambda: Lora(self._model, path, checked.content))
+            self.base = checked.base
 
         self._owner.call(load)
         return info
@@ -159,7 +163,7 @@ class Engine:
         config = self.config
         context = Context(
             self._model, n_ctx=self.context, n_sequences=config.conversations, threads=threads,
-            n_batch=max(config.chunk, config.conversations),
+            n_batch=max(config.chunk, config.conversations * (1 + config.draft_tokens)),
             kept=KeyValues(GGMLQuantizationType[config.kv_type.upper()], _FLASH[config.flash_attention]),
         )  # fmt: skip
         return Lane(context, self._adapters, self._snapshots, config.chunk)
@@ -173,11 +177,12 @@ class Engine:
 
     def _answer(self, request: Request, prompt: list[int], stream: LiveStream) -> Answer:
         key = self._adapters.key_of(request.adapters)
-        phases = self._adapters.phases(prompt, key)
-        parts = cut(prompt, phases, self.config.chunk)
+        phases, limits = self._adapters.phases(prompt, key), self._limits
+        parts = cut(prompt, phases, limits.chunk)
+        sampler = Sampler.of(self._model, request.sampling, n_ctx=self.context, prompt=prompt)
         return Answer(
-            request, stream, self._model, key, phases[-1][1], deque(parts), chain_of(parts, self.config.chunk, b""),
-            self.config.chunk, self.context,
+            request, stream, self._model, sampler, limits, key, phases[-1][1], deque(parts),
+            chain_of(parts, limits.chunk, b""),
         )  # fmt: skip
 
     def _stats(self) -> EngineStats:
@@ -197,25 +202,6 @@ class Engine:
         self._adapters.close()
         self._model.close()
 
-    def _checked(self, name: str, path: Path, allow_unverified: bool) -> tuple[AdapterInfo, Base]:
-        shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
-        file = check_adapter(path, self.base.architecture.gguf_name, shapes)
-        contract = contract_of(file)
-        base = self.base.as_trained(contract)
-        if contract is not None:
-            require_same_base(contract, base.identity, str(path), str(base.path))
-        elif not allow_unverified:
-            raise AdapterError(
-                what=f"{path}: it does not say which base it belongs to",
-                why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
-                fix="pass --allow-unverified-base if you know that it was trained on this base",
-            )
-        info = AdapterInfo(
-            name, sha256_file(path), path, path.stat().st_size, system=contract.system if contract else None,
-            single_turn=contract is not None and contract.single_turn,
-        )  # fmt: skip
-        return info, base
-
 
 def _token_bytes(context: Context) -> int:
     """What one token's keys and values take."""
@@ -234,6 +220,7 @@ def _require_possible(config: EngineConfig, context: int, base: Base) -> None:
             ("context", context, 2, base.context),
             ("conversations", config.conversations, 1, 256),
             ("chunk", config.chunk, 1, UBATCH_TOKENS),
+            ("draft_tokens", config.draft_tokens, 0, 64),
             ("hot_adapters", config.hot_adapters, 0, 64),
             ("threads", config.threads or 1, 1, 512),
             ("gpu_layers", config.gpu_layers, -1, 10_000),

@@ -100,10 +100,26 @@ class Lane:
             [Entry(token, part.first + i, slot.sequence, last and i == end) for i, token in enumerate(part.tokens)]
         )
 
-    def step(self, key: Key, tokens: Sequence[tuple[int, int, int]]) -> np.ndarray:
-        """Evaluate one (token, position, sequence) each; float32 (n, V), overwritten by the next decode."""
+    def step(self, key: Key, work: Sequence[tuple[Slot, int, Sequence[int]]]) -> list[np.ndarray]:
+        """Evaluate tokens of several sequences in one decode, each from a position on.
+
+        Returns the logits behind each token: float32 (n tokens, V) a sequence, overwritten by the next decode.
+        """
         self.attach(key)
-        return self.context.decode([Entry(token, position, sequence, True) for token, position, sequence in tokens])
+        rows = self.context.decode(
+            [
+                Entry(token, first + i, slot.sequence, True)
+                for slot, first, tokens in work
+                for i, token in enumerate(tokens)
+            ]
+        )
+        if len(work) == len(rows):
+            return list(rows[:, None])
+        return np.split(rows, np.cumsum([len(tokens) for _, _, tokens in work[:-1]]))
+
+    def forget(self, slot: Slot, position: int) -> None:
+        """A sequence holds only what stands before `position`."""
+        self.context.forget(slot.sequence, position)
 
 
 class Lanes:

@@ -8,12 +8,12 @@ whoever else is there; the answers of a group are evaluated together.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-
-import numpy as np
+from collections.abc import Callable
+from functools import partial
 
 from edgelora.errors import EdgeloraError
 from runtime.adapters import Adapters
-from runtime.answer import Answer, tokens_of
+from runtime.answer import Answer
 from runtime.lanes import Lane, Lanes
 from runtime.service import Finish
 from runtime.states import Key
@@ -120,10 +120,7 @@ class Scheduler:
     def _seat(self, answer: Answer) -> None:
         answer.lane = self._lanes.choose(answer.active)
         answer.slot, shared = self._lanes.all[answer.lane].take(answer.chain, self._taken)
-        n_shared = shared * answer.chunk
-        while answer.parts[0].first < n_shared:
-            answer.parts.popleft()
-        answer.begin(n_shared)
+        answer.begin(shared * answer.limits.chunk)
 
     def _evaluate(self, lane: Lane, answer: Answer) -> None:
         assert answer.slot is not None
@@ -135,24 +132,30 @@ class Scheduler:
             return
         answer.parts.popleft()
         answer.position = part.last
-        answer.slot.chain = answer.chain[: part.last // answer.chunk]
+        answer.slot.chain = answer.chain[: part.last // answer.limits.chunk]
         if not answer.parts:
-            self._take(answer, rows[0])
+            self._choose(answer, partial(answer.take, rows[0]))
 
     def _advance(self, lane: Lane, key: Key, answers: list[Answer]) -> None:
+        due = [answer.due() for answer in answers]
         try:
-            rows = lane.step(key, tokens_of(answers))
+            rows = lane.step(
+                key, [(a.slot, a.position, tokens) for a, tokens in zip(answers, due, strict=True) if a.slot]
+            )
         except EdgeloraError as e:
             for answer in answers:
                 self._fail(answer, e)
             return
-        for answer, row in zip(answers, rows, strict=True):
-            answer.position += 1
-            self._take(answer, row)
+        for answer, tokens, found in zip(answers, due, rows, strict=True):
+            before = answer.position
+            self._choose(answer, partial(answer.advance, tokens, found))
+            if answer.slot is not None and answer.position < before + len(tokens):
+                lane.forget(answer.slot, answer.position)
 
-    def _take(self, answer: Answer, row: np.ndarray) -> None:
+    def _choose(self, answer: Answer, take: Callable[[], None]) -> None:
+        """Let an answer go on, and leave if that ends it."""
         try:
-            answer.take(row)
+            take()
         except EdgeloraError as e:
             self._fail(answer, e)
             return
@@ -181,3 +184,4 @@ class Scheduler:
         if answer.slot is not None:
             answer.slot.busy = False
         self._adapters.release(answer.key)
+        answer.sampler.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 from test_export import make_adapter
@@ -11,12 +13,22 @@ from test_export import make_adapter
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, DataError, EngineError
+from runtime.binding import Context
 from runtime.engine import Engine
-from runtime.service import EngineConfig, Request
+from runtime.scheduler import Scheduler
+from runtime.service import EngineConfig, Request, Sampling
 
 NAMES = ("one", "two", "three")
 PROMPT = tuple(range(5, 30))
 CONFIG = EngineConfig(context=256, chunk=8, threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """What is known of checked files is kept there, not in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +147,14 @@ def test_the_same_bytes_under_two_names_add_up(engine, adapters, cold):
     assert ask(engine, adapters={"copy": 0.0})[0] == cold({}, PROMPT)
 
 
+@pytest.fixture
+def slowly(monkeypatch):
+    """Answers come at a pace that leaves time to do something meanwhile."""
+    step = Scheduler.step
+    monkeypatch.setattr(Scheduler, "step", lambda self: time.sleep(0.005) or step(self))
+
+
+@pytest.mark.usefixtures("slowly")
 def test_what_is_in_use_is_not_freed(engine):
     stream = engine.generate(Request(PROMPT, {"one": 1.0}, max_tokens=10_000))
     pieces = iter(stream)
@@ -149,12 +169,14 @@ def test_what_is_in_use_is_not_freed(engine):
         ask(engine, adapters={"one": 1.0})
 
 
+@pytest.mark.usefixtures("slowly")
 def test_an_answer_that_nobody_reads_on_ends(engine):
     for _ in engine.generate(Request(PROMPT, max_tokens=10_000)):
         break
     assert engine.stats().running == 0
 
 
+@pytest.mark.usefixtures("slowly")
 def test_closing_ends_what_runs_and_refuses_what_comes(tiny):
     engine = Engine.open(tiny.path, CONFIG)
     streams = [engine.generate(Request(PROMPT, max_tokens=10_000)) for _ in range(2)]
@@ -200,3 +222,31 @@ def test_settings_that_cannot_be_are_named_together(tiny):
     with pytest.raises(ConfigError) as fault:
         Engine.open(tiny.path, EngineConfig(context=513, chunk=0, hot_adapters=-1))
     assert all(word in str(fault.value) for word in ("context is 513", "chunk is 0", "hot_adapters is -1"))
+
+
+def test_guesses_change_the_pace_and_not_the_answer(tiny, adapters, cold, monkeypatch):
+    """Over an F32 base; the prompt repeats itself, so that what follows a pair of tokens is guessed."""
+    prompt = [*range(5, 15)] * 4
+    widths, decode = [], Context.decode
+    monkeypatch.setattr(Context, "decode", lambda self, entries: widths.append(len(entries)) or decode(self, entries))
+    with Engine.open(tiny.path, replace(CONFIG, draft_tokens=4)) as engine:
+        engine.load("one", adapters["one"])
+        for active in ({}, {"one": 1.0}):
+            expected = cold(active, prompt, 60)
+            widths.clear()
+            assert ask(engine, prompt, active, 60)[0] == expected
+            assert max(widths[5:]) > 1
+            assert len(widths) < 5 + 59  # 5 parts of the prompt, and a decode less for each right guess
+
+
+def test_sampling_stop_strings_and_log_probabilities_reach_the_answer(engine):
+    free = "".join(piece.text for piece in engine.generate(Request(PROMPT, max_tokens=12)))
+    stop = Sampling(stop=(free[3:6],), logprobs=2)
+    pieces = list(engine.generate(Request(PROMPT, sampling=stop, max_tokens=12)))
+    assert "".join(piece.text for piece in pieces) == free[: free.index(free[3:6])]
+    said = [entry for piece in pieces for entry in piece.logprobs]
+    assert all(entry.top[0] == (entry.token, entry.logprob) and len(entry.top) == 2 for entry in said)
+    drawn = [ask(engine, n=12, sampling=Sampling(temperature=2.0, seed=seed))[0] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(ConfigError, match="temperature"):
+        ask(engine, sampling=Sampling(temperature=float("nan")))
