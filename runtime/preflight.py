@@ -8,16 +8,15 @@ What was found is kept by the file's digest, so the second load of a file costs 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelora.base.model import Base
-from edgelora.errors import AdapterError, FileFormatError
-from edgelora.files.adapter_check import contract_of, require_fit
+from edgelora.errors import AdapterError
+from edgelora.files.adapter_check import require_fit
 from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_same_base
 from edgelora.files.gguf import GGUFFile
+from edgelora.files.whole import read_whole
 from edgelora.home import models_folder
 from runtime.trial import try_adapter
 from runtime.verdicts import Verdict, Verdicts, place_of
@@ -89,30 +88,12 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
 
 def _read(path: Path, base: Base, verdicts: Verdicts) -> tuple[bytes, str]:
     """All bytes of a file as they were at one moment, and their sha256."""
-    limit = max(MOST_BYTES, 2 * base.file.size_bytes)
-    try:
-        # a pipe would otherwise be waited for
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as f:  # noqa: PTH123
-            before = os.fstat(f.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise _unreadable(path, "it is a folder or a device, not a file")
-            if before.st_size > limit:
-                raise _unreadable(path, f"{before.st_size:,} bytes are more than any adapter of this base needs")
-            content = f.read()
-            after = os.fstat(f.fileno())
-    except OSError as e:
-        raise _unreadable(path, e.strerror or str(e)) from e
-    if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (len(content), after.st_mtime_ns, after.st_ctime_ns):
-        raise AdapterError(
-            what=f"{path}: changed while it was read",
-            why="it would be partly of the old file and partly of the new one",
-            fix="wait until the other program has finished with it, then load it again",
-        )
-    digest = verdicts.digest(path, before)
+    whole = read_whole(path, max(MOST_BYTES, 2 * base.file.size_bytes))
+    digest = verdicts.digest(path, whole.state)
     if digest is None:
-        digest = hashlib.sha256(content).hexdigest()
-        verdicts.keep_digest(path, before, digest)
-    return content, digest
+        digest = hashlib.sha256(whole.content).hexdigest()
+        verdicts.keep_digest(path, whole.state, digest)
+    return whole.content, digest
 
 
 def _look(path: Path, content: bytes, base: Base) -> Verdict:
@@ -120,9 +101,4 @@ def _look(path: Path, content: bytes, base: Base) -> Verdict:
     file = GGUFFile(path, content)
     shapes = {name: info.shape for name, info in base.file.tensors.items()}
     invocation = require_fit(file, base.architecture.gguf_name, shapes, base.config.vocab_size)
-    contract_of(file)
     return Verdict(file.get(CONTRACT_KEY, str), invocation)
-
-
-def _unreadable(path: Path, why: str) -> FileFormatError:
-    return FileFormatError(what=f"{path}: cannot be read as an adapter", why=why, fix="pass a GGUF file")

@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from edgelora.errors import OutputError
+from edgelora.errors import BaseModelError, OutputError
 from edgelora.files.database import database, immediate
 
 CHECKS = 1  # to be raised with every change of what is checked: older verdicts are then not asked
@@ -38,9 +38,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The cache in `folder`; None keeps nothing."""
+    """The cache in `folder`."""
 
-    folder: Path | None
+    folder: Path
 
     def digest(self, path: Path, state: os.stat_result) -> str | None:
         """The sha256 of the file that was at `path` in this very state; None if it is not known."""
@@ -61,31 +61,41 @@ class Verdicts:
         self._tell("passed", digest, place, verdict.contract, " ".join(map(str, verdict.invocation)))
 
     def _ask(self, question: str, *values: str) -> tuple[str, ...] | None:
-        if self.folder is None:
-            return None
-        with contextlib.suppress(sqlite3.Error, OutputError), database(self._path, SCHEMA, CHECKS) as db:
+        with contextlib.suppress(OutputError), database(self._path, SCHEMA, CHECKS) as db:
             row: tuple[str, ...] | None = db.execute(question, values).fetchone()
             return row
         return None
 
     def _tell(self, table: str, *values: str | None) -> None:
-        if self.folder is None:
-            return
-        with contextlib.suppress(sqlite3.Error, OutputError), database(self._path, SCHEMA, CHECKS) as db, immediate(db):
+        with contextlib.suppress(OutputError), database(self._path, SCHEMA, CHECKS) as db, immediate(db):
             db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(values))})", values)
             # the oldest go: rows are numbered in the order in which they were written
             db.execute(f"DELETE FROM {table} WHERE rowid <= (SELECT max(rowid) FROM {table}) - {MAX_ROWS}")
 
     @property
     def _path(self) -> Path:
-        assert self.folder is not None
         return self.folder / f"adapters-{CHECKS}.sqlite"
 
 
 def place_of(files: Sequence[Path]) -> str:
-    """What a verdict holds for: these files of a base as they stand, and this llama.cpp. Raises OSError."""
-    states = [_mark(path.stat()) for path in files]
-    return hashlib.sha256(" ".join([*states, version("llama-cpp-python")]).encode()).hexdigest()
+    """What a verdict holds for: these files of a base as they stand, and this llama.cpp.
+
+    Raises BaseModelError if they are not there any more.
+    """
+    try:
+        states = [_mark(path.stat()) for path in files]
+    except OSError as e:
+        raise BaseModelError(
+            what=f"{e.filename}: cannot be read any more ({e.strerror})",
+            why="the base was moved or deleted since it was opened, and adapters are tried over its file",
+            fix="put it back, or open the base anew",
+        ) from e
+    return hashlib.sha256(" ".join([*states, _llama_cpp()]).encode()).hexdigest()
+
+
+@cache
+def _llama_cpp() -> str:
+    return version("llama-cpp-python")
 
 
 def _mark(state: os.stat_result) -> str:
