@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base.hold import hold
 from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder, Frozen
+from edgelora.nn.linear import Weight
 
 # `--dtype` → what matrix products are computed in
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -21,18 +25,27 @@ def build_decoder(
     Its matrix products are computed in `compute`. With `blocks`, only rotary projections of a GGUF are copied (their
     rows move), the rest is mapped.
     """
-    shapes = tensor_shapes(base.architecture, base.config, base.biased)
-    experts = base.architecture.experts
-    router = f".{experts.router}.weight" if experts else None  # a few numbers that decide all: floats, as in every GGUF
-    matrices, vectors = {}, {}
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            vectors[name] = torch.from_numpy(base.tensors.vector(name).copy()).to(device)
-        elif name not in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
-            how = "f32" if router is not None and name.endswith(router) else base_dtype
-            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), how).to(device)
+    ends = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+    names = [name for name in tensor_shapes(base.architecture, base.config, base.biased) if name not in ends]
+    matrices, vectors = held(base, names, base_dtype, device)
     # the vocabulary's rows are looked up or multiplied a slice at a time, from where they are stored
     embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks").to(device)
     tied = base.config.tie_word_embeddings
     head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks").to(device)
     return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head, compute))
+
+
+def held(
+    base: Base, names: Iterable[str], base_dtype: str = "blocks", device: str = "cpu"
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """The matrices by their modules, and the vectors by their names, of these tensors of `base`."""
+    shapes, experts = tensor_shapes(base.architecture, base.config, base.biased), base.architecture.experts
+    router = f".{experts.router}.weight" if experts else None  # a few numbers that decide all: floats, as in every GGUF
+    matrices, vectors = {}, {}
+    for name in names:
+        if len(shapes[name]) == 1:
+            vectors[name] = torch.from_numpy(base.tensors.vector(name).copy()).to(device)
+        else:
+            how = "f32" if router is not None and name.endswith(router) else base_dtype
+            matrices[name.removesuffix(".weight")] = hold(base.tensors.matrix(name), how).to(device)
+    return matrices, vectors

@@ -46,23 +46,38 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return z
 
 
-def fidelity(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Fidelity:
-    """Compare (reference, candidate) logits, each (n, V), row group by row group; keeps one group in memory."""
-    kl: list[np.ndarray] = []
-    lost: list[np.ndarray] = []
-    for reference, candidate in pairs:
+class Tally:
+    """Logits are compared as they come, group by group; a few numbers of each position stay."""
+
+    def __init__(self) -> None:
+        self._kl: list[np.ndarray] = []
+        self._lost: list[np.ndarray] = []
+
+    def add(self, reference: np.ndarray, candidate: np.ndarray) -> None:
+        """Logits of the same positions, each (n, V)."""
         for first in range(0, len(reference), ROWS):
             p, q = log_softmax(reference[first : first + ROWS]), log_softmax(candidate[first : first + ROWS])
-            kl.append((np.exp(p) * (p - q)).sum(-1))
+            self._kl.append((np.exp(p) * (p - q)).sum(-1))
         chosen = np.take_along_axis(reference, candidate.argmax(-1)[:, None], -1)[:, 0]
-        lost.append(reference.max(-1) - chosen)
-    values, flips = np.concatenate(kl), np.concatenate(lost)
-    return Fidelity(
-        n_tokens=len(values),
-        kl_mean=float(values.mean()),
-        kl_median=float(np.median(values)),
-        kl_p99=float(np.percentile(values, 99)),
-        kl_max=float(values.max()),
-        same_top=float((flips == 0).mean()),
-        worst_flip_nats=float(flips.max()),
-    )
+        self._lost.append(reference.max(-1) - chosen)
+
+    def found(self) -> Fidelity:
+        """Of all positions so far, which must be one at least."""
+        values, flips = np.concatenate(self._kl), np.concatenate(self._lost)
+        return Fidelity(
+            n_tokens=len(values),
+            kl_mean=float(values.mean()),
+            kl_median=float(np.median(values)),
+            kl_p99=float(np.percentile(values, 99)),
+            kl_max=float(values.max()),
+            same_top=float((flips == 0).mean()),
+            worst_flip_nats=float(flips.max()),
+        )
+
+
+def fidelity(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Fidelity:
+    """Compare (reference, candidate) logits, each (n, V), row group by row group; keeps one group in memory."""
+    tally = Tally()
+    for reference, candidate in pairs:
+        tally.add(reference, candidate)
+    return tally.found()

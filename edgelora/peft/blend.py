@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta, Weight, lora
+from edgelora.nn.linear import Delta, Linear, Weight, lora
 from edgelora.peft.adapter import Adapter
-from edgelora.peft.inject import attach
+from edgelora.peft.inject import delta_of
 
 
 class BlendDelta(nn.Module):
@@ -37,14 +37,17 @@ class BlendDelta(nn.Module):
         return {}
 
 
-@torch.no_grad()
 def blend(decoder: Decoder, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Make the adapters at their scales what the decoder computes, in place of whatever was on it."""
-    parts: dict[str, list[tuple[Delta, float]]] = {name: [] for name in decoder.linears}
-    for adapter, scale in adapters:
-        attach(decoder, adapter)
-        for name, linear in decoder.linears.items():
-            if linear.delta is not None:
-                parts[name].append((linear.delta, scale))
-    for name, linear in decoder.linears.items():
-        linear.delta = BlendDelta(parts[name]) if parts[name] else None
+    blend_linears(decoder.linears, adapters)
+
+
+@torch.no_grad()
+def blend_linears(linears: Mapping[str, Linear], adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """The same of some linear layers, by their full HF names; nothing of the others' is read."""
+    for name, linear in linears.items():
+        parts = [
+            (delta_of(adapter.pair(name), linear.weight), scale) for adapter, scale in adapters
+            if name in adapter.tensors
+        ]  # fmt: skip
+        linear.delta = BlendDelta(parts) if parts else None

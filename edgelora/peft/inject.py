@@ -81,12 +81,14 @@ def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
 
 def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     """Make `adapter` what the decoder computes, in place of whatever was on it. None takes it off."""
-    pairs = adapter.pairs() if adapter else {}
     for name, linear in decoder.linears.items():
-        linear.delta = _delta(pairs[name], linear.weight) if name in pairs else None
+        linear.delta = None
+        if adapter is not None and name in adapter.tensors:
+            linear.delta = delta_of(adapter.pair(name), linear.weight)
 
 
-def _delta(pair: LoraPair, weight: Weight) -> Delta:
+def delta_of(pair: LoraPair, weight: Weight) -> Delta:
+    """The pair as what a linear layer over `weight` computes."""
     a, b = torch.from_numpy(pair.a), torch.from_numpy(pair.b)
     if pair.magnitude is None:
         return LoraDelta(a, b, 1.0)
