@@ -1,10 +1,193 @@
-"""What limits an answer to a form: GBNF or a JSON schema, checked before llama.cpp's parser, which dies of some."""
+"""What limits an answer to a form: a grammar that llama.cpp can run to its end, from GBNF or from a JSON schema.
+
+llama.cpp follows every way at once that a text could be read (a stack of rules each), by recursion and without limit:
+a rule that begins with itself never returns, and a form that can be read in two ways at each nesting doubles the
+stacks with each character. Both are refused here, the second by trying the texts that make the stacks grow most.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
+
+from runtime.gbnf import Characters, Element, Rule, Rules, parse_gbnf, refused
+from runtime.json_schema import gbnf_of_schema
 from runtime.service import Sampling
+
+MAX_STACKS = 1000  # ways to read a text at once: each is tried on every token of the vocabulary
+MAX_LEFT = 500  # rules that begin with one another, through which C recurses
+TRIAL_LENGTH = 48  # characters: longer than almost any token
+TRIAL_BREADTH = 4  # texts tried side by side
+TRIAL_MOVES = 256  # stacks of each moved on at once: by 16 next characters of few stacks, by one of many
+TRIAL_STEPS = 200_000  # of all rules, a fraction of a second; of one rule at most an eighth
+MAX_KINDS = 64
+
+Stacks = frozenset[int]
 
 
 def grammar_of(sampling: Sampling) -> str | None:
-    """The grammar (GBNF) that `sampling` asks for."""
-    return sampling.grammar
+    """The grammar (GBNF) that `sampling` asks for. Raises ConfigError if llama.cpp could not run it."""
+    text = sampling.grammar
+    if sampling.json_schema is not None:
+        text = gbnf_of_schema(sampling.json_schema)
+    if text is not None:
+        check_gbnf(text)
+    return text
+
+
+@lru_cache(maxsize=64)
+def check_gbnf(text: str) -> None:
+    """Raises ConfigError if llama.cpp could not read `text` or would not come to an end with it."""
+    grammar = parse_gbnf(text)
+    undefined = sorted(name for name, rule in grammar.names.items() if rule not in grammar.rules)
+    if undefined:
+        raise refused(f"undefined: {', '.join(undefined)}", "rules refer to them", "define each rule")
+    if "root" not in grammar.names:
+        raise refused("no rule is named root", "a text begins there", "name the first rule root")
+    order = _left_order(grammar)
+    ways = _ways_to_begin(grammar, order)
+    _try_out(grammar, sorted(ways, key=lambda rule: (rule != grammar.names["root"], -ways[rule])))
+
+
+def _leading(sequence: list[Element], empty: Mapping[int, bool]) -> Iterable[Element]:
+    """What a sequence may begin with."""
+    for element in sequence:
+        yield element
+        if not (isinstance(element, int) and empty[element]):
+            return
+
+
+def _may_be_empty(rules: Mapping[int, Rule]) -> dict[int, bool]:
+    empty = dict.fromkeys(rules, False)
+    found = True
+    while found:
+        found = False
+        for number, rule in rules.items():
+            if not empty[number] and any(all(isinstance(e, int) and empty[e] for e in s) for s in rule):
+                empty[number] = found = True
+    return empty
+
+
+def _left_order(grammar: Rules) -> dict[int, list[Element]]:
+    """What each rule may begin with, rules ordered so that those it begins with come before it."""
+    empty = _may_be_empty(grammar.rules)
+    leading = {n: [e for s in rule for e in _leading(s, empty)] for n, rule in grammar.rules.items()}
+    below = {rule: [e for e in elements if isinstance(e, int)] for rule, elements in leading.items()}
+    try:
+        order = list(TopologicalSorter(below).static_order())
+    except CycleError as e:
+        raise refused(
+            f"{grammar.name(e.args[1][0])} begins with itself", "llama.cpp would never come to an end of it",
+            'turn it around: list ::= item ("," item)*',
+        ) from e  # fmt: skip
+    depth: dict[int, int] = {}
+    for rule in order:
+        depth[rule] = 1 + max((depth[b] for b in below[rule]), default=0)
+        if depth[rule] > MAX_LEFT:
+            raise refused(f"more than {MAX_LEFT} rules begin with one another", "llama.cpp recurses through them")
+    return {rule: leading[rule] for rule in order}
+
+
+def _ways_to_begin(grammar: Rules, order: Mapping[int, list[Element]]) -> dict[int, int]:
+    ways: dict[int, int] = {}
+    for rule, leading in order.items():
+        ways[rule] = sum(ways[e] if isinstance(e, int) else 1 for e in leading)
+        if ways[rule] > MAX_STACKS:
+            raise _too_many(f"{grammar.name(rule)} can begin in {ways[rule]:,} ways")
+    return ways
+
+
+def _too_many(what: str) -> Exception:
+    return refused(
+        what, f"llama.cpp follows all at once, and more than {MAX_STACKS:,} take it very long",
+        'begin alternatives with different characters: sum ::= term ("+" term)*, not term "+" sum | term',
+    )  # fmt: skip
+
+
+class _Machine:
+    """llama.cpp's automaton. A stack is a number; 0 is the empty one, at the end of what was begun with."""
+
+    def __init__(self, grammar: Rules) -> None:
+        self._elements: list[Element | None] = []
+        self._starts: dict[int, list[int]] = {}
+        for number, rule in grammar.rules.items():
+            self._starts[number] = []
+            for sequence in rule:
+                self._starts[number].append(len(self._elements))
+                self._elements += [*sequence, None]
+        self._stacks: list[tuple[int, int]] = [(-1, -1)]
+        self._known: dict[tuple[int, int], int] = {}
+        self.steps = 0
+
+    def _push(self, place: int, stack: int) -> int:
+        if self._elements[place] is None:
+            return stack
+        key = place, stack
+        if key not in self._known:
+            self._known[key] = len(self._stacks)
+            self._stacks.append(key)
+        return self._known[key]
+
+    def begin(self, rule: int) -> Stacks:
+        return self._advance(self._push(place, 0) for place in self._starts[rule])
+
+    def _advance(self, stacks: Iterable[int]) -> Stacks:
+        """Replace rules by what they begin with, until every stack waits for a character."""
+        todo, seen, found = list(stacks), set[int](), set[int]()
+        while todo:
+            stack = todo.pop()
+            if stack in seen:
+                continue
+            seen.add(stack)
+            self.steps += 1
+            place, below = self._stacks[stack]
+            element = self._elements[place] if stack else None
+            if isinstance(element, int):
+                rest = self._push(place + 1, below)
+                todo += [self._push(start, rest) for start in self._starts[element]]
+            else:
+                found.add(stack)
+        return frozenset(found)
+
+    def step(self, stacks: Stacks, character: int) -> Stacks:
+        """What `stacks` become behind a character."""
+        places = [self._stacks[s] for s in stacks]
+        self.steps += len(places)
+        return self._advance(self._push(place + 1, below) for place, below in places if self._takes(place, character))
+
+    def _takes(self, place: int, character: int) -> bool:
+        element = self._elements[place] if place >= 0 else None
+        return isinstance(element, Characters) and element.match(character)
+
+    def characters(self, stacks: Stacks) -> list[int]:
+        """One character of each kind that `stacks` tell apart, those that most of them take first."""
+        places = Counter(self._stacks[s][0] for s in stacks)
+        waiting = [(e, n) for place, n in places.items() if isinstance(e := self._elements[place], Characters)]
+        self.steps += len(waiting)
+        kinds = sorted({high + 1 if e.negated else low for e, _ in waiting for low, high in e.ranges})[:MAX_KINDS]
+        taken = {c: sum(n for e, n in waiting if e.match(c)) for c in kinds}
+        return sorted((c for c, n in taken.items() if n), key=lambda c: (-taken[c], c))
+
+
+def _try_out(grammar: Rules, rules: list[int]) -> None:
+    """Look, from each rule in turn, for a text that can be read in ever more ways."""
+    machine = _Machine(grammar)
+    for rule in rules:
+        end = machine.steps + TRIAL_STEPS // 8
+        tried = {machine.begin(rule)}
+        for _ in range(TRIAL_LENGTH):
+            following = {
+                machine.step(stacks, c)
+                for stacks in tried
+                for c in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]
+            }
+            tried = set(sorted(following, key=len, reverse=True)[:TRIAL_BREADTH])
+            if any(len(stacks) > MAX_STACKS for stacks in tried):
+                raise _too_many(f"a text of {grammar.name(rule)} can be read in more than {MAX_STACKS:,} ways")
+            tried.discard(frozenset())
+            if not tried or machine.steps > end:
+                break
+        if machine.steps > TRIAL_STEPS:
+            return
