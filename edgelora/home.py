@@ -1,9 +1,15 @@
-"""Where the user's files live, and where a checkout keeps its examples."""
+"""Where the user's files live, and where a checkout keeps its examples.
+
+`models_folder()` holds bases as they came; below it stand `adapters/` (those known by a name: runtime/store.py) and
+`cache/` (what may be deleted at any time).
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import platformdirs
 
 from edgelora.errors import ConfigError
 
@@ -11,12 +17,17 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def models_folder() -> Path:
-    """$EDGELORA_HOME, else the checkout's `models/`, else a folder of the user's own."""
+    """$EDGELORA_HOME, else the checkout's `models/`, else where this platform keeps a program's data."""
     if named := os.environ.get("EDGELORA_HOME"):
         return Path(named).expanduser()
     if (CHECKOUT / "pyproject.toml").exists():
         return CHECKOUT / "models"
-    return Path.home() / ".local" / "share" / "edgelora"
+    return platformdirs.user_data_path("edgelora", appauthor=False)
+
+
+def cache_folder() -> Path:
+    """What was found out once and can be found out again: verdicts, snapshots."""
+    return models_folder() / "cache"
 
 
 def example(name: str) -> Path:

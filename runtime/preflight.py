@@ -17,7 +17,7 @@ from edgelora.files.adapter_check import require_fit
 from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_same_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.whole import read_whole
-from edgelora.home import models_folder
+from edgelora.home import cache_folder
 from runtime.trial import try_adapter
 from runtime.verdicts import Verdict, Verdicts, place_of
 
@@ -63,7 +63,7 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
     `cache`: where verdicts are kept, by default in the user's home.
     Raises AdapterError or FileFormatError; the process is never at risk.
     """
-    verdicts = Verdicts(cache or models_folder() / "cache")
+    verdicts = Verdicts(cache or cache_folder())
     content, digest = _read(path, base, verdicts)
     place = place_of(base.file.files)
     verdict = verdicts.find(digest, place)

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "progress", "errors"},
     "pipeline": {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
-        "child", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
+        "child", "catalog", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
     },
     "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "home", "device", "progress", "errors"},
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"files", "errors"},
     "files": {"errors"},
     "child": {"progress", "errors"},
+    "catalog": {"home", "errors"},
     "home": {"errors"},
     "invocation": set(),
     "device": {"errors"},

@@ -177,6 +177,8 @@ def _origin(origin: Origin) -> Rows:
     if origin.fingerprint is not None:
         merged = f"{count(len(origin.lineage), 'merge')} in its weights" if origin.lineage else "nothing merged into it"
         yield "identity", _plain(f"{origin.fingerprint}, {merged}")
+    if (known := origin.known) is not None:
+        yield "known as", _plain(f"{known.name}, from {known.source}; {known.licence}")
     for fault in origin.faults:
         yield "identity", _bad(fault)
     if origin.contract is not None:

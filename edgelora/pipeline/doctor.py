@@ -6,6 +6,7 @@ import platform
 from dataclasses import asdict
 from typing import Any
 
+from edgelora.catalog import recognize
 from edgelora.child import run_in_child
 from edgelora.device import choose_device, choose_dtype, free_memory_bytes, physical_cores, processor_name
 from edgelora.errors import EdgeloraError
@@ -39,7 +40,16 @@ def examine() -> dict[str, Any]:
     except EdgeloraError as e:
         facts["llama_cpp"] = f"cannot be loaded: {e.why}"
     facts["models_folder"] = str(models_folder())
+    facts["known_bases"] = _known_bases()
     return facts
+
+
+def _known_bases() -> str:
+    try:
+        found = [known for path in sorted(models_folder().glob("*.gguf")) if (known := recognize(path)) is not None]
+    except EdgeloraError as e:
+        return f"unknown: {e.what}: {e.why}"
+    return "; ".join(f"{known.name} ({known.licence})" for known in found) or "none of the catalog's"
 
 
 def _llama_features(_: OnProgress) -> str:

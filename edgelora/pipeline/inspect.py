@@ -1,4 +1,5 @@
-"""What is in a file or folder, and what edgelora can do with it. Reads headers, the vocabulary and 64 rows a layer.
+"""What is in a file or folder, and what edgelora can do with it. Reads headers, the vocabulary and 64 rows a layer;
+all of it only where its size is that of a model in the catalog.
 
 What cannot be opened as a base is described as far as it can be read, each part with the reason where it ends.
 """
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from converters.base_to_gguf import refuse_unlike, shortened_context
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.catalog import Known, recognize
 from edgelora.data.folder import folder_template
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.vocabulary import vocabulary_from_folder, vocabulary_from_gguf
@@ -97,6 +99,8 @@ class Origin:
     faults: list[str]
     certificate_of_source: bool = False
     """The certificate is not this file's, but that of the one it was quantized from."""
+    known: Known | None = None
+    """The very file that the catalog of models names so."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ def _origin(source: Source, base: Base | None) -> Origin:
     fingerprint = read(lambda: base.fingerprint.short) if base is not None else None
     if isinstance(source, Checkpoint):
         return Origin(fingerprint, [], None, None, faults)
-    contract = read(lambda: contract_of(source))
+    contract, known = read(lambda: contract_of(source)), read(lambda: recognize(source.path))
     certificate = certificate_of(source)
     return Origin(
         fingerprint=fingerprint,
@@ -293,6 +297,7 @@ def _origin(source: Source, base: Base | None) -> Origin:
         certificate=certificate,
         faults=list(dict.fromkeys(faults)),
         certificate_of_source=certificate is not None and is_of_source(certificate, source),
+        known=known,
     )
 
 
