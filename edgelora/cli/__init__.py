@@ -11,6 +11,7 @@ from edgelora.cli.chat import chat
 from edgelora.cli.convert import convert
 from edgelora.cli.imatrix import imatrix
 from edgelora.cli.merge import merge
+from edgelora.cli.perplexity import perplexity
 from edgelora.cli.quantize import quantize
 from edgelora.cli.state import state
 from edgelora.errors import EdgeloraError
@@ -33,6 +34,7 @@ app.command()(merge)
 app.command()(imatrix)
 app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)
+app.command()(perplexity)
 app.command()(chat)
 app.command()(inspect.inspect)
 app.command()(tokenize.tokenize)

@@ -52,7 +52,12 @@ def perplexity(parts: Sequence[Window], nll: Callable[[Window], np.ndarray]) -> 
     """`nll(window)` gives −log p in nats of each of `window.targets`. Raises ValueError without a window."""
     if not parts:
         raise ValueError("a text shorter than one window has no perplexity")
-    values = np.concatenate([np.asarray(nll(part), np.float64) for part in parts])
+    return perplexity_of(np.concatenate([nll(part) for part in parts]))
+
+
+def perplexity_of(nll: np.ndarray) -> Perplexity:
+    """Of tokens whose −log p (nats) are known."""
+    values = nll.astype(np.float64)
     mean, n = float(values.mean()), len(values)
     error = math.sqrt(max(float(np.square(values).mean()) - mean**2, 0.0) / (n - 1)) if n > 1 else math.inf
     return Perplexity(math.exp(mean), math.exp(mean) * error, n)

@@ -1,0 +1,221 @@
+"""Perplexity of a text by llama.cpp, and how far its predictions are from a reference's: in a child process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora.base.model import Base, open_base
+from edgelora.child import run_in_child
+from edgelora.device import peak_memory_bytes, physical_cores
+from edgelora.errors import ConfigError, DataError
+from edgelora.evaluate.divergence import ROWS, Candidate, Compared, Divergence, Exact, Reference, compare, divergence
+from edgelora.evaluate.perplexity import Perplexity, Window, perplexity_of
+from edgelora.evaluate.reference_file import ReferenceFile, ReferenceWriter, about_file, is_reference
+from edgelora.files.adapter_check import contract_of
+from edgelora.files.contract import sha256_file
+from edgelora.files.gguf import GGUFFile
+from edgelora.pipeline.parity import text_windows
+from edgelora.progress import OnProgress, Pace, Progress, silent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Logits = Callable[[Window], np.ndarray]
+"""float32 (n, V), what follows the positions that predict a window's targets; a view until the next call."""
+TOP = 256
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to measure. `chunks`: how many windows of `context` tokens, None for the whole text. `against`: a GGUF that
+    runs beside, or a reference file, whose text is taken then. `save`: where to keep this model's own predictions,
+    the `top` likeliest of each position, or all if its name ends in .kld."""
+
+    model: Path
+    text: Path | None = None
+    adapter: tuple[Path, float] | None = None
+    against: Path | None = None
+    save: Path | None = None
+    context: int = 512
+    chunks: int | None = None
+    top: int = TOP
+    threads: int | None = None
+    allow_unverified: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found. `bits_per_byte`: of the scored tokens' text, which compares models of different tokenizers."""
+
+    model: str
+    perplexity: Perplexity
+    bits_per_byte: float
+    n_windows: int
+    context: int
+    against: str | None
+    divergence: Divergence | None
+    tokens_per_s: float
+    peak_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        value, error, n_tokens = self.perplexity.value, self.perplexity.error, self.perplexity.n_tokens
+        return {
+            "model": self.model, "perplexity": value, "error": error, "scored_tokens": n_tokens,
+            "bits_per_byte": self.bits_per_byte, "windows": self.n_windows, "context": self.context,
+            "against": self.against, "divergence": None if self.divergence is None else self.divergence.as_dict(),
+            "tokens_per_s": self.tokens_per_s, "peak_bytes": self.peak_bytes,
+        }  # fmt: skip
+
+
+def measure(run: Run, on_progress: OnProgress = silent) -> Measured:
+    """Score the text. Raises DataError for one shorter than a window, ConfigError where the two sides do not match,
+    EngineError for logits that are not finite."""
+    return run_in_child(_measure, run, on_progress=on_progress)
+
+
+def _measure(run: Run, on_progress: OnProgress) -> Measured:
+    base = open_base(run.model)
+    if run.adapter is not None:
+        base = base.as_trained(contract_of(GGUFFile(run.adapter[0])))
+    stored = _stored(run.against)
+    parts = _windows(run, base, stored)
+    size, pace = len(parts[0].ids), Pace(len(parts))
+    with ExitStack() as stack:
+        logits = stack.enter_context(_open(run, base, size))
+        writer = _writer(run, base, parts)
+        references = stack.enter_context(_references(run, base, stored, parts))
+        compared: list[Compared] = []
+        try:
+            for i, window in enumerate(parts):
+                rows = logits(window)
+                if writer is not None and i >= writer.done:
+                    writer.add(rows, window.targets)
+                compared.append(_compared(references(i), rows, window))
+                speed, eta = pace.step(size)
+                on_progress(Progress("score", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
+        finally:
+            if writer is not None:
+                writer.close(whole=len(compared) == len(parts))
+    found = perplexity_of(np.concatenate([window.nll for window in compared]))
+    sizes = _token_bytes(base, parts)
+    nats = math.log(found.value) * found.n_tokens
+    return Measured(
+        model=run.model.name, perplexity=found, bits_per_byte=nats / math.log(2) / sizes, n_windows=len(parts),
+        context=size, against=run.against.name if run.against else None,
+        divergence=divergence(compared) if run.against else None, tokens_per_s=speed, peak_bytes=peak_memory_bytes(),
+    )  # fmt: skip
+
+
+def _compared(reference: Reference | None, logits: np.ndarray, window: Window) -> Compared:
+    """Against the reference; without one, −log p alone."""
+    if reference is not None:
+        return compare(reference, logits, window.targets)
+    nll = [
+        Candidate(logits[first : first + ROWS], window.targets[first : first + ROWS]).nll
+        for first in range(0, len(window.targets), ROWS)
+    ]
+    nothing = np.empty(0)
+    return Compared(np.concatenate(nll), nothing, nothing, nothing)
+
+
+def _stored(against: Path | None) -> ReferenceFile | None:
+    return ReferenceFile(against) if against is not None and against.is_file() and is_reference(against) else None
+
+
+def _windows(run: Run, base: Base, stored: ReferenceFile | None) -> list[Window]:
+    """Of the text; with a reference file, those that it was made of, with BOS in front where this model has it."""
+    if stored is not None:
+        if stored.about.n_vocab != base.config.vocab_size:
+            raise ConfigError(
+                what=f"{stored.path}: its vocabulary has {stored.about.n_vocab:,} tokens",
+                why=f"{run.model.name} has {base.config.vocab_size:,}: their predictions cannot be compared",
+                fix="compare with a reference of the same tokenizer; bits per byte compares across them",
+            )
+        tokenizer = base.tokenizer
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            for window in stored.windows:
+                window.ids[0] = tokenizer.bos_id
+        return stored.windows[: run.chunks]
+    if run.text is None:
+        raise ConfigError(
+            what="there is no text to score",
+            why="only a reference file brings its own",
+            fix="pass --text FILE",
+        )
+    try:
+        text = run.text.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(what=f"{run.text} cannot be read as UTF-8 text", why=str(e), fix="check the file") from e
+    parts = text_windows(base, text, run.context, run.chunks or len(text) // run.context + 1)
+    if not parts:
+        raise DataError(
+            what=f"{run.text}: it is shorter than one window of {run.context} tokens",
+            why="only whole windows are scored, so that figures of different texts mean the same",
+            fix="pass a longer text, or a smaller --context",
+        )
+    return parts
+
+
+@contextmanager
+def _open(run: Run, base: Base, size: int) -> Iterator[Logits]:
+    """The model in llama.cpp, one window a decode: the shape in which llama-perplexity's digits come out."""
+    from runtime.scorer import ScoringEngine
+
+    if run.context > base.context:
+        raise ConfigError(
+            what=f"--context {run.context}",
+            why=f"{base.path.name} sees {base.context} tokens at most",
+            fix=f"pass at most --context {base.context}",
+        )
+    with ScoringEngine(base, n_ctx=size, threads=run.threads or physical_cores()) as engine:
+        if run.adapter is not None:
+            path, scale = run.adapter
+            engine.load("adapter", path, allow_unverified=run.allow_unverified)
+            engine.use({"adapter": scale})
+        yield lambda window: engine.logits([window.ids.tolist()], [range(window.first - 1, size - 1)])
+
+
+@contextmanager
+def _references(
+    run: Run, base: Base, stored: ReferenceFile | None, parts: Sequence[Window]
+) -> Iterator[Callable[[int], Reference | None]]:
+    """The reference's window of each number."""
+    if run.against is None:
+        yield lambda _: None
+    elif stored is not None:
+        yield stored.window
+    else:
+        other = open_base(run.against)
+        if other.vocabulary.tokens != base.vocabulary.tokens:
+            raise ConfigError(
+                what=f"{run.against.name} and {run.model.name} have different vocabularies",
+                why="KL compares what both say of the same next token",
+                fix="compare with a reference of the same tokenizer; bits per byte compares across them",
+            )
+        alone = Run(run.against, context=run.context, threads=run.threads)
+        with _open(alone, other, len(parts[0].ids)) as logits:
+            yield lambda i: Exact(logits(parts[i]))
+
+
+def _writer(run: Run, base: Base, parts: Sequence[Window]) -> ReferenceWriter | None:
+    if run.save is None:
+        return None
+    sha256 = sha256_file(run.model)
+    about = about_file(run.save, len(parts[0].ids), base.config.vocab_size, len(parts), run.top, sha256)
+    return ReferenceWriter(run.save, about, parts)
+
+
+def _token_bytes(base: Base, parts: Sequence[Window]) -> int:
+    """How many bytes of text the scored tokens stand for."""
+    from runtime.binding import Model
+
+    with closing(Model(base.path, vocabulary_only=True)) as model:
+        ids, counts = np.unique(np.concatenate([part.targets for part in parts]), return_counts=True)
+        return sum(len(model.piece(int(token))) * int(n) for token, n in zip(ids, counts, strict=True))
