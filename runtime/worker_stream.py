@@ -61,15 +61,19 @@ class WorkerStream:
         self._taken, self._over = 0, False
 
     def __iter__(self) -> Iterator[Piece]:
-        """Raises WorkerDied if the child died, or what the engine raised."""
-        while not self._over:
-            message = self._pending.take()
-            if isinstance(message, Said):
-                self._count()
-                if self._pending.wanted:
-                    yield message.piece
-            elif isinstance(message, Result):
-                self._over = True
+        """Leaving the loop early cancels. Raises WorkerDied if the child died, or what the engine raised."""
+        try:
+            while not self._over:
+                message = self._pending.take()
+                if isinstance(message, Said):
+                    self._count()
+                    if self._pending.wanted:
+                        yield message.piece
+                elif isinstance(message, Result):
+                    self._over = True
+        finally:
+            if not self._over:
+                self._drop()
 
     def _count(self) -> None:
         self._taken += 1

@@ -1,6 +1,7 @@
 """The worker: a child that dies in any way costs one typed error each, and the same child cannot be killed for ever.
 
-Most of it is tested with a service that does what its prompt says, dying included; the last tests have the engine.
+Tested with a service that does what its prompt says, dying included; test_worker_engine.py has the engine in it. What
+this file imports each child imports again.
 """
 
 from __future__ import annotations
