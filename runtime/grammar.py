@@ -1,8 +1,9 @@
 """What limits an answer to a form: a grammar that llama.cpp can run to its end, from GBNF or from a JSON schema.
 
-llama.cpp follows every way at once that a text could be read (a stack of rules each), by recursion and without limit:
-a rule that begins with itself never returns, and a form that can be read in two ways at each nesting doubles the
-stacks with each character. Both are refused here, the second by trying the texts that make the stacks grow most.
+llama.cpp follows every way in which a text could be read (a stack of rules each), by recursion and without limit.
+Within a token that it tries, ways that have met again are not joined: in `([a-z]+)+` the work doubles with each
+letter. So what begins with itself, forms that can be read in ever more ways, and loops in loops are refused here, the
+latter two by trying the texts whose ways grow most.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 
+from edgelora.errors import ConfigError
 from runtime.gbnf import Characters, Element, Rule, Rules, parse_gbnf, refused
 from runtime.json_schema import gbnf_of_schema
 from runtime.service import Sampling
 
-MAX_STACKS = 1000  # ways to read a text at once: each is tried on every token of the vocabulary
+MAX_STACKS = 1000  # ways to begin, or to go on: each is tried on every token of the vocabulary
+MAX_WAYS = 10_000  # through one character repeated, as long tokens have it: four loops in a row have more
 MAX_LEFT = 500  # rules that begin with one another, through which C recurses
-TRIAL_LENGTH = 48  # characters: longer than almost any token
+TRIAL_LENGTH = 32  # characters, more than almost any token has
 TRIAL_BREADTH = 4  # texts tried side by side
 TRIAL_MOVES = 256  # stacks of each moved on at once: by 16 next characters of few stacks, by one of many
 TRIAL_STEPS = 200_000  # of all rules, a fraction of a second; of one rule at most an eighth
-MAX_KINDS = 64
+MAX_KINDS = 64  # of characters told apart
 
 Stacks = frozenset[int]
 
@@ -95,14 +98,14 @@ def _ways_to_begin(grammar: Rules, order: Mapping[int, list[Element]]) -> dict[i
     for rule, leading in order.items():
         ways[rule] = sum(ways[e] if isinstance(e, int) else 1 for e in leading)
         if ways[rule] > MAX_STACKS:
-            raise _too_many(f"{grammar.name(rule)} can begin in {ways[rule]:,} ways")
+            raise _too_many(f"the beginning of {grammar.name(rule)}")
     return ways
 
 
-def _too_many(what: str) -> Exception:
+def _too_many(what: str) -> ConfigError:
     return refused(
-        what, f"llama.cpp follows all at once, and more than {MAX_STACKS:,} take it very long",
-        'begin alternatives with different characters: sum ::= term ("+" term)*, not term "+" sum | term',
+        f"{what}: too many ways to read it", "llama.cpp follows each to its end, which takes it very long",
+        'let no two read the same text: [a-z]+, not ([a-z]+)+; term ("+" term)*, not term "+" sum | term',
     )  # fmt: skip
 
 
@@ -119,6 +122,8 @@ class _Machine:
                 self._elements += [*sequence, None]
         self._stacks: list[tuple[int, int]] = [(-1, -1)]
         self._known: dict[tuple[int, int], int] = {}
+        self._advanced: dict[int, set[int]] = {}
+        self._ways: dict[tuple[int, int], int] = {}
         self.steps = 0
 
     def _push(self, place: int, stack: int) -> int:
@@ -131,31 +136,55 @@ class _Machine:
         return self._known[key]
 
     def begin(self, rule: int) -> Stacks:
-        return self._advance(self._push(place, 0) for place in self._starts[rule])
+        return frozenset(s for place in self._starts[rule] for s in self._advance(self._push(place, 0)))
 
-    def _advance(self, stacks: Iterable[int]) -> Stacks:
+    def _advance(self, stack: int) -> set[int]:
         """Replace rules by what they begin with, until every stack waits for a character."""
-        todo, seen, found = list(stacks), set[int](), set[int]()
+        if stack in self._advanced:
+            return self._advanced[stack]
+        todo, seen, found = [stack], set[int](), set[int]()
         while todo:
-            stack = todo.pop()
-            if stack in seen:
+            top = todo.pop()
+            if top in seen:
                 continue
-            seen.add(stack)
-            self.steps += 1
-            place, below = self._stacks[stack]
-            element = self._elements[place] if stack else None
+            seen.add(top)
+            place, below = self._stacks[top]
+            element = self._elements[place] if top else None
             if isinstance(element, int):
                 rest = self._push(place + 1, below)
                 todo += [self._push(start, rest) for start in self._starts[element]]
             else:
-                found.add(stack)
-        return frozenset(found)
+                found.add(top)
+        self.steps += len(seen)
+        self._advanced[stack] = found
+        return found
 
     def step(self, stacks: Stacks, character: int) -> Stacks:
-        """What `stacks` become behind a character."""
-        places = [self._stacks[s] for s in stacks]
-        self.steps += len(places)
-        return self._advance(self._push(place + 1, below) for place, below in places if self._takes(place, character))
+        """What `stacks` become behind a character, those that are alike joined."""
+        return frozenset(after for stack in stacks for after in self._after(stack, character))
+
+    def _after(self, stack: int, character: int) -> Iterable[int]:
+        place, below = self._stacks[stack]
+        self.steps += 1
+        return self._advance(self._push(place + 1, below)) if self._takes(place, character) else ()
+
+    def ways(self, stacks: Stacks, character: int) -> int:
+        """In how many ways the character repeated can be read, at most: as llama.cpp reads a token, none are joined."""
+        return sum(self._ways_of(stack, character) for stack in stacks)
+
+    def _ways_of(self, stack: int, character: int) -> int:
+        if (stack, character) not in self._ways:
+            now, most = {stack: 1}, 0
+            for _ in range(TRIAL_LENGTH):
+                following: Counter[int] = Counter()
+                for s, ways in now.items():
+                    for after in self._after(s, character):
+                        following[after] += ways
+                now, most = following, max(most, following.total())
+                if not now or most > MAX_WAYS:
+                    break
+            self._ways[stack, character] = most
+        return self._ways[stack, character]
 
     def _takes(self, place: int, character: int) -> bool:
         element = self._elements[place] if place >= 0 else None
@@ -178,15 +207,15 @@ def _try_out(grammar: Rules, rules: list[int]) -> None:
         end = machine.steps + TRIAL_STEPS // 8
         tried = {machine.begin(rule)}
         for _ in range(TRIAL_LENGTH):
-            following = {
-                machine.step(stacks, c)
-                for stacks in tried
-                for c in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]
-            }
-            tried = set(sorted(following, key=len, reverse=True)[:TRIAL_BREADTH])
+            following = set[Stacks]()
+            for stacks in tried:
+                for character in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]:
+                    following.add(machine.step(stacks, character))
+                    if machine.ways(stacks, character) > MAX_WAYS:
+                        raise _too_many(f"{chr(character)!r} repeated, in {grammar.name(rule)}")
+            tried = set(sorted(following - {frozenset()}, key=len, reverse=True)[:TRIAL_BREADTH])
             if any(len(stacks) > MAX_STACKS for stacks in tried):
-                raise _too_many(f"a text of {grammar.name(rule)} can be read in more than {MAX_STACKS:,} ways")
-            tried.discard(frozenset())
+                raise _too_many(f"a text of {grammar.name(rule)}")
             if not tried or machine.steps > end:
                 break
         if machine.steps > TRIAL_STEPS:
