@@ -38,6 +38,8 @@ from edgelora.pipeline.certificate import (
 )
 from edgelora.pipeline.check_rows import DEFAULT_CHECK, rows_to_check
 from edgelora.pipeline.compare import Compared, compare
+from edgelora.pipeline.said import Said
+from edgelora.pipeline.torch_states import torch_states
 
 IDS = torch.arange(3, 60)
 ONE_OF_EACH = (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q2_K)
@@ -56,8 +58,14 @@ def claimed(kind: Type = Type.Q4_0, **compared) -> ModelCertificate:
 def held(draft: Path, base: Path, adapters: Sequence = ()) -> ModelCertificate:
     """The certificate as `certify_model` gives it, without a child process."""
     types = types_of(draft)
-    found = compare(draft, Reference(base, tuple(adapters)), None, lambda _: None)
+    found = compared_of(draft, Reference(base, tuple(adapters)))
     return ModelCertificate({kind.name: n for kind, n in types.items()}, found, limits_of(types))
+
+
+def compared_of(draft: Path, reference: Reference, rows: Sequence | None = None) -> Compared:
+    said = Said.read(reference.open()[0], open_base(draft).context, rows)
+    states = torch_states((Reference(draft), reference), said.examples, lambda _: None)
+    return compare(draft, reference, said, states, lambda _: None)
 
 
 # -- the reference: several adapters at their scales --------------------------------------------------------------
@@ -193,10 +201,10 @@ def test_rows_of_the_users_are_compared_and_refused_where_they_cannot_be(tiny, m
     row = {"messages": [{"role": "user", "content": "lights"}, {"role": "assistant", "content": "on"}]}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 5, encoding="utf-8")
     rows = rows_to_check(tmp_path / "rows.jsonl", 3)
-    assert compare(tiny.path, Reference(tiny.path), rows, lambda _: None).n_rows == 3
+    assert compared_of(tiny.path, Reference(tiny.path), rows).n_rows == 3
     mute = make_tiny(template="{{ raise_exception('no') }}").path
     with pytest.raises(DataError, match="refused a conversation"):
-        compare(mute, Reference(mute), rows, lambda _: None)
+        compared_of(mute, Reference(mute), rows)
 
 
 def test_a_checkpoint_is_compared_in_torch_alone(tiny, transformers_model, vocabulary, write_tokenizer, tmp_path):

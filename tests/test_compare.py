@@ -13,7 +13,7 @@ from edgelora.cli import run
 from edgelora.data.conversation import Conversation, Message
 from edgelora.errors import DataError
 from edgelora.peft.adapter import write_adapter
-from edgelora.pipeline.compare import Reference, _examples, compare
+from edgelora.pipeline.said import Said, _examples
 from edgelora.pipeline.tokenize import Tokenized, tokenize_chat
 
 
@@ -40,7 +40,7 @@ def test_rows_that_a_model_without_a_template_cannot_read_are_refused_before_the
 def test_rows_are_never_dropped_in_silence(make_tiny):
     base = make_tiny(template=None).path
     with pytest.raises(DataError, match="it has no chat template, and your rows are conversations"):
-        compare(base, Reference(base), [chat("lights", "on")], lambda _: None)
+        Said.read(open_base(base), 256, [chat("lights", "on")])
 
 
 def test_of_a_long_conversation_the_answer_is_compared(tiny):

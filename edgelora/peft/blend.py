@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta, Linear, Weight, lora
+from edgelora.nn.linear import Delta, Linear, Weight
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.inject import delta_of
 
@@ -28,8 +28,10 @@ class BlendDelta(nn.Module):
         plain = F.linear(x, weight.dequantize(x.dtype))
         blended = plain.clone()
         for delta, scale in self.parts:
-            alone = delta(x, weight) if delta.factors is None else lora(x, weight, delta.factors)
-            blended += scale * (alone - plain)
+            if (pair := delta.factors) is None:
+                blended += scale * (delta(x, weight) - plain)
+            else:
+                blended += F.linear(F.linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype)) * (scale * pair.scale)
         return blended
 
     def tensors(self) -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ from edgelora.files.contract import CERTIFICATE_KEY, sha256_file
 from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.files.unchanged import Stamps, stamp
 from edgelora.pipeline.check_rows import rows_to_check
-from edgelora.pipeline.compare import Compared, Reference, compare
+from edgelora.pipeline.compare import Compared, compare
+from edgelora.pipeline.said import Said
+from edgelora.pipeline.torch_states import Reference, torch_states
 from edgelora.progress import OnProgress, silent
 
 __all__ = [
@@ -105,12 +107,15 @@ class ModelCertificate:
 def certify_model(
     draft: Path, reference: Reference, rows: Sequence[Conversation] | None, on_progress: OnProgress = silent
 ) -> ModelCertificate:
-    """Compare the model at `draft` (a GGUF or a checkpoint) with what it was made from, in a child process.
+    """Compare the model at `draft` (a GGUF or a checkpoint) with what it was made from, in child processes.
 
     On a few built-in conversations without `rows`.
     """
     types = types_of(draft)
-    compared = run_in_child(compare, draft, reference, rows, on_progress=on_progress)
+    said = Said.read(reference.open()[0], open_base(draft).context, rows)
+    models = (Reference(draft), reference)
+    states = run_in_child(torch_states, models, said.examples, on_progress=on_progress)
+    compared = run_in_child(compare, draft, reference, said, states, on_progress=on_progress)
     return ModelCertificate({kind.name: n for kind, n in types.items()}, compared, limits_of(types))
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.base.head import Head
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.data.encode import encode_conversation
-from edgelora.device import choose_products, compute_threads, computing
 from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
@@ -21,10 +23,11 @@ from edgelora.files.contract import FILE_NAME, require_same_base
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.compare import ROWS_TOGETHER, InLlamaCpp, pairs
-from edgelora.pipeline.evaluate import context_for
+from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
+from edgelora.pipeline.said import Group, groups_of
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
-from edgelora.progress import OnProgress, Pace, Progress, silent
+from edgelora.pipeline.torch_states import Reference, torch_states
+from edgelora.progress import OnProgress, silent
 
 # Over float weights the limits are those of float models. Over a quantized base llama.cpp rounds activations to 8 bits.
 # That noise is measured on the base without the adapter, and the adapter's must be like it: measured ratios on
@@ -95,7 +98,7 @@ def export(
         Output(out, overwrite),
         made_from,
         lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
-        lambda draft: run_in_child(certify_adapter, base_path, adapter_path, draft, rows, on_progress=on_progress),
+        lambda draft: certify_adapter(base_path, adapter_path, draft, rows, on_progress),
     )
     if adapter.contract is not None:
         signed = adapter.contract.model_copy(update={"certificate": certificate.as_dict()})
@@ -118,47 +121,54 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
 
 
 def certify_adapter(
-    base_path: Path, adapter_path: Path, gguf: Path, rows: Sequence[Conversation], on_progress: OnProgress
+    base_path: Path,
+    adapter_path: Path,
+    gguf: Path,
+    rows: Sequence[Conversation],
+    on_progress: OnProgress,
 ) -> Certificate:
-    """Both models on the same tokens in equal shapes: first the bare base, then with the adapter."""
-    import torch
-
-    from edgelora.base.decoder import build_decoder
-    from edgelora.peft.inject import attach
-    from runtime.scorer import ScoringEngine
-
-    base = open_base(base_path)
-    adapter = read_adapter(adapter_path, base.linears)
-    base = base.as_trained(adapter.contract)
-    examples = [encode_conversation(row, base.tokenizer, base.template) for row in rows]
-    groups = [examples[i : i + ROWS_TOGETHER] for i in range(0, len(examples), ROWS_TOGETHER)]
-    n_ctx = context_for(base, max(len(e) for e in examples))
-    pace = Pace(2 * len(groups))
-
-    def step(tokens: int) -> None:
-        speed, eta = pace.step(tokens)
-        on_progress(Progress("check", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
-
-    with (
-        computing(choose_products(), compute_threads()),
-        ScoringEngine(base, n_ctx=n_ctx, n_sequences=ROWS_TOGETHER) as engine,
-        torch.no_grad(),
-    ):
-        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in rows)
-        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        decoder, run = build_decoder(base), InLlamaCpp(engine)
-        floor = fidelity(pairs(decoder, run.logits, groups, step))
-        attach(decoder, adapter)
-        engine.load("candidate", gguf, allow_unverified=True)
-        engine.use({"candidate": 1.0})
-        adapted = fidelity(pairs(decoder, run.logits, groups, step))
+    """torch and llama.cpp on the same tokens, in child processes: first the bare base, then with the adapter."""
+    adapted = Reference(base_path, ((adapter_path, 1.0),))
+    base, _ = adapted.open()
+    groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
+    models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
+    states = run_in_child(torch_states, models, examples, on_progress=on_progress)
+    work = _InLlamaCpp(adapted, gguf, rows, groups)
+    equal, floor, adapter = run_in_child(_compare, work, states, on_progress=on_progress)
     exact = base.quant in FLOAT_QUANTS
     return Certificate(
         base_quant=base.quant,
-        n_prompts=len(examples),
+        n_prompts=len(rows),
         equal_ids=equal,
         floor=floor,
-        adapter=adapted,
+        adapter=adapter,
         kl_limit=FLOATS.kl_mean if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),
         same_top_limit=FLOATS.same_top if exact else floor.same_top - SAME_TOP_SLACK,
     )
+
+
+@dataclass(frozen=True)
+class _InLlamaCpp:
+    """What llama.cpp has to do: an adapter's GGUF over its base, and what both must say."""
+
+    adapted: Reference
+    gguf: Path
+    rows: Sequence[Conversation]
+    groups: Sequence[Group]
+
+
+def _compare(
+    work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
+) -> tuple[int, Fidelity, Fidelity]:
+    """How many rows have the same ids, and how far llama.cpp is from torch without the adapter and with it."""
+    (base, _), found = work.adapted.open(), []
+    head, step = Head(base), stepper(2 * len(work.groups), on_progress)
+    with in_llama_cpp(base, work.groups) as engine:
+        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
+        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
+        engine.load("candidate", work.gguf, allow_unverified=True)
+        for own, active in zip(states, ({}, {"candidate": 1.0}), strict=True):
+            engine.use(active)
+            sides = logits(InLlamaCpp(engine).logits, [(head, own)], work.groups, step)
+            found.append(fidelity((here, there) for there, (here,) in sides if there is not None))
+    return equal, found[0], found[1]

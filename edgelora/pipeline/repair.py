@@ -9,7 +9,6 @@ from typing import Any
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.repair import half, repair
 from edgelora.base.model import Base, open_base
-from edgelora.child import run_in_child
 from edgelora.files.contract import Contract
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.certificate import Output, beside, rows_to_check, stamp, write_certified
@@ -80,7 +79,7 @@ def repair_beside(
 
     def check(draft: Path) -> Certificate:
         folder, rows = draft.with_name(FOLDER), rows_to_check(None)
-        return run_in_child(certify_adapter, out, folder, draft, rows, on_progress=on_progress)
+        return certify_adapter(out, folder, draft, rows, on_progress)
 
     try:
         write_certified(Output(place, options.overwrite), stamp(prepared.source, out), write, check)

@@ -14,8 +14,8 @@ from edgelora.base.model import Base
 from edgelora.errors import ConfigError, ExportError
 from edgelora.files.atomic import refuse_existing, staged, write_text
 from edgelora.files.contract import Contract
-from edgelora.pipeline.compare import Reference
 from edgelora.pipeline.ollama import ends_of_turns, ollama_template
+from edgelora.pipeline.torch_states import Reference
 
 MOST_CONTEXT = 8192  # tokens: llama-server keeps room for all of them, and a trained context may be 131072
 PUBLISHER = "edgelora"  # LM Studio sorts models by who published them
