@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -376,30 +377,71 @@ def own_id(_: OnProgress) -> int:
     return os.getpid()
 
 
-def test_a_child_returns_and_tells_its_progress():
+def surroundings(names: tuple[str, ...], _: OnProgress) -> tuple[list[str | None], bool]:
+    """These variables, and whether Ctrl-C is blocked."""
+    return [os.environ.get(name) for name in names], signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def begins_with(_: OnProgress) -> tuple[bool, int]:
+    """Whether torch is there already, and how many threads."""
+    return "torch" in sys.modules, len(list(Path("/proc/self/task").iterdir()))
+
+
+either = pytest.mark.parametrize("with_torch", [False, True], ids=["plain", "torch"])
+
+
+@either
+def test_a_child_returns_and_tells_its_progress(with_torch):
     heard: list[Progress] = []
-    assert run_in_child(add, 2, 3, on_progress=heard.append) == 5
+    assert run_in_child(add, 2, 3, with_torch=with_torch, on_progress=heard.append) == 5
     assert heard == [Progress("add", 1, 2, loss=0.5), Progress("add", 2, 2, loss=0.5)]
 
 
-def test_a_child_is_another_process():
-    assert run_in_child(own_id) != os.getpid()
+@either
+def test_a_child_is_another_process_each_time(with_torch):
+    assert len({os.getpid(), *(run_in_child(own_id, with_torch=with_torch) for _ in range(2))}) == 3
 
 
-def test_a_childs_error_comes_back_as_it_was():
+@either
+def test_a_childs_error_comes_back_as_it_was(with_torch):
     with pytest.raises(CertificateError) as caught:
-        run_in_child(refuse, "what happened")
+        run_in_child(refuse, "what happened", with_torch=with_torch)
     assert type(caught.value) is CertificateError
     assert str(caught.value) == "what happened\n  why: the reason\n  fix: the way out"
     assert caught.value.exit_code == 3
 
 
-def test_a_killed_child_is_an_error_that_names_the_signal():
+@either
+def test_a_killed_child_is_an_error_that_names_the_signal(with_torch):
     with pytest.raises(EngineError) as caught:
-        run_in_child(die, signal.SIGKILL)
+        run_in_child(die, signal.SIGKILL, with_torch=with_torch)
     assert caught.value.what == "the child process of die ended without an answer (SIGKILL)"
     assert caught.value.why
     assert caught.value.fix
+
+
+@either
+def test_a_child_has_the_environment_of_this_moment_and_hears_ctrl_c(with_torch, monkeypatch):
+    monkeypatch.setenv("EDGELORA_TEST", "now")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    asked = "EDGELORA_TEST", "PYTHONSAFEPATH"
+    assert run_in_child(surroundings, asked, with_torch=with_torch) == (["now", None], False)
+    monkeypatch.delenv("EDGELORA_TEST")
+    assert run_in_child(surroundings, asked, with_torch=with_torch) == ([None, None], False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each child imports torch itself")
+def test_a_child_with_torch_has_it_when_it_begins_and_one_thread():
+    assert run_in_child(begins_with, with_torch=True) == (True, 1)  # more would be lost in the fork
+    assert run_in_child(begins_with) == (False, 1)
+
+
+def test_where_nothing_can_be_forked_it_is_a_process_of_its_own(monkeypatch):
+    def refused() -> None:
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", refused)
+    assert run_in_child(add, 2, 3, with_torch=True) == 5
 
 
 def peak(_):

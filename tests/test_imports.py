@@ -186,16 +186,18 @@ def test_no_package_is_empty(folder):
     assert [path for path in folder.glob("*.py") if path.name != "__init__.py"]
 
 
-def test_the_current_folder_is_never_imported_from(tmp_path):
-    # doctor imports torch, and runtime in a child process
+@pytest.mark.parametrize(("command", "said"), [("doctor", "built with"), ("convert", "checked on")])
+def test_the_current_folder_is_never_imported_from(tiny, tmp_path, command, said):
+    """doctor imports torch, and runtime in a child; convert forks a child from a process that has imported torch."""
     for name in ("torch.py", "runtime/__init__.py", "converters/__init__.py", "llama_cpp.py", "typer.py"):
         decoy = tmp_path / name
         decoy.parent.mkdir(exist_ok=True)
         decoy.write_text("import pathlib\npathlib.Path(__file__).with_suffix('.taken').touch()\n", encoding="utf-8")
+    words = [command, *([str(tiny.path), "--out", "out.gguf"] if command == "convert" else [])]
     done = subprocess.run(
-        [sys.executable, "-m", "edgelora", "doctor"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-m", "edgelora", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "built with" in done.stdout
+    assert said in done.stdout + done.stderr
     assert list(tmp_path.rglob("*.taken")) == []

@@ -18,7 +18,7 @@ from gguf.constants import GGMLQuantizationType
 
 from edgelora.base.ggml import FLOATS
 from edgelora.base.model import open_base
-from edgelora.child import run_in_child
+from edgelora.child import expect_torch, run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.errors import CertificateError
 from edgelora.evaluate.thresholds import Limits, limits_of
@@ -114,7 +114,7 @@ def certify_model(
     types = types_of(draft)
     said = Said.read(reference.open()[0], open_base(draft).context, rows)
     models = (Reference(draft), reference)
-    states = run_in_child(torch_states, models, said.examples, on_progress=on_progress)
+    states = run_in_child(torch_states, models, said.examples, with_torch=True, on_progress=on_progress)
     compared = run_in_child(compare, draft, reference, said, states, on_progress=on_progress)
     return ModelCertificate({kind.name: n for kind, n in types.items()}, compared, limits_of(types))
 
@@ -153,6 +153,7 @@ def write_certified(out: Output, made_from: Stamps, write: Callable[[Path], obje
         staged(card, overwrite=True) as new_card,  # its name comes last, and the old one is gone by then
         staged(out.path, overwrite=out.overwrite, folder=out.folder, stale=card) as draft,
     ):
+        expect_torch()  # imported while this writes
         write(draft)
         certificate = check(draft)
         made_from.require_unchanged()  # before its faults: they may be nothing else

@@ -132,7 +132,7 @@ def certify_adapter(
     base, _ = adapted.open()
     groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
     models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
-    states = run_in_child(torch_states, models, examples, on_progress=on_progress)
+    states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
     work = _InLlamaCpp(adapted, gguf, rows, groups)
     equal, floor, adapter = run_in_child(_compare, work, states, on_progress=on_progress)
     exact = base.quant in FLOAT_QUANTS

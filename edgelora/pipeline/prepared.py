@@ -103,7 +103,7 @@ class Prepared:
             importance = read_importance(options.imatrix)
             importance.check({name: info.shape for name, info in base.file.tensors.items()})
         else:
-            collected = run_in_child(collect, source, calibration.importance, on_progress=on_progress)
+            collected = run_in_child(collect, source, calibration.importance, with_torch=True, on_progress=on_progress)
             importance = replace(collected, datasets=tuple(p.name for p in (options.data, options.text) if p))
         weights = importance.weights()
         stock = plan_types(source, QuantizeOptions(RECIPE, imatrix=weights), _keys())
@@ -152,7 +152,9 @@ class Prepared:
     def measured(self, written: Path, adapter: Adapter | None, on_progress: OnProgress) -> Fidelity:
         """torch over `written` against torch over the source, on the tokens that were held out."""
         windows = self.calibration.held_out
-        return run_in_child(held_out_kl, self.source, written, adapter, windows, on_progress=on_progress)
+        return run_in_child(
+            held_out_kl, self.source, written, adapter, windows, with_torch=True, on_progress=on_progress
+        )
 
     def _plan(self, taken: Mapping[str, Choice]) -> Plan:
         types = {name: choice.type for name, choice in taken.items()}

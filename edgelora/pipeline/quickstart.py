@@ -102,7 +102,7 @@ def quickstart(
         base=base, data=(Source(data),), out=adapter, valid=test, epochs=epochs, base_dtype="blocks",
         micro_batch_tokens=512, eval_every=1_000_000, overwrite=True,
     )  # fmt: skip
-    run = run_in_child(run_training, config, on_progress=on_progress)
+    run = run_in_child(run_training, config, with_torch=True, on_progress=on_progress)
     say(
         f"trained {run.n_steps} steps in {run.seconds:.0f} s: {run.tokens_per_s:.0f} tokens/s, "
         f"peak memory {run.peak_bytes / 1e6:.0f} MB, held-out loss {run.held_out_loss:.3f} (torch)"

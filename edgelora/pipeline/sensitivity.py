@@ -72,8 +72,8 @@ def sensitivities(
     rest = {name: trial for name, trial in job.trials.items() if name not in found}
     if rest:
         left = replace(job, trials=rest, log=log)
-        on_cost(run_in_child(time_one, left))
-        found |= run_in_child(measure, left, on_progress=on_progress)
+        on_cost(run_in_child(time_one, left, with_torch=True))
+        found |= run_in_child(measure, left, with_torch=True, on_progress=on_progress)
     write_text(cache, as_json(found), overwrite=True)
     log.unlink(missing_ok=True)
     return found

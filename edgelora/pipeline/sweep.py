@@ -149,7 +149,7 @@ class _Runner:
 
         self._stop_if_asked(trial)
         try:
-            return run_in_child(train_to, trial.config, share, on_progress=hear)
+            return run_in_child(train_to, trial.config, share, with_torch=True, on_progress=hear)
         except (Stopped, EngineError):
             self._stop_if_asked(trial)
             raise
