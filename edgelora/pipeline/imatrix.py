@@ -109,8 +109,11 @@ def compute_importance(
     opened = _open(model)
     engine = choose_engine(settings.engine, opened, adapters)
     tokens = calibrate(settings.mix, _speaking(opened, adapters, settings))
-    work = _by_llama_cpp if engine.value == LLAMA_CPP else _by_torch
-    sums = run_in_child(work, model, adapters, settings, tokens.sequences, on_progress=on_progress)
+    torch = engine.value != LLAMA_CPP
+    sums = run_in_child(
+        _by_torch if torch else _by_llama_cpp, model, adapters, settings, tokens.sequences, with_torch=torch,
+        on_progress=on_progress,
+    )  # fmt: skip
     n_tokens, window = tokens.task_tokens + tokens.general_tokens, settings.mix.window
     importance = Importance(
         sums={name: values.astype(np.float32) for name, values in sums.sums.items()},
