@@ -53,6 +53,17 @@ def require_fit(
     return tokens
 
 
+def own_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    """The shapes (rows, columns) that a base must have for this adapter, by its pairs: to check it without one."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, a in file.tensors.items():
+        target, _, half = name.rpartition(".")
+        b = file.tensors.get(f"{target}.lora_b")
+        if half == "lora_a" and b is not None:
+            shapes[target] = (b.shape[0], a.shape[-1])
+    return shapes
+
+
 def contract_of(file: GGUFFile) -> Contract | None:
     """The contract inside a GGUF we wrote; None for one made elsewhere."""
     text = file.get(CONTRACT_KEY, str)
