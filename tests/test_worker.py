@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,6 +120,9 @@ class Answer:
             case "hang":
                 yield Piece("so far")
                 self.cancelled.wait()
+            case "hold":
+                yield Piece("so far")
+                ctypes.PyDLL(None).sleep(60)  # in C, and no other thread of the interpreter goes on meanwhile
             case "sleep":
                 time.sleep(float(self.rest))
                 yield Piece("awake")
@@ -331,6 +334,16 @@ def test_who_was_only_there_is_not_refused(worker):
     assert answer(worker, "sleep 0.2") == "awake"
 
 
+def test_a_load_takes_the_blame_alone(worker, tmp_path):
+    for how in ("abort", "segfault", "exit", "kill"):
+        innocent = worker.generate(Request("sleep 2"))
+        with pytest.raises(WorkerDied):
+            worker.load(how, adapter(tmp_path, how, how))
+        with pytest.raises(WorkerDied):
+            list(innocent)
+    assert answer(worker, "sleep 2") == "awake"
+
+
 def test_a_file_that_killed_twice_is_refused_whatever_its_name(worker, tmp_path):
     worker.load("good", adapter(tmp_path, "good", "good"))
     for name in ("x", "y"):
@@ -478,7 +491,7 @@ from test_worker import obedient
 if __name__ == "__main__":
     worker = Worker.open(Path({base!r}), factory=obedient)
     print(next(iter(worker.generate(Request("pid")))).text, flush=True)
-    stream = worker.generate(Request("hang"))
+    stream = worker.generate(Request(sys.argv[1]))
     try:
         for piece in stream:
             print(piece.text, flush=True)
@@ -489,17 +502,24 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def parent(base: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A program that reads a stream which hangs, in a process group of its own; and its worker's child."""
-    code = PARENT.format(tests=str(ROOT / "tests"), root=str(ROOT), base=str(base))
-    with subprocess.Popen(
-        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, process_group=0
-    ) as process:
+def parent(base: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], int]]]:
+    """`parent(prompt)`: a program that reads a stream, in a process group of its own; and its worker's child."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(prompt: str) -> tuple[subprocess.Popen[str], int]:
+        code = PARENT.format(tests=str(ROOT / "tests"), root=str(ROOT), base=str(base))
+        command = [sys.executable, "-P", "-c", code, prompt]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+        started.append(process)
         assert process.stdout is not None
         child = int(process.stdout.readline())
         assert process.stdout.readline() == "so far\n"
-        yield process, child
+        return process, child
+
+    yield start
+    for process in started:
         process.kill()
+        process.communicate()
 
 
 def gone(pid: int) -> bool:
@@ -515,14 +535,17 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_no_child_outlives_its_parent(parent):
-    process, child = parent
+@pytest.mark.parametrize("prompt", ["hang", "hold"])
+def test_no_child_outlives_its_parent(parent, prompt):
+    if prompt == "hold" and sys.platform != "linux":
+        pytest.skip("only Linux ends a process with its parent whatever it does")
+    process, child = parent(prompt)
     process.kill()
     assert gone(child)
 
 
 def test_ctrl_c_is_the_parents(parent):
-    process, child = parent
+    process, child = parent("hang")
     os.killpg(process.pid, signal.SIGINT)
     os.kill(child, signal.SIGINT)
     assert process.stdout.readline() == f"cancelled {child}\n"
