@@ -1,164 +1,194 @@
-"""A conversation on the terminal with one engine: streams answers, switches adapters by slash commands."""
+"""A conversation with a running model: what was said, who answers, and how. Neither a terminal nor llama.cpp here."""
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 
 from edgelora.data.conversation import Message
-from edgelora.data.encode import encode_prompt
 from edgelora.errors import ConfigError, EdgeloraError
-from runtime.scorer import ScoringEngine as Engine
+from runtime.names import unknown_adapter
+from runtime.reading import read
+from runtime.service import MAX_SCALE, AdapterInfo, Request, Sampling, Service, Usage
 
+SEEDS = 2**32 - 1  # that many; the next is llama.cpp's word for "from the clock"
 ONE_BY_ONE = ", each question by itself (it was trained on single turns)"
-HELP = "/adapter NAME [scale]  /adapters  /base  /reset  /quit"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are drawn. `system`: a message before the conversation; None takes the one that the
-    active adapter was trained with, else the template's own."""
+    """How questions are asked and answers drawn.
+
+    `system`: a message before the conversation; None takes the one that the active adapters were trained with, else
+    the template's own; an empty one is none at all.
+    """
 
     system: str | None = None
-    temperature: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int = 512
-    seed: int = 0
+    allow_unverified: bool = False
+    """Whether an adapter may be loaded that does not say which base it belongs to."""
+
+
+DEFAULTS = Settings()
+
+
+def as_asked(messages: Sequence[Message], adapters: Sequence[AdapterInfo], system: str | None = None) -> list[Message]:
+    """What these adapters must be asked so that it looks as it did in their training.
+
+    system: before all others; None takes the adapters' own, if they agree on one. Adapters that have only seen
+    questions that stand alone get the last message alone: earlier turns would mislead them.
+    """
+    if system is None:
+        own = {adapter.system for adapter in adapters}
+        system = own.pop() if len(own) == 1 else None
+    said = messages[-1:] if one_by_one(adapters) else messages
+    return [*([Message("system", system)] if system else []), *said]
+
+
+def one_question(text: str, adapters: Sequence[AdapterInfo], system: str | None = None) -> list[Message]:
+    """The same of a question without a conversation."""
+    return as_asked([Message("user", text)], adapters, system)
+
+
+def one_by_one(adapters: Sequence[AdapterInfo]) -> bool:
+    """Whether all of them (and there are some) have only seen questions that stand alone."""
+    return bool(adapters) and all(adapter.single_turn for adapter in adapters)
 
 
 class Chat:
-    """The state of one conversation. `lines` are what a command has to say; `ask` streams an answer."""
+    """One conversation. What streams an answer gives its text piece by piece, in whole characters."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.engine, self.settings = engine, settings
+    def __init__(
+        self, service: Service, settings: Settings = DEFAULTS, active: Mapping[str, float] | None = None
+    ) -> None:
+        self.service, self.settings = service, settings
         self.messages: list[Message] = []
+        self.usage: Usage | None = None
+        """What the last answer cost."""
+        self.active: dict[str, float] = {}
+        self.use(active or {})
+        self._asked = 0
 
-    def ask(self, text: str) -> Iterator[str]:
-        """Answer `text` piece by piece; whole characters only. The turn is kept when the answer ends or is broken off.
+    # -- who answers --------------------------------------------------------------------------------------------------
 
-        An answer that fails leaves the conversation as it was.
+    def use(self, adapters: Mapping[str, float]) -> None:
+        """Answer with these adapters at these scales from now on; none, or all at 0, is the base.
+
+        Raises AdapterError for a name that is not loaded (with the nearest one), ConfigError for a scale out of range.
         """
-        text_of_system = self._system()
-        system = [Message("system", text_of_system)] if text_of_system else []
-        base = self.engine.base
-        asked = [*self.messages, Message("user", text)]
-        said = asked[-1:] if self.single_turn else asked
-        prompt = encode_prompt([*system, *said], base.tokenizer, base.template)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        parts: list[str] = []
-        tokens = self.engine.stream(
-            prompt, self.settings.max_tokens, self.settings.temperature, self.settings.seed + len(self.messages)
-        )
-        try:
-            for token in tokens:
-                if piece := decoder.decode(self.engine.model.piece(token)):
-                    parts.append(piece)
-                    yield piece
-            if rest := decoder.decode(b"", final=True):
-                parts.append(rest)
-                yield rest
-        finally:
-            if parts:
-                self.messages = [*asked, Message("assistant", "".join(parts))]
+        self.active = self.checked(adapters)
+
+    def checked(self, adapters: Mapping[str, float]) -> dict[str, float]:
+        """These adapters without those at scale 0. Raises as `use` does."""
+        for name, scale in adapters.items():
+            if name not in self.service.adapters:
+                raise unknown_adapter(name, self.service.adapters)
+            if not abs(scale) <= MAX_SCALE:
+                raise ConfigError(
+                    what=f"scale {scale:g} for {name}",
+                    why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
+                    fix="use a scale around 1",
+                )
+        return {name: scale for name, scale in adapters.items() if scale}
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; if it was active, the others stay active."""
+        if name not in self.service.adapters:
+            raise unknown_adapter(name, self.service.adapters)
+        self.service.unload(name)
+        self.active.pop(name, None)
 
     @property
     def single_turn(self) -> bool:
-        """Whether the active adapters have only seen questions that stand alone: earlier turns would mislead them."""
-        loaded = [self.engine.adapters[name] for name in self.engine.active]
-        return bool(loaded) and all(adapter.single_turn for adapter in loaded)
+        return one_by_one(self._infos(self.active))
 
-    def _system(self) -> str | None:
-        if self.settings.system is not None:
-            return self.settings.system
-        said = {self.engine.adapters[name].system for name in self.engine.active}
-        return said.pop() if len(said) == 1 else None
+    @property
+    def system(self) -> str | None:
+        """The system message in effect, None where the template decides."""
+        first = as_asked([], self._infos(self.active), self.settings.system)
+        return first[0].content if first else None
 
-    def command(self, line: str) -> str | None:
-        """Carry out a slash command; returns what to print, or None to end the chat. Raises EdgeloraError."""
-        name, *arguments = line.split()
-        commands: dict[str, Callable[..., str]] = {
-            "/adapter": self._adapter,
-            "/adapters": self._adapters,
-            "/base": self._base,
-            "/reset": self._reset,
-            "/help": lambda: HELP,
-        }
-        if name == "/quit":
-            return None
-        if name not in commands:
-            raise ConfigError(f"{name}: no such command", "it is not one of those below", HELP)
+    def _infos(self, adapters: Iterable[str]) -> list[AdapterInfo]:
+        return [self.service.adapters[name] for name in adapters]
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Answer `text`. The turn is kept when the answer ends or is stopped (closed).
+
+        An answer that fails leaves the conversation as it was.
+        """
+        return self._answer([*self.messages, Message("user", text)])
+
+    def retry(self) -> Iterator[str]:
+        """Answer the last question again, in place of the last answer; another one where tokens are drawn."""
+        return self._answer(self.messages[: self._last_question() + 1])
+
+    def compare(self, adapters: Mapping[str, float], text: str | None = None) -> Iterator[str]:
+        """What these adapters answer to `text`, or to the last question; the conversation stays as it is."""
+        asked = self.messages[: self._last_question() + 1] if text is None else [*self.messages, Message("user", text)]
+        return self._stream(asked, self.checked(adapters))
+
+    def _answer(self, asked: list[Message]) -> Generator[str, None, None]:
+        parts: list[str] = []
         try:
-            inspect.signature(commands[name]).bind(*arguments)
-        except TypeError as e:
-            raise ConfigError(f"{line}: too few or too many words", "a command takes what is shown below", HELP) from e
-        return commands[name](*arguments)
+            with closing(self._stream(asked, self.active)) as stream:
+                for part in stream:
+                    parts.append(part)
+                    yield part
+        except EdgeloraError:
+            parts.clear()
+            raise
+        finally:
+            self._asked += 1
+            if parts:
+                self.messages = [*asked, Message("assistant", "".join(parts))]
 
-    def _adapter(self, name: str, scale: str = "1") -> str:
+    def _stream(self, asked: Sequence[Message], adapters: Mapping[str, float]) -> Generator[str, None, None]:
+        # under the same seed a second try would be the first one again
+        seed = (self.settings.sampling.seed + self._asked) % SEEDS
+        sampling = replace(self.settings.sampling, seed=seed)
+        prompt = as_asked(asked, self._infos(adapters), self.settings.system)
+        stream = self.service.generate(Request(prompt, adapters, sampling, self.settings.max_tokens))
         try:
-            number = float(scale)
-        except ValueError as e:
-            raise ConfigError(f"{scale} is no number", "a scale is a number such as 0.7", "/adapter NAME 0.7") from e
-        self.engine.use({name: number})
-        alone = ONE_BY_ONE if self.single_turn else ""
-        return f"answering with {name} at {number:g}{alone}" if number else "answering with the base alone"
+            with closing(read(stream)) as pieces:
+                for piece in pieces:
+                    if piece.text:
+                        yield piece.text
+        finally:
+            self.usage = stream.usage or self.usage
 
-    def _adapters(self) -> str:
-        active = self.engine.active
-        lines = [
-            f"{'*' if name in active else ' '} {name}{f' at {active[name]:g}' if name in active else ''}  {loaded.path}"
-            for name, loaded in self.engine.adapters.items()
-        ]
-        return "\n".join(lines) or "no adapters are loaded; start with --adapter NAME=FILE"
+    # -- what was said ------------------------------------------------------------------------------------------------
 
-    def _base(self) -> str:
-        self.engine.use({})
-        return "answering with the base alone"
+    def undo(self) -> str:
+        """Take the last question and its answer back; returns the question."""
+        at = self._last_question()
+        question = self.messages[at].content or ""
+        del self.messages[at:]
+        return question
 
-    def _reset(self) -> str:
-        self.messages = []
-        return "the conversation starts anew"
+    def reset(self) -> None:
+        """Begin anew: the next answer is what the first one would have been."""
+        self.messages, self._asked = [], 0
 
+    def resume(self, messages: Sequence[Message]) -> None:
+        """Go on with a conversation that somebody else had; its system message becomes this one's.
 
-def talk(chat: Chat) -> None:
-    """Read lines and answer them until /quit or the end of input. Ctrl-C stops an answer, not the program."""
-    engine, interactive = chat.engine, sys.stdin.isatty()
-    if interactive:
-        _line_editing()
-    active = ", ".join(engine.active) or "the base alone"
-    alone = ONE_BY_ONE if chat.single_turn else ""
-    print(f"{engine.base.path.name}, {engine.threads.value} threads ({engine.threads.why})")
-    print(f"answering with {active}{alone}")
-    print(f"{HELP}\n", flush=True)
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print("\n/quit ends the chat")
-            continue
-        if not line:
-            continue
-        try:
-            if line.startswith("/"):
-                said = chat.command(line)
-                if said is None:
-                    return
-                print(said)
-            else:
-                for piece in chat.ask(line):
-                    print(piece, end="", flush=True)
-                print()
-        except EdgeloraError as e:
-            print(f"error: {e}", file=sys.stderr)
-        except KeyboardInterrupt:
-            print(" …stopped")
-        sys.stdout.flush()
+        Raises ConfigError for one that does not end with an answer.
+        """
+        said = list(messages)
+        system = said.pop(0).content if said and said[0].role == "system" else None
+        if not said or said[-1].role != "assistant" or all(m.role != "user" for m in said):
+            raise ConfigError("no conversation to go on with", "it has no question that was answered", "choose another")
+        self.reset()
+        self.settings = replace(self.settings, system=system)
+        self.messages = said
 
-
-def _line_editing() -> None:
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() edits lines and keeps a history once it is imported)
+    def _last_question(self) -> int:
+        """Which message it is. Raises ConfigError if there is none."""
+        for at in range(len(self.messages) - 1, -1, -1):
+            if self.messages[at].role == "user":
+                return at
+        raise ConfigError("no question was asked yet", "the conversation is empty", "ask something first")

@@ -183,7 +183,7 @@ REFUSED = {
     "chat {missing}": "no such file",
     "chat {nothing}": "no models in this folder",
     "chat {base} --adapter a/b={missing}": "a/b is no name for an adapter",
-    "chat {base} --adapter a={missing}": "no such file",
+    "chat {base} --adapter a={missing}": "cannot be read",
     "chat {base} --adapter a={text}": "not a usable GGUF file",
 }
 

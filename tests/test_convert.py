@@ -36,7 +36,8 @@ from edgelora.pipeline.export import export
 from edgelora.pipeline.merge import merge
 from edgelora.training.run import run_training
 from runtime.chat import Chat, Settings
-from runtime.scorer import ScoringEngine as Engine
+from runtime.engine import Engine
+from runtime.service import EngineConfig
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
@@ -333,7 +334,7 @@ def test_a_chosen_template_travels_with_the_adapter_and_into_what_is_merged(make
     assert export(base, tmp_path / "mine", tmp_path / "mine.gguf").passed
     merge(base, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf")
     assert "<|im_start|>" in (open_base(tmp_path / "merged.gguf").own_template or "")
-    with Engine(open_base(base), n_ctx=256) as engine:
+    with Engine.open(base, EngineConfig(context=256)) as engine:
         engine.load("mine", tmp_path / "mine.gguf")
         assert "".join(Chat(engine, Settings(max_tokens=3)).ask("lights")) is not None
 

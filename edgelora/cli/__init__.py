@@ -6,9 +6,10 @@ import sys
 
 import typer
 
-from edgelora.cli import data, evaluate, export, inspect, look, plan, tokenize, train
+from edgelora.cli import adapters, data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.chat import chat
 from edgelora.cli.convert import convert
+from edgelora.cli.generate import generate
 from edgelora.cli.imatrix import imatrix
 from edgelora.cli.merge import merge
 from edgelora.cli.perplexity import perplexity
@@ -36,8 +37,10 @@ app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(perplexity)
 app.command()(chat)
+app.command()(generate)
 app.command()(inspect.inspect)
 app.command()(tokenize.tokenize)
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(data.app, name="data")
 app.command()(look.doctor)
 

@@ -1,0 +1,57 @@
+"""An adapter as a person names it: `home`, `home:0.7`. What cannot be is refused with what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from edgelora.errors import AdapterError, ConfigError
+
+BASE = "base"  # what the model without any adapter is called
+
+
+def unknown_adapter(name: str, known: Iterable[str]) -> AdapterError:
+    """Raised for a name that is not loaded; offers the nearest that is."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return AdapterError(
+        what=f"no adapter named {name}" + (f", did you mean {near[0]}?" if near else ""),
+        why=f"loaded are: {', '.join(names) or 'none'}",
+        fix="load it first: /load FILE NAME, or --adapter NAME=FILE",
+    )
+
+
+def name_of(path: Path) -> str:
+    """What an adapter's file is called where nobody gave it a name: its stem, blanks and signs replaced by `-`."""
+    return re.sub(r"[^\w.-]", "-", path.stem)
+
+
+def require_name(name: str) -> str:
+    """`name`, if one can type it in a chat. Raises ConfigError."""
+    if not re.fullmatch(r"\w[\w.-]*", name) or name == BASE:
+        raise ConfigError(
+            what=f"{name or 'an empty text'} is no name for an adapter",
+            why=f"you type it in chat: letters, digits, '-', '_' and '.' are allowed, and {BASE} is the model itself",
+            fix="choose another name",
+        )
+    return name
+
+
+def scaled_name(word: str) -> tuple[str, float]:
+    """`home:0.7` → (home, 0.7); without a number the scale is 1. Raises ConfigError."""
+    name, _, number = word.partition(":")
+    return name, read_scale(number) if number else 1.0
+
+
+def read_scale(number: str) -> float:
+    """A scale as it is typed. Raises ConfigError."""
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ConfigError(f"{number} is no number", "a scale is a number such as 0.7", "/use NAME:0.7")
+    return scale
