@@ -17,6 +17,7 @@ from test_export import make_adapter
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.pipeline.doctor import _features
 from runtime.binding import Context, Entry, Lora, Model, Placement
 
 TOKENS = tuple(range(5, 37))
@@ -131,3 +132,9 @@ def test_torch_on_mps_computes_what_it_computes_on_the_cpu(tiny, device):
     wanted = build_decoder(base).logits(ids)
     found = build_decoder(base, device=device).logits(ids.to(device)).cpu()
     assert mean_kl(wanted.detach().numpy(), found.detach().numpy()) < 1e-5
+
+
+def test_doctor_names_the_gpu_that_llama_cpp_was_built_for():
+    """As `llama_print_system_info` of the pinned version writes it: a part's name, then its features."""
+    assert _features("MTL : EMBED_LIBRARY = 1 | CPU : NEON = 1 | REPACK = 1 | ") == "built with NEON, REPACK, Metal"
+    assert _features("CUDA : ARCHS = 900 | USE_GRAPHS = 1 | CPU : AVX2 = 1 | ") == "built with AVX2, CUDA"

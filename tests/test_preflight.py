@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -45,7 +46,8 @@ def write_foreign(path, tensors, alpha=("float32", 4.0), **keys):
         writer.add_string(key, value)
     for key, value in keys.items():
         writer.add_key_value(key, *value)
-    getattr(writer, f"add_{alpha[0]}")("adapter.lora.alpha", alpha[1])
+    if alpha is not None:
+        getattr(writer, f"add_{alpha[0]}")("adapter.lora.alpha", alpha[1])
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -143,11 +145,55 @@ KILLERS = {
 }
 
 
-@pytest.mark.parametrize("kind", KILLERS)
-def test_what_kills_llama_cpp_is_refused_before_it_is_tried(base, tmp_path, cache, trials, kind):
-    tensors, alpha, _ = KILLERS[kind]
+# the rest of the list: llama.cpp lives, and answers wrongly, or not at all
+WRONG = {
+    "alpha in float64": (pair(), ("float64", 4.0)),
+    "alpha is text": (pair(), ("string", "4")),
+    "no alpha": (pair(), None),
+    "alpha is NaN": (pair(), ("float32", float("nan"))),
+    "NaN": (pair(value=np.nan), ("float32", 4.0)),
+    "infinite in float16": (pair(dtype=np.float16, value=np.inf), ("float32", 4.0)),
+    "other rows": (pair(rows=128), ("float32", 4.0)),
+    "other columns": (pair(columns=128), ("float32", 4.0)),
+    "other ranks": ({**pair(), f"{Q}.lora_a": np.zeros((5, 256), np.float32)}, ("float32", 4.0)),
+    "one half": ({f"{Q}.lora_a": np.zeros((4, 256), np.float32)}, ("float32", 4.0)),
+    "a norm": (pair("output_norm.weight", rows=1), ("float32", 4.0)),
+    "a norm's own values": ({"output_norm.weight": np.ones(256, np.float32)}, ("float32", 4.0)),
+    "no such layer": (pair("blk.7.attn_q.weight"), ("float32", 4.0)),
+    "the head of a tied model": (pair("output.weight", rows=512), ("float32", 4.0)),
+    "nothing": ({}, ("float32", 4.0)),
+}
+
+
+@pytest.mark.parametrize("kind", [*KILLERS, *WRONG])
+def test_what_llama_cpp_cannot_run_rightly_is_refused_before_it_is_tried(base, tmp_path, cache, trials, kind):
+    tensors, alpha, *_ = (KILLERS | WRONG)[kind]
     with pytest.raises((AdapterError, FileFormatError)):
         preflight(write_foreign(tmp_path / "bad.gguf", tensors, alpha), base, allow_unverified=True, cache=cache)
+    assert trials == []
+
+
+@pytest.mark.parametrize("key", ["general.type", "general.architecture", "adapter.type"])
+def test_keys_of_a_wrong_type_are_refused_before_it_is_tried(base, adapter, cache, trials, key):
+    """A text becomes a list of four bytes less, which takes as much room in the file."""
+    content = adapter.read_bytes()
+    at = content.index(key.encode()) + len(key)
+    kind, length = struct.unpack_from("<IQ", content, at)
+    assert kind == gguf.GGUFValueType.STRING
+    header = struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8, length - 4)
+    adapter.write_bytes(content[:at] + header + content[at + len(header) :])
+    with pytest.raises((AdapterError, FileFormatError)) as fault:
+        preflight(adapter, base, cache=cache)
+    assert key in str(fault.value)
+    assert trials == []
+
+
+def test_a_file_that_was_cut_short_is_refused_before_it_is_tried(base, adapter, cache, trials):
+    content = adapter.read_bytes()
+    for length in (0, 3, 23, 24, 100, 3000, len(content) // 2, len(content) - 1):
+        adapter.write_bytes(content[:length])
+        with pytest.raises(EdgeloraError):
+            preflight(adapter, base, cache=cache)
     assert trials == []
 
 

@@ -16,7 +16,8 @@ from edgelora.progress import OnProgress
 from edgelora.versions import versions
 
 NO_KERNELS = "none, torch does all the work: not compiled when edgelora was installed, or not for this machine"
-FEATURES = ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "METAL", "CUDA", "OPENMP", "REPACK")
+FEATURES = ("AVX2", "AVX512", "AVX512_BF16", "AMX_INT8", "NEON", "OPENMP", "REPACK")
+GPUS = {"MTL": "Metal", "CUDA": "CUDA", "Vulkan": "Vulkan"}  # a part of llama.cpp → what people call it
 
 
 def examine() -> dict[str, Any]:
@@ -55,6 +56,11 @@ def _known_bases() -> str:
 def _llama_features(_: OnProgress) -> str:
     from runtime.binding import system_info
 
-    info = system_info()
-    found = [name for name in FEATURES if f"{name} = 1" in info]
+    return _features(system_info())
+
+
+def _features(info: str) -> str:
+    """`CPU : AVX2 = 1 | … | MTL : EMBED_LIBRARY = 1 | …` in a few words."""
+    words = info.split()
+    found = [name for name in FEATURES if f"{name} = 1" in info] + [GPUS[word] for word in words if word in GPUS]
     return f"built with {', '.join(found) or 'no special instructions'}"
