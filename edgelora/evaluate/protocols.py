@@ -43,3 +43,9 @@ class Speed:
     generation_tokens_per_s: float
     load_seconds: float
     peak_bytes: int
+    prompt_range: tuple[float, float] | None = None
+    """The slowest and the fastest repeat."""
+    generation_range: tuple[float, float] | None = None
+    first_token_seconds: float | None = None
+    switch_seconds: float | None = None
+    """To change from one live adapter to another."""
