@@ -13,6 +13,7 @@ from edgelora.errors import ConfigError
 from runtime.chat import ONE_BY_ONE, Chat
 from runtime.names import BASE, name_of, read_scale, require_name, scaled_name
 from runtime.settings import OFF, values, with_setting
+from runtime.store import Store
 from runtime.transcript import read_transcript, write_transcript
 
 
@@ -32,7 +33,7 @@ class Answers:
 
 Reply = str | Facts | Answers | None
 """What a command has to say; None ends the chat."""
-Argument = Literal["adapters", "compared", "file", "setting", "nothing"]
+Argument = Literal["adapters", "compared", "stored", "file", "setting", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ def _adapters(chat: Chat, rest: str) -> Reply:
 
 def _load(chat: Chat, rest: str) -> Reply:
     file, *named = _words("/load", rest, 1, 2)
-    path = Path(file).expanduser()
-    name = require_name(named[0] if named else name_of(path))
+    name = require_name(named[0] if named else name_of(Path(file)))
+    path = Store().resolve(str(Path(file).expanduser()))
     chat.service.load(name, path, allow_unverified=chat.settings.allow_unverified)
     return f"loaded {name}" + ("" if name in chat.active else f"; /use {name} answers with it")
 
@@ -229,7 +230,7 @@ COMMANDS: dict[str, Command] = {
     "/use": Command("NAME[:SCALE] …", "answer with these adapters from now on", _use, "adapters"),
     "/adapter": Command("NAME [SCALE]", "the same with one", _adapter, "adapters"),
     "/base": Command("", "answer with the base alone", _base),
-    "/load": Command("FILE [NAME]", "load an adapter (GGUF)", _load, "file"),
+    "/load": Command("FILE [NAME]", "load an adapter: a GGUF file, or one of the store by its name", _load, "stored"),
     "/unload": Command("NAME", "free an adapter", _unload, "adapters"),
     "/compare": Command(
         "NAME NAME [QUESTION]", f"two adapters side by side on the last question, or another; {BASE} is a name too",

@@ -14,10 +14,12 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
 
+from edgelora.errors import EdgeloraError
 from runtime.chat import Chat
 from runtime.commands import COMMANDS
 from runtime.names import BASE
 from runtime.settings import FIELDS
+from runtime.store import Store, Stored
 
 LONGEST_PROMPT = 24  # characters of the adapters' names
 
@@ -112,15 +114,26 @@ class Completions(Completer):
             yield from _beginning(name, (f"{one} " if COMMANDS[one].words else one for one in COMMANDS))
         elif name in COMMANDS:
             argument, word = COMMANDS[name].argument, rest.rpartition(" ")[2]
-            if argument == "file":
+            if argument in ("file", "stored"):
                 yield from self._paths.get_completions(Document(word), complete_event)
-            elif argument != "nothing":
-                yield from _beginning(word, self._words(argument, rest))
+            yield from _beginning(word, self._words(argument, rest))
 
     def _words(self, argument: str, rest: str) -> Iterable[str]:
+        first = " " not in rest
         if argument == "setting":
-            return [f"{name} " for name in FIELDS] if " " not in rest else []
-        return [*self._chat.service.adapters, *([BASE] if argument == "compared" else [])]
+            return [f"{name} " for name in FIELDS] if first else []
+        if argument == "stored":
+            return [stored.name for stored in _stored()] if first else []
+        loaded = self._chat.service.adapters if argument in ("adapters", "compared") else []
+        return [*loaded, *([BASE] if argument == "compared" else [])]
+
+
+def _stored() -> list[Stored]:
+    """What the store holds; a store that cannot be read offers nothing."""
+    try:
+        return Store().all()
+    except EdgeloraError:
+        return []
 
 
 def _beginning(word: str, known: Iterable[str]) -> Iterator[Completion]:

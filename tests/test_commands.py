@@ -79,6 +79,11 @@ class Scripted:
         pass
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGELORA_HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture
 def chat():
     return Chat(Scripted("home", "poet"), Settings(max_tokens=8), {"home": 1.0})
@@ -135,7 +140,7 @@ def test_who_answers(chat, line, active):
         ("/compare home base", "no question was asked yet"),
         ("/retry", "no question was asked yet"),
         ("/undo", "no question was asked yet"),
-        ("/load nowhere.gguf", "nowhere.gguf: no such file"),
+        ("/load nowhere.gguf", "nowhere.gguf: neither a file nor the name of a stored adapter"),
         ("/load {file} base", "base is no name for an adapter"),
         ("/load {file} a/b", "a/b is no name for an adapter"),
         ('/load "{file}', '/load "'),

@@ -19,6 +19,7 @@ from edgelora.cli import run
 from edgelora.data.conversation import Message
 from runtime.engine import Engine
 from runtime.service import EngineConfig, Request
+from runtime.store import Store
 
 SCHEMA = {
     "type": "object",
@@ -46,6 +47,7 @@ def files(tiny, tmp_path_factory):
 @pytest.fixture
 def generate(files, capsys, monkeypatch):
     """`generate("--json", "hello")` → (exit code, standard output, standard error)"""
+    monkeypatch.setenv("EDGELORA_HOME", str(files.room / "home"))
 
     def call(*words: str, stdin: str = ""):
         given = io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8")
@@ -109,6 +111,16 @@ def test_all_adapters_answer_together(generate, expected, words, adapters):
     assert found["text"] == expected(LAMP, **{name.replace("mine", "home"): s for name, s in adapters.items()})
     assert {name: one["scale"] for name, one in found["adapters"].items()} == adapters
     assert all(len(one["digest"]) == 64 for one in found["adapters"].values())
+
+
+def test_a_stored_adapter_goes_by_its_name(generate, expected, files):
+    Store(files.room / "home" / "adapters").add("bard", files.poet)
+    _, out, err = generate(LAMP, "--adapter", "bard:0.5", "--adapter", "house={home}", "--json", "--max-tokens", "8")
+    assert err == ""
+    assert json.loads(out)["text"] == expected(LAMP, poet=0.5, home=1.0)
+    code, _, err = generate(LAMP, "--adapter", "bart")
+    assert code == 1
+    assert "bart: neither a file nor the name of a stored adapter" in err
 
 
 def test_the_json_says_all_there_is(generate, files):

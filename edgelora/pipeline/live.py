@@ -10,11 +10,12 @@ from pathlib import Path
 from edgelora.base.model import open_base
 from edgelora.home import models_folder
 from runtime.service import EngineConfig, Service
+from runtime.store import Store
 
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter to load: under which name, from which file, and at which scale it answers."""
+    """An adapter to load: under which name, from which file (or name in the store), at which scale it answers."""
 
     name: str
     path: Path
@@ -46,7 +47,8 @@ def serving(asked: Serving) -> Iterator[Service]:
 
     A base without a chat template, which no adapter can bring either, is refused before it is loaded (BaseModelError).
     """
-    opened = open_base(asked.base)
+    opened, store = open_base(asked.base), Store()
+    paths = [store.resolve(str(one.path)) for one in asked.adapters]
     if asked.conversing and not asked.adapters:
         _ = opened.template
     service: Service
@@ -59,6 +61,6 @@ def serving(asked: Serving) -> Iterator[Service]:
 
         service = Engine.open(opened, asked.config)
     with closing(service):
-        for one in asked.adapters:
-            service.load(one.name, one.path, allow_unverified=asked.allow_unverified)
+        for one, path in zip(asked.adapters, paths, strict=True):
+            service.load(one.name, path, allow_unverified=asked.allow_unverified)
         yield service
