@@ -52,11 +52,14 @@ class Job:
     command: Sequence[str]
     folder: Path
 
+    def words(self, out: Path) -> list[str]:
+        """The command that trains `out`, going on where it was."""
+        return [*self.command, "--out", str(out), "--save-every", "2", "--resume"]
+
     def start(self, out: Path, log: Path) -> subprocess.Popen[bytes]:
-        """A child that trains `out`, going on where it was; its talk goes to `log`."""
-        words = [*self.command, "--out", str(out), "--save-every", "2", "--resume"]
+        """A child that trains `out`; its talk goes to `log`."""
         with log.open("wb") as talk:
-            return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=talk, stderr=talk)
+            return subprocess.Popen(self.words(out), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=talk, stderr=talk)
 
 
 @dataclass(frozen=True)

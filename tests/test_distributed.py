@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.numpy import load_file
 from test_architectures import family  # noqa: F401  (a fixture)
@@ -95,11 +96,22 @@ def run(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def trained(processes: int, config: TrainConfig) -> subprocess.CompletedProcess[str]:
-    done = run(processes, "-m", "edgelora", *command(config))
-    assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr
-    return done
+def trained(processes: int, config: TrainConfig) -> str:
+    """Train in processes that meet as torchrun's do, forked instead of started; returns what they said."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {
+        "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+    }  # fmt: skip
+    logs = [config.out.with_name(f"{config.out.name}-{rank}.log") for rank in range(processes)]
+    started = [
+        Forked(command(config), log, {**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
+    codes = [process.wait(timeout=110) for process in started]
+    said = "".join(log.read_text(encoding="utf-8") for log in logs)
+    assert codes == [0] * processes, said
+    return said
 
 
 def lines(out: Path) -> list[Metrics]:
@@ -144,7 +156,9 @@ def test_two_processes_train_as_one(settings, tmp_path, way):
 
 def test_torchrun_with_one_process_changes_no_bit(settings, tmp_path):
     run_training(settings(tmp_path / "alone"))
-    trained(1, settings(tmp_path / "shared", shard_base=True))
+    done = run(1, "-m", "edgelora", *command(settings(tmp_path / "shared", shard_base=True)))
+    assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")
 
 
@@ -201,9 +215,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
         for path in (run_folder(out) / "checkpoints").glob("step-*"):
             if path.name > "step-00000003":
                 shutil.rmtree(path)
-        done = trained(processes, whole.model_copy(update={"out": out, "resume": True}))
-        assert "going on behind step 3" in done.stderr
-        assert ("it goes on with processes 1 instead of 2" in done.stderr) == (processes == 1)
+        said = trained(processes, whole.model_copy(update={"out": out, "resume": True}))
+        assert "going on behind step 3" in said
+        assert ("it goes on with processes 1 instead of 2" in said) == (processes == 1)
     assert outcome(tmp_path / "again") == outcome(whole.out)
     for one, two in zip(lines(tmp_path / "alone"), lines(whole.out), strict=True):
         assert one.loss == pytest.approx(two.loss, abs=CLOSE)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
 from test_atomic import Disk, tree
 
@@ -477,9 +478,19 @@ def test_a_second_signal_stops_in_the_middle_of_a_step(child, number, code):
 # -- death at random moments --------------------------------------------------------------------------------------
 
 
+class ForkedJob(kill.Job):
+    """Its children begin to train within 0.3 s: benchmarks/kill.py starts each as a user does."""
+
+    def start(self, out: Path, log: Path) -> Any:
+        return Forked(self.words(out)[3:], log)
+
+
 def test_thirty_kills_lose_nothing(tiny, tmp_path):
-    tally = kill.kill_until(kill.small_job(tiny.path, tmp_path), KILLS, seed=0)
+    job = kill.small_job(tiny.path, tmp_path)
+    assert job.command[1:3] == ["-m", "edgelora"]
+    tally = kill.kill_until(ForkedJob(job.command, job.folder), KILLS, seed=0)
     assert (tally.corrupt, tally.different) == ([], [])
     assert tally.kills == KILLS
+    assert tally.in_startup > 0
     assert tally.resumed > 0
     assert tally.finished > 0
