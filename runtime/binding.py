@@ -416,6 +416,10 @@ class Candidates:
         self.array.selected, self.array.sorted = -1, False
         return self
 
+    def forbid(self, tokens: Sequence[int]) -> None:
+        """Leave no chance to `tokens`, before any sampler has sorted and while all tokens are there."""
+        self._table["logit"][list(tokens)] = -np.inf
+
     def keep_possible(self) -> int:
         """Drop what has no chance left (-inf), before any sampler has sorted; returns how many stay."""
         table = self._table[: self.array.size]
@@ -517,6 +521,11 @@ class GrammarSampler:
         if self._handle is not None:
             C.llama_sampler_free(self._handle)
             self._handle = None
+
+
+def build() -> str:
+    """Which llama.cpp this is: two that say the same compute the same."""
+    return f"llama-cpp-python {C.__version__}, {system_info()}"
 
 
 def system_info() -> str:

@@ -21,7 +21,7 @@ from edgelora.device import Choice
 from edgelora.errors import ConfigError, EngineError
 from runtime.adapters import Adapters
 from runtime.answer import Answer, Limits
-from runtime.binding import UBATCH_TOKENS, Context, Entry, KeyValues, Lora, Model, Placement
+from runtime.binding import UBATCH_TOKENS, Context, Entry, KeyValues, Lora, Model, Placement, build
 from runtime.lanes import Lane, Lanes
 from runtime.owner import Owner, closed
 from runtime.preflight import preflight
@@ -29,11 +29,13 @@ from runtime.prompt import prompt_ids, require_limits
 from runtime.sampling import Sampler
 from runtime.scheduler import Scheduler
 from runtime.service import AdapterInfo, EngineConfig, Request
+from runtime.snapshot_files import SnapshotFolder
 from runtime.states import Snapshots, chain_of, cut
 from runtime.stream import LiveStream
 from runtime.threads import choose_threads
 
 CONTEXT = 2048
+CHUNK, CHUNK_ON_GPU = 64, 512
 DEFAULTS = EngineConfig()
 POLL_SECONDS = 0.005
 _FLASH = {"auto": None, "on": True, "off": False}
@@ -61,7 +63,8 @@ class Engine:
         self.base, self.config = base, config
         self.context = config.context or min(CONTEXT, base.context)
         _require_possible(config, self.context, base)
-        self._limits = Limits(config.chunk, self.context, config.draft_tokens)
+        chunk = config.chunk or (CHUNK_ON_GPU if config.gpu_layers else CHUNK)
+        self._limits = Limits(chunk, self.context, config.draft_tokens)
         self._encoding = threading.Lock()
         self._owner = Owner(self._work, self._end)
         try:
@@ -157,16 +160,31 @@ class Engine:
         self._lanes = Lanes(first, config.hot_adapters, lambda: self._lane(int(self.threads.value)))
         self._threads = Choice(str(config.threads), "asked for") if config.threads else choose_threads(first.context)
         self._token_bytes = _token_bytes(first.context)
+        self._snapshots.archive = self._archive()
         self._scheduler = Scheduler(self._lanes, self._adapters, config.conversations, self._token_bytes)
 
     def _lane(self, threads: int) -> Lane:
         config = self.config
         context = Context(
             self._model, n_ctx=self.context, n_sequences=config.conversations, threads=threads,
-            n_batch=max(config.chunk, config.conversations * (1 + config.draft_tokens)),
+            n_batch=max(self._limits.chunk, config.conversations * (1 + config.draft_tokens)),
             kept=KeyValues(GGMLQuantizationType[config.kv_type.upper()], _FLASH[config.flash_attention]),
         )  # fmt: skip
-        return Lane(context, self._adapters, self._snapshots, config.chunk)
+        return Lane(context, self._adapters, self._snapshots, self._limits.chunk)
+
+    def _archive(self) -> SnapshotFolder | None:
+        """The folder of snapshots, if there is one: it needs to know all that the numbers depend on."""
+        config, base = self.config, self.base
+        if config.snapshot_folder is None:
+            return None
+        state = base.path.stat()
+        identity = {
+            "base": [base.fingerprint.short, base.quant, state.st_size, state.st_mtime_ns],
+            "settings": [self._limits.chunk, config.kv_type, config.flash_attention, config.gpu_layers,
+                         config.conversations > 1, self.threads.value],
+            "llama.cpp": build(),
+        }  # fmt: skip
+        return SnapshotFolder(config.snapshot_folder, identity, config.snapshot_folder_bytes)
 
     def _work(self) -> bool:
         try:
@@ -198,6 +216,9 @@ class Engine:
         if not hasattr(self, "_scheduler"):
             return  # opening failed and has freed what there was
         self._scheduler.fail_all(closed())
+        if self._snapshots.archive is not None:
+            self._lanes.keep_all()
+            self._snapshots.close()
         self._lanes.close()
         self._adapters.close()
         self._model.close()
@@ -219,12 +240,13 @@ def _require_possible(config: EngineConfig, context: int, base: Base) -> None:
         for name, value, least, most in (
             ("context", context, 2, base.context),
             ("conversations", config.conversations, 1, 256),
-            ("chunk", config.chunk, 1, UBATCH_TOKENS),
+            ("chunk", CHUNK if config.chunk is None else config.chunk, 1, UBATCH_TOKENS),
             ("draft_tokens", config.draft_tokens, 0, 64),
             ("hot_adapters", config.hot_adapters, 0, 64),
             ("threads", config.threads or 1, 1, 512),
             ("gpu_layers", config.gpu_layers, -1, 10_000),
             ("snapshot_bytes", config.snapshot_bytes, 0, 1 << 50),
+            ("snapshot_folder_bytes", config.snapshot_folder_bytes, 0, 1 << 50),
         )
         if not least <= value <= most
     ]

@@ -59,7 +59,7 @@ class Lane:
         kept = self._snapshots.longest(chain)
         best = max(shared, common(beside.chain, chain), kept[0] if kept else 0)
         slot = nearest if best == shared else min(free, key=lambda slot: (bool(slot.chain), slot.used))
-        self._keep(slot, best if best == shared else 0)
+        self.keep(slot, best if best == shared else 0)
         if best > shared:
             self._refill(slot, beside if common(beside.chain, chain) == best else None, kept and kept[1])
         self.context.forget(slot.sequence, best * self._chunk)
@@ -74,7 +74,7 @@ class Lane:
         elif kept is not None:
             self.context.restore(slot.sequence, kept.state)
 
-    def _keep(self, slot: Slot, shared: int) -> None:
+    def keep(self, slot: Slot, shared: int) -> None:
         """Save what the sequence holds up to its last cut, unless it goes on from there."""
         if shared < len(slot.chain):
             self.context.forget(slot.sequence, len(slot.chain) * self._chunk)
@@ -85,10 +85,6 @@ class Lane:
         """Forget what a sequence holds: it failed."""
         self.context.forget(slot.sequence, 0)
         slot.chain = ()
-
-    def keep_all(self) -> None:
-        for slot in self.slots:
-            self._keep(slot, 0)
 
     # -- evaluating -----------------------------------------------------------------------------------------------
 
@@ -148,6 +144,12 @@ class Lanes:
         for lane in self.all:
             if any(other == digest for other, _ in lane.key):
                 lane.attach(())
+
+    def keep_all(self) -> None:
+        """Save what all sequences hold, for the archive: the engine is about to be closed."""
+        for lane in self.all:
+            for slot in lane.slots:
+                lane.keep(slot, 0)
 
     def close(self) -> None:
         for lane in self.all:

@@ -30,9 +30,10 @@ class EngineConfig:
     """Tokens of one conversation; None: 2048, or what the base has."""
     conversations: int = 1
     """How many are in work at once."""
-    chunk: int = 256
+    chunk: int | None = None
     """Prompts are evaluated in pieces cut at multiples of this many tokens, and reuse ends at such a cut: a warm and a
-    cold run then have equal batch shapes, on which the numbers depend over a quantized base."""
+    cold run then have equal batch shapes, on which the numbers depend over a quantized base. None: 64 on a CPU, where
+    larger pieces are at most 4 % faster (SmolLM2-135M, Q4_1), 512 with layers on a GPU."""
     threads: int | None = None
     gpu_layers: int = 0
     """Layers held on a GPU; -1: all."""
@@ -44,6 +45,8 @@ class EngineConfig:
     """Of states kept in RAM for switching back, the least recently used dropped first."""
     snapshot_folder: Path | None = None
     """Where states also outlive the process; None: nowhere."""
+    snapshot_folder_bytes: int = 2 << 30
+    """Of that folder, the oldest files removed first."""
     hot_adapters: int = 0
     """How many sets of adapters have a context of their own: a switch re-reserves nothing, each costs its KV."""
     draft_tokens: int = 0

@@ -12,6 +12,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -90,11 +91,20 @@ class Snapshot:
     state: np.ndarray = field(repr=False)
 
 
-class Snapshots:
-    """States in RAM under a budget in bytes; the least recently used are dropped first."""
+class Archive(Protocol):
+    """Where snapshots go that RAM has no room for."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget, self._by_end = budget_bytes, OrderedDict[bytes, Snapshot]()
+    def longest(self, chain: Chain) -> tuple[int, Snapshot] | None: ...
+    def shares(self, chain: Chain) -> int: ...
+    def keep(self, snapshot: Snapshot) -> None: ...
+
+
+class Snapshots:
+    """States in RAM under a budget in bytes; the least recently used go to the archive, or are dropped."""
+
+    def __init__(self, budget_bytes: int, archive: Archive | None = None) -> None:
+        self._budget, self.archive = budget_bytes, archive
+        self._by_end = OrderedDict[bytes, Snapshot]()
         self._at: dict[bytes, bytes] = {}  # the digest of any cut → the end of a snapshot that goes through it
 
     @property
@@ -106,33 +116,41 @@ class Snapshots:
 
     def longest(self, chain: Chain) -> tuple[int, Snapshot] | None:
         """(how many chunks it shares with `chain`, the snapshot) that shares the most; None if none shares any."""
-        for n in range(len(chain), 0, -1):
-            if (end := self._at.get(chain[n - 1])) is not None:
-                self._by_end.move_to_end(end)
-                return n, self._by_end[end]
-        return None
+        n, end = next(((n, end) for n in range(len(chain), 0, -1) if (end := self._at.get(chain[n - 1]))), (0, None))
+        if self.archive is not None and self.archive.shares(chain) > n:
+            return self.archive.longest(chain) or self._here(n, end)
+        return self._here(n, end)
+
+    def _here(self, n: int, end: bytes | None) -> tuple[int, Snapshot] | None:
+        if end is None:
+            return None
+        self._by_end.move_to_end(end)
+        return n, self._by_end[end]
 
     def wants(self, chain: Chain, n_bytes: int) -> bool:
         """Whether a state of this size is worth taking: it fits, and no snapshot holds it already."""
         return bool(chain) and n_bytes <= self._budget and chain[-1] not in self._at
 
-    def keep(self, snapshot: Snapshot) -> list[Snapshot]:
-        """Keep one, in place of those that it goes on from; returns what was dropped for want of room."""
+    def keep(self, snapshot: Snapshot) -> None:
+        """Keep one, in place of those that it goes on from."""
         for digest in snapshot.chain:
             if digest in self._by_end:
                 self._drop(digest)
         self._by_end[snapshot.chain[-1]] = snapshot
         self._at.update(dict.fromkeys(snapshot.chain, snapshot.chain[-1]))
-        dropped = []
         while self.n_bytes > self._budget:
-            dropped.append(self._drop(next(iter(self._by_end))))
-        return dropped
+            self._to_archive(self._drop(next(iter(self._by_end))))
 
-    def clear(self) -> list[Snapshot]:
-        kept = list(self._by_end.values())
+    def close(self) -> None:
+        """Hand all that is kept to the archive."""
+        for snapshot in self._by_end.values():
+            self._to_archive(snapshot)
         self._by_end.clear()
         self._at.clear()
-        return kept
+
+    def _to_archive(self, snapshot: Snapshot) -> None:
+        if self.archive is not None:
+            self.archive.keep(snapshot)
 
     def _drop(self, end: bytes) -> Snapshot:
         gone = self._by_end.pop(end)
