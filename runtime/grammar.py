@@ -109,6 +109,10 @@ def _too_many(what: str) -> ConfigError:
     )  # fmt: skip
 
 
+class _TooMany(Exception):
+    """More ways than llama.cpp should follow."""
+
+
 class _Machine:
     """llama.cpp's automaton. A stack is a number; 0 is the empty one, at the end of what was begun with."""
 
@@ -148,6 +152,8 @@ class _Machine:
             if top in seen:
                 continue
             seen.add(top)
+            if len(seen) > 4 * MAX_STACKS or self.steps > 1.5 * TRIAL_STEPS:
+                raise _TooMany
             place, below = self._stacks[top]
             element = self._elements[place] if top else None
             if isinstance(element, int):
@@ -168,9 +174,10 @@ class _Machine:
         self.steps += 1
         return self._advance(self._push(place + 1, below)) if self._takes(place, character) else ()
 
-    def ways(self, stacks: Stacks, character: int) -> int:
-        """In how many ways the character repeated can be read, at most: as llama.cpp reads a token, none are joined."""
-        return sum(self._ways_of(stack, character) for stack in stacks)
+    def repeat(self, stacks: Stacks, character: int) -> None:
+        """Read a character again and again as llama.cpp reads a token, joining no ways: raises _TooMany."""
+        if sum(self._ways_of(stack, character) for stack in stacks) > MAX_WAYS:
+            raise _TooMany
 
     def _ways_of(self, stack: int, character: int) -> int:
         if (stack, character) not in self._ways:
@@ -181,7 +188,9 @@ class _Machine:
                     for after in self._after(s, character):
                         following[after] += ways
                 now, most = following, max(most, following.total())
-                if not now or most > MAX_WAYS:
+                if most > MAX_WAYS or len(now) > MAX_STACKS:
+                    raise _TooMany
+                if not now:
                     break
             self._ways[stack, character] = most
         return self._ways[stack, character]
@@ -204,19 +213,25 @@ def _try_out(grammar: Rules, rules: list[int]) -> None:
     """Look, from each rule in turn, for a text that can be read in ever more ways."""
     machine = _Machine(grammar)
     for rule in rules:
-        end = machine.steps + TRIAL_STEPS // 8
-        tried = {machine.begin(rule)}
-        for _ in range(TRIAL_LENGTH):
-            following = set[Stacks]()
-            for stacks in tried:
-                for character in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]:
-                    following.add(machine.step(stacks, character))
-                    if machine.ways(stacks, character) > MAX_WAYS:
-                        raise _too_many(f"{chr(character)!r} repeated, in {grammar.name(rule)}")
-            tried = set(sorted(following - {frozenset()}, key=len, reverse=True)[:TRIAL_BREADTH])
-            if any(len(stacks) > MAX_STACKS for stacks in tried):
-                raise _too_many(f"a text of {grammar.name(rule)}")
-            if not tried or machine.steps > end:
-                break
+        try:
+            _try_rule(machine, rule)
+        except _TooMany as e:
+            raise _too_many(f"the texts of {grammar.name(rule)}") from e
         if machine.steps > TRIAL_STEPS:
+            return
+
+
+def _try_rule(machine: _Machine, rule: int) -> None:
+    end = machine.steps + TRIAL_STEPS // 8
+    tried = {machine.begin(rule)}
+    for _ in range(TRIAL_LENGTH):
+        following = set[Stacks]()
+        for stacks in tried:
+            for character in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]:
+                following.add(machine.step(stacks, character))
+                machine.repeat(stacks, character)
+        tried = set(sorted(following - {frozenset()}, key=len, reverse=True)[:TRIAL_BREADTH])
+        if any(len(stacks) > MAX_STACKS for stacks in tried):
+            raise _TooMany
+        if not tried or machine.steps > end:
             return

@@ -249,10 +249,10 @@ def _either(expressions: list[str]) -> str:
 
 
 def _types(schema: Schema, where: str) -> list[str]:
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else types
+    given = schema.get("type", [])
+    types = [given] if isinstance(given, str) else given
     if not isinstance(types, list | tuple) or not all(isinstance(t, str) and t in KEYWORDS for t in types):
-        raise _refused(where, f"type {types!r}", f"known are {', '.join(KEYWORDS)}", "use those")
+        raise _refused(where, f"type {given!r}", f"known are {', '.join(KEYWORDS)}", "use those")
     return list(dict.fromkeys(types))
 
 

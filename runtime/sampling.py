@@ -13,9 +13,10 @@ from dataclasses import fields
 import numpy as np
 
 from edgelora.errors import ConfigError, EngineError
-from runtime.binding import GrammarSampler, Model, SamplerChain
+from runtime.binding import Candidates, GrammarSampler, Model, SamplerChain
 from runtime.grammar import grammar_of
 from runtime.service import Sampling, TokenLogprob
+from runtime.text import WholeCharacters
 
 INT32 = 2**31 - 1
 # THE TABLE: what each number may be, both ends included. What lies beyond is off, undefined or noise in C.
@@ -102,13 +103,13 @@ class Sampler:
     def __init__(self, model: Model, sampling: Sampling, last_n: int) -> None:
         self._model, self._sampling = model, sampling
         self._chain: SamplerChain | None = None
-        self._grammar: GrammarSampler | None = None
+        self._form: Form | None = None
         grammar = grammar_of(sampling)
         try:
             if not _plainly_greedy(sampling) or model.suppressed:
                 self._chain = _chain(model, sampling, last_n)
             if grammar is not None:
-                self._grammar = GrammarSampler(model, grammar)
+                self._form = Form(model, grammar)
         except BaseException:
             self.close()
             raise
@@ -141,33 +142,31 @@ class Sampler:
             )
         token = best if self._chain is None else self._chain.pick(self._model.candidates.fill(logits))
         # as llama.cpp does: the grammar looks at the whole vocabulary only if the token drawn without it does not fit
-        if self._grammar is None or self._grammar.allows(token):
+        if self._form is None or self._form.allows(token):
             return token
-        return self._pick_allowed(logits, self._grammar)
+        return self._pick_fitting(logits, self._form)
 
-    def _pick_allowed(self, logits: np.ndarray, grammar: GrammarSampler) -> int:
-        candidates = self._model.candidates.fill(logits)
-        grammar.restrict(candidates)
-        if not candidates.keep_possible():
-            raise EngineError(
-                what="no token fits the grammar",
-                why="the model's vocabulary cannot spell what must come next",
-                fix="check the grammar",
-            )
-        if self._chain is None:
-            return candidates.likeliest()
-        return self._chain.pick(candidates)
+    def _pick_fitting(self, logits: np.ndarray, form: Form) -> int:
+        broken: list[int] = []  # fit the grammar, but are no UTF-8
+        while True:
+            candidates = self._model.candidates.fill(logits)
+            form.restrict(candidates)
+            candidates.forbid(broken)
+            if not candidates.keep_possible():
+                raise EngineError(
+                    what="no token fits the grammar",
+                    why="the model's vocabulary cannot spell what must come next",
+                    fix="check the grammar",
+                )
+            token = candidates.likeliest() if self._chain is None else self._chain.pick(candidates)
+            if form.is_text(token):
+                return token
+            broken.append(token)
 
     def accept(self, token: int) -> None:
         """Take note that `token` was kept. Raises EngineError if the grammar does not allow it."""
-        if self._grammar is not None:
-            if not self._grammar.allows(token):  # C would abort the process
-                raise EngineError(
-                    what=f"token {token} does not fit the grammar",
-                    why="it was not picked under it",
-                    fix="accept only what pick() gave",
-                )
-            self._grammar.accept(token)
+        if self._form is not None:
+            self._form.accept(token)
         if self._chain is not None:
             self._chain.accept(token)
 
@@ -179,9 +178,41 @@ class Sampler:
         return TokenLogprob(token, self._model.piece(token), logprob, top)
 
     def close(self) -> None:
-        for part in (self._chain, self._grammar):
+        for part in (self._chain, self._form):
             if part is not None:
                 part.close()
+
+
+class Form:
+    """What a grammar allows next: its characters by llama.cpp, and that they are UTF-8, which llama.cpp leaves open."""
+
+    def __init__(self, model: Model, grammar: str) -> None:
+        self._model = model
+        self._grammar = GrammarSampler(model, grammar)
+        self._characters = WholeCharacters()
+
+    def restrict(self, candidates: Candidates) -> None:
+        """Leave no chance to tokens that the grammar does not allow."""
+        self._grammar.restrict(candidates)
+
+    def is_text(self, token: int) -> bool:
+        return self._characters.allows(self._model.piece(token), last=self._model.ends_generation(token))
+
+    def allows(self, token: int) -> bool:
+        return self.is_text(token) and self._grammar.allows(token)
+
+    def accept(self, token: int) -> None:
+        if not self.allows(token):  # C would abort the process
+            raise EngineError(
+                what=f"token {token} does not fit the grammar",
+                why="it was not picked under it",
+                fix="accept only what pick() gave",
+            )
+        self._grammar.accept(token)
+        self._characters.accept(self._model.piece(token))
+
+    def close(self) -> None:
+        self._grammar.close()
 
 
 def log_probabilities(logits: np.ndarray, token: int, n_top: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -1,4 +1,4 @@
-"""The bytes of tokens as text to show: whole characters only, and never the beginning of a stop string."""
+"""The bytes of tokens as text: whole characters only, and never the beginning of a stop string."""
 
 from __future__ import annotations
 
@@ -42,6 +42,28 @@ class TextStream:
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+class WholeCharacters:
+    """Holds an answer to UTF-8, token by token: what a grammar of characters says nothing about."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
+
+    def allows(self, raw: bytes, *, last: bool) -> bool:
+        """Whether the answer stays UTF-8 with `raw` behind it; `last`: and ends with a whole character."""
+        state = self._decoder.getstate()
+        try:
+            self._decoder.decode(raw, final=last)
+            begun, _ = self._decoder.getstate()
+        except UnicodeDecodeError:
+            return False
+        finally:
+            self._decoder.setstate(state)
+        return not b"\xed\xa0" <= begun < b"\xee"  # half a surrogate pair, which Python notices a byte later
+
+    def accept(self, raw: bytes) -> None:
+        self._decoder.decode(raw)
 
 
 def _overlap(text: str, stop: str) -> int:

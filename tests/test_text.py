@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.lookup import SIZES, Lookup
-from runtime.text import TextStream
+from runtime.text import TextStream, WholeCharacters
 
 # few letters, some of several bytes: stop strings then occur, overlap and end inside characters
 LETTERS = st.text(alphabet="abä€😀", max_size=12)
@@ -30,12 +30,14 @@ def pieces(raw: bytes, cuts: list[int], stops: list[str]) -> tuple[list[str], Te
     return [*got, stream.finish()], stream
 
 
+@settings(deadline=None, max_examples=300)
 @given(raw=LETTERS.map(str.encode) | st.binary(max_size=12), cuts=st.lists(st.integers(0, 60)), stops=STOPS)
 def test_a_stream_gives_what_all_at_once_gives(raw, cuts, stops):
     got, stream = pieces(raw, cuts, stops)
     assert ("".join(got), stream.stopped) == oracle(raw, stops)
 
 
+@settings(deadline=None, max_examples=300)
 @given(text=LETTERS, stops=STOPS)
 def test_what_can_be_shown_is_shown_at_once(text, stops):
     """Held back is only what a stop string may begin with, or a part of a character."""
@@ -45,6 +47,19 @@ def test_what_can_be_shown_is_shown_at_once(text, stops):
         if stream.stopped is None:
             held = raw[: i + 1].decode("utf-8", "ignore").removeprefix(shown)
             assert held == "" or any(stop.startswith(held) for stop in stops)
+
+
+def test_bytes_that_begin_no_character_are_seen_at_once():
+    """Of any two bytes: allowed where some character begins with them."""
+    begins = {chr(c).encode()[:n] for c in (*range(0xD800), *range(0xE000, 0x110000, 16)) for n in (1, 2)}
+    for first, second in product(range(256), repeat=2):
+        raw, characters = bytes([first, second]), WholeCharacters()
+        assert characters.allows(raw[:1], last=False) == (raw[:1] in begins)
+        if raw[:1] in begins:
+            characters.accept(raw[:1])
+            assert characters.allows(raw[1:], last=False) == (raw[1:] in begins if first < 128 else raw in begins)
+            ends = second < 128 if first < 128 else raw in begins and bool(raw.decode("utf-8", "ignore"))
+            assert characters.allows(raw[1:], last=True) == ends
 
 
 def test_no_stop_string_shows_even_in_part():
@@ -60,6 +75,7 @@ def test_what_was_held_comes_at_the_end():
     assert [stream.push(b"STO"), stream.push("ä".encode()[:1]), stream.finish()] == ["", "", "STO\ufffd"]
 
 
+@settings(deadline=None, max_examples=300)
 @given(tokens=st.lists(st.integers(0, 3), max_size=40), n=st.integers(0, 6))
 def test_a_draft_is_what_followed_the_last_tokens_before(tokens, n):
     def naive() -> list[int]:
