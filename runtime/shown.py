@@ -23,6 +23,7 @@ REDRAW_S = 0.05
 NARROW = 60  # columns: below it two answers stand one above the other
 Kind = Literal["line", "code", "table"]
 MARKS = re.compile(r"\*\*(?=\S)(?P<bold>[^*\n]+?)(?<=\S)\*\*|`(?P<code>[^`\n]+)`")
+RULE = re.compile(r"\A[^\n]*\n *\|[ :|-]*-[ :|-]*(\n|\Z)")  # the second line of a table
 FENCE = re.compile(r" {0,3}(```+|~~~+)\s*([\w+#-]*)")
 
 
@@ -36,7 +37,7 @@ def visible(text: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """A line, or all lines of a fenced block or of a table, without the last end of line."""
+    """A line, or all lines of a fenced block or of a table, without the end of the last one."""
 
     kind: Kind
     text: str
@@ -52,7 +53,7 @@ class Parts:
 
     @property
     def rest(self) -> Part:
-        return Part(self._kind, "\n".join([*self._lines, *([self._open] if self._open else [])]))
+        return Part(self._kind, "\n".join([*self._lines, self._open]))
 
     def feed(self, text: str) -> Iterator[Part]:
         *whole, self._open = (self._open + text).split("\n")
@@ -81,7 +82,7 @@ class Parts:
 
 def drawn(part: Part) -> RenderableType:
     """A part with its Markdown styled."""
-    if part.kind == "table":
+    if part.kind == "table" and RULE.search(part.text) and "<" not in part.text:  # rich leaves HTML out
         from rich.markdown import Markdown
 
         return Markdown(part.text)

@@ -104,12 +104,23 @@ def answer(terminal: Terminal, chat: Chat, line: str) -> bool:
         if reply is None:
             return False
         terminal.show(reply)
+        if isinstance(reply, Answers):
+            _say_how_it_ended(terminal, chat)
     except EdgeloraError as e:
         terminal.fault(e)
     except KeyboardInterrupt:
         terminal.say("… stopped")
     sys.stdout.flush()
     return True
+
+
+def _say_how_it_ended(terminal: Terminal, chat: Chat) -> None:
+    """Where it was not by the model's own word."""
+    if terminal.out.is_terminal and chat.usage is not None:
+        if chat.usage.finish == "length":
+            terminal.say("… ended by the limit of tokens, or of the context")
+        elif not chat.usage.generated_tokens:
+            terminal.say("… no answer")
 
 
 @contextlib.contextmanager

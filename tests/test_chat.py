@@ -187,6 +187,7 @@ def test_answers_as_they_look(screen):
     lines = (line.rstrip() for line in shown.split("\n"))
     stays = ["Roses", "red as x", " a  b", " ────", " 1  2", "violets", "blue", "```python", "x = 1", "```", "end"]
     assert [part for part in stays if not any(line.endswith(part) for line in lines)] == []  # in this order
+    assert "… no answer" in screen.type("nothing")
     wide = screen.type("/compare home poet hello", "poet:1 heard 'hello'")
     assert re.search(r"home:1 heard 'hello' +poet:1 heard 'hello'", wide)
     screen.process.setwinsize(24, 40)

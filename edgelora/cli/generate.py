@@ -58,7 +58,7 @@ def generate(
             request = _question(service, request, system)
         pieces, usage, stopped = _answer(service, request, aloud=not as_json)
         if as_json:
-            print(json.dumps(_as_json(service, request, pieces, usage), ensure_ascii=False))
+            print(json.dumps(_as_json(service, request, pieces, usage)))
     if stopped:
         raise typer.Exit(STOPPED)
 
@@ -97,16 +97,19 @@ def _question(service: Service, request: Request, system: str | None) -> Request
 
 def _answer(service: Service, request: Request, *, aloud: bool) -> tuple[list[Piece], Usage | None, bool]:
     """The pieces, what they cost, and whether Ctrl-C stopped them."""
+    from edgelora.cli.display import output
     from runtime.reading import read
     from runtime.shown import visible
 
     pieces: list[Piece] = []
+    out = output()
     stream, stopped = service.generate(request), False
     try:
         for piece in read(stream):
             pieces.append(piece)
             if aloud and piece.text:
-                print(visible(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
+                out.file.write(visible(piece.text) if out.is_terminal else piece.text)
+                out.file.flush()
     except KeyboardInterrupt:
         stopped = True
     if aloud and not (pieces and "".join(piece.text for piece in pieces).endswith("\n")):
