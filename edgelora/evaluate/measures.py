@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,8 @@ class Kind:
     """Of right rows, of which McNemar's test is made."""
     in_nats: bool = False
     """Whether a difference of its rows' means is one of nats a token."""
+    scale: Callable[[float], float] = float
+    """From its value to the mean of its rows."""
 
 
 def _percent(share: float) -> str:
@@ -37,7 +40,13 @@ MEASURES: dict[str, Kind] = {
     "kl": Kind("KL to the reference", "fidelity", -1, "{:.4f}".format, "KL of each window; its tokens", in_nats=True),
     "same_top": Kind("same top", "fidelity", 1, _percent, "equal tops of each window; its tokens"),
     "perplexity": Kind(
-        "perplexity", "general", -1, "{:.3f}".format, "−log p of each window; its scored tokens", in_nats=True
+        "perplexity",
+        "general",
+        -1,
+        "{:.3f}".format,
+        "−log p of each window; its scored tokens",
+        in_nats=True,
+        scale=math.log,
     ),
     "bits_per_byte": Kind("bits per byte", "general", -1, "{:.4f}".format, "bits of each window; its bytes"),
     "choice": Kind("multiple choice", "general", 1, _percent, "1 or 0 of each question", is_share=True),

@@ -1,0 +1,207 @@
+"""Which file to ship: the smallest that is not clearly worse than the best, by these rules and nothing else.
+
+1. Only whole cells count: what failed, is partial, or whose figure is no number is not ranked. The base alone is what
+   the others are compared with, unless nothing else was asked for.
+2. What the limits exclude is out.
+3. Best is the highest share of right answers, then the lowest held-out loss; without a task the lowest KL to the
+   reference, then perplexity, then bits per byte.
+4. As good as the best is what is not clearly worse in any of these figures: the paired 95 % interval of the difference
+   holds 0 (for right and wrong: McNemar's p ≥ 0.05), or the difference is below NEGLIGIBLE_NATS.
+5. Of those, the smallest; of equal size the faster.
+
+Reads nothing, writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgelora.errors import ConfigError
+from edgelora.evaluate.cells import CellResult, Measure, in_order
+from edgelora.evaluate.measures import difference, kind_of, title_of
+from edgelora.evaluate.pareto import goodness, ranked_by
+
+NEGLIGIBLE_NATS = 0.02
+"""A token: 2 % of perplexity. A clear difference may be too small to matter, with text enough to see it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file must keep to; None: no limit. `min_quality`: the least share of right answers, 0 to 1."""
+
+    max_size_bytes: int | None = None
+    max_ram_bytes: int | None = None
+    min_quality: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The file to ship (None: there is none), the cell's name, and the reason in words."""
+
+    file: str | None
+    why: str
+    cell: str = ""
+
+
+@dataclass(frozen=True)
+class Against:
+    """A cell beside the best, in one measure: `change` (NaN: not measured), with its interval where rows could be
+    paired; whether it is clear that there is one, and whether that makes the cell worse."""
+
+    key: str
+    change: float
+    interval_95: tuple[float, float] | None
+    is_clear: bool
+
+    @property
+    def is_worse(self) -> bool:
+        kind = kind_of(self.key)
+        harm = -kind.better * self.change
+        return self.is_clear and not harm <= (NEGLIGIBLE_NATS if kind.in_nats else 0)  # NaN is worse than anything
+
+    def __str__(self) -> str:
+        if math.isnan(self.change):
+            return f"{title_of(self.key)} not measured"
+        kind = kind_of(self.key)
+        factor, unit = (100, " points") if kind.better > 0 else (1, " nats" if kind.in_nats else "")
+        digits = 1 if kind.better > 0 else 3
+        text = f"{title_of(self.key)} {self.change * factor:+.{digits}f}{unit}"
+        if self.interval_95 is None:
+            return text
+        low, high = (f"{bound * factor:+.{digits}f}" for bound in self.interval_95)
+        return f"{text} (95 %: {low} … {high})"
+
+
+def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choice:
+    """The file to ship among measured cells. Raises ConfigError for a `min_quality` without a task to apply it to."""
+    limits = limits or Limits()
+    asked = in_order([cell for cell in cells if cell.way != "base"] or cells)
+    keys = ranked_by([cell for cell in asked if cell.status == "ok"])
+    usable = [cell for cell in asked if cell.status == "ok" and keys and cell.measure(keys[0])]
+    if not usable:
+        return Choice(
+            None, "Nothing was measured from beginning to end, so nothing can be advised." + _left_out(asked, keys)
+        )
+    if limits.min_quality is not None and keys[0] != "right":
+        raise ConfigError(
+            what=f"--min-quality {limits.min_quality:g}: there is no share of right answers",
+            why=f"the files are ranked by {title_of(keys[0])} here",
+            fix="pass a task with --data, or leave the limit out",
+        )
+    fitting = [cell for cell in usable if not exceeded(cell, limits)]
+    if not fitting:
+        return Choice(None, _nothing_fits(usable, keys, limits) + _left_out(asked, keys))
+    best = max(fitting, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
+    good = [cell for cell in fitting if not any(found.is_worse for found in against(best, cell, keys))]
+    chosen = min(good, key=lambda cell: (cell.size_bytes, -_speed(cell)))
+    sentences = [_chosen(chosen, best, keys), *_others(chosen, best, fitting, keys), *_limited(usable, fitting, limits)]
+    sentences += _is_adapter_worth_it(chosen, cells, keys)
+    return Choice(chosen.path, " ".join(sentences) + _left_out(asked, keys), chosen.name)
+
+
+def against(best: CellResult, cell: CellResult, keys: Sequence[str]) -> list[Against]:
+    """`cell` beside `best`, in each of `keys` that `best` has."""
+    return [_against(key, a, cell.measure(key)) for key in keys if (a := best.measure(key)) is not None]
+
+
+def _against(key: str, a: Measure, b: Measure | None) -> Against:
+    if b is None:
+        return Against(key, math.nan, None, is_clear=True)
+    paired = difference(key, a, b)
+    if paired is not None:
+        return Against(key, paired.value, paired.interval_95, paired.is_clear)
+    scale = kind_of(key).scale
+    apart = a.value != b.value
+    if a.interval_95 and b.interval_95:  # the rows are not the same: only intervals apart are told apart
+        apart = a.interval_95[1] < b.interval_95[0] or b.interval_95[1] < a.interval_95[0]
+    return Against(key, scale(b.value) - scale(a.value), None, apart)
+
+
+def exceeded(cell: CellResult, limits: Limits) -> list[str]:
+    """The limits that a cell does not keep to. Memory that was not measured does not keep to any."""
+    found, right, peak = [], cell.measure("right"), cell.speed.peak_bytes
+    if limits.max_size_bytes is not None and cell.size_bytes > limits.max_size_bytes:
+        found.append("--max-size")
+    if limits.max_ram_bytes is not None and not 0 < peak <= limits.max_ram_bytes:
+        found.append("--max-ram")
+    if limits.min_quality is not None and (right is None or right.value < limits.min_quality):
+        found.append("--min-quality")
+    return found
+
+
+def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> str:
+    about = "your task" if kind_of(keys[0]).about == "task" else "this text"
+    said = f"{chosen.name}: {_size(chosen)}, {_figures(chosen, keys)}"
+    if chosen is best:
+        return f"{said}, the best on {about}."
+    found = against(best, chosen, keys)
+    is_noise = not any(one.is_clear and -kind_of(one.key).better * one.change > 0 for one in found)
+    near = "within noise of" if is_noise else f"less than {NEGLIGIBLE_NATS:g} nats a token behind"
+    changes = "; ".join(str(one) for one in found)
+    faster = f", {_speed(chosen) / _speed(best):.1f}× its speed" if _speed(chosen) > 0 and _speed(best) > 0 else ""
+    return f"{said}; {near} {best.name}, the best on {about} ({changes}){faster}."
+
+
+def _others(chosen: CellResult, best: CellResult, cells: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
+    """When to take another one: the best, or the next smaller."""
+    found = []
+    if chosen is not best:
+        found.append(f"Take {best.name} ({_size(best)}) if the best measured figure is worth its size.")
+    smaller = [cell for cell in cells if cell.size_bytes < chosen.size_bytes]
+    if smaller:
+        next_ = max(smaller, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
+        lost = "; ".join(str(change) for change in against(best, next_, keys) if change.is_worse)
+        found.append(f"{next_.name} ({_size(next_)}) is smaller, but clearly worse: {lost}.")
+    return found
+
+
+def _limited(usable: Sequence[CellResult], fitting: Sequence[CellResult], limits: Limits) -> list[str]:
+    out = [cell for cell in usable if cell not in fitting]
+    if not out:
+        return []
+    said = "; ".join(f"{cell.name}: {', '.join(exceeded(cell, limits))}" for cell in out)
+    return [f"Left out by your limits: {said}."]
+
+
+def _is_adapter_worth_it(chosen: CellResult, cells: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
+    """A warning if the base alone does as well on the task."""
+    bases = [cell for cell in cells if cell.way == "base" and cell.status == "ok" and cell.measure(keys[0])]
+    if chosen.way == "base" or not bases or kind_of(keys[0]).about != "task":
+        return []
+    base = max(bases, key=lambda cell: goodness(cell, keys))
+    if any(found.is_worse for found in against(chosen, base, keys)):
+        return []
+    return [f"But {base.name} does as well: these rows do not show that the adapter helps."]
+
+
+def _nothing_fits(usable: Sequence[CellResult], keys: Sequence[str], limits: Limits) -> str:
+    nearest = min(usable, key=lambda cell: (len(exceeded(cell, limits)), cell.size_bytes))
+    return (
+        f"Nothing keeps to your limits. The nearest is {nearest.name}: {_size(nearest)}, {_figures(nearest, keys)}; "
+        f"it exceeds {', '.join(exceeded(nearest, limits))}."
+    )
+
+
+def _left_out(cells: Sequence[CellResult], keys: Sequence[str]) -> str:
+    found = [
+        f"{cell.name} ({'no number came out' if cell.status == 'ok' else cell.status})"
+        for cell in cells
+        if cell.status != "ok" or not (keys and cell.measure(keys[0]))
+    ]
+    return f" Not ranked: {', '.join(found)}." if found else ""
+
+
+def _figures(cell: CellResult, keys: Sequence[str]) -> str:
+    return ", ".join(f"{title_of(key)} {kind_of(key).write(m.value)}" for key in keys if (m := cell.measure(key)))
+
+
+def _size(cell: CellResult) -> str:
+    peak = cell.speed.peak_bytes
+    return f"{cell.size_bytes / 1e6:.0f} MB" + (f", {peak / 1e6:.0f} MB of memory" if peak else "")
+
+
+def _speed(cell: CellResult) -> float:
+    speed = cell.speed.generation_tokens_per_s
+    return speed if speed > 0 else 0.0  # NaN too
