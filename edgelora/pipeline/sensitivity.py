@@ -72,17 +72,32 @@ def sensitivities(
     rest = {name: trial for name, trial in job.trials.items() if name not in found}
     if rest:
         left = replace(job, trials=rest, log=log)
-        on_cost(run_in_child(time_one, left, with_torch=True))
-        found |= run_in_child(measure, left, with_torch=True, on_progress=on_progress)
+
+        def hear(progress: Progress) -> None:
+            if progress.step == 0:
+                on_cost(Cost(progress.total, progress.eta_s or 0.0))
+            else:
+                on_progress(progress)
+
+        found |= run_in_child(time_and_measure, left, with_torch=True, on_progress=hear)
     write_text(cache, as_json(found), overwrite=True)
     log.unlink(missing_ok=True)
     return found
 
 
-def time_one(job: Job, _: OnProgress = silent) -> Cost:
+def time_and_measure(job: Job, on_progress: OnProgress) -> dict[str, Sensitivity]:
+    """`measure`, and before it, as the progress of step 0, what it will take. In one process: ggml's tables of the IQ
+    types, made for the first tensor, take seconds.
+    """
+    cost = time_one(job)
+    on_progress(Progress("sensitivity", 0, cost.evaluations, eta_s=cost.seconds))
+    return measure(job, on_progress)
+
+
+def time_one(job: Job) -> Cost:
     """Measure one tensor near the middle of the model, and say what all of them will take.
 
-    It is measured twice: ggml makes tables of the IQ types for the first, which takes seconds once.
+    It is measured twice: the first time, ggml makes its tables.
     """
     with _opened(job) as model:
         middle = model.base.config.num_hidden_layers // 2
@@ -90,13 +105,11 @@ def time_one(job: Job, _: OnProgress = silent) -> Cost:
         if name is None:
             return Cost(0, 0.0)
         x = next(x for layer, x in model.output.layers() if layer == model.slots[name].layer)
-        marks = [time.perf_counter()]
-        for _again in range(2):
-            model.measure(name, job.trials[name], x)
-            marks.append(time.perf_counter())
-        first, second = np.diff(marks).tolist()
-        others = sum(map(model.work, model.slots)) / model.work(name) - 1
-        return Cost(len(model.slots), first + others * second)
+        model.measure(name, job.trials[name], x)
+        start = time.perf_counter()
+        model.measure(name, job.trials[name], x)
+        seconds = time.perf_counter() - start
+        return Cost(len(model.slots), seconds * sum(map(model.work, model.slots)) / model.work(name))
 
 
 def measure(job: Job, on_progress: OnProgress = silent) -> dict[str, Sensitivity]:
