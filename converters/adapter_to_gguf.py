@@ -13,11 +13,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from converters.metadata import put
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
-from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, CONTRACT_KEY
-from edgelora.files.gguf import reserve
+from edgelora.files.certificate_keys import reserved
+from edgelora.files.contract import CONTRACT_KEY
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter, LoraPair
 
@@ -61,7 +62,7 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
     if adapter.contract is not None:
         unsigned = adapter.contract.model_copy(update={"certificate": None})
         writer.add_string(CONTRACT_KEY, unsigned.model_dump_json())
-        writer.add_string(CERTIFICATE_KEY, reserve(CERTIFICATE_BYTES))
+        put(writer, reserved(model=False))
     for tensor, pair in pairs.items():
         writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
         writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))

@@ -21,7 +21,7 @@ def padded(n_bytes: int, alignment: int = GGUF_DEFAULT_ALIGNMENT) -> int:
 
 
 def header_bytes(
-    metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], added: Mapping[str, str | int]
+    metadata: Mapping[str, Value], shapes: Mapping[str, tuple[int, ...]], added: Mapping[str, str | float]
 ) -> int:
     """The header of a quantized file, padded: `metadata` of its source, `shapes` by tensor name, and keys `added`."""
     own = dict.fromkeys(REWRITTEN, 4) | {key: _plain_bytes(value) for key, value in added.items()}
@@ -47,5 +47,7 @@ def value_bytes(value: Value) -> int:
     return 12 + int(value.data.nbytes)
 
 
-def _plain_bytes(value: str | int) -> int:
-    return 4 if isinstance(value, int) else 8 + len(value.encode())
+def _plain_bytes(value: str | float) -> int:
+    if isinstance(value, str):
+        return 8 + len(value.encode())
+    return 1 if isinstance(value, bool) else 4

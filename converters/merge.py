@@ -21,14 +21,8 @@ from converters.in_range import in_range
 from converters.metadata import PARENTS, QUANTIZED_BY, copy_metadata, descent, put, write_metadata
 from converters.stream import Entry, write_streamed
 from edgelora.base.model import Base
-from edgelora.files.contract import (
-    CERTIFICATE_BYTES,
-    CERTIFICATE_KEY,
-    CONTRACT_KEY,
-    LINEAGE_KEY,
-    lineage_text,
-)
-from edgelora.files.gguf import reserve
+from edgelora.files.certificate_keys import reserved
+from edgelora.files.contract import CONTRACT_KEY, LINEAGE_KEY, lineage_text
 from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.progress import OnProgress, silent
 
@@ -60,7 +54,7 @@ class Recipe:
     types: Mapping[str, Type]
     """Of every tensor of the file."""
     file_type: LlamaFileType
-    keys: Mapping[str, str | int] = field(default_factory=dict)
+    keys: Mapping[str, str | float] = field(default_factory=dict)
     """Metadata to add."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By tensor, float32 (n_matrices * columns,): the mean squared activation of each column."""
@@ -166,7 +160,7 @@ def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
     if base.is_gguf:
         stays = {key for key in base.file.metadata if not key.startswith(NOT_COPIED)}
         copy_metadata(base.file, writer, leave_out=base.file.metadata.keys() - stays)
-        put(writer, {"general.file_type": recipe.file_type, CERTIFICATE_KEY: reserve(CERTIFICATE_BYTES)})
+        put(writer, {"general.file_type": recipe.file_type, **reserved()})
         if base.chosen_template is not None:
             writer.add_chat_template(base.chosen_template)
     else:

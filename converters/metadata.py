@@ -15,8 +15,9 @@ from edgelora.architectures.metadata import gguf_metadata
 from edgelora.architectures.names import tensor_shapes
 from edgelora.base.model import Base
 from edgelora.data.vocabulary import name_strips_after_special
-from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, LINEAGE_KEY, lineage_text
-from edgelora.files.gguf import GGUFFile, Strings, Value, reserve
+from edgelora.files.certificate_keys import reserved
+from edgelora.files.contract import LINEAGE_KEY, lineage_text
+from edgelora.files.gguf import GGUFFile, Strings, Value
 
 # The writer states these itself; it always aligns to 32 bytes.
 WRITERS_OWN = ("general.architecture", "general.alignment")
@@ -40,23 +41,28 @@ def _plain(value: Value) -> Any:
     return value.data.tolist()
 
 
-def put(writer: gguf.GGUFWriter, keys: Mapping[str, str | int]) -> None:
-    """Add texts and numbers; what stood under these keys before is replaced."""
+def put(writer: gguf.GGUFWriter, keys: Mapping[str, str | float]) -> None:
+    """Add texts, numbers, and yes or no; what stood under these keys before is replaced."""
     for key, value in keys.items():
         writer.kv_data[0].pop(key, None)  # the writer would log a warning
-        if isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_uint32(key, value)
+        match value:
+            case str():
+                writer.add_string(key, value)
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
 
 
-def descent(base: Base, added: Sequence[str]) -> dict[str, str | int]:
+def descent(base: Base, added: Sequence[str]) -> dict[str, str | float]:
     """How a model made of `base` and what was `added` to it states its own name, and whose child it is."""
     own = _about(base, 0)
     parent = own.name or base.path.resolve().stem
     name = _name(" + ".join([parent, *added]), base.vocabulary.strip_after_special)
     told: dict[str, str | None] = {"name": parent, "organization": own.organization, "repo_url": own.repo_url}
-    keys: dict[str, str | int] = {NAME: name, f"{PARENTS}count": 1}
+    keys: dict[str, str | float] = {NAME: name, f"{PARENTS}count": 1}
     return keys | {f"{PARENTS}0.{key}": text for key, text in told.items() if text}
 
 
@@ -104,7 +110,7 @@ def write_metadata(writer: gguf.GGUFWriter, base: Base, file_type: LlamaFileType
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_dimensions(writer, base)
-    writer.add_string(CERTIFICATE_KEY, reserve(CERTIFICATE_BYTES))
+    put(writer, reserved())
     if base.lineage:
         writer.add_string(LINEAGE_KEY, lineage_text(base.lineage))
     base.vocabulary.add_to(writer)

@@ -134,7 +134,7 @@ class Plan:
         return replace(self, tensors=tuple(tensors))
 
 
-def plan_types(source: Path, options: QuantizeOptions, keys: Mapping[str, str | int] | None = None) -> Plan:
+def plan_types(source: Path, options: QuantizeOptions, keys: Mapping[str, str | float] | None = None) -> Plan:
     """What llama.cpp would make of `source`, which need not hold more than its header and the right length.
 
     keys: metadata that will be added to the file; they count in its size.

@@ -48,7 +48,7 @@ class _Job:
     source: Path
     out: Path
     options: QuantizeOptions
-    keys: Mapping[str, str | int]
+    keys: Mapping[str, str | float]
     elements: int = 0
     """Of all tensors, for the time that is left."""
     dry_run: bool = False
@@ -67,7 +67,7 @@ def write_quantized(
     out: Path,
     options: QuantizeOptions,
     on_progress: OnProgress = silent,
-    keys: Mapping[str, str | int] | None = None,
+    keys: Mapping[str, str | float] | None = None,
 ) -> None:
     """Quantize `source` to `out` (a staged path), byte for byte as llama-quantize does.
 
@@ -158,8 +158,12 @@ def _array(structure: Callable[..., Any], rows: list[tuple[Any, ...]]) -> Any:
     return (structure * (len(rows) + 1))(*(structure(*row) for row in rows))  # type: ignore[operator]
 
 
-def _key(llama_cpp: Any, key: str, value: str | int) -> tuple[Any, ...]:
+def _key(llama_cpp: Any, key: str, value: str | float) -> tuple[Any, ...]:
     union = llama_cpp.llama_model_kv_override_value
+    if isinstance(value, bool):
+        return llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, key.encode(), union(val_bool=value)
+    if isinstance(value, float):
+        return llama_cpp.LLAMA_KV_OVERRIDE_TYPE_FLOAT, key.encode(), union(val_f64=value)
     if isinstance(value, int):
         return llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode(), union(val_i64=value)
     if len(value.encode()) > MAX_KEY_BYTES:
@@ -191,7 +195,7 @@ def write_planned(
     plan: Plan,
     imatrix: Mapping[str, np.ndarray] | None = None,
     on_progress: OnProgress = silent,
-    keys: Mapping[str, str | int] | None = None,
+    keys: Mapping[str, str | float] | None = None,
 ) -> None:
     """Quantize `source` to `out` (a staged path), each tensor to the type that `plan` says.
 
@@ -208,7 +212,7 @@ def _write_planned(
     out: Path,
     plan: Plan,
     imatrix: Mapping[str, np.ndarray] | None,
-    keys: Mapping[str, str | int],
+    keys: Mapping[str, str | float],
     on_progress: OnProgress,
 ) -> None:
     file = open_gguf(source)

@@ -15,12 +15,13 @@ from gguf.constants import GGMLQuantizationType as Type
 from test_export import make_adapter, make_dora
 
 from converters.adapter_to_gguf import gguf_pairs
-from converters.metadata import copy_metadata
+from converters.metadata import copy_metadata, put
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import BaseModelError, CertificateError, DataError, OutputError
 from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.thresholds import THRESHOLDS, Limits, limits_of
+from edgelora.files.certificate_keys import reserved
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_file
 from edgelora.files.gguf import GGUFFile, reserve
 from edgelora.files.unchanged import stamp
@@ -301,6 +302,33 @@ def test_a_certificate_stands_in_the_file_and_beside_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.Q4_0.certificate.json", "mine.Q4_0.gguf"]
 
 
+def test_numbers_stand_beside_the_text(tmp_path):
+    """In keys that were reserved, so that the file keeps its size; an adapter's has no loss."""
+    for model in (True, False):
+        out = tmp_path / f"{model}.gguf"
+
+        def write(draft: Path, model: bool = model) -> None:
+            writer = gguf.GGUFWriter(draft, "llama")
+            put(writer, reserved(model=model))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+
+        write(tmp_path / "empty.gguf")
+        certificate = write_certified(
+            Output(out), stamp(), write, lambda _: claimed(fidelity=same(0.125, 0.5, 0.1), loss=same(2.0))
+        )
+        file, prefix = GGUFFile(out), "edgelora.certificate."
+        assert json.loads(file.get(f"{prefix}json", str)) == certificate.as_dict()
+        assert file.get(f"{prefix}passed", bool) is True
+        names = ("fidelity.kl_mean", "fidelity.kl_limit", "fidelity.same_top", "loss.kl_mean")[: 4 if model else 3]
+        found = [file.get(prefix + name, float) for name in names]
+        assert found == pytest.approx([0.125, certificate.limits.kl_mean, 0.5, 2.0][: len(names)])
+        assert len(file.metadata) == len(names) + 3
+        assert out.stat().st_size == (tmp_path / "empty.gguf").stat().st_size
+
+
 def test_a_file_that_must_stay_as_it_is_has_its_certificate_beside_it_only(tmp_path):
     write_certified(Output(tmp_path / "a.gguf", sign=False), stamp(), write_signed, lambda _: claimed())
     write_signed(tmp_path / "plain.gguf")
@@ -369,7 +397,7 @@ def test_what_is_not_its_certificate_is_not_replaced(tmp_path, text):
 # -- what it is made from stays what it was -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["rewritten", "longer", "replaced", "gone", "touched"])
+@pytest.mark.parametrize("how", ["rewritten", "in secret", "longer", "replaced", "gone", "touched"])
 def test_a_base_that_changes_while_it_is_read_is_not_used(tmp_path, how):
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
     base.write_bytes(b"base")
@@ -381,6 +409,9 @@ def test_a_base_that_changes_while_it_is_read_is_not_used(tmp_path, how):
         match how:
             case "rewritten":
                 base.write_bytes(b"BASE")
+            case "in secret":
+                base.write_bytes(b"BASE")
+                os.utime(base, ns=(1, 1))
             case "longer":
                 base.write_bytes(b"base and more")
                 os.utime(base, ns=(1, 1))
@@ -398,6 +429,24 @@ def test_a_base_that_changes_while_it_is_read_is_not_used(tmp_path, how):
     assert str(error.value).splitlines()[0] == f"{base}: changed while it was read"
     assert out.read_bytes() == b"old"
     assert {p.name for p in tmp_path.iterdir()} <= {"base.gguf", "out.gguf"}  # and nothing is kept aside
+
+
+@pytest.mark.parametrize("at", [0, 132_112 * 7, (1 << 23) + 4], ids=["begin", "middle", "end"])
+def test_of_a_large_file_blocks_are_compared(tmp_path, at):
+    base = tmp_path / "base.gguf"
+    with base.open("wb") as f:
+        f.truncate((1 << 23) + 5)
+    stamps, before = stamp(base), base.stat().st_mtime_ns
+    with base.open("r+b") as f:
+        f.seek(at)
+        f.write(bytes(1))
+        os.utime(base, ns=(before, before))
+        stamps.require_unchanged()  # written, and the same
+        f.seek(at)
+        f.write(b"1")
+    os.utime(base, ns=(before, before))
+    with pytest.raises(BaseModelError, match="changed while it was read"):
+        stamps.require_unchanged()
 
 
 @pytest.mark.parametrize("place", ["base.gguf", "link.gguf", "hf", "mine", "hf/config.json", "hf/../base.gguf"])

@@ -23,7 +23,7 @@ from edgelora.files.gguf import GGUFFile
 
 FILE_NAME = "edgelora.json"
 CONTRACT_KEY = "edgelora.contract"
-CERTIFICATE_KEY = "edgelora.certificate"
+CERTIFICATE_KEY = "edgelora.certificate.json"  # all of it; see `certificate_keys.py` for what stands beside it
 LINEAGE_KEY = "edgelora.lineage"
 CHECKPOINT_LINEAGE = "edgelora_lineage"  # the same in the config.json of a checkpoint
 CERTIFICATE_BYTES = 2048  # reserved in a file until it has been checked

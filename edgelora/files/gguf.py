@@ -265,7 +265,7 @@ class GGUFFile:
             return self._array()
         code = np.dtype(SCALARS[kind])
         data = np.frombuffer(self._take(code.itemsize), code)[0].item()
-        return Value(kind, bool(data) if kind == GGUFValueType.BOOL else data)
+        return Value(kind, bool(data) if kind == GGUFValueType.BOOL else data, end=self._at)
 
     def _array(self) -> Value:
         item, n = self._value_type(), self._number("<Q")
@@ -347,17 +347,23 @@ def reserve(n_bytes: int) -> str:
     return " " * n_bytes
 
 
-def fill_reserved(path: Path, key: str, text: str) -> None:
-    """Replace the reserved value of `key` in the GGUF at `path` by `text`, in place; the file keeps its size.
+def fill_reserved(path: Path, key: str, value: str | float) -> None:
+    """Replace the reserved value of `key` in the GGUF at `path`, in place; the file keeps its size.
 
-    Raises ValueError if the key is missing or the text does not fit: both are our own faults, not a user's.
+    Raises ValueError if the key is missing or of another kind, or a text does not fit: our own faults, not a user's.
     """
-    value = GGUFFile(path).metadata[key]
-    room, raw = len(value.data.encode()), text.encode()
-    if value.type != GGUFValueType.STRING or len(raw) > room:
-        raise ValueError(f"{key}: {len(raw)} bytes do not fit into the {room} reserved")
+    place = GGUFFile(path).metadata[key]
+    if isinstance(value, str) and place.type == GGUFValueType.STRING:
+        room, raw = len(place.data.encode()), value.encode()
+        if len(raw) > room:
+            raise ValueError(f"{key}: {len(raw)} bytes do not fit into the {room} reserved")
+        raw = raw.ljust(room)
+    elif not isinstance(value, str) and place.type in SCALARS:
+        raw = np.array(value).astype(SCALARS[place.type]).tobytes()
+    else:
+        raise ValueError(f"{key}: {value!r} is no {place.type.name}")
     with path.open("r+b") as f:
-        f.seek(value.end - room)
-        f.write(raw.ljust(room))
+        f.seek(place.end - len(raw))
+        f.write(raw)
         f.flush()
         os.fsync(f.fileno())

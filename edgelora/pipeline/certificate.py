@@ -23,8 +23,8 @@ from edgelora.data.conversation import Conversation
 from edgelora.errors import CertificateError
 from edgelora.evaluate.thresholds import Limits, limits_of
 from edgelora.files.atomic import refuse_existing, rejected, set_aside, staged, write_text
-from edgelora.files.contract import CERTIFICATE_KEY, sha256_file
-from edgelora.files.gguf import GGUFFile, fill_reserved
+from edgelora.files.certificate_keys import fill
+from edgelora.files.contract import sha256_file
 from edgelora.files.unchanged import Stamps, stamp
 from edgelora.pipeline.check_rows import rows_to_check
 from edgelora.pipeline.compare import Compared, compare
@@ -157,8 +157,8 @@ def write_certified(out: Output, made_from: Stamps, write: Callable[[Path], obje
         write(draft)
         certificate = check(draft)
         made_from.require_unchanged()  # before its faults: they may be nothing else
-        if out.sign and not out.folder and CERTIFICATE_KEY in GGUFFile(draft).metadata:
-            fill_reserved(draft, CERTIFICATE_KEY, json.dumps(certificate.as_dict()))
+        if out.sign and not out.folder:
+            fill(draft, certificate.as_dict())
         if certificate.faults:
             aside = set_aside(draft, out.path)
             write_text(beside(aside), _text(aside, certificate), overwrite=True)

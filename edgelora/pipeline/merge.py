@@ -205,9 +205,9 @@ class Wanted:
         check_importance(plan, known)
         return plan.types, plan.notes
 
-    def keys(self) -> dict[str, str | int]:
+    def keys(self) -> dict[str, str | float]:
         """What the file says of its quantization; of its importance, as llama-quantize does."""
-        keys: dict[str, str | int] = {}
+        keys: dict[str, str | float] = {}
         if self.kind not in FLOAT_QUANTS:
             keys["general.quantized_by"] = f"edgelora {versions()['edgelora']}"
         if self.importance is not None and self.imatrix is not None:

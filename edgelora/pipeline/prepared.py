@@ -26,8 +26,8 @@ from edgelora.errors import ConfigError, OutputError
 from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.sensitivity import Cost, Sensitivity, cache_key, predicted
 from edgelora.files.atomic import require_space
-from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_file
-from edgelora.files.gguf import reserve
+from edgelora.files.certificate_keys import reserved
+from edgelora.files.contract import sha256_file
 from edgelora.peft.adapter import Adapter
 from edgelora.pipeline.calibration import Calibration, read_calibration
 from edgelora.pipeline.held_out import collect, held_out_kl
@@ -213,9 +213,9 @@ def _sizes(tensor: TensorPlan, kinds: Sequence[Type]) -> list[int]:
     return [padded(tensor_bytes(tensor.shape, kind)) for kind in kinds]
 
 
-def _keys() -> dict[str, str | int]:
+def _keys() -> dict[str, str | float]:
     """Metadata to add to the file."""
-    return {"general.quantized_by": f"edgelora {versions()['edgelora']}", CERTIFICATE_KEY: reserve(CERTIFICATE_BYTES)}
+    return {"general.quantized_by": f"edgelora {versions()['edgelora']}", **reserved()}
 
 
 def _trials(stock: Plan, importance: Mapping[str, np.ndarray]) -> dict[str, Trial]:

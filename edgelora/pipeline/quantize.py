@@ -16,8 +16,7 @@ from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, require_space
-from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY
-from edgelora.files.gguf import reserve
+from edgelora.files.certificate_keys import reserved, withdrawn
 from edgelora.pipeline.certificate import (
     ModelCertificate,
     Output,
@@ -75,7 +74,7 @@ class Planned:
     source: Path
     options: QuantizeOptions
     plan: Plan
-    keys: Mapping[str, str | int]
+    keys: Mapping[str, str | float]
     """Metadata to add."""
     notes: list[str]
 
@@ -174,8 +173,8 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
         None if importance is None else importance.weights(), physical_cores(),
     )  # fmt: skip
     keys = _keys(settings, importance)
-    if settings.keep_split and not settings.plain and CERTIFICATE_KEY in base.file.metadata:
-        keys[CERTIFICATE_KEY] = ""  # the source's, which llama.cpp would copy
+    if settings.keep_split and not settings.plain:
+        keys |= withdrawn(base.file)  # the source's, which llama.cpp would copy
     if settings.keep_split and len(base.file.files) == 1:
         raise ConfigError(f"{source}: --keep-split, and it is one file", "it has no parts to keep", "leave it out")
     plan = given or plan_types(base.path, options, keys)
@@ -222,9 +221,9 @@ def _kind(quant: str | None, given: Plan | None, settings: QuantizeSettings) -> 
     return kind
 
 
-def _keys(settings: QuantizeSettings, importance: Importance | None) -> dict[str, str | int]:
+def _keys(settings: QuantizeSettings, importance: Importance | None) -> dict[str, str | float]:
     """Metadata to add: of the importance what llama-quantize says, of edgelora what --plain leaves out."""
-    keys: dict[str, str | int] = {}
+    keys: dict[str, str | float] = {}
     if importance is not None and settings.imatrix is not None:
         keys["quantize.imatrix.file"] = _short(str(settings.imatrix) if settings.plain else settings.imatrix.name)
         if importance.datasets:
@@ -234,7 +233,7 @@ def _keys(settings: QuantizeSettings, importance: Importance | None) -> dict[str
             keys["quantize.imatrix.chunks_count"] = importance.chunks
     if not settings.plain and not settings.keep_split:
         keys["general.quantized_by"] = f"edgelora {versions()['edgelora']}"
-        keys[CERTIFICATE_KEY] = reserve(CERTIFICATE_BYTES)
+        keys |= reserved()
     return keys
 
 
