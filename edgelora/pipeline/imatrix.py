@@ -26,6 +26,7 @@ from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.split import open_gguf
+from edgelora.files.unchanged import stamp
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.export import read_checked
 from edgelora.progress import OnProgress, Pace, Progress, silent
@@ -103,9 +104,13 @@ def compute_importance(
     """Write the importance matrix of `model`, with these adapters (PEFT folders or GGUF files) on it, to `out`.
 
     Raises what `calibrate` raises; BaseModelError if the model cannot be opened or computes no numbers; ConfigError if
-    no engine can do what is asked; AdapterError; EngineError where llama.cpp refuses.
+    no engine can do what is asked; AdapterError; EngineError where llama.cpp refuses; OutputError and BaseModelError as
+    `Stamps` does.
     """
     refuse_existing(out, overwrite)
+    read = (model, *(path for path, _ in adapters), settings.mix.data, settings.mix.text)
+    made_from = stamp(*(path for path in read if path is not None))
+    made_from.require_apart(out)
     opened = _open(model)
     engine = choose_engine(settings.engine, opened, adapters)
     tokens = calibrate(settings.mix, _speaking(opened, adapters, settings))
@@ -124,6 +129,7 @@ def compute_importance(
     )
     with staged(out, overwrite=overwrite) as draft:
         write_importance(draft, importance)
+        made_from.require_unchanged()
     return Computed(
         out, importance, engine, tokens.task_tokens, tokens.general_tokens, _notes(importance),
         quantizable=isinstance(opened, Base) and opened.quant in FLOAT_QUANTS,
