@@ -15,13 +15,16 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import llama_cpp as C
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from edgelora.base.ggml import PIN, library_path
 from edgelora.errors import EngineError
 from runtime.ggml_tensor import F32, SIZE_BYTES, GGMLTensor
+from runtime.openmp import bounded_spin
+
+with bounded_spin():
+    import llama_cpp as C
 
 UBATCH_TOKENS = 512  # one shape for every run: over a quantized base the numbers depend on it (DESIGN section 3)
 OBJECT_BYTES = 32  # what ggml keeps beside each tensor: sizeof(struct ggml_object)
@@ -427,6 +430,12 @@ class Candidates:
         self._table[: len(possible)] = possible
         self.array.size = len(possible)
         return len(possible)
+
+    def possible(self) -> list[int]:
+        """The tokens that have a chance, in the order they are held in."""
+        table = self._table[: self.array.size]
+        ids: list[int] = table["id"][np.isfinite(table["logit"])].tolist()
+        return ids
 
     def likeliest(self) -> int:
         """The token of the largest logit."""

@@ -24,7 +24,7 @@ MAX_LEFT = 500  # rules that begin with one another, through which C recurses
 TRIAL_LENGTH = 32  # characters, more than almost any token has
 TRIAL_BREADTH = 4  # texts tried side by side
 TRIAL_MOVES = 256  # stacks of each moved on at once: by 16 next characters of few stacks, by one of many
-TRIAL_STEPS = 200_000  # of all rules, a fraction of a second; of one rule at most an eighth
+TRIAL_STEPS = 80_000  # of all rules, a fraction of a second; of one rule at most an eighth
 MAX_KINDS = 64  # of characters told apart
 
 Stacks = frozenset[int]

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime.sampling as sampling_module
 from edgelora.errors import ConfigError, EngineError
 from runtime.binding import GrammarSampler, Model
 from runtime.gbnf import MAX_DEPTH, MAX_REPEAT, Characters, parse_gbnf
@@ -108,6 +109,25 @@ def test_our_automaton_allows_what_llama_cpp_allows(model, gbnf):
         sampler.accept(token)
         stacks = ours[token]
     sampler.close()
+
+
+@pytest.mark.parametrize("first", [4, 512])
+def test_greedy_under_a_grammar_is_the_likeliest_token_that_fits(model, monkeypatch, first):
+    """Also where the few that are looked at first hold none."""
+    monkeypatch.setattr(sampling_module, "LOOKED_AT_FIRST", first)
+    gbnf, draw = 'root ::= [a-z "]{1,40}', np.random.default_rng(0)
+    sampler, oracle = Sampler.of(model, Sampling(grammar=gbnf), n_ctx=64), GrammarSampler(model, gbnf)
+    for _ in range(12):
+        row = draw.normal(0, 3, model.n_vocab).astype(np.float32)
+        fitting = [token for token in range(model.n_vocab) if oracle.allows(token)]
+        token = sampler.pick(row)
+        assert token == max(fitting, key=lambda t: row[t])
+        if model.ends_generation(token):
+            break
+        sampler.accept(token)
+        oracle.accept(token)
+    sampler.close()
+    oracle.close()
 
 
 def test_llama_cpps_own_grammars_pass():
