@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -302,6 +303,25 @@ def test_what_is_true_of_the_old_one_only_is_gone_before_the_new_one_stands(tmp_
         sweep(dead)
         left = tree(dead)
         assert left in (before, after, {one: b"old"}), f"call {at}"
+
+
+@pytest.mark.parametrize("before", ["open", "flock"])
+def test_a_room_that_another_process_sweeps_as_it_is_made_is_made_again(tmp_path, monkeypatch, before):
+    """Two processes write one name at once: each sweeps what the other has made and not locked yet."""
+    module, swept = {"open": os, "flock": fcntl}[before], []
+    call = getattr(module, before)
+
+    def late(*arguments, **options):
+        rooms = [path for path in tmp_path.iterdir() if path.name.startswith(".edgelora-out-")]
+        if rooms and not swept:
+            swept.append(rooms[0].rmdir())
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(module, before, late)
+    with staged(tmp_path / "out") as draft:
+        draft.write_bytes(b"x")
+    assert len(swept) == 1
+    assert tree(tmp_path) == {"out": b"x"}
 
 
 def test_only_what_staging_left_is_swept(tmp_path):

@@ -100,7 +100,10 @@ def _own_room(path: Path) -> tuple[Path, int]:
     """A folder beside `path` to write in, and the lock on it by which others know that its writer lives."""
     while True:
         room = Path(tempfile.mkdtemp(prefix=f"{STAGE_PREFIX}{path.name}-", dir=path.parent))
-        lock = os.open(room, os.O_RDONLY)
+        try:
+            lock = os.open(room, os.O_RDONLY)
+        except FileNotFoundError:  # swept in the instant after it was made
+            continue
         with contextlib.suppress(OSError):  # a disk that knows no locks: nobody can sweep there either
             fcntl.flock(lock, fcntl.LOCK_EX)
         if room.exists():
