@@ -13,6 +13,7 @@ from conftest import ROOT, write_tiny
 from gguf.constants import GGMLQuantizationType as Type
 
 from converters.budget import Choice, least_bytes, least_damage
+from converters.candidates import CANDIDATES
 from converters.imatrix import Importance, write_importance
 from converters.plan import QuantizeOptions, plan_types, read_plan
 from edgelora.base.model import open_base
@@ -113,6 +114,13 @@ def source(tmp_path_factory, vocabulary):
         yield write_tiny(folder / "tiny-F16.gguf", vocabulary, Type.F16).path
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the types whose tables ggml takes 6 s to make: a search finds its way among the others all the same."""
+    kinds = tuple(kind for kind in CANDIDATES if not kind.name.startswith(("IQ2", "IQ3")))
+    monkeypatch.setattr("converters.candidates.CANDIDATES", kinds)
+
+
 def test_a_size_is_hit_with_measured_types(source, tmp_path):
     costs = []
     options = BudgetOptions(data=HOME, plan_out=tmp_path / "plan.toml")
@@ -143,6 +151,7 @@ def options_of(data, **others):
     return BudgetOptions(data=data, **others)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_kl_is_reached_by_measuring_what_was_written(source, tmp_path):
     reached = quantize_to(source, tmp_path / "out.gguf", Target(kl=0.002), options_of(HOME))
     assert reached.kl == reached.taken.measured.kl_mean <= 0.002
@@ -206,6 +215,7 @@ def test_the_search_keeps_the_smallest_plan_within_a_kl(kls, target, stands, mos
 REPAIRED = ("out-repair.gguf", "out-repair.certificate.json")
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_repair_is_held_against_the_same_bytes_as_bits(source, tmp_path):
     stock = plan_types(source, QuantizeOptions("Q3_K_M")).file_bytes
     out = tmp_path / "out.gguf"
@@ -220,6 +230,7 @@ def test_a_repair_is_held_against_the_same_bytes_as_bits(source, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == expected
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_repair_that_beats_bits_stays_beside_the_file(source, tmp_path, monkeypatch):
     """Bits are made to lose; the file is one that llama.cpp's checks take, for these very tensors."""
     monkeypatch.setattr(Repair, "kept", property(lambda _: True))
@@ -257,6 +268,7 @@ def test_targets_that_cannot_be_are_refused(source, tmp_path, make_tiny):
     assert sorted(tmp_path.iterdir()) == [few]
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_command_says_what_it_reached(source, tmp_path, capsys):
     out, size = tmp_path / "out.gguf", plan_types(source, QuantizeOptions("Q4_K_M")).file_bytes
     words = ["quantize", str(source), str(out), "--target-size", f"{size / 1e6 + 0.01:.2f}MB", "--data", str(HOME)]
