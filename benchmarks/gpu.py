@@ -28,10 +28,13 @@ from edgelora.device import physical_cores
 SPEED, MEMORY = 1.8, 0.6  # at least and at most, times the peer at the same limit
 FREE = "free"  # held to nothing
 
+# Layers computed again, their inputs in the machine's memory: `edgelora train --recompute full --offload`.
+LEAN = {"recompute": True, "offload": True, "optimizer": "adamw"}
+
 # name → (program in peers/, settings)
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
-    "edgelora, NF4": ("gpu_ours", {"held": "nf4"}),
-    "edgelora, Q4_K": ("gpu_ours", {"held": "q4_k"}),
+    "edgelora, NF4": ("gpu_ours", {"held": "nf4", **LEAN}),
+    "edgelora, Q4_K": ("gpu_ours", {"held": "q4_k", **LEAN}),
     "stack": ("gpu_stack", {"lean": False}),
     "stack, embedding and head in bf16": ("gpu_stack", {"lean": True}),
 }
@@ -43,6 +46,8 @@ def visit(name: str, hold: str, args: argparse.Namespace, log: Path) -> dict[str
     """Build a side, let it take its steps, end it: tokens/s and peaks, or that it ran out of memory."""
     program, settings = SIDES[name]
     where = {"shape": args.shape, "device": args.device, "tokens": args.tokens}
+    if args.tried and program == "gpu_ours":
+        where["offload"] = False
     given = {**settings, **where, "hold": None if hold == FREE else hold}
     with Side(program, given, log, physical_cores()) as side:
         if "out_of_memory" in side.facts:
@@ -122,10 +127,13 @@ def main() -> int:
     print(f"{card}; {args.shape}, {args.tokens} tokens; {', '.join(f'{n} {v}' for n, v in versions().items())}\n")
     found: dict[str, dict[str, list[dict[str, Any]]]] = {hold: {} for hold in args.hold.split(",")}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(args.rounds):
+        for number in range(args.rounds):
             for hold, sides in found.items():
                 for name in SIDES:
-                    sides.setdefault(name, []).append(visit(name, hold, args, Path(folder) / "log"))
+                    taken = visit(name, hold, args, Path(folder) / "log")
+                    sides.setdefault(name, []).append(taken)
+                    told = f"{taken['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in taken else "out of memory"
+                    print(f"round {number + 1}, {hold}, {name}: {told}", file=sys.stderr, flush=True)
     table = rows(found)
     if args.tried:
         table = [{key: value for key, value in row.items() if key != "met"} for row in table]

@@ -16,11 +16,12 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 
-from edgelora.base import ggml, nf4, products, torch_blocks
+from edgelora.base import ggml, nf4, torch_blocks
 from edgelora.base.nf4 import quantize_nf4
 from edgelora.base.products import has_triton
 from edgelora.base.torch_blocks import DeviceBlocks
 from edgelora.base.weights import GGUFBlocks
+from edgelora.nn import gpu
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -267,7 +268,7 @@ def test_which_devices_have_triton(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not has(torch.device("cuda:0"))
     monkeypatch.undo()
-    monkeypatch.setattr(products, "find_spec", lambda _: None)
+    monkeypatch.setattr(gpu, "find_spec", lambda _: None)
     assert not has(torch.device("cuda:0"))
 
 

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks/gpu.py` share: shapes, the row of tokens, the optimizer, and the life of a side."""
+"""What both sides of `benchmarks/gpu.py` share: shapes, the row of tokens, and the life of a side; the peers' step."""
 
 from __future__ import annotations
 
@@ -27,30 +27,40 @@ SHAPES: dict[str, dict[str, Any]] = {
 THETA = 500_000.0
 DEVIATION = 0.02  # of the random weights
 RANK, ALPHA, LEARNING_RATE, MAX_GRAD_NORM = 16, 32.0, 1e-4, 1.0
+WARM_UP = 2  # steps: the first compiles, the second still finds its memory
 
 # What a side makes of its settings and the row of tokens (T,), of which all but the first are learned: the trainable
 # parameters, the loss with a graph behind it, and facts to record.
 Built = tuple[list[torch.nn.Parameter], Callable[[], Tensor], dict[str, Any]]
 
 
-def serve(build: Callable[[dict[str, Any], Tensor], Built], settings: dict[str, Any]) -> None:
-    """Build a side, take one step to warm up, and then as many as are asked for. Out of memory until then is a fact."""
-    turn, device = Turnstile(), settings["device"]
+def begun(settings: dict[str, Any]) -> Tensor:
+    """Hold this process to its share of the card, and draw the row of tokens (T,)."""
     if settings["hold"]:
         hold_to(settings["hold"])
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
-    row = torch.randint(SHAPES[settings["shape"]]["vocab_size"], (settings["tokens"],), generator=draw).to(device)
+    return torch.randint(SHAPES[settings["shape"]]["vocab_size"], (settings["tokens"],), generator=draw)
+
+
+def out_of_memory(turn: Turnstile, error: torch.OutOfMemoryError) -> None:
+    """A fact, if it happens before the first steps are done."""
+    turn.facts = {"out_of_memory": str(error).splitlines()[0]}
+    turn.begin()
+
+
+def serve(build: Callable[[dict[str, Any], Tensor], Built], settings: dict[str, Any]) -> None:
+    """Build a side, take WARM_UP steps, and then as many as are asked for."""
+    turn, device = Turnstile(), settings["device"]
+    row = begun(settings).to(device)
     try:
         parameters, loss, facts = build(settings, row)
         optimizer = _optimizer(parameters, device)
-        first_loss = _step(parameters, loss, optimizer)
+        losses = [_step(parameters, loss, optimizer) for _ in range(WARM_UP)]
     except torch.OutOfMemoryError as e:
-        turn.facts = {"out_of_memory": str(e).splitlines()[0]}
-        turn.begin()
-        return
-    turn.facts = {"first_loss": first_loss, "parameters": sum(p.numel() for p in parameters), **facts}
-    turn.handlers = {"peaks": lambda _: _peaks(device)}
+        return out_of_memory(turn, e)
+    turn.facts = {"losses": losses, "parameters": sum(p.numel() for p in parameters), **facts}
+    turn.handlers = {"peaks": lambda _: peaks(device)}
     while True:
         turn.begin()
         _step(parameters, loss, optimizer)
@@ -74,7 +84,7 @@ def _step(parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor], opti
     return float(value.detach())  # waits for the GPU
 
 
-def _peaks(device: str) -> dict[str, Any]:
+def peaks(device: str) -> dict[str, Any]:
     """The most bytes that torch had in use on the GPU, and took from it."""
     if device != "cuda":
         return {}

@@ -1,38 +1,65 @@
-"""The side of edgelora on a GPU: QLoRA over random NF4 or Q4_K blocks, through its own decoder, adapter and loss."""
+"""The side of edgelora on a GPU: QLoRA over random NF4 or Q4_K blocks, by the loop that `edgelora train` runs.
+
+The job is put together as training/run.py does, without a base's files; steps, gradients, optimizer, recomputation and
+offload are the product's own.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType as Type
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base import ggml
+from edgelora.base.host_rows import HostRows
 from edgelora.base.nf4 import quantize_nf4
 from edgelora.base.torch_blocks import DeviceBlocks
-from edgelora.base.weights import Dense
+from edgelora.base.weights import Dense, GGUFBlocks
+from edgelora.config import TrainConfig
+from edgelora.data.encode import Example
+from edgelora.data.order import Order
 from edgelora.nn.decoder import Decoder, Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
-from peers.gpu import ALPHA, DEVIATION, RANK, SHAPES, THETA, Built, serve
+from edgelora.progress import Progress
+from edgelora.training.loop import Job, train
+from edgelora.training.objectives import objective_of
+from edgelora.training.recorder import Silent
+from edgelora.training.state import State
+from peers.channel import Turnstile
+from peers.gpu import (
+    ALPHA,
+    DEVIATION,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    RANK,
+    SHAPES,
+    THETA,
+    WARM_UP,
+    begun,
+    out_of_memory,
+    peaks,
+)  # fmt: skip
 
 SEEDED_ROWS = 64  # of random blocks: quantizing billions of weights to Q4_K would take the CPU minutes
 
 
-def blocks(shape: tuple[int, int], kind: Type, device: str) -> DeviceBlocks:
+def blocks(shape: tuple[int, int], kind: Type, device: str) -> GGUFBlocks | DeviceBlocks:
     """Real blocks of normal weights; the rows of a matrix are drawn from a few."""
     draw = np.random.default_rng(0)
     few = ggml.quantize((draw.normal(0, DEVIATION, (SEEDED_ROWS, shape[1]))).astype(np.float32), kind)
-    rows = torch.from_numpy(draw.integers(0, SEEDED_ROWS, shape[0])).to(device)
-    return DeviceBlocks(torch.from_numpy(few).to(device)[rows], kind, shape[1])
+    rows = draw.integers(0, SEEDED_ROWS, shape[0])
+    if device == "cpu":
+        return GGUFBlocks(few[rows], kind, shape[1])
+    return DeviceBlocks(torch.from_numpy(few).to(device)[torch.from_numpy(rows).to(device)], kind, shape[1])
 
 
 def dense(shape: tuple[int, int], device: str) -> Tensor:
@@ -40,16 +67,22 @@ def dense(shape: tuple[int, int], device: str) -> Tensor:
 
 
 def matrix(name: str, shape: tuple[int, int], held: str, device: str) -> Weight:
-    """As in a Q4_K_M file the embedding is Q4_K and the head Q6_K; beside NF4 both are what a checkpoint has, bf16."""
+    """As in a Q4_K_M file the head is Q6_K; beside NF4 it is what a checkpoint has, bf16."""
     if held == "q4_k":
         return blocks(shape, Type.Q6_K if name.startswith(HEAD) else Type.Q4_K, device)
-    if name.startswith((EMBEDDING, HEAD)):
-        return Dense(dense(shape, device))
-    return quantize_nf4(dense(shape, device))
+    return Dense(dense(shape, device)) if name.startswith(HEAD) else quantize_nf4(dense(shape, device))
 
 
-def build(shape: str, held: str, device: str) -> Decoder:
-    """The decoder with a fresh LoRA, and nothing else, on `device`; products in bfloat16."""
+def vocabulary(shape: tuple[int, int], held: str, device: str) -> HostRows:
+    """Beside the head, it stays with the machine."""
+    kept = blocks(shape, Type.Q4_K, "cpu") if held == "q4_k" else Dense(dense(shape, device).cpu())
+    assert not isinstance(kept, DeviceBlocks)
+    return HostRows(kept)
+
+
+def build(settings: dict[str, Any]) -> Decoder:
+    """The decoder without an adapter; products in bfloat16. Its embedding stays with the machine, as in a run."""
+    shape, held, device = (settings[name] for name in ("shape", "held", "device"))
     config = ModelConfig(model_type="llama", rope=Rope(THETA, SHAPES[shape]["head_dim"]), **SHAPES[shape])
     architecture = ARCHITECTURES["llama"]
     matrices: dict[str, Weight] = {}
@@ -57,35 +90,63 @@ def build(shape: str, held: str, device: str) -> Decoder:
     for name, size in tensor_shapes(architecture, config).items():
         if len(size) == 1:
             vectors[name] = torch.ones(size)
+        elif name.startswith(EMBEDDING):
+            embedding = vocabulary((size[0], size[1]), held, device)
         else:
             matrices[name.removesuffix(".weight")] = matrix(name, (size[0], size[1]), held, device)
-    embedding, head = matrices.pop(EMBEDDING), matrices.pop(HEAD)
-    decoder = Decoder(architecture, config, Frozen(matrices, vectors, embedding, head, torch.bfloat16))
-    inject(decoder, "lora", RANK, ALPHA, seed=0)
-    recompute(decoder)
-    return decoder.to(device)
+    frozen = Frozen(matrices, vectors, embedding, matrices.pop(HEAD), torch.bfloat16)
+    decoder = Decoder(architecture, config, frozen)
+    decoder.recompute, decoder.offload = settings["recompute"], settings["offload"]
+    return decoder
 
 
-def recompute(decoder: Decoder) -> None:
-    """Every layer keeps its input alone and runs again in the backward pass."""
-    layers = list(decoder.model.layers)
-    # torch recomputes only what has an input with a gradient
-    layers[0].register_forward_pre_hook(lambda _, args: (args[0].requires_grad_(), *args[1:]))
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
+class Step(Silent):
+    """Told by the training loop that a step is over: it goes on when the benchmark wants another."""
+
+    def __init__(self, turn: Turnstile, device: str) -> None:
+        self.turn, self.losses = turn, list[float]()
+        turn.handlers = {"peaks": lambda _: peaks(device)}
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:  # noqa: ARG002
+        assert progress.loss is not None
+        if len(self.losses) >= WARM_UP:
+            self.turn.end(tokens=tokens)
+        self.losses.append(progress.loss)
+        if len(self.losses) == WARM_UP:
+            self.turn.facts["losses"] = self.losses[:]
+        if len(self.losses) >= WARM_UP:
+            self.turn.begin()
 
 
-def prepared(settings: dict[str, Any], row: Tensor) -> Built:
-    decoder = build(settings["shape"], settings["held"], settings["device"])
-    positions = torch.arange(len(row), device=row.device)
+def prepared(settings: dict[str, Any], row: Tensor) -> tuple[Job, State, dict[str, Any]]:
+    """What `edgelora train` hands to its loop, over one row of tokens, all but the first of which are learned."""
+    device, tokens = settings["device"], len(row)
+    config = TrainConfig(
+        base=Path("none"), data=Path("none"), out=Path("none"), rank=RANK, alpha=ALPHA, learning_rate=LEARNING_RATE,
+        max_grad_norm=MAX_GRAD_NORM, optimizer=settings["optimizer"], offload=settings["offload"], schedule="constant",
+        warmup_steps=0, batch_rows=1,
+        micro_batch_tokens=tokens, max_length=tokens, epochs=10_000, device=device, dtype="bf16",
+        eval_every=1_000_000,
+    )  # fmt: skip
+    decoder = build(settings)
+    inject(decoder, config.method, RANK, ALPHA, config.seed)
+    decoder.to(device)
+    example = Example(row.numpy(), np.arange(tokens) > 0)
+    job = Job(decoder, objective_of(config), [example], Order([1], 1, config.seed), config)
+    weights = [*(linear.weight for linear in decoder.linears.values()), decoder.head]
+    facts = {"frozen_bytes": sum(weight.size_bytes for weight in weights)}
+    state = State(decoder.named_parameters(), config)
+    return job, state, {**facts, "parameters": sum(p.numel() for p in state.parameters.values())}
 
-    def loss() -> Tensor:
-        hidden = decoder(row, positions, [0, len(row)])
-        return decoder.nll(hidden[:-1], row[1:]).mean()
 
-    weights = [*(linear.weight for linear in decoder.linears.values()), decoder.embedding, decoder.head]
-    return list(decoder.parameters()), loss, {"frozen_bytes": sum(weight.size_bytes for weight in weights)}
+def main(settings: dict[str, Any]) -> None:
+    turn, row = Turnstile(), begun(settings)
+    try:
+        job, state, turn.facts = prepared(settings, row)
+        train(job, state, Step(turn, settings["device"]))
+    except torch.OutOfMemoryError as e:
+        out_of_memory(turn, e)
 
 
 if __name__ == "__main__":
-    serve(prepared, json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base.hold import hold
+from edgelora.base.host_rows import HostRows
 from edgelora.base.model import Base
+from edgelora.base.weights import from_rows
 from edgelora.nn.decoder import Decoder, Frozen
 from edgelora.nn.linear import Weight
 
@@ -29,9 +31,12 @@ def build_decoder(
     names = [name for name in tensor_shapes(base.architecture, base.config, base.biased) if name not in ends]
     matrices, vectors = held(base, names, base_dtype, device)
     # the vocabulary's rows are looked up or multiplied a slice at a time, from where they are stored
-    embedding = hold(base.tensors.matrix(f"{EMBEDDING}.weight"), "blocks").to(device)
-    tied = base.config.tie_word_embeddings
-    head = embedding if tied else hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks").to(device)
+    stored = from_rows(*base.tensors.matrix(f"{EMBEDDING}.weight"))
+    embedding: Weight = stored.to(device)
+    head = embedding
+    if not base.config.tie_word_embeddings:
+        embedding = HostRows(stored) if device.startswith("cuda") else embedding
+        head = hold(base.tensors.matrix(f"{HEAD}.weight"), "blocks").to(device)
     return Decoder(base.architecture, base.config, Frozen(matrices, vectors, embedding, head, compute))
 
 

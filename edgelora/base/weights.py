@@ -55,7 +55,7 @@ class GGUFBlocks:
         """The same blocks in the memory of `device`. Raises BaseModelError if its type has no code for devices."""
         if torch.device(device).type == "cpu":
             return self
-        return DeviceBlocks(_tensor(self.blocks).to(device), self.kind, self.shape[1])
+        return DeviceBlocks(as_tensor(self.blocks).to(device), self.kind, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.rows(0, self.shape[0], dtype)
@@ -74,10 +74,11 @@ def from_rows(rows: np.ndarray, kind: GGMLQuantizationType, columns: int) -> Den
     """The weight that stores `rows`, uint8 (d_out, bytes per row), as they are."""
     if kind not in DENSE:
         return GGUFBlocks(rows, kind, columns)
-    return Dense(_tensor(rows).view(-1).view(DENSE[kind]).view(len(rows), columns))
+    return Dense(as_tensor(rows).view(-1).view(DENSE[kind]).view(len(rows), columns))
 
 
-def _tensor(rows: np.ndarray) -> Tensor:
+def as_tensor(rows: np.ndarray) -> Tensor:
+    """The same memory, never to be written to."""
     with warnings.catch_warnings():
         # the file is mapped read-only, and nothing here ever writes to a frozen weight
         warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgelora.nn import compiled
+from edgelora.nn import compiled, gpu
 
 
 class SwiGLU(torch.autograd.Function):
@@ -29,6 +29,9 @@ class SwiGLU(torch.autograd.Function):
             n_rows, columns, narrow = gate.numel() // gate.shape[-1], gate.shape[-1], compiled.NARROW[gate.dtype]
             compiled.over_rows("swiglu_backward", n_rows, columns, dy, gate, up, d_gate, d_up, columns, narrow)
             return d_gate, d_up
+        if gpu.usable(dy, gate, up):
+            found: tuple[Tensor, Tensor] = gpu.kernels().gated_backward(dy, gate, up, gelu=False)
+            return found
         return torch.ops.aten.silu_backward(dy * up, gate), silu(gate).mul_(dy)
 
 
@@ -44,6 +47,9 @@ class GeGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (dy,) = grads
         gate, up = ctx.saved_tensors
+        if gpu.usable(dy, gate, up):
+            found: tuple[Tensor, Tensor] = gpu.kernels().gated_backward(dy, gate, up, gelu=True)
+            return found
         d_gate = torch.ops.aten.gelu_backward(dy * up, gate, approximate="tanh")
         return d_gate, F.gelu(gate, approximate="tanh").mul_(dy)
 
@@ -62,11 +68,17 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         sizes = gate.numel() // gate.shape[-1], gate.shape[-1]
         compiled.over_rows("swiglu_forward", *sizes, gate, up, out, gate.shape[-1], compiled.NARROW[gate.dtype])
         return out
+    if gpu.usable(gate, up):
+        hidden: Tensor = gpu.kernels().gated(gate, up, gelu=False)
+        return hidden
     return silu(gate).mul_(up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """GELU(gate) · up with GELU's approximation by tanh, in fresh memory; outside of any graph."""
+    if gpu.usable(gate, up):
+        hidden: Tensor = gpu.kernels().gated(gate, up, gelu=True)
+        return hidden
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 

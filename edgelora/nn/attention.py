@@ -3,7 +3,8 @@
 Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one segment against the keys before them.
 The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). A tile is
 computed in float32 also where q, k and v are narrower: it is the part of a step that bears it least. On a CPU compiled
-code does it (`flash.py`); what stands here does it through torch, on any device and in any dtype.
+code does it (`flash.py`), on an NVIDIA GPU in narrow numbers torch's FlashAttention (`gpu_attention.py`); what stands
+here does it through torch, on any device and in any dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgelora.nn import compiled, flash
+from edgelora.nn import compiled, flash, gpu_attention
 from edgelora.nn.scores import Scores
 
 QUERY_TILE = 128  # of 9 heads and 1024 keys: 5 MiB of scores. With 256 a row of 1024 took twice as long
@@ -99,6 +100,9 @@ class SegmentAttention(torch.autograd.Function):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out, lse = flash.Problem(q, k, v, *ctx.how).forward()
             ctx.save_for_backward(q, k, v, out, lse)
+        elif gpu_attention.usable(how, q, k, v):
+            out, lse = gpu_attention.Problem(q, k, v, *ctx.how).forward()
+            ctx.save_for_backward(q, k, v, out, lse)
         else:
             out = _forward(q, k, v, *ctx.how)
             ctx.save_for_backward(q, k, v)
@@ -109,7 +113,8 @@ class SegmentAttention(torch.autograd.Function):
         q, k, v, *found = ctx.saved_tensors
         if found:
             out, lse = found
-            d_qkv = flash.Problem(q, k, v, *ctx.how).backward(out, lse, grads[0].contiguous())
+            problem = gpu_attention.Problem if q.is_cuda else flash.Problem
+            d_qkv = problem(q, k, v, *ctx.how).backward(out, lse, grads[0].contiguous())
             return *d_qkv, None, None, None
         return *_backward(q, k, v, grads[0], *ctx.how), None, None, None
 

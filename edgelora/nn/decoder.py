@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 
 from edgelora.architectures.config import Architecture, ModelConfig
 from edgelora.architectures.names import FINAL_NORM
@@ -26,8 +25,9 @@ from edgelora.nn.linear import Linear, Weight, together
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits
 from edgelora.nn.mixture import Expert, Mixture
 from edgelora.nn.norm import RMSNorm, rms_norm
+from edgelora.nn.offload import Offload
 from edgelora.nn.primitives import bound_primitives
-from edgelora.nn.recompute import recomputed, run_again
+from edgelora.nn.recompute import is_replay, recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
 
@@ -126,14 +126,14 @@ class MLP(nn.Module):
             self.gate_proj, self.up_proj = (frozen.linear(f"{prefix}.{name}_proj") for name in ("gate", "up"))
         self.down_proj = frozen.linear(f"{prefix}.down_proj")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, read: bool = True) -> Tensor:
         if self.fused:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = together(x, (self.gate_proj, self.up_proj))
         hidden = self.gate.function.apply(gate, up)
         with recomputed(hidden, partial(self.gate.plain, gate.detach(), up.detach())):
-            return self.down_proj(hidden)
+            return self.down_proj(hidden, read)
 
 
 def _mixture(architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> Mixture:
@@ -165,7 +165,10 @@ class Layer(nn.Module):
         norms = self.norms
         attend = partial(self.self_attn, tables=tables, starts=starts, prefix=prefix)
         x = self._around(x, norms.before_attention, attend, norms.after_attention)
-        return self._around(x, norms.before_mlp, self.mlp, norms.after_mlp)
+        mlp: nn.Module | partial[Tensor] = self.mlp
+        if is_replay() and norms.after_mlp is None and isinstance(mlp, MLP):
+            mlp = partial(mlp, read=False)  # the largest product of a layer, on which no gradient in it depends
+        return self._around(x, norms.before_mlp, mlp, norms.after_mlp)
 
     def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
         saved: AbstractContextManager[None] = nullcontext()
@@ -220,7 +223,7 @@ class Decoder(nn.Module):
             x = self.noise(x, [b - a for a, b in itertools.pairwise([0, *segment_starts]) if b > a])
         ropes = {rope for i in range(c.num_hidden_layers) if (rope := c.rope_of(i)) is not None}
         tables = {rope: rotary_tables(positions, rope, segment_starts, prefix) for rope in ropes}
-        with save_on_cpu(pin_memory=True) if self.offload else nullcontext():
+        with Offload() if self.offload else nullcontext():
             for layer in self.model.layers:
                 run = partial(layer, tables=tables, starts=segment_starts, prefix=prefix)
                 x = run_again(run, x, layer.parameters()) if self.recompute else run(x)
@@ -240,4 +243,5 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:
         """float32 (T, V) for one sequence of ids (T,)."""
-        return self.logits_of(self(input_ids, torch.arange(len(input_ids)), [0, len(input_ids)]))
+        positions = torch.arange(len(input_ids), device=input_ids.device)
+        return self.logits_of(self(input_ids, positions, [0, len(input_ids)]))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgelora.nn import gpu_lora
+
 
 class Weight(Protocol):
     """The frozen half of a linear layer, (d_out, d_in), however it is stored."""
@@ -68,20 +70,30 @@ class Linear(nn.Module):
         self.delta = None
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return together(x, (self,))[0]
+    def forward(self, x: Tensor, read: bool = True) -> Tensor:
+        return together(x, (self,), read)[0]
 
     def finish(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def together(x: Tensor, linears: Sequence[Linear]) -> tuple[Tensor, ...]:
-    """What several linear layers make of the same x: in one node of the graph, where each of them has a LoRA."""
+class Unread(NamedTuple):
+    """A weight whose product nobody reads: zeros stand for it, and its gradients are what they would be."""
+
+    weight: Weight
+
+
+def together(x: Tensor, linears: Sequence[Linear], read: bool = True) -> tuple[Tensor, ...]:
+    """What several linear layers make of the same x: in one node of the graph, where each of them has a LoRA.
+
+    read: whether the values are, beside their gradients.
+    """
     factors = [linear.delta.factors for linear in linears if linear.delta is not None]
     pairs = [pair for pair in factors if pair is not None]
     if len(pairs) == len(linears):
         flat = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
-        ys = LoraLinears.apply(x, [linear.weight for linear in linears], [pair.scale for pair in pairs], *flat)
+        weights = [linear.weight if read else Unread(linear.weight) for linear in linears]
+        ys = LoraLinears.apply(x, weights, [pair.scale for pair in pairs], *flat)
     else:
         ys = tuple(_alone(x, linear.weight, linear.delta) for linear in linears)
     return tuple(linear.finish(y) for linear, y in zip(linears, ys, strict=True))
@@ -122,21 +134,32 @@ class LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Sequence[Weight], scales: Sequence[float], *pairs: Tensor
+        ctx: Any, x: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float], *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         ranks = [len(a) for a in pairs[0::2]]
-        down = x @ torch.cat(pairs[0::2]).to(x.dtype).T  # (T, Σ r)
+        if gpu_lora.usable(x, scales):
+            a, bs = ctx.narrow = gpu_lora.narrowed(pairs, x.dtype)
+        else:
+            a, bs = torch.cat(pairs[0::2]).to(x.dtype), list(pairs[1::2])
+        down = x @ a.T  # (T, Σ r)
         ys = []
-        for weight, scale, b, part in zip(weights, scales, pairs[1::2], down.split(ranks, 1), strict=True):
+        for weight, scale, b, part in zip(weights, scales, bs, down.split(ranks, 1), strict=True):
+            if isinstance(weight, Unread):
+                ys.append(x.new_zeros(len(x), len(b)))
+                continue
             y = F.linear(x, weight.dequantize(x.dtype))
             ys.append(y.addmm_(part, b.to(x.dtype).T, alpha=scale))
         ctx.save_for_backward(x, down, *pairs)
-        ctx.weights, ctx.scales, ctx.ranks = weights, scales, ranks
+        ctx.weights = [weight.weight if isinstance(weight, Unread) else weight for weight in weights]
+        ctx.scales, ctx.ranks = scales, ranks
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, down, *pairs = ctx.saved_tensors
+        if gpu_lora.usable(x, ctx.scales):
+            dx, d_as, d_bs = gpu_lora.backward(ctx, x, down, grads)
+            return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)
         d_down, dx, d_bs = torch.empty_like(down), None, []
         narrow = zip(down.split(ctx.ranks, 1), d_down.split(ctx.ranks, 1), strict=True)  # (T, r) of each
         for weight, scale, b, (part, d_part), dy in zip(

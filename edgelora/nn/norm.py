@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgelora.nn import compiled
+from edgelora.nn import compiled, gpu
 
 
 class RMSNorm(torch.autograd.Function):
@@ -37,6 +37,9 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None)
             x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dtype], eps,
         )  # fmt: skip
         return y, inverse_rms
+    if gpu.usable(x) and w.dtype == torch.float32:
+        normed: tuple[Tensor, Tensor] = gpu.kernels().rms_norm(x, w, eps, dtype)
+        return normed
     x = x.to(w.dtype)
     inverse_rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (x * inverse_rms).mul_(w).to(dtype), inverse_rms
@@ -50,6 +53,9 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
             x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dy.dtype],
         )  # fmt: skip
         return dx
+    if gpu.usable(dy, x) and w.dtype == torch.float32:
+        d_rows: Tensor = gpu.kernels().rms_norm_backward(dy, x, w, inverse_rms)
+        return d_rows
     dy = dy * w  # (…, d) float32
     mean = (dy * x).mean(-1, keepdim=True)  # (…, 1)
     return dy.addcmul_(x, mean * inverse_rms.square(), value=-1).mul_(inverse_rms).to(x.dtype)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_thread = threading.local()
+
+
+def is_replay() -> bool:
+    """Whether what runs is being run again, in a backward pass: what it gives at the end is not read then."""
+    return getattr(_thread, "replays", False)
 
 
 class _Recipe:
@@ -34,6 +42,8 @@ def recomputed(value: Tensor, make: Callable[[], Tensor]) -> AbstractContextMana
 
     Everything that `make` holds stays alive in place of `value`, so it pays where those tensors are saved anyway.
     """
+    if is_replay() and value.is_cuda:
+        return nullcontext()  # of one layer alone it would save little there, and cost launches
     # autograd keeps the hooks as long as the graph: they must not hold `value` itself
     same, recipe = _layout(value), _Recipe(make)
 
@@ -65,8 +75,12 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
         inputs = [t for t, needed in zip((x, *ctx.parameters), ctx.needs_input_grad[1:], strict=True) if needed]
-        with torch.enable_grad():
-            y = ctx.run(x)
+        _thread.replays = True
+        try:
+            with torch.enable_grad():
+                y = ctx.run(x)
+        finally:
+            _thread.replays = False
         found = iter(torch.autograd.grad(y, inputs, grads[0]))
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgelora.architectures.rope import Rope
 from edgelora.errors import DataError
-from edgelora.nn import compiled
+from edgelora.nn import compiled, gpu
 
 
 class Rotary(torch.autograd.Function):
@@ -41,6 +41,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         tables = cos.contiguous(), sin.contiguous()
         compiled.over_rows("rotary", n_tokens, heads * dim, x, *tables, out, heads, dim, half, narrow, sign)
         return out
+    if gpu.usable(x, cos) and cos.dtype == torch.float32 and len(cos) == len(x):
+        rotated_rows: Tensor = gpu.kernels().rotary(x, cos.contiguous(), sin.contiguous(), sign)
+        return rotated_rows
     sin = sin * sign
     rotated, wide = 2 * cos.shape[-1], x.to(cos.dtype)  # a product rounded to bfloat16 before its sum would lose much
     first, second = wide[..., :rotated].chunk(2, dim=-1)

@@ -73,7 +73,7 @@ def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base:
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
     """The trained tensors of every linear layer, as numpy."""
     return {
-        name: {part: tensor.numpy().copy() for part, tensor in linear.delta.tensors().items()}
+        name: {part: tensor.cpu().numpy().copy() for part, tensor in linear.delta.tensors().items()}
         for name, linear in decoder.linears.items()
         if linear.delta is not None
     }

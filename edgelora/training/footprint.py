@@ -20,7 +20,7 @@ from edgelora.device import compute_threads
 from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
 from edgelora.nn.compiled import LANES
-from edgelora.nn.loss import LOGITS, VOCABULARY_ROWS
+from edgelora.nn.loss import VOCABULARY_ROWS, positions
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -139,14 +139,19 @@ def held_bytes(shape: Shape, kind: Type, how: str) -> int:
     return 2 * prod(shape) if shape[1] % GGML_QUANT_SIZES[kind][0] else stored_bytes(shape, kind)
 
 
-def base_bytes(model: Model, how: str) -> int:
+def base_bytes(model: Model, how: str, device: str = "cpu") -> int:
     """All weights as they are held; embedding and head stay as they are stored. Rotary rows of a GGUF are copies.
+
+    An embedding beside a head stays with the machine where a CUDA card computes (`base/host_rows.py`).
 
     Of layers that are dealt out one share, and the buffer in which one of them is put together.
     """
     layers: dict[str, int] = {}
     total = 4 * model.n_vector
+    on_host = device == "cuda" and model.shares == 1 and not model.config.tie_word_embeddings
     for name, (shape, kind) in model.matrices.items():
+        if on_host and name == f"{EMBEDDING}.weight":
+            continue
         if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
             total += stored_bytes(shape, kind)
         else:
@@ -256,7 +261,7 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
 def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
     """Of the logits of as many rows as the fused loss has at once (`nn/loss.py`), whatever the micro-batch."""
     vocabulary = model.head[0][0]
-    rows = max(1, min(tokens, LOGITS // vocabulary))
+    rows = positions(tokens, vocabulary, "cpu")
     capped = 2 if model.config.final_logit_softcapping is not None else 1
     narrow = 2 * rows * VOCABULARY_ROWS if config.dtype == "bf16" else 0
     return 4 * rows * vocabulary * capped + narrow
@@ -275,6 +280,10 @@ def footprint(
     model: Model, config: TrainConfig, load: Load, device: str = "cpu", process: int | None = None
 ) -> Footprint:
     """Bytes of each part. `config` must be settled: dtype, base_dtype, rank. `process`: measured, if it is known."""
+    if device == "cuda":
+        from edgelora.training.card_footprint import on_a_card  # which counts with what stands here
+
+        return on_a_card(model, config, load, process)
     numbers = 4 * adapter_numbers(model, config)
     activations, offloaded = activation_bytes(model, config, load, device)
     fixed = IMPORTS if device == "cpu" else CUDA_CONTEXT

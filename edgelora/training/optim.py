@@ -16,6 +16,7 @@ from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.methods import METHODS
 from edgelora.training.adafactor import Adafactor
 from edgelora.training.lion import Lion
+from edgelora.training.offloaded_adamw import OffloadedAdamW
 
 BETA2 = {"adamw": 0.999, "adamw8bit": 0.999, "lion": 0.99}  # where the config leaves it open: each paper's own
 
@@ -72,6 +73,8 @@ def _without_the_compiler() -> None:
 
 def _adamw(groups: list[Group], config: TrainConfig) -> Optimizer:
     # fused: one pass over each tensor. foreach writes temporaries the size of all parameters between its passes.
+    if config.offload:
+        return OffloadedAdamW(groups, betas=_betas(config), fused=True)
     return AdamW(groups, betas=_betas(config), fused=True)
 
 
@@ -121,6 +124,8 @@ def flatten_state(optimizer: Optimizer) -> dict[str, Tensor]:
     Step counters are 0-d: float32 where the optimizer keeps a tensor, int64 where it keeps a Python number. Learning
     rates are not in it, the schedule sets them anew.
     """
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.wait()
     return {
         f"{name}.{key}": value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
         for name, parameter in _named(optimizer)

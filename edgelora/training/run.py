@@ -216,7 +216,7 @@ def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Cho
     """What rounds each step, and is this machine's, not the run's: chosen anew wherever a run goes on."""
     here = {
         "products": choose_products(config.device),
-        "attention": choose_attention(base.config.head_dim, config.device),
+        "attention": choose_attention(base.config.head_dim, config.device, config.dtype),
         "threads": choose_threads(world),
     }
     if world.size > 1:

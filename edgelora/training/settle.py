@@ -11,6 +11,7 @@ from edgelora.config import TrainConfig
 from edgelora.device import Choice, choose_device, choose_dtype, choose_products, free_memory_bytes
 from edgelora.kernels import load
 from edgelora.nn import compiled
+from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
@@ -39,14 +40,16 @@ def settle(
         "device": device,
         "dtype": dtype,
         "products": choose_products(device.value),
-        "attention": choose_attention(model.config.head_dim, device.value),
+        "attention": choose_attention(model.config.head_dim, device.value, dtype.value),
         "base_dtype": held,
     }
     return replace(found, choices=choices | chosen | found.choices)
 
 
-def choose_attention(head_dim: int, device: str) -> Choice:
-    """Who computes attention inside the segments of a packed row: the compiled code, or torch tile by tile."""
+def choose_attention(head_dim: int, device: str, dtype: str = "f32") -> Choice:
+    """Who computes attention inside the segments of a packed row: compiled code, FlashAttention, or torch by tiles."""
+    if device.startswith("cuda") and dtype == "bf16" and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD:
+        return Choice("flash", "torch's FlashAttention over segments; bent scores (Gemma 2) are left to tiles")
     if device != "cpu":
         return Choice(
             "torch", f"tile by tile, so that no scores of a whole row exist; the compiled code is not for {device}"
