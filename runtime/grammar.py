@@ -23,9 +23,10 @@ MAX_WAYS = 10_000  # through one character repeated, as long tokens have it: fou
 MAX_LEFT = 500  # rules that begin with one another, through which C recurses
 TRIAL_LENGTH = 32  # characters, more than almost any token has
 TRIAL_BREADTH = 4  # texts tried side by side
-TRIAL_MOVES = 256  # stacks of each moved on at once: by 16 next characters of few stacks, by one of many
-TRIAL_STEPS = 80_000  # of all rules, a fraction of a second; of one rule at most an eighth
+TRIAL_MOVES = 256  # stacks of each moved on at once: by several next characters of few stacks, by one of many
+TRIAL_STEPS = 100_000  # of all rules, a fraction of a second; of one rule at most an eighth
 MAX_KINDS = 64  # of characters told apart
+MAX_TRIED = 16  # of them, those that most stacks take
 
 Stacks = frozenset[int]
 
@@ -176,7 +177,13 @@ class _Machine:
 
     def repeat(self, stacks: Stacks, character: int) -> None:
         """Read a character again and again as llama.cpp reads a token, joining no ways: raises _TooMany."""
-        if sum(self._ways_of(stack, character) for stack in stacks) > MAX_WAYS:
+        alike: dict[int, list[int]] = {}
+        for stack in stacks:
+            if self._takes(place := self._stacks[stack][0], character):
+                alike.setdefault(place, []).append(stack)
+        # of those that wait at one place, the oldest and the newest speak for all
+        most = (max(self._ways_of(s, character) for s in (min(a), max(a))) * len(a) for a in alike.values())
+        if sum(most) > MAX_WAYS:
             raise _TooMany
 
     def _ways_of(self, stack: int, character: int) -> int:
@@ -227,9 +234,11 @@ def _try_rule(machine: _Machine, rule: int) -> None:
     for _ in range(TRIAL_LENGTH):
         following = set[Stacks]()
         for stacks in tried:
-            for character in machine.characters(stacks)[: min(16, 1 + TRIAL_MOVES // len(stacks))]:
-                following.add(machine.step(stacks, character))
+            characters = machine.characters(stacks)
+            for character in characters[:MAX_TRIED]:
                 machine.repeat(stacks, character)
+            for character in characters[: min(MAX_TRIED, 1 + TRIAL_MOVES // len(stacks))]:
+                following.add(machine.step(stacks, character))
         tried = set(sorted(following - {frozenset()}, key=len, reverse=True)[:TRIAL_BREADTH])
         if any(len(stacks) > MAX_STACKS for stacks in tried):
             raise _TooMany

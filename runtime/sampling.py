@@ -7,7 +7,7 @@ count or an id beyond the vocabulary ends in undefined behaviour there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
 import numpy as np
@@ -54,6 +54,8 @@ def check_sampling(sampling: Sampling, n_vocab: int) -> None:
     faults = [*_numbers(sampling), *_biases(sampling, n_vocab), *_stops(sampling.stop)]
     if sampling.mirostat and sampling.temperature == 0:
         faults.append("mirostat with temperature 0, which leaves it nothing to choose from")
+    if not isinstance(sampling.grammar, str | None):
+        faults.append("the grammar is no text")
     if sampling.grammar is not None and sampling.json_schema is not None:
         faults.append("a grammar and a JSON schema, where one must decide")
     if faults:
@@ -77,6 +79,9 @@ def _numbers(sampling: Sampling) -> Iterable[str]:
 
 
 def _biases(sampling: Sampling, n_vocab: int) -> Iterable[str]:
+    if not isinstance(sampling.logit_bias, Mapping):
+        yield "logit_bias is no table of tokens"
+        return
     for token, bias in sampling.logit_bias.items():
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n_vocab:
             yield f"a logit bias for token {token!r} of {n_vocab}"

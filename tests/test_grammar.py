@@ -162,6 +162,9 @@ HOSTILE = {
     "root ::= " + "[a-z]* " * 4 + '"!"': "too many ways",
     f'root ::= "{"q" * 60}" r0\n{FAR_AWAY}': "too many ways",
     "root ::= r0\n" + FAR_AWAY.replace('"a" ', ""): "the beginning of r20",
+    # found by random grammars: llama.cpp runs for ever
+    'root ::= x{0,200} ","\nx ::= "f" y | ""\ny ::= x "a" | ""': "too many ways",
+    'root ::= x{300} [ab]\nx ::= . | ""': "too many ways",
     "root ::= " + "x? " * 600 + '\nx ::= "a"?': "too many ways",
     'root ::= "a': "line 1: expected a character",
     'root ::= "a"\nb = "c"': "line 2: expected ::=",
@@ -276,11 +279,11 @@ def test_no_grammar_within_the_limits_ends_the_process(tiny):
     here = Path(__file__).parent
     code = "import sys, test_grammar; test_grammar.run_random_grammars(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tiny.path), "0", "120"], cwd=here, capture_output=True,
+        [sys.executable, "-c", code, str(tiny.path), "0", "60"], cwd=here, capture_output=True,
         text=True, timeout=100, check=False, env={**os.environ, "PYTHONPATH": str(here.parent)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["ran"] > 10
+    assert json.loads(done.stdout)["ran"] > 5
 
 
 # -- JSON schemas -----------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_every_number_is_in_the_table():
     [
         {"logit_bias": {512: 1.0}}, {"logit_bias": {-1: 1.0}}, {"logit_bias": {"5": 1.0}},
         {"logit_bias": {5: math.nan}}, {"logit_bias": {5: math.inf}}, {"logit_bias": {5: "1"}},
-        {"logit_bias": {True: 1.0}},
+        {"logit_bias": {True: 1.0}}, {"logit_bias": [5]}, {"grammar": 5}, {"grammar": ["root"]},
         {"stop": ("",)}, {"stop": "end"}, {"stop": ("x" * 1001,)}, {"stop": ("x",) * 65}, {"stop": (5,)},
         {"mirostat": 2, "temperature": 0.0}, {"grammar": 'root ::= "x"', "json_schema": {}},
     ],
