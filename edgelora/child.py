@@ -21,6 +21,7 @@ from edgelora.progress import OnProgress, Progress, silent
 T = TypeVar("T")
 
 PRELOADED = ["torch", "edgelora.base.decoder"]  # 1.1 s of CPU time; starts no thread, which a fork would lose
+FORK_EVERY_CHILD = False  # for tests: 0.1 s instead of 0.4, but then each has torch's 200 MB in its memory
 PRIVATE_SOCKET = (3, 11, 1)  # before it, any local user could talk to the process that forks (CVE-2022-42919)
 
 
@@ -30,7 +31,8 @@ def run_in_child(work: Callable[..., T], *args: Any, with_torch: bool = False, o
     with_torch: it needs torch; where that can be, it is forked from a process that has imported it (`expect_torch`).
     Raises what `work` raised if that is an EdgeloraError; EngineError if the child died without a word.
     """
-    context: BaseContext = multiprocessing.get_context("forkserver" if with_torch and expect_torch() else "spawn")
+    forked = (with_torch or FORK_EVERY_CHILD) and expect_torch()
+    context: BaseContext = multiprocessing.get_context("forkserver" if forked else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(sender, dict(os.environ), work, args), daemon=True)  # type: ignore[attr-defined]
     try:

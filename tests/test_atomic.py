@@ -407,7 +407,9 @@ def begins_with(_: OnProgress) -> tuple[bool, int]:
     return "torch" in sys.modules, len(list(Path("/proc/self/task").iterdir()))
 
 
-either = pytest.mark.parametrize("with_torch", [False, True], ids=["plain", "torch"])
+def either(test):
+    """A child in an interpreter of its own, and one that is forked."""
+    return pytest.mark.usefixtures("spawned")(pytest.mark.parametrize("with_torch", [False, True], ids=str)(test))
 
 
 @either
@@ -451,6 +453,7 @@ def test_a_child_has_the_environment_of_this_moment_and_hears_ctrl_c(with_torch,
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere each child imports torch itself")
+@pytest.mark.usefixtures("spawned")
 def test_a_child_with_torch_has_it_when_it_begins_and_one_thread():
     assert run_in_child(begins_with, with_torch=True) == (True, 1)  # more would be lost in the fork
     assert run_in_child(begins_with) == (False, 1)
@@ -470,6 +473,7 @@ def peak(_):
     return peak_memory_bytes()
 
 
+@pytest.mark.usefixtures("spawned")
 def test_a_child_does_not_inherit_its_parents_peak():
     ballast = bytearray(600 << 20)
     ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])  # touch every page
