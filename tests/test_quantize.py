@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
 from test_export import make_adapter
+from test_imatrix import renamed
 
 from converters.imatrix import Importance, write_importance
 from converters.metadata import copy_metadata
@@ -31,6 +32,7 @@ from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_f
 from edgelora.files.gguf import GGUFFile, TensorInfo
 from edgelora.files.split import open_gguf
 from edgelora.peft.adapter import write_adapter
+from edgelora.pipeline.certificate import certify_foreign
 from edgelora.pipeline.merge import MergeOptions, Wanted, open_parts, write_gguf
 from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of, prepare, quantize
 
@@ -620,3 +622,25 @@ def test_words_that_are_missing_are_wrong_usage(tiny, tmp_path, monkeypatch, cap
     assert run(["quantize", str(tiny.path), *words]) == 2
     assert "Usage" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# -- families that only llama.cpp computes ------------------------------------------------------------------------
+
+
+def test_a_family_that_edgelora_does_not_compute_is_held_against_its_source(make_tiny, tmp_path):
+    """llama.cpp's own type choice, and a check in llama.cpp alone, which says so and still finds what is wrong."""
+    tiny = make_tiny(tied=False)
+    source, out = tmp_path / "source.gguf", tmp_path / "out.gguf"
+    source.write_bytes(renamed(tiny.path, "xverse"))
+    done = quantize(source, out, "Q4_K_M")
+    assert done.plan.types == quantize(tiny.path, tmp_path / "own.gguf", "Q4_K_M").plan.types
+    found = done.certificate.compared
+    assert (found.fidelity, found.equal_ids, found.equal_text, found.equal_ends) == (None, 12, 8, 8)
+    assert found.loss.kl_mean > 1e-3
+    assert any("a model of the architecture xverse: it is not checked against torch" in note for note in done.notes)
+    assert json.loads(GGUFFile(out).get(CERTIFICATE_KEY, str))["fidelity"] is None
+    again = certify_foreign(source, source, None)
+    assert (again.compared.loss.kl_mean, again.compared.loss.same_top) == (0.0, 1.0)
+    other = tmp_path / "other.gguf"
+    other.write_bytes(renamed(make_tiny(tied=False, seed=7).path, "xverse"))
+    assert certify_foreign(other, source, None).faults[0].startswith("against what it was made from: mean KL")

@@ -126,16 +126,7 @@ class Base:
     @cached_property
     def quant(self) -> str:
         """The quantization the file says it has: `Q4_1`, `Q4_K_M`, `F16` …"""
-        if isinstance(self.source, GGUFFile):
-            stated = self.source.get("general.file_type", int)
-            if stated in LlamaFileType._value2member_map_:
-                name = str(LlamaFileType(stated).name)
-                return {"ALL_F32": "F32"}.get(name, name.removeprefix("MOSTLY_"))
-            sizes = [(tensor.type.name, tensor.elements) for tensor in self.source.tensors.values()]
-        else:
-            sizes = [(tensor.dtype, tensor.size_bytes) for tensor in self.source.tensors.values()]
-        # no statement: the type that most weights have
-        return max({kind for kind, _ in sizes}, key=lambda kind: sum(n for k, n in sizes if k == kind))
+        return quant_of(self.source)
 
     @cached_property
     def base_file(self) -> BaseFile:
@@ -174,6 +165,20 @@ class Base:
     def tensor_of(self, module: str) -> str:
         """The GGUF tensor that holds the weight of an HF module."""
         return gguf_place(self.architecture, self.config, f"{module}.weight").name
+
+
+def quant_of(source: GGUFFile | Checkpoint) -> str:
+    """The quantization that a model says it has: `Q4_1`, `Q4_K_M`, `F16` …"""
+    if isinstance(source, GGUFFile):
+        stated = source.get("general.file_type", int)
+        if stated in LlamaFileType._value2member_map_:
+            name = str(LlamaFileType(stated).name)
+            return {"ALL_F32": "F32"}.get(name, name.removeprefix("MOSTLY_"))
+        sizes = [(tensor.type.name, tensor.elements) for tensor in source.tensors.values()]
+    else:
+        sizes = [(tensor.dtype, tensor.size_bytes) for tensor in source.tensors.values()]
+    # no statement: the type that most weights have
+    return max({kind for kind, _ in sizes}, key=lambda kind: sum(n for k, n in sizes if k == kind))
 
 
 def open_base(path: Path | str) -> Base:

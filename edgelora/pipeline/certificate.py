@@ -25,9 +25,12 @@ from edgelora.evaluate.thresholds import Limits, limits_of
 from edgelora.files.atomic import refuse_existing, rejected, set_aside, staged, write_text
 from edgelora.files.certificate_keys import fill
 from edgelora.files.contract import sha256_file
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.split import open_gguf
 from edgelora.files.unchanged import Stamps, stamp
 from edgelora.pipeline.check_rows import rows_to_check
 from edgelora.pipeline.compare import Compared, compare
+from edgelora.pipeline.foreign import compare_foreign, open_model
 from edgelora.pipeline.said import Said
 from edgelora.pipeline.torch_states import Reference, torch_states
 from edgelora.progress import OnProgress, silent
@@ -119,11 +122,26 @@ def certify_model(
     return ModelCertificate({kind.name: n for kind, n in types.items()}, compared, limits_of(types))
 
 
+def certify_foreign(
+    draft: Path, source: Path, rows: Sequence[Conversation] | None, on_progress: OnProgress = silent
+) -> ModelCertificate:
+    """Compare the GGUF at `draft` with the one it was made from, of a family that only llama.cpp computes."""
+    types, base = types_in(open_gguf(draft)), open_model(source)
+    said = Said.read(base, base.context, rows)
+    compared = run_in_child(compare_foreign, draft, source, said, on_progress=on_progress)
+    return ModelCertificate({kind.name: n for kind, n in types.items()}, compared, limits_of(types))
+
+
+def types_in(file: GGUFFile) -> dict[GGMLQuantizationType, int]:
+    """How many matrices a file has of each type."""
+    return dict(Counter(info.type for info in file.tensors.values() if len(info.shape) > 1))
+
+
 def types_of(model: Path) -> dict[GGMLQuantizationType, int]:
     """How many matrices a model has of each type."""
     base = open_base(model)
     if base.is_gguf:
-        return dict(Counter(info.type for info in base.file.tensors.values() if len(info.shape) > 1))
+        return types_in(base.file)
     return dict(Counter(base.tensors.kind(name) for name, shape in base.tensors.shapes().items() if len(shape) > 1))
 
 

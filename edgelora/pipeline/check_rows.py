@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
-from edgelora.base.model import Base
 from edgelora.data.conversation import Conversation, Message, read_conversations
 from edgelora.data.encode import turn_weights
+from edgelora.data.template import ChatTemplate
+from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
 
 CHECKED_ROWS = 64
+
+
+class Speaks(Protocol):
+    """A model as far as texts go: how it reads them, and how a conversation looks to it."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def template_source(self) -> str | None: ...
+
+    @property
+    def template(self) -> ChatTemplate: ...
+
 
 DEFAULT_CHECK = tuple(
     Conversation((Message("user", question), Message("assistant", answer)))
@@ -37,7 +56,7 @@ CHECK_TEXTS = (
 )
 
 
-def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS, base: Base | None = None) -> list[Conversation]:
+def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS, base: Speaks | None = None) -> list[Conversation]:
     """The first rows of `data` in which something is learned (what comes before it is compared with it).
 
     The built-in ones without `data`. Raises DataError if no row has an answer of a weight above 0, or if `base`, the
@@ -57,7 +76,7 @@ def rows_to_check(data: Path | None, limit: int = CHECKED_ROWS, base: Base | Non
     return rows
 
 
-def require_template(base: Base) -> None:
+def require_template(base: Speaks) -> None:
     """Raise DataError if nobody knows how rows look to this model."""
     if base.template_source is None:
         raise DataError(

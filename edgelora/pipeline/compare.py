@@ -20,6 +20,7 @@ from edgelora.data.conversation import Conversation
 from edgelora.device import compute_threads
 from edgelora.errors import EdgeloraError
 from edgelora.evaluate.fidelity import Fidelity, Tally
+from edgelora.pipeline.check_rows import Speaks
 from edgelora.pipeline.evaluate import context_for
 from edgelora.pipeline.said import Group, Said
 from edgelora.pipeline.tokenize import Tokenized, difference_of_chat, tokenize_chat
@@ -27,6 +28,7 @@ from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, Pace, Progress
 
 if TYPE_CHECKING:
+    from runtime.binding import Model
     from runtime.scorer import ScoringEngine
 
 POSITIONS = 64  # whose logits are there at once on torch's side
@@ -59,12 +61,12 @@ def compare(
     own, loss, step = Tally(), Tally(), stepper(len(said.groups), on_progress)
     with _run(written, said.groups) as run:
         equal_ids = sum(run.same_ids(base, row) for row in [*said.chats, *said.texts])
-        equal_ends = sum(_same_end(base, run, row) for row in said.chats)
+        equal_ends = sum(same_end(base, run, row) for row in said.chats)
         for there, (here, unquantized) in logits(run.logits, sides, said.groups, step):
             if there is not None:
                 own.add(here, there)
             loss.add(unquantized, here if there is None else there)
-    equal_text = sum(_same_text(written, row, chat) for row, chat in zip(said.rows, said.chats, strict=True))
+    equal_text = sum(same_text(written, row, chat) for row, chat in zip(said.rows, said.chats, strict=True))
     return Compared(
         len(said.chats) + len(said.texts), equal_ids, len(said.chats), equal_text, equal_ends,
         own.found() if written.is_gguf else None, loss.found(),
@@ -107,7 +109,7 @@ def stepper(n_groups: int, on_progress: OnProgress) -> Callable[[int], None]:
 class Run(Protocol):
     """The written model where it runs: whether it reads a text alike, where it ends a turn, and what it computes."""
 
-    def same_ids(self, base: Base, row: Tokenized) -> bool: ...
+    def same_ids(self, base: Speaks, row: Tokenized) -> bool: ...
 
     def ends_generation(self, token: int) -> bool: ...
 
@@ -116,13 +118,22 @@ class Run(Protocol):
         ...
 
 
+class Computes(Protocol):
+    """llama.cpp over one model, as `ScoringEngine` has it."""
+
+    @property
+    def model(self) -> Model: ...
+
+    def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class InLlamaCpp:
     """A GGUF in llama.cpp."""
 
-    engine: ScoringEngine
+    engine: Computes
 
-    def same_ids(self, base: Base, row: Tokenized) -> bool:
+    def same_ids(self, base: Speaks, row: Tokenized) -> bool:
         if row.learned is None:
             return self.engine.model.tokenize(row.text, parse_special=False) == row.ids
         return difference_of_chat(base.tokenizer, self.engine.model, row) is None
@@ -141,7 +152,7 @@ class InTorch:
 
     written: Base
 
-    def same_ids(self, base: Base, row: Tokenized) -> bool:  # noqa: ARG002
+    def same_ids(self, base: Speaks, row: Tokenized) -> bool:  # noqa: ARG002
         return self.written.tokenizer.sha256 == base.tokenizer.sha256
 
     def ends_generation(self, token: int) -> bool:
@@ -172,13 +183,13 @@ def in_llama_cpp(base: Base, groups: Sequence[Group]) -> Iterator[ScoringEngine]
         yield engine
 
 
-def _same_end(base: Base, run: Run, row: Tokenized) -> bool:
+def same_end(base: Speaks, run: Run, row: Tokenized) -> bool:
     """Whether the token that ends the last learned turn ends it where it runs as well."""
     last = max(i for i, learned in enumerate(row.learned or [True]) if learned)
     return run.ends_generation(row.ids[last]) == (row.ids[last] in base.tokenizer.eog_ids)
 
 
-def _same_text(written: Base, row: Conversation, wanted: Tokenized) -> bool:
+def same_text(written: Speaks, row: Conversation, wanted: Tokenized) -> bool:
     """Whether the template inside the file renders the same prompt."""
     try:
         return tokenize_chat(written.tokenizer, written.template, row).text == wanted.text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +15,16 @@ from edgelora.base.activations import ActivationSums
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.calibration import Mix, calibrate
-from edgelora.data.folder import read_template
-from edgelora.data.template import ChatTemplate, chatml
-from edgelora.data.tokenizer import Tokenizer
-from edgelora.data.vocabulary import vocabulary_from_gguf
 from edgelora.device import Choice, compute_threads
-from edgelora.errors import AdapterError, BaseModelError, ConfigError
+from edgelora.errors import AdapterError, ConfigError
 from edgelora.files.adapter_check import check_adapter, contract_of
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
-from edgelora.files.split import open_gguf
 from edgelora.files.unchanged import stamp
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.pipeline.export import read_checked
+from edgelora.pipeline.foreign import Foreign, open_model
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 __all__ = ["Computed", "Mix", "Settings", "compute_importance"]
@@ -65,33 +61,6 @@ class Computed:
     """Whether `edgelora quantize` and `merge` take the model's weights as they are: 16-bit ones, of a known family."""
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """A GGUF of a family that edgelora does not compute: llama.cpp does, and it says itself how it is spoken to."""
-
-    file: GGUFFile
-    tokenizer: Tokenizer
-    why: str
-    chosen_template: str | None = None
-
-    @property
-    def template(self) -> ChatTemplate:
-        """Raises BaseModelError if there is none."""
-        source, t = self.file.get("tokenizer.chat_template", str) or self.chosen_template, self.tokenizer
-        if not source:
-            raise BaseModelError(
-                what=f"{self.file.path}: it has no chat template",
-                why="without one nobody knows how a conversation looks to this model",
-                fix="pass --chat-template chatml, or the path of a Jinja file",
-            )
-        return ChatTemplate(source, bos=t.text_of(t.bos_id), eos=t.text_of(t.eos_id))
-
-    def with_template(self, choice: str) -> Foreign:
-        """The same speaking by `chatml` or a Jinja file, where it has no template of its own."""
-        text = chatml(self.tokenizer) if choice == "chatml" else read_template(Path(choice))
-        return replace(self, chosen_template=text)
-
-
 def compute_importance(
     model: Path,
     adapters: Sequence[Scaled],
@@ -111,7 +80,7 @@ def compute_importance(
     read = (model, *(path for path, _ in adapters), settings.mix.data, settings.mix.text)
     made_from = stamp(*(path for path in read if path is not None))
     made_from.require_apart(out)
-    opened = _open(model)
+    opened = open_model(model)
     engine = choose_engine(settings.engine, opened, adapters)
     tokens = calibrate(settings.mix, _speaking(opened, adapters, settings))
     torch = engine.value != LLAMA_CPP
@@ -176,18 +145,6 @@ def _is_dora(path: Path, base: Base) -> bool:
     return any(pair.magnitude is not None for pair in read_adapter(path, base.linears).pairs().values())
 
 
-def _open(model: Path) -> Base | Foreign:
-    try:
-        return open_base(model)
-    except BaseModelError as e:
-        if model.suffix != ".gguf":
-            raise
-        file = open_gguf(model)
-        if file.get("general.type", str, "model") != "model":
-            raise
-        return Foreign(file, Tokenizer(vocabulary_from_gguf(file)), e.what)
-
-
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:
     """The model with the chat template that was chosen for it, or that its adapter was trained with."""
     if settings.template is not None:
@@ -235,7 +192,7 @@ def _by_llama_cpp(
 ) -> ActivationSums:
     from runtime.importance import collect_importance
 
-    opened = _open(model)
+    opened = open_model(model)
     file = opened.file
     with tempfile.TemporaryDirectory() as room:
         ready = []

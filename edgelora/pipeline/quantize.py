@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from converters.plan import Plan, QuantizeOptions, plan_types, read_plan, write_
 from converters.plan_check import check_importance, check_plan
 from converters.quant_types import QUANT_TYPES, parse_type
 from converters.quantize import MAX_KEY_BYTES, write_planned, write_quantized
-from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.base.model import FLOAT_QUANTS, Base
+from edgelora.data.conversation import Conversation
 from edgelora.device import physical_cores
 from edgelora.errors import ConfigError, OutputError
 from edgelora.files.atomic import refuse_existing, require_space
@@ -22,12 +23,14 @@ from edgelora.pipeline.certificate import (
     Output,
     Reference,
     beside,
+    certify_foreign,
     certify_model,
     rows_to_check,
     stamp,
     write_certified,
 )
 from edgelora.pipeline.check_rows import CHECKED_ROWS
+from edgelora.pipeline.foreign import Foreign, open_model
 from edgelora.pipeline.snap_back import notes_on_grid
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
@@ -77,6 +80,8 @@ class Planned:
     keys: Mapping[str, str | float]
     """Metadata to add."""
     notes: list[str]
+    foreign: bool = False
+    """Of a family that only llama.cpp computes."""
 
 
 def quantize(
@@ -100,21 +105,27 @@ def quantize(
     read = stamp(source, *filter(None, (settings.imatrix, settings.plan, settings.check)))
     read.require_apart(out, *([save_plan] if save_plan else []))
     _refuse_plan(save_plan, out, overwrite)
-    rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows, open_base(source))
+    rows = None if settings.check is None else rows_to_check(settings.check, settings.check_rows, open_model(source))
     asked = prepare(source, quant, settings)
     require_space(out.absolute().parent, asked.plan.file_bytes, "the quantized weights")
     certificate = write_certified(
         Output(out, overwrite, folder=settings.keep_split, sign=not settings.plain),
         made_from,
         lambda draft: _write(draft, asked, settings, on_progress),
-        lambda draft: certify_model(
-            min(draft.iterdir()) if settings.keep_split else draft, Reference(asked.source), rows, on_progress
-        ),
+        lambda draft: _certify(min(draft.iterdir()) if settings.keep_split else draft, asked, rows, on_progress),
     )
     if save_plan is not None:
         write_plan(save_plan, asked.plan, overwrite=overwrite)
     written = sorted(out.iterdir()) if settings.keep_split else [out]
     return Quantized(out, sum(file.stat().st_size for file in written), asked.plan, asked.notes, certificate)
+
+
+def _certify(
+    draft: Path, asked: Planned, rows: Sequence[Conversation] | None, on_progress: OnProgress
+) -> ModelCertificate:
+    if asked.foreign:
+        return certify_foreign(draft, asked.source, rows, on_progress)
+    return certify_model(draft, Reference(asked.source), rows, on_progress)
 
 
 def is_type(text: str) -> bool:
@@ -164,7 +175,7 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
     """The plan, and what is known of it, with all that can be refused refused. Reads no tensor, writes nothing."""
     given = None if settings.plan is None else read_plan(settings.plan)
     kind = _kind(quant, given, settings)
-    base = open_base(source)  # checks the file before llama.cpp sees it
+    base = open_model(source)  # checks the file before llama.cpp sees it
     importance = None if settings.imatrix is None else read_importance(settings.imatrix)
     if importance is not None:
         importance.check({name: info.shape for name, info in base.file.tensors.items()})
@@ -184,10 +195,12 @@ def prepare(source: Path, quant: str | None, settings: QuantizeSettings = Quanti
         f"--tensor-type {pattern}: in no tensor's name"
         for pattern, _ in settings.tensor_types if not any(_is_in(pattern, t.name) for t in plan.tensors)
     ]  # fmt: skip
-    notes = [
-        *plan.notes, *idle, *_requantized(base, plan, settings.allow_requantize), *notes_on_grid(base, plan.types)
-    ]  # fmt: skip
-    return Planned(base.path, options, plan, keys, notes)
+    notes = [*plan.notes, *idle, *_requantized(base, plan, settings.allow_requantize)]
+    if isinstance(base, Base):
+        notes += notes_on_grid(base, plan.types)
+    else:
+        notes.append(f"{base.why}: it is not checked against torch, but against its source, both computed by llama.cpp")
+    return Planned(base.path, options, plan, keys, notes, foreign=isinstance(base, Foreign))
 
 
 def _is_in(pattern: str, name: str) -> bool:
@@ -241,7 +254,7 @@ def _short(text: str) -> str:
     return text.encode()[:MAX_KEY_BYTES].decode(errors="ignore")
 
 
-def _requantized(base: Base, plan: Plan, allowed: bool) -> list[str]:
+def _requantized(base: Base | Foreign, plan: Plan, allowed: bool) -> list[str]:
     """What to say of weights that were blocks before. Raises OutputError unless that is allowed."""
     again = [t for t in plan.tensors if t.source.name not in FLOAT_QUANTS and t.type != t.source]
     if not again:

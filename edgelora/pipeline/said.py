@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgelora.base.model import Base
 from edgelora.data.conversation import Conversation
 from edgelora.data.encode import Example
 from edgelora.errors import DataError
-from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK, require_template
-from edgelora.pipeline.tokenize import Tokenized, tokenize_chat, tokenize_text
+from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK, Speaks, require_template
+from edgelora.pipeline.tokenize import Tokenized, tokenize_chat
 
 ROWS_TOGETHER = 8
 TOKENS_TOGETHER = 64  # unless one row alone is longer: logits are float32 over the whole vocabulary
@@ -31,13 +30,13 @@ class Said:
     groups: Sequence[Group]
 
     @classmethod
-    def read(cls, base: Base, context: int, rows: Sequence[Conversation] | None) -> Said:
+    def read(cls, base: Speaks, context: int, rows: Sequence[Conversation] | None) -> Said:
         """`rows`, or the built-in ones, as `base` reads them, no more than `context` tokens of each.
 
         Plain texts, if the base's template knows no such conversations or is none. Raises DataError if rows were given
         that it cannot read.
         """
-        texts = [tokenize_text(base, text) for text in CHECK_TEXTS]
+        texts = [Tokenized(text, base.tokenizer.encode(text).ids) for text in CHECK_TEXTS]
         rows, chats = _chats(base, rows)
         return cls(rows, chats, texts, list(groups_of(_examples(chats or texts, min(context, ROW_TOKENS)))))
 
@@ -57,7 +56,7 @@ def groups_of(examples: Sequence[Example]) -> Iterator[list[Example]]:
     yield group
 
 
-def _chats(base: Base, rows: Sequence[Conversation] | None) -> tuple[Sequence[Conversation], list[Tokenized]]:
+def _chats(base: Speaks, rows: Sequence[Conversation] | None) -> tuple[Sequence[Conversation], list[Tokenized]]:
     if base.template_source is None:
         if rows is not None:
             require_template(base)
