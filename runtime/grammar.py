@@ -8,7 +8,7 @@ latter two by trying the texts whose ways grow most.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
@@ -21,9 +21,8 @@ from runtime.service import Sampling
 MAX_STACKS = 1000  # ways to begin, or to go on: each is tried on every token of the vocabulary
 MAX_WAYS = 10_000  # through one character repeated, as long tokens have it: four loops in a row have more
 MAX_LEFT = 500  # rules that begin with one another, through which C recurses
-TRIAL_LENGTH = 32  # characters, more than almost any token has
-TRIAL_BREADTH = 4  # texts tried side by side
-TRIAL_MOVES = 256  # stacks of each moved on at once: by several next characters of few stacks, by one of many
+MAX_REPEATED = 32  # characters, more than almost any token has
+TRIAL_MOVES = 256  # stacks moved on from one text: by several next characters of few stacks, by one of many
 TRIAL_STEPS = 100_000  # of all rules, a fraction of a second; of one rule at most an eighth
 MAX_KINDS = 64  # of characters told apart
 MAX_TRIED = 16  # of them, those that most stacks take
@@ -166,6 +165,24 @@ class _Machine:
         self._advanced[stack] = found
         return found
 
+    def entered_twice(self, stacks: Stacks, rule: int) -> bool:
+        """Whether the rule has begun anew above different remainders: the same text again doubles them, for ever."""
+        remainders: set[int | None] | None = None
+        for beginning in self.begin(rule) - {0}:  # each of them stands above each remainder
+            found = {self._below(stack, beginning) for stack in stacks} - {None}
+            remainders = found if remainders is None else remainders & found
+            if len(remainders) < 2:
+                return False
+        return remainders is not None
+
+    def _below(self, stack: int, beginning: int) -> int | None:
+        """What lies below `beginning` in a stack; None if the stack does not begin so."""
+        while beginning:
+            if not stack or self._stacks[stack][0] != self._stacks[beginning][0]:
+                return None
+            stack, beginning = self._stacks[stack][1], self._stacks[beginning][1]
+        return stack
+
     def step(self, stacks: Stacks, character: int) -> Stacks:
         """What `stacks` become behind a character, those that are alike joined."""
         return frozenset(after for stack in stacks for after in self._after(stack, character))
@@ -189,7 +206,7 @@ class _Machine:
     def _ways_of(self, stack: int, character: int) -> int:
         if (stack, character) not in self._ways:
             now, most = {stack: 1}, 0
-            for _ in range(TRIAL_LENGTH):
+            for _ in range(MAX_REPEATED):
                 following: Counter[int] = Counter()
                 for s, ways in now.items():
                     for after in self._after(s, character):
@@ -217,7 +234,10 @@ class _Machine:
 
 
 def _try_out(grammar: Rules, rules: list[int]) -> None:
-    """Look, from each rule in turn, for a text that can be read in ever more ways."""
+    """Look, from each rule in turn, for a text that can be read in ever more ways.
+
+    A trial, no proof: what is found is bad, and what is not found may be.
+    """
     machine = _Machine(grammar)
     for rule in rules:
         try:
@@ -229,18 +249,18 @@ def _try_out(grammar: Rules, rules: list[int]) -> None:
 
 
 def _try_rule(machine: _Machine, rule: int) -> None:
+    """Short texts first, but those at once that can be read in more ways than what they go on from."""
     end = machine.steps + TRIAL_STEPS // 8
-    tried = {machine.begin(rule)}
-    for _ in range(TRIAL_LENGTH):
-        following = set[Stacks]()
-        for stacks in tried:
-            characters = machine.characters(stacks)
-            for character in characters[:MAX_TRIED]:
-                machine.repeat(stacks, character)
-            for character in characters[: min(MAX_TRIED, 1 + TRIAL_MOVES // len(stacks))]:
-                following.add(machine.step(stacks, character))
-        tried = set(sorted(following - {frozenset()}, key=len, reverse=True)[:TRIAL_BREADTH])
-        if any(len(stacks) > MAX_STACKS for stacks in tried):
-            raise _TooMany
-        if not tried or machine.steps > end:
-            return
+    todo, seen = deque([machine.begin(rule)]), set[Stacks]()
+    while todo and machine.steps < end:
+        stacks = todo.popleft()
+        characters = machine.characters(stacks)
+        for character in characters[:MAX_TRIED]:
+            machine.repeat(stacks, character)
+        for character in characters[: min(MAX_TRIED, 1 + TRIAL_MOVES // len(stacks))]:
+            after = machine.step(stacks, character)
+            if len(after) > MAX_STACKS or machine.entered_twice(after, rule):
+                raise _TooMany
+            if after not in seen:
+                seen.add(after)
+                (todo.appendleft if len(after) > len(stacks) else todo.append)(after)

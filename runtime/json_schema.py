@@ -19,7 +19,8 @@ from runtime.gbnf import MAX_REPEAT
 
 MAX_DEPTH = 64
 MAX_NODES = 10_000
-MAX_CHOICES = 500  # of one enum, or properties of one object
+MAX_CHOICES = 500  # of one enum
+MAX_PROPERTIES = 200  # of one object: llama.cpp recurses through those that may be left out
 
 # THE TABLE: rules that a schema may need, in GBNF
 RULES = {
@@ -207,15 +208,15 @@ class _Writer:
         if high == 0:
             return '"[" ws "]"'
         item = self._rule(item)
-        rest = _times(max(low - 1, 0), None if high is None else high - 1)
-        items = f'{item} ("," ws {item}){rest} ws'
+        more = self._rule(f'"," ws {item}')
+        items = f"{item} {more}{_times(max(low - 1, 0), None if high is None else high - 1)} ws"
         return self._rule(f'"[" ws {items} "]"' if low else f'"[" ws ({items})? "]"')
 
     def _object(self, schema: Schema, where: str) -> str:
         properties, required = schema.get("properties", {}), schema.get("required", [])
         others = schema.get("additionalProperties", True)
-        if not isinstance(properties, Mapping) or len(properties) > MAX_CHOICES:
-            raise _refused(where, "properties", f"they must be an object of at most {MAX_CHOICES}", "list fewer")
+        if not isinstance(properties, Mapping) or len(properties) > MAX_PROPERTIES:
+            raise _refused(where, "properties", f"they must be an object of at most {MAX_PROPERTIES}", "list fewer")
         if not isinstance(required, list | tuple) or not all(isinstance(name, str) for name in required):
             raise _refused(where, "required", "it must be a list of names", "list the names")
         if strange := [name for name in required if name not in properties]:

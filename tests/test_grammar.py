@@ -131,12 +131,17 @@ def test_greedy_under_a_grammar_is_the_likeliest_token_that_fits(model, monkeypa
 
 
 def test_llama_cpps_own_grammars_pass():
-    # the forms of its grammars/ folder: recursion, repetition, optional space, comments
+    # the forms of its grammars/ folder: recursion, repetition, optional space, comments; alternatives that begin alike
+    check_gbnf(
+        'root ::= expr\nexpr ::= term ("+" term)*\nterm ::= name | call | "-" term | "(" expr ")"\n'
+        'call ::= name "(" (expr ("," expr)*)? ")"\nname ::= [a-z] [a-z0-9]*'
+    )
     check_gbnf(
         'root ::= (expr "=" ws term "\\n")+\nexpr ::= term ([-+*/] term)*\nterm ::= ident | num | "(" ws expr ")" ws\n'
         "ident ::= [a-z] [a-z0-9_]* ws\nnum ::= [0-9]+ ws # digits\nws ::= [ \\t\\n]*"
     )
-    check_gbnf(gbnf_of_schema({}))
+    for schema in ({}, TREE, {"type": "array", "maxItems": MAX_REPEAT}):
+        check_gbnf(gbnf_of_schema(schema))
 
 
 FAR_AWAY = "\n".join(f'r{i} ::= "a" r{i + 1} "x" | "a" r{i + 1} "y"' for i in range(30)) + '\nr30 ::= "z"'
@@ -411,6 +416,24 @@ def test_what_a_grammar_cannot_hold_to_is_refused(text):
     with pytest.raises(ConfigError) as e:
         grammar_of(Sampling(json_schema=json.loads(text)))
     assert UNSUPPORTED[text] in e.value.what
+
+
+def operation(*, named):
+    """A tree of numbers and operations; unless their first property names them, they begin alike."""
+
+    def node(kind, *names):
+        known = {"op": {"const": kind}} if named else {}
+        known |= {name: {"$ref": "#/$defs/e"} for name in names}
+        return {"type": "object", "properties": known, "required": list(known)}
+
+    return {"$defs": {"e": {"anyOf": [node("+", "a", "b"), node("-", "a"), {"type": "number"}]}}, "$ref": "#/$defs/e"}
+
+
+def test_forms_that_begin_alike_at_each_depth_are_refused():
+    """`{"a":{"a":{"a":` is read in 2, 4, 8 … ways, of which llama.cpp keeps all."""
+    check_gbnf(gbnf_of_schema(operation(named=True)))
+    with pytest.raises(ConfigError, match="too many ways"):
+        check_gbnf(gbnf_of_schema(operation(named=False)))
 
 
 def test_the_error_names_the_place():
