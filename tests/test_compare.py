@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -67,3 +69,8 @@ def test_of_a_long_answer_the_end_is_compared(tiny):
 def test_what_begins_early_is_compared_from_its_beginning(learned):
     (example,) = _examples([Tokenized("", list(range(100)), learned)], 64)
     assert example.input_ids.tolist() == list(range(64))
+
+
+def test_llama_cpps_half_of_a_check_starts_without_torch():
+    code = "import sys, edgelora.pipeline.foreign, runtime.scorer; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -5,7 +5,8 @@ What `Decoder.forward` computes, of models larger than the memory there is. No g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,24 +21,25 @@ from edgelora.nn.decoder import Frozen, Layer, Norm, Tables
 from edgelora.nn.linear import Linear
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.rotary import rotary_tables
-from edgelora.peft.adapter import Adapter
-from edgelora.peft.blend import blend_linears
+
+Adapt: TypeAlias = Callable[[Mapping[str, Linear]], None]
+"""Puts adapters on some linear layers, by their full HF names."""
 
 
 @torch.no_grad()
 def hidden_states(
     base: Base,
     batches: Sequence[Batch],
-    adapters: Sequence[tuple[Adapter, float]] = (),
+    adapt: Adapt = lambda _: None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
-    """Of each packed row float32 (T, d), with the adapters at their scales: what `Decoder.forward` gives for it."""
+    """Of each packed row float32 (T, d), what `Decoder.forward` gives; `adapt` sees each layer before it runs."""
     bound_primitives()
     config = base.config
     states = _embedded(base, batches)
     tables = [_tables(base, batch) for batch in batches]
     for i in range(config.num_hidden_layers):
-        layer = _layer(base, i, adapters)
+        layer = _layer(base, i, adapt)
         states = [
             layer(x, table, list(batch.segment_starts), batch.prefix)
             for x, table, batch in zip(states, tables, batches, strict=True)
@@ -65,13 +67,12 @@ def _tables(base: Base, batch: Batch) -> Tables:
     return {rope: rotary_tables(positions, rope, batch.segment_starts, batch.prefix) for rope in ropes}
 
 
-def _layer(base: Base, number: int, adapters: Sequence[tuple[Adapter, float]]) -> Layer:
+def _layer(base: Base, number: int, adapt: Adapt) -> Layer:
     matrices, vectors = held(base, _names(base, number))
     unused = next(iter(matrices.values()))  # a layer has neither an embedding nor a head
     layer = Layer(base.architecture, base.config, Frozen(matrices, vectors, unused, unused), number)
     prefix = f"model.layers.{number}"
-    linears = {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, Linear)}
-    blend_linears(linears, adapters)
+    adapt({f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, Linear)})
     return layer
 
 

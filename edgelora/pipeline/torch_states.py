@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Reference:
 def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_progress: OnProgress) -> list[np.ndarray]:
     """Of each model float32 (n, d): the states that predict the n learned tokens of the examples, in their order."""
     from edgelora.base.layerwise import hidden_states
+    from edgelora.peft.blend import blend_linears
 
     opened, batches = [model.open() for model in models], [pack(group) for group in _packed(examples)]
     pace = Pace(sum(base.config.num_hidden_layers for base, _ in opened))
@@ -47,7 +49,9 @@ def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_pr
         on_progress(Progress("check", pace.done, pace.total, eta_s=eta))
 
     with computing(choose_products(), compute_threads()):
-        found = [hidden_states(base, batches, adapters, step) for base, adapters in opened]
+        found = [
+            hidden_states(base, batches, partial(blend_linears, adapters=adapters), step) for base, adapters in opened
+        ]
     return [np.concatenate([_predicting(x, batch) for x, batch in zip(s, batches, strict=True)]) for s in found]
 
 
