@@ -17,6 +17,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType, LlamaFileType, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from edgelora import child
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.architectures.names import gguf_place, gguf_row_order, linear_modules, tensor_shapes
 from edgelora.base import ggml
@@ -54,7 +55,11 @@ def vocabulary() -> tuple[list[str], list[str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def children_are_forked() -> Iterator[None]:
-    """Every child is forked from one process, those that need no torch too: 0.1 s instead of 0.4, hundreds of times."""
+    """Every child is forked from one process, those that need no torch too: 0.1 s instead of 0.4, hundreds of times.
+
+    It is started here, where no test has set limits yet, which its children would have for good.
+    """
+    child.expect_torch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgelora.child.FORK_EVERY_CHILD", True)
         yield
@@ -62,7 +67,10 @@ def children_are_forked() -> Iterator[None]:
 
 @pytest.fixture
 def spawned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children start as they do for a user: those that need no torch in an interpreter of their own."""
+    """Children start as they do for a user: those that need no torch in an interpreter of their own.
+
+    They then have the limits that this process has at that moment.
+    """
     monkeypatch.setattr("edgelora.child.FORK_EVERY_CHILD", False)
 
 

@@ -39,6 +39,8 @@ from edgelora.pipeline.quantize import QuantizeSettings, quantize
 from edgelora.pipeline.runners import prepare_for
 from edgelora.progress import OnProgress, silent
 
+pytestmark = pytest.mark.usefixtures("spawned")  # a disk is filled by a limit of this process
+
 ADAPTER_PASSED = Certificate("F32", 8, 8, same(), same(), 1e-4, 1.0)
 TEXT = "the old harbour was quiet " * 40
 
