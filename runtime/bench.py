@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,14 +13,26 @@ from runtime.binding import Context, Entry
 PROMPT, GENERATE, REPEATS = 256, 32, 3
 
 
-def prompt_and_generation_speed(context: Context, n_vocab: int) -> tuple[float, float]:
-    """Median tokens/s of evaluating a prompt and of generating, after a warm-up. Leaves the context empty.
+@dataclass(frozen=True)
+class Rates:
+    """Tokens/s of each repeat after a warm-up, and the seconds of the warm-up's prompt: to the first token, cold."""
 
-    Token ids are random, so nothing is sampled and no answer can end early.
-    """
+    prompt: tuple[float, ...]
+    generation: tuple[float, ...]
+    first_token_seconds: float
+
+
+def prompt_and_generation_speed(context: Context, n_vocab: int) -> tuple[float, float]:
+    """Median tokens/s of evaluating a prompt and of generating, after a warm-up. Leaves the context empty."""
+    found = rates(context, n_vocab)
+    return statistics.median(found.prompt), statistics.median(found.generation)
+
+
+def rates(context: Context, n_vocab: int) -> Rates:
+    """Token ids are random, so nothing is sampled and no answer can end early. Leaves the context empty."""
     ids = np.random.default_rng(0).integers(n_vocab, size=PROMPT)
     prompt, single = [], []
-    for repeat in range(REPEATS + 1):
+    for _ in range(REPEATS + 1):
         context.clear()
         start = time.perf_counter()
         context.decode([Entry(int(token), i, 0, i == PROMPT - 1) for i, token in enumerate(ids)])
@@ -29,8 +42,11 @@ def prompt_and_generation_speed(context: Context, n_vocab: int) -> tuple[float, 
         for i in range(GENERATE):
             context.decode([Entry(int(ids[i]), i, 0, True)])
         end = time.perf_counter()
-        if repeat:
-            prompt.append(PROMPT / (middle - start))
-            single.append(GENERATE / (end - begin))
+        prompt.append(middle - start)
+        single.append(end - begin)
     context.clear()
-    return statistics.median(prompt), statistics.median(single)
+    return Rates(
+        tuple(PROMPT / seconds for seconds in prompt[1:]),
+        tuple(GENERATE / seconds for seconds in single[1:]),
+        prompt[0],
+    )

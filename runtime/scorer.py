@@ -16,11 +16,13 @@ import numpy as np
 from edgelora.base.model import Base
 from edgelora.device import Choice
 from edgelora.errors import AdapterError, EngineError
+from edgelora.evaluate.choices import Alternative
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.files.adapter_check import check_adapter, contract_of
 from edgelora.files.contract import require_same_base, sha256_file
 from edgelora.progress import OnProgress, Pace, Progress, silent
-from runtime.bench import prompt_and_generation_speed
+from runtime.alternatives import log_p
+from runtime.bench import Rates, prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.service import MAX_SCALE
 from runtime.threads import choose_threads
@@ -215,6 +217,11 @@ class ScoringEngine:
         self._forget()
         return prompt_and_generation_speed(self._context, self.model.n_vocab)
 
+    def rates(self) -> Rates:
+        """Each repeat of the same, and how long the warm-up's first token took."""
+        self._forget()
+        return rates(self._context, self.model.n_vocab)
+
     # -- evaluation -----------------------------------------------------------------------------------------------
 
     def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray:
@@ -231,6 +238,12 @@ class ScoringEngine:
         rows = [self._context.decode(part).copy() for part in self._cut(entries)]
         self._forget()
         return np.concatenate(rows)
+
+    def log_p(self, alternatives: Sequence[Alternative]) -> list[np.ndarray]:
+        """Of each alternative the log-probabilities (nats) of its scored ids, side by side."""
+        self._require_room(max(len(one.ids) for one in alternatives))
+        self._forget()
+        return log_p(self._context, alternatives)
 
     def _cut(self, entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
         for first in range(0, len(entries), self._context.n_batch):

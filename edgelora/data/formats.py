@@ -194,7 +194,7 @@ def parse_row(row: Any, data_format: str = AUTO) -> tuple[str, Row]:
     for name, known in DATA_FORMATS.items():
         if known.fits(row):
             return name, known.parse(row)
-    raise ValueError(f"no format has the keys of this row: {_listed(row)}")
+    raise ValueError(f"no format has the keys of this row: {_listed(row)}{_nearest(row)}")
 
 
 def known_formats() -> str:
@@ -212,6 +212,27 @@ def require_format(name: str) -> str:
         why=f"known are {', '.join([AUTO, *DATA_FORMATS])}",
         fix="name one of these; auto recognises each row by its keys",
     )
+
+
+NEAR = 0.75  # of difflib's ratio: a letter or two apart
+
+
+def _nearest(row: RawRow) -> str:
+    """`; the nearest is alpaca (instruction, output), with `output` for `outptu``; empty where none is near."""
+    found: dict[str, dict[str, str]] = {}
+    for name, known in DATA_FORMATS.items():
+        near = {
+            key: match
+            for key in known.keys.split()
+            if (match := difflib.get_close_matches(key, map(str, row), 1, NEAR))
+        }
+        found[name] = {key: match[0] for key, match in near.items()}
+    name = max(found, key=lambda one: len(found[one]) / len(DATA_FORMATS[one].keys.split()))
+    if not found[name]:
+        return ""
+    other = [f"`{key}` for `{mine}`" for key, mine in found[name].items() if key != mine]
+    said = f"; the nearest is {name} ({', '.join(DATA_FORMATS[name].keys.split())})"
+    return said + (f", with {', '.join(other)}" if other else "")
 
 
 def _listed(row: RawRow) -> str:

@@ -87,6 +87,25 @@ def read_rows(path: Path, data_format: str = AUTO) -> Iterator[Found]:
         yield from _read_file(file, data_format)
 
 
+def read_objects(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Each row of a file or folder as it stands, whatever its columns; for rows that are no training data.
+
+    Raises DataError as `read_rows` does.
+    """
+    for file in files_of(path):
+        read, unit = READERS.get(_suffix(file), READERS[".jsonl"])
+        faults, empty = Faults(file, unit, "each row must be an object of named columns"), True
+        for number, raw in _guarded(file, read(file)):
+            empty, place = False, Place(file, number)
+            if not isinstance(raw, dict):
+                faults.add(place, raw if isinstance(raw, ValueError) else "a row must be an object")
+            elif not faults.count:
+                yield place, raw
+        faults.report()
+        if empty:
+            raise _empty(file)
+
+
 def files_of(path: Path) -> list[Path]:
     """The file, or those files of a folder (and the folders in it) that may hold rows; hidden ones are left out."""
     if not path.is_dir():
@@ -119,9 +138,13 @@ def _read_file(path: Path, data_format: str) -> Iterator[Found]:
                 yield Found(place, name, row)
     faults.report()
     if empty:
-        raise DataError(
-            what=f"{path}: no rows in it", why="the file is empty", fix="pass a file with rows: JSONL has one a line"
-        )
+        raise _empty(path)
+
+
+def _empty(path: Path) -> DataError:
+    return DataError(
+        what=f"{path}: no rows in it", why="the file is empty", fix="pass a file with rows: JSONL has one a line"
+    )
 
 
 def _suffix(path: Path) -> str:

@@ -17,7 +17,12 @@ import numpy as np
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
 
-CUSTOMS = ("sum", "per_character", "per_token")
+COUNTED = {
+    "sum": "log p of the whole ending (lm-eval's acc)",
+    "per_character": "log p per character (lm-eval's acc_norm)",
+    "per_token": "log p per token (llama-perplexity)",
+}
+CUSTOMS = tuple(COUNTED)
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ def parse_choice(row: Mapping[str, Any]) -> Choice:
     return Choice(contexts, endings, answer)
 
 
-def is_choice(row: Mapping[str, Any]) -> bool:
-    """Whether a row looks like multiple choice: there are alternatives in it."""
-    return "choices" in row or "contexts" in row
+def is_choice(row: Mapping[str, Any], *, nearly: bool = False) -> bool:
+    """Whether a row looks like multiple choice: there are alternatives in it; `nearly`: under a name misspelt."""
+    named = ("choices", "contexts")
+    return any(key in named or (nearly and difflib.get_close_matches(str(key), named, 1, 0.8)) for key in row)
 
 
 def read_choices(rows: Iterable[Mapping[str, Any]], name: str) -> list[Choice]:

@@ -145,7 +145,8 @@ class _Kept:
         part = slice(first, first + len(candidate.targets))
         ids, log_p, rest = self._ids[part], self._log_p[part].astype(np.float64), self._rest[part].astype(np.float64)
         other = np.take_along_axis(candidate.log_p, ids, -1).astype(np.float64)
-        others_rest = 1 - np.exp(other).sum(-1)
+        # rounded as the reference's was, so that a model's KL to itself is exactly 0
+        others_rest = np.maximum(1 - np.exp(other).sum(-1), 0).astype(np.float32).astype(np.float64)
         least = np.finfo(np.float32).tiny
         beyond = rest * np.log(np.maximum(rest, least) / np.maximum(others_rest, least))
         kl = (np.exp(log_p) * (log_p - other)).sum(-1) + np.where(rest > 0, beyond, 0.0)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from edgelora.evaluate.cells import Measure
 from edgelora.evaluate.protocols import Speed
 from edgelora.evaluate.score import Score, Scored
+from edgelora.evaluate.taken import task_measures
 
 
 class Measured(Protocol):
@@ -34,8 +35,10 @@ class Row:
     speed: Speed
 
     def measure(self, key: str) -> Measure | None:
-        """`exact`, `loss`, or one of them of a group: `exact/known`."""
+        """`exact`, `loss`, or one of them of a group: `exact/known`; `right` by another metric than exact match."""
         name, _, group = key.partition("/")
+        if name == "right" and self.scored.metric != "exact":
+            return task_measures(self.scored).get(key)
         found = self.scored.groups.get(group) if group else self.scored.all
         if found is None or name not in ("exact", "loss"):
             return None

@@ -1,4 +1,4 @@
-"""Held-out loss and exact match of a model on a task, for the whole set and for each of its groups."""
+"""Held-out loss and right answers of a model on a task, for the whole set and for each of its groups."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from edgelora.data.encode import encode_conversation, encode_prompt
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
+from edgelora.evaluate.metrics import METRICS, Metric
 from edgelora.evaluate.protocols import Question, Scorer
 from edgelora.progress import OnProgress, silent
 
@@ -39,12 +40,25 @@ class Score:
 
 
 @dataclass(frozen=True)
+class RowScore:
+    """One row: whether its answer is right by the metric, and −log p (nats) summed over its reference's tokens."""
+
+    right: bool
+    nll_nats: float
+    n_tokens: int
+    group: str | None = None
+
+
+@dataclass(frozen=True)
 class Scored:
-    """The score of all rows, that of each group, and every answer (for reading)."""
+    """The score of all rows, that of each group, and every answer (for reading). `metric`: a name of METRICS, or
+    `pattern`, by which `rows` are right."""
 
     all: Score
     groups: dict[str, Score]
     answers: list[str]
+    metric: str = "exact"
+    rows: tuple[RowScore, ...] = ()
 
 
 def questions(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: ChatTemplate) -> list[Question]:
@@ -85,29 +99,37 @@ def score(
     asked: Sequence[Question],
     tokenizer: Tokenizer,
     on_progress: OnProgress = silent,
+    metric: tuple[str, Metric] = ("exact", METRICS["exact"]),
 ) -> Scored:
     """Answer every row (`asked` are its `questions`) greedily and score its reference.
 
-    Exact match compares whole answers, white space at the ends trimmed.
+    Exact match compares whole answers, white space at the ends trimmed; `metric`, as `choose_metric` gives it, says
+    beside it which are right.
     """
     answers = scorer.answer(asked, answer_room(asked), on_progress)
     texts = [tokenizer.decode(a.tokens).strip() for a in answers]
-    right = [text == c.answer.strip() for text, c in zip(texts, conversations, strict=True)]
+    exact = [text == c.answer.strip() for text, c in zip(texts, conversations, strict=True)]
+    rows = [
+        RowScore(metric[1].right(text, c.answer), float(a.nll.sum()), len(a.nll), c.group)
+        for text, c, a in zip(texts, conversations, answers, strict=True)
+    ]
     groups: dict[str, list[int]] = {}
     for i, conversation in enumerate(conversations):
         if conversation.group is not None:
             groups.setdefault(conversation.group, []).append(i)
 
-    def part(rows: Sequence[int]) -> Score:
+    def part(numbers: Sequence[int]) -> Score:
         return Score(
-            n_rows=len(rows),
-            exact=sum(right[i] for i in rows),
-            n_tokens=sum(len(answers[i].nll) for i in rows),
-            nll_nats=float(sum(answers[i].nll.sum() for i in rows)),
-            exact_interval=bootstrap([right[i] for i in rows]),
+            n_rows=len(numbers),
+            exact=sum(exact[i] for i in numbers),
+            n_tokens=sum(rows[i].n_tokens for i in numbers),
+            nll_nats=sum(rows[i].nll_nats for i in numbers),
+            exact_interval=bootstrap([exact[i] for i in numbers]),
         )
 
-    return Scored(part(range(len(right))), {name: part(rows) for name, rows in groups.items()}, texts)
+    return Scored(
+        part(range(len(exact))), {name: part(some) for name, some in groups.items()}, texts, metric[0], tuple(rows)
+    )
 
 
 def bootstrap(right: Sequence[bool], seed: int = 0) -> tuple[float, float]:

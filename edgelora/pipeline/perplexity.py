@@ -18,6 +18,7 @@ from edgelora.errors import ConfigError, DataError
 from edgelora.evaluate.divergence import ROWS, Candidate, Compared, Divergence, Exact, Reference, compare, divergence
 from edgelora.evaluate.perplexity import Perplexity, Window, perplexity_of
 from edgelora.evaluate.reference_file import ReferenceFile, ReferenceWriter, about_file, is_reference
+from edgelora.evaluate.taken import WindowSums
 from edgelora.files.adapter_check import contract_of
 from edgelora.files.contract import sha256_file
 from edgelora.files.gguf import GGUFFile
@@ -63,6 +64,7 @@ class Measured:
     divergence: Divergence | None
     tokens_per_s: float
     peak_bytes: int
+    by_window: tuple[WindowSums, ...]
 
     def as_dict(self) -> dict[str, Any]:
         value, error, n_tokens = self.perplexity.value, self.perplexity.error, self.perplexity.n_tokens
@@ -106,10 +108,12 @@ def _measure(run: Run, on_progress: OnProgress) -> Measured:
     found = perplexity_of(np.concatenate([window.nll for window in compared]))
     sizes = _token_bytes(base, parts)
     nats = math.log(found.value) * found.n_tokens
+    sums = tuple(_sums(one, size, run.against is not None) for one, size in zip(compared, sizes, strict=True))
     return Measured(
-        model=run.model.name, perplexity=found, bits_per_byte=nats / math.log(2) / sizes, n_windows=len(parts),
+        model=run.model.name, perplexity=found, bits_per_byte=nats / math.log(2) / sum(sizes), n_windows=len(parts),
         context=size, against=run.against.name if run.against else None,
         divergence=divergence(compared) if run.against else None, tokens_per_s=speed, peak_bytes=peak_memory_bytes(),
+        by_window=sums,
     )  # fmt: skip
 
 
@@ -123,6 +127,13 @@ def _compared(reference: Reference | None, logits: np.ndarray, window: Window) -
     ]
     nothing = np.empty(0)
     return Compared(np.concatenate(nll), nothing, nothing, nothing)
+
+
+def _sums(window: Compared, n_bytes: int, against: bool) -> WindowSums:
+    n_tokens, nll = len(window.nll), float(window.nll.sum(dtype=np.float64))
+    if not against:
+        return WindowSums(n_tokens, n_bytes, nll)
+    return WindowSums(n_tokens, n_bytes, nll, float(window.kl.sum()), int(window.same_top.sum()))
 
 
 def _stored(against: Path | None) -> ReferenceFile | None:
@@ -212,10 +223,11 @@ def _writer(run: Run, base: Base, parts: Sequence[Window]) -> ReferenceWriter | 
     return ReferenceWriter(run.save, about, parts)
 
 
-def _token_bytes(base: Base, parts: Sequence[Window]) -> int:
-    """How many bytes of text the scored tokens stand for."""
+def _token_bytes(base: Base, parts: Sequence[Window]) -> list[int]:
+    """How many bytes of text the scored tokens of each window stand for."""
     from runtime.binding import Model
 
     with closing(Model(base.path, vocabulary_only=True)) as model:
-        ids, counts = np.unique(np.concatenate([part.targets for part in parts]), return_counts=True)
-        return sum(len(model.piece(int(token))) * int(n) for token, n in zip(ids, counts, strict=True))
+        ids = np.unique(np.concatenate([part.targets for part in parts]))
+        lengths = np.array([len(model.piece(int(token))) for token in ids])
+    return [int(lengths[np.searchsorted(ids, part.targets)].sum()) for part in parts]
