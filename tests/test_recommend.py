@@ -55,12 +55,18 @@ def test_the_smallest_that_is_not_clearly_worse_is_taken_and_the_words_say_why()
     found = recommend([F16, Q8, Q4, Q2])
     assert (found.file, found.cell) == ("Q4_K_M-merged.gguf", "Q4_K_M merged")
     # the interval is that of the paired bootstrap, which is what makes it noise
-    low, high = difference("right", F16.measures["right"], Q4.measures["right"]).interval_95
-    assert f"right answers -2.0 points (95 %: {low * 100:+.1f} … {high * 100:+.1f})" in found.why
-    assert "Q4_K_M merged: 105 MB, right answers 91.0%; within noise of F16 merged, the best on your task" in found.why
-    assert "1.9× its speed" in found.why
-    assert "Take F16 merged (270 MB)" in found.why
-    assert "Q2_K merged (88 MB) is smaller, but clearly worse: right answers -18.0 points" in found.why
+    (low, high), (least, most) = (differs(F16, other) for other in (Q4, Q2))
+    assert found.why.splitlines() == [
+        "Q4_K_M merged: 105 MB, within noise of F16 merged, the best on your task, 1.9× its speed.",
+        f"right answers 91.0% against 93.0%: −2.0 points (95 %: {low} … {high}).",
+        "Take F16 merged (270 MB) if the best measured figure is worth its size.",
+        f"Q2_K merged (88 MB) is smaller, but clearly worse: right answers −18.0 points (95 %: {least} … {most}).",
+    ]
+
+
+def differs(a: CellResult, b: CellResult) -> list[str]:
+    bounds = difference("right", a.measures["right"], b.measures["right"]).interval_95
+    return [f"{100 * bound:+.1f}".replace("-", "−") for bound in bounds]
 
 
 def test_the_order_of_the_cells_does_not_matter():

@@ -8,6 +8,7 @@ import typer
 
 from edgelora.cli import adapters, data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.chat import chat
+from edgelora.cli.compare import compare
 from edgelora.cli.convert import convert
 from edgelora.cli.generate import generate
 from edgelora.cli.imatrix import imatrix
@@ -36,6 +37,7 @@ app.command()(imatrix)
 app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(perplexity)
+app.command()(compare)
 app.command()(chat)
 app.command()(generate)
 app.command()(inspect.inspect)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from edgelora.evaluate import paired
@@ -64,8 +65,12 @@ def title_of(key: str) -> str:
     return kind_of(key).title + (f": {part}" if part else "")
 
 
+@lru_cache(maxsize=1024)
 def difference(key: str, a: Measure, b: Measure) -> paired.Difference | None:
-    """b − a over the same rows; of perplexity the ln of its ratio (nats). None where the rows are not the same ones."""
+    """b − a over the same rows; of perplexity the ln of its ratio (nats). None where the rows are not the same ones.
+
+    Kept: a page asks for the same pair in several places, and 10,000 draws take a moment.
+    """
     if not a.rows or len(a.rows) != len(b.rows) or a.weights != b.weights:
         return None
     if kind_of(key).is_share:

@@ -1,15 +1,6 @@
-"""Which file to ship: the smallest that is not clearly worse than the best, by these rules and nothing else.
+"""Which file to ship: the smallest that is not clearly worse than the best, by RULES and nothing else.
 
-1. Only whole cells count: what failed, is partial, or whose figure is no number is not ranked. The base alone is what
-   the others are compared with, unless nothing else was asked for.
-2. What the limits exclude is out.
-3. Best is the highest share of right answers, then the lowest held-out loss; without a task the lowest KL to the
-   reference, then perplexity, then bits per byte.
-4. As good as the best is what is not clearly worse in any of these figures: the paired 95 % interval of the difference
-   holds 0 (for right and wrong: McNemar's p ≥ 0.05), or the difference is below NEGLIGIBLE_NATS.
-5. Of those, the smallest; of equal size the faster.
-
-Reads nothing, writes nothing.
+Reads nothing, writes nothing, measures nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +14,18 @@ from edgelora.evaluate.cells import CellResult, Measure, in_order
 from edgelora.evaluate.measures import difference, kind_of, title_of
 from edgelora.evaluate.pareto import goodness, ranked_by
 
-NEGLIGIBLE_NATS = 0.02
-"""A token: 2 % of perplexity. A clear difference may be too small to matter, with text enough to see it."""
+NEGLIGIBLE_NATS = 0.02  # a token: 2 % of perplexity. With text enough, differences are clear that do not matter
+RULES = (
+    "Only whole cells count: what failed, is partial, or whose figure is no number is never ranked. The base alone is "
+    "what the others are compared with, unless nothing else was asked for.",
+    "What exceeds a limit is out.",
+    "Best is the highest share of right answers, then the lowest held-out loss; without a task the lowest KL to the "
+    "reference, else perplexity, else bits per byte.",
+    "As good as the best is what is not clearly worse in any of these figures: the 95 % interval of the difference, "
+    "over the same rows, holds 0 (of right and wrong: McNemar's p is 0.05 or more), or the difference is below "
+    f"{NEGLIGIBLE_NATS:g} nats a token.",
+    "Of those the smallest is taken; of equal size the faster.",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Choice:
-    """The file to ship (None: there is none), the cell's name, and the reason in words."""
+    """The file to ship (None: there is none), the reason in words, line by line, and the cell's name."""
 
     file: str | None
     why: str
@@ -61,17 +62,23 @@ class Against:
         harm = -kind.better * self.change
         return self.is_clear and not harm <= (NEGLIGIBLE_NATS if kind.in_nats else 0)  # NaN is worse than anything
 
-    def __str__(self) -> str:
+    @property
+    def written(self) -> str:
+        """The change in its unit, with its interval."""
         if math.isnan(self.change):
-            return f"{title_of(self.key)} not measured"
+            return "not measured"
+        if self.change == 0 and self.interval_95 == (0, 0):
+            return "equal in each row"
         kind = kind_of(self.key)
         factor, unit = (100, " points") if kind.better > 0 else (1, " nats" if kind.in_nats else "")
         digits = 1 if kind.better > 0 else 3
-        text = f"{title_of(self.key)} {self.change * factor:+.{digits}f}{unit}"
-        if self.interval_95 is None:
-            return text
-        low, high = (f"{bound * factor:+.{digits}f}" for bound in self.interval_95)
-        return f"{text} (95 %: {low} … {high})"
+        value, *bounds = (
+            f"{x * factor:+.{digits}f}".replace("-", "−") for x in (self.change, *(self.interval_95 or ()))
+        )
+        return f"{value}{unit}" + (f" (95 %: {bounds[0]} … {bounds[1]})" if bounds else "")
+
+    def __str__(self) -> str:
+        return f"{title_of(self.key)} {self.written}"
 
 
 def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choice:
@@ -81,9 +88,8 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
     keys = ranked_by([cell for cell in asked if cell.status == "ok"])
     usable = [cell for cell in asked if cell.status == "ok" and keys and cell.measure(keys[0])]
     if not usable:
-        return Choice(
-            None, "Nothing was measured from beginning to end, so nothing can be advised." + _left_out(asked, keys)
-        )
+        nothing = "Nothing was measured from beginning to end, so nothing can be advised."
+        return Choice(None, "\n".join([nothing, *_left_out(asked, keys)]))
     if limits.min_quality is not None and keys[0] != "right":
         raise ConfigError(
             what=f"--min-quality {limits.min_quality:g}: there is no share of right answers",
@@ -92,13 +98,13 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
         )
     fitting = [cell for cell in usable if not exceeded(cell, limits)]
     if not fitting:
-        return Choice(None, _nothing_fits(usable, keys, limits) + _left_out(asked, keys))
+        return Choice(None, "\n".join([_nothing_fits(usable, keys, limits), *_left_out(asked, keys)]))
     best = max(fitting, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
     good = [cell for cell in fitting if not any(found.is_worse for found in against(best, cell, keys))]
     chosen = min(good, key=lambda cell: (cell.size_bytes, -_speed(cell)))
-    sentences = [_chosen(chosen, best, keys), *_others(chosen, best, fitting, keys), *_limited(usable, fitting, limits)]
-    sentences += _is_adapter_worth_it(chosen, cells, keys)
-    return Choice(chosen.path, " ".join(sentences) + _left_out(asked, keys), chosen.name)
+    lines = [*_chosen(chosen, best, keys), *_others(chosen, best, fitting, keys), *_limited(usable, fitting, limits)]
+    lines += [*_is_adapter_worth_it(chosen, cells, keys), *_left_out(asked, keys)]
+    return Choice(chosen.path, "\n".join(lines), chosen.name)
 
 
 def against(best: CellResult, cell: CellResult, keys: Sequence[str]) -> list[Against]:
@@ -131,17 +137,25 @@ def exceeded(cell: CellResult, limits: Limits) -> list[str]:
     return found
 
 
-def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> str:
+def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> list[str]:
     about = "your task" if kind_of(keys[0]).about == "task" else "this text"
-    said = f"{chosen.name}: {_size(chosen)}, {_figures(chosen, keys)}"
     if chosen is best:
-        return f"{said}, the best on {about}."
+        return [f"{chosen.name}: {_size(chosen)}, the best on {about}: {_figures(chosen, keys)}."]
     found = against(best, chosen, keys)
     is_noise = not any(one.is_clear and -kind_of(one.key).better * one.change > 0 for one in found)
     near = "within noise of" if is_noise else f"less than {NEGLIGIBLE_NATS:g} nats a token behind"
-    changes = "; ".join(str(one) for one in found)
     faster = f", {_speed(chosen) / _speed(best):.1f}× its speed" if _speed(chosen) > 0 and _speed(best) > 0 else ""
-    return f"{said}; {near} {best.name}, the best on {about} ({changes}){faster}."
+    return [
+        f"{chosen.name}: {_size(chosen)}, {near} {best.name}, the best on {about}{faster}.",
+        "; ".join(_beside(best, chosen, one) for one in found) + ".",
+    ]
+
+
+def _beside(best: CellResult, chosen: CellResult, found: Against) -> str:
+    a, b, write = best.measure(found.key), chosen.measure(found.key), kind_of(found.key).write
+    assert a is not None
+    assert b is not None
+    return f"{title_of(found.key)} {write(b.value)} against {write(a.value)}: {found.written}"
 
 
 def _others(chosen: CellResult, best: CellResult, cells: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
@@ -184,13 +198,13 @@ def _nothing_fits(usable: Sequence[CellResult], keys: Sequence[str], limits: Lim
     )
 
 
-def _left_out(cells: Sequence[CellResult], keys: Sequence[str]) -> str:
+def _left_out(cells: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
     found = [
         f"{cell.name} ({'no number came out' if cell.status == 'ok' else cell.status})"
         for cell in cells
         if cell.status != "ok" or not (keys and cell.measure(keys[0]))
     ]
-    return f" Not ranked: {', '.join(found)}." if found else ""
+    return [f"Not ranked: {', '.join(found)}."] if found else []
 
 
 def _figures(cell: CellResult, keys: Sequence[str]) -> str:

@@ -1,0 +1,225 @@
+"""What the page says, as text in tables: prepared once for HTML and Markdown. Escapes nothing and draws nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edgelora.evaluate.cells import CellResult, Measure, Report, in_order
+from edgelora.evaluate.measures import MEASURES, kind_of, title_of
+from edgelora.evaluate.pareto import frontier, goodness, ranked_by
+from edgelora.evaluate.recommend import Choice, against
+from edgelora.evaluate.report import best, shown_columns
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Value:
+    text: str
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """`note`: why a cell failed or is partial."""
+
+    name: str
+    way: str
+    values: tuple[Value, ...]
+    note: str
+    is_chosen: bool
+    is_dominated: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """A cell in one measure. `strip`: where interval and value lie between the least and the greatest, 0 to 1."""
+
+    name: str
+    way: str
+    value: str
+    interval: str
+    change: str
+    verdict: str
+    strip: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One measure of all cells; `about` as in MEASURES."""
+
+    title: str
+    about: str
+    better: str
+    note: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A general measure before and after."""
+
+    name: str
+    way: str
+    before: str
+    base: str
+    after: str
+    change: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Alike:
+    """An answer, and who gave it: (cell, way)."""
+
+    text: str
+    who: tuple[tuple[str, str], ...]
+    is_expected: bool
+    """It is the reference to the letter."""
+
+
+@dataclass(frozen=True)
+class AnswersOf:
+    prompt: str
+    reference: str
+    given: tuple[Alike, ...]
+
+
+def table(report: Report, choice: Choice) -> tuple[list[str], list[TableRow]]:
+    """The titles of COLUMNS that have a value, and a line for each cell; only whole cells can be best."""
+    cells = in_order(report.cells)
+    whole = [cell for cell in cells if cell.status == "ok"]
+    columns = shown_columns(cells)
+    tops = {column.key: best(column, whole) for column in columns}
+    keys = ranked_by(whole)
+    undominated = frontier(whole, keys[0]) if keys else []
+
+    def values(cell: CellResult) -> tuple[Value, ...]:
+        found = [(column, column.of(cell)) for column in columns]
+        return tuple(
+            Value(NONE)
+            if value is None
+            else Value(column.write(value), cell.status == "ok" and value == tops[column.key])
+            for column, value in found
+        )
+
+    return [column.title for column in columns], [
+        TableRow(
+            cell.name, cell.way, values(cell), "" if cell.status == "ok" else f"{cell.status}: {cell.why}",
+            cell.name == choice.cell, bool(keys) and cell not in undominated,
+        )
+        for cell in cells
+    ]  # fmt: skip
+
+
+def sections(report: Report) -> list[Section]:
+    """Every measure that was taken, in MEASURES' order, each cell beside the best of it."""
+    cells = [cell for cell in in_order(report.cells) if cell.status != "failed"]
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.measures))
+    names = list(MEASURES)
+    return [
+        section for key in sorted(keys, key=lambda key: names.index(key.partition("/")[0]))
+        if (section := _section(cells, key))
+    ]  # fmt: skip
+
+
+def _section(cells: Sequence[CellResult], key: str) -> Section | None:
+    with_it = [(cell, found) for cell in cells if (found := cell.measure(key))]
+    whole = [cell for cell, _ in with_it if cell.status == "ok"]
+    if not whole:
+        return None
+    top, kind = max(whole, key=lambda cell: goodness(cell, [key])), kind_of(key)
+    bounds = [bound for _, found in with_it for bound in _bounds(found)]
+    lines = tuple(_line(cell, found, top, key, (min(bounds), max(bounds))) for cell, found in with_it)
+    chance = next((found.chance for _, found in with_it if found.chance is not None), None)
+    note = f"guessing gets {chance:.0%} right" if chance is not None else ""
+    return Section(title_of(key), kind.about, "higher is better" if kind.better > 0 else "lower is better", note, lines)
+
+
+def _line(cell: CellResult, found: Measure, top: CellResult, key: str, span: tuple[float, float]) -> Line:
+    kind = kind_of(key)
+    low, high = _bounds(found)
+    interval = f"{kind.write(low)} … {kind.write(high)}" if found.interval_95 else NONE
+    low, at, high = ((x - span[0]) / ((span[1] - span[0]) or 1.0) for x in (low, found.value, high))
+    change = "" if cell is top else against(top, cell, [key])[0].written
+    return Line(
+        cell.name, cell.way, kind.write(found.value), interval, change, _verdict(cell, top, key), (low, at, high)
+    )
+
+
+def _bounds(found: Measure) -> tuple[float, float]:
+    bounds = [bound for bound in found.interval_95 or () if math.isfinite(bound)] + [found.value]
+    return min(bounds), max(bounds)
+
+
+def _verdict(cell: CellResult, top: CellResult, key: str) -> str:
+    if cell.status != "ok":
+        return cell.status
+    if cell is top:
+        return "best"
+    found = against(top, cell, [key])[0]
+    if found.is_worse:
+        return "clearly worse"
+    return "too little to matter" if found.is_clear else "within noise"
+
+
+def forgetting(report: Report) -> list[tuple[str, list[Change]]]:
+    """General ability, measure by measure, with the adapter beside the base alone: of the same quantization if that was
+    measured, else the largest."""
+    whole = [cell for cell in in_order(report.cells) if cell.status == "ok"]
+    bases = [cell for cell in whole if cell.way == "base"]
+    keys = [key for key in dict.fromkeys(key for cell in whole for key in cell.measures) if _is_general(key)]
+    found = []
+    for key in keys:
+        measured = [base for base in bases if base.measure(key)]
+        after = [cell for cell in whole if cell.way != "base" and cell.measure(key)]
+        if measured and after:
+            found.append((title_of(key), [_change(_before(cell, measured), cell, key) for cell in after]))
+    return found
+
+
+def _before(cell: CellResult, bases: Sequence[CellResult]) -> CellResult:
+    return max(bases, key=lambda base: (base.quant == cell.quant, base.size_bytes))
+
+
+def _is_general(key: str) -> bool:
+    return kind_of(key).about == "general"
+
+
+def _change(base: CellResult, cell: CellResult, key: str) -> Change:
+    change, kind = against(base, cell, [key])[0], kind_of(key)
+    before, after = base.measure(key), cell.measure(key)
+    assert before is not None
+    assert after is not None
+    worse = -kind.better * change.change > 0
+    verdict = ("clearly worse" if worse else "clearly better") if change.is_clear else "no clear change"
+    if change.is_clear and worse and not change.is_worse:
+        verdict = "too little to matter"
+    return Change(
+        cell.name, cell.way, kind.write(before.value), base.name, kind.write(after.value),
+        change.written, verdict,
+    )  # fmt: skip
+
+
+def answers(report: Report) -> list[AnswersOf]:
+    """Of each sample, like answers as one."""
+    cells = [cell for cell in in_order(report.cells) if cell.samples]
+    found = []
+    for i, sample in enumerate(report.samples):
+        given: dict[str, list[tuple[str, str]]] = {}
+        for cell in cells:
+            if i < len(cell.samples):
+                given.setdefault(cell.samples[i].strip(), []).append((cell.name, cell.way))
+        expected = sample.reference.strip()
+        alike = [Alike(text, tuple(who), text == expected) for text, who in given.items()]
+        found.append(
+            AnswersOf(sample.prompt, sample.reference, tuple(sorted(alike, key=lambda one: not one.is_expected)))
+        )
+    return found
+
+
+def printable(text: str) -> str:
+    """What cannot be seen is written out, so that an answer shows as it is and changes nothing around it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,0 +1,112 @@
+"""Two reports of the same data beside each other: cell by cell, row by row. Reads no file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgelora.errors import DataError
+from edgelora.evaluate.cells import CellResult, Report, in_order
+from edgelora.evaluate.measures import kind_of, title_of
+from edgelora.evaluate.recommend import Against, against
+
+SHOWN = 12  # characters of a digest
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One cell's measure in both reports, `after` beside `before`."""
+
+    cell: str
+    measure: str
+    before: str
+    after: str
+    change: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`settings`: what differs in how they were measured; `only_before` and `only_after`: cells that the other report
+    lacks, or has no whole figures of."""
+
+    pairs: tuple[Pair, ...]
+    settings: tuple[str, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_reports(before: Report, after: Report, names: tuple[str, str]) -> Comparison:
+    """Raises DataError, which calls the reports by `names`, where their data is not the same."""
+    _require_same_data(before, after, names)
+    left, right = (_whole(report) for report in (before, after))
+    pairs = [
+        _pair(key, left[name], right[name])
+        for name in left if name in right
+        for key in left[name].measures if left[name].measure(key) and right[name].measure(key)
+    ]  # fmt: skip
+    return Comparison(
+        tuple(pairs), tuple(_settings(before, after)), tuple(n for n in left if n not in right),
+        tuple(n for n in right if n not in left),
+    )  # fmt: skip
+
+
+def _whole(report: Report) -> dict[str, CellResult]:
+    return {cell.name: cell for cell in in_order(report.cells) if cell.status == "ok"}
+
+
+def _pair(key: str, before: CellResult, after: CellResult) -> Pair:
+    (found,) = against(before, after, [key])
+    a, b, kind = before.measure(key), after.measure(key), kind_of(key)
+    assert a is not None
+    assert b is not None
+    return Pair(before.name, title_of(key), kind.write(a.value), kind.write(b.value), found.written, _verdict(found))
+
+
+def _verdict(found: Against) -> str:
+    if not found.change:
+        return "equal"
+    if not found.is_clear:
+        return "within noise"
+    if kind_of(found.key).better * found.change > 0:
+        return "clearly better"
+    return "clearly worse" if found.is_worse else "too little to matter"
+
+
+def _digests(report: Report) -> dict[str, dict[str, str]]:
+    """Role → digest → name."""
+    found: dict[str, dict[str, str]] = {}
+    for file in report.provenance.data:
+        found.setdefault(file.role, {})[file.sha256] = file.path
+    return found
+
+
+def _require_same_data(before: Report, after: Report, names: tuple[str, str]) -> None:
+    a, b = _digests(before), _digests(after)
+    common = [role for role in a if role in b]
+    differing = [
+        f"{role}: {_said(a[role])} against {_said(b[role])}" for role in common if set(a[role]) != set(b[role])
+    ]
+    if differing or not common:
+        raise DataError(
+            what=f"{names[0]} and {names[1]} were measured on different data",
+            why="; ".join(differing) or f"one has {', '.join(a) or 'none'}, the other {', '.join(b) or 'none'}",
+            fix="measure both on the same files; only rows that both answered can be compared",
+        )
+
+
+def _said(files: Mapping[str, str]) -> str:
+    return " + ".join(f"{name} (sha256 {digest[:SHOWN]}…)" for digest, name in sorted(files.items()))
+
+
+def _settings(before: Report, after: Report) -> list[str]:
+    """What else was not the same, so that a reader knows what a change may come from."""
+    a, b = ({"CPU": r.provenance.cpu, "threads": r.provenance.threads, **r.provenance.versions, **r.provenance.settings}
+            for r in (before, after))  # fmt: skip
+    return [
+        f"{key}: {a.get(key, '–')} → {b.get(key, '–')}" for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)
+    ]
