@@ -24,7 +24,7 @@ from edgelora.errors import AdapterError, ConfigError, DataError
 from edgelora.files.contract import Contract
 from edgelora.peft.adapter import Adapter, write_adapter
 
-GROUPS = {"data": ["check"]}
+GROUPS = {"adapters": ["add", "list", "remove", "show"], "data": ["check"]}
 COMMANDS = sorted(typer.main.get_command(app).commands)
 HELPED = [[name, *more] for name in COMMANDS for more in ([[one] for one in GROUPS[name]] if name in GROUPS else [[]])]
 ROW = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
@@ -295,9 +295,13 @@ def test_ctrl_c_stops_a_training_where_it_can_go_on(tiny, tmp_path):
     rows, out = ROOT / "examples" / "home" / "test.jsonl", tmp_path / "mine"
     command = [sys.executable, "-m", "edgelora", "train", str(tiny.path), str(rows), "--out", str(out)]
     with subprocess.Popen([*command, "--epochs", "500"], stderr=subprocess.PIPE, text=True) as child:
-        assert any("train 1/" in child.stderr.readline() for _ in range(40))
-        child.send_signal(signal.SIGINT)
-        what, why, fix = child.stderr.read().splitlines()[-3:]
+        try:
+            assert any("train 1/" in child.stderr.readline() for _ in range(40))
+            child.send_signal(signal.SIGINT)
+            what, why, fix = child.stderr.read().splitlines()[-3:]
+        except BaseException:
+            child.kill()  # else the block would wait for 500 epochs
+            raise
     assert child.returncode == 130
     assert re.fullmatch(r"stopped behind step \d+ of \d+; nothing is lost", what)
     assert why == "  why: Ctrl-C"

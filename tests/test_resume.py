@@ -458,6 +458,7 @@ def test_a_second_signal_stops_in_the_middle_of_a_step(child, number, code):
     """A step of about a hundred micro-batches is lost, the checkpoint before it is not."""
     process, out = child(**{"batch-rows": 96, "micro-batch-tokens": 16, "save-every": 1})
     while not any((run_folder(out) / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     for _ in range(2):
         time.sleep(0.05)
