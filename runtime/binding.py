@@ -116,6 +116,9 @@ class Model:
         """The bytes of a token; empty for control tokens."""
         out = ctypes.create_string_buffer(256)
         n = C.llama_token_to_piece(self._vocabulary, token, out, len(out), 0, False)
+        if n < 0:  # as long as it would have been
+            out = ctypes.create_string_buffer(-n)
+            n = C.llama_token_to_piece(self._vocabulary, token, out, len(out), 0, False)
         return out.raw[: max(n, 0)]
 
     def ends_generation(self, token: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from edgelora.base.model import Base
@@ -38,13 +38,32 @@ def _ids(prompt: Prompt, base: Base) -> list[int]:
     if prompt and all(isinstance(part, Message) for part in prompt):
         messages = cast(Sequence[Message], prompt)
         for message in messages:
-            _require_unicode(message.content or "")
+            _require_text(message)
         return encode_prompt(messages, base.tokenizer, base.template)
     n = len(base.tokenizer.tokens)
     for token in prompt:
         if not isinstance(token, int) or not 0 <= token < n:
             raise DataError(f"the token {token!r}", f"the vocabulary has ids from 0 to {n - 1}", "pass such ids")
     return [int(token) for token in cast(Sequence[int], prompt)]
+
+
+def _require_text(message: Message) -> None:
+    """Whatever of a message a template may print."""
+    if not isinstance(message.role, str) or not isinstance(message.content, str | None):
+        raise DataError(
+            what=f"a message of {message.role!r} whose content is {message.content!r}",
+            why="a role is a text, and so is what is said; only a turn that calls tools may say nothing",
+            fix="pass texts",
+        )
+    waiting: list[object] = list(vars(message).values())
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            _require_unicode(value)
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += value
 
 
 def _require_unicode(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from edgelora.errors import ConfigError
 from runtime.chat import Settings
+from runtime.limits import check_sampling
 from runtime.service import Sampling
 
 OFF = "off"  # takes back what can be None or empty
@@ -51,8 +52,6 @@ def values(settings: Settings) -> dict[str, str]:
 
 def checked(sampling: Sampling) -> Sampling:
     """`sampling`, if every field of it is within its limits. Raises ConfigError."""
-    from runtime.sampling import check_sampling  # loads llama.cpp, which a chat with a worker does without
-
     check_sampling(sampling, ANY_VOCABULARY)
     return sampling
 

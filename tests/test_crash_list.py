@@ -200,6 +200,11 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "a schema in itself": {"json_schema": {"$ref": "#"}},
     "half a character in a schema": {"json_schema": {"type": "object", "properties": {"\ud800": {"type": "string"}}}},
     "an empty text to stop at": {"stop": ("",)},
+    "half a character to stop at": {"stop": ("\ud800",)},
+    "half a character in a role": {"prompt": [Message("\ud800", "a")]},
+    "half a character in a name": {"prompt": [Message("user", "a", name="\udfff")]},
+    "half a character in a call": {"prompt": [Message("assistant", None, ({"function": {"name": "\udfff"}},))]},
+    "a message that says a number": {"prompt": [Message("user", 5)]},  # type: ignore[arg-type]
     "half a character": {"prompt": "a \ud800"},
     "half a character in a message": {"prompt": [Message("user", "a \udfff")]},
     "longer than the context": {"prompt": "turn on the light " * 500},
@@ -233,7 +238,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 RIGHT: dict[str, tuple[dict[str, Any], int]] = {  # what looks as bad and can be answered; and with how many tokens
     "more tokens than there can be": ({"prompt": [5] * 250, "n": 10**9, "logit_bias": {2: -INF, 0: -INF}}, 7),
-    "half a character in a name that the template leaves out": ({"prompt": [Message("user", "a", name="\udfff")]}, 4),
     "a scale of 0": ({"adapters": {"good": 0.0}}, 4),
     "a negative scale": ({"adapters": {"good": -1.0}}, 4),
 }  # fmt: skip

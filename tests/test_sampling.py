@@ -11,7 +11,8 @@ import pytest
 from edgelora.errors import ConfigError, EngineError
 from runtime.binding import Context, Entry, Model, SamplerChain
 from runtime.lookup import Lookup
-from runtime.sampling import LIMITS, Sampler, log_probabilities
+from runtime.limits import LIMITS
+from runtime.sampling import Sampler, log_probabilities
 from runtime.service import Sampling
 
 C = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
