@@ -16,9 +16,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -348,7 +348,7 @@ def resident():
 
 
 def memory(base: Path, rounds: int) -> dict[str, Any]:
-    """Private memory of a process that answers, by the engine and by llama.cpp's binding alone; mapped files left out."""
+    """Private memory of a process that answers, by the engine and by the binding alone; mapped files do not count."""
     bare = (
         RESIDENT + "import ctypes, llama_cpp as C, numpy as np\n"
         "s = C.llama_model_default_params(); s.n_gpu_layers = 0\n"
@@ -390,24 +390,22 @@ def server(base: Path, rounds: int) -> dict[str, Any]:
 
     tokenizer = open_base(base).tokenizer
     prompts = [tuple(tokenizer.encode(f"{TEXT}{number} people ").ids) for number in range(8)]
-    n_tokens, n_threads = 48, os.cpu_count() or 1
+    n_tokens = 48
     found: dict[str, list[float]] = {}
+
+    callers = ThreadPoolExecutor(8)
 
     def together(ask: Callable[[int], int], n: int) -> float:
         """Tokens a second of `n` callers at once."""
-        counts = [0] * n
-        callers = [threading.Thread(target=lambda i=i: counts.__setitem__(i, ask(i))) for i in range(n)]
         start = time.perf_counter()
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
+        counts = list(callers.map(ask, range(n)))
         return sum(counts) / (time.perf_counter() - start)
 
-    with engine_with_adapters(base, conversations=8, hot_adapters=3, context=256, threads=n_threads) as (engine, files):
+    with engine_with_adapters(base, conversations=8, hot_adapters=3, context=256, threads=None) as (engine, files):
+        n_threads = int(engine.threads.value)
         settings = x.CommonParams()
         settings.model.path = str(base)
-        settings.n_parallel, settings.n_ctx, settings.n_gpu_layers, settings.warmup = 8, 2048, 0, True
+        settings.n_parallel, settings.n_ctx, settings.n_gpu_layers, settings.verbosity = 8, 2048, 0, 0
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = n_threads
         settings.lora_adapters = [x.CommonAdapterLoraInfo(str(path), 0.0) for path in files]
         peer = x.Server(settings)
@@ -420,9 +418,8 @@ def server(base: Path, rounds: int) -> dict[str, Any]:
                 "prompt": list(prompts[i]), "n_predict": n_tokens, "temperature": 0.0, "cache_prompt": False,
                 "lora": [{"id": j, "scale": float(j == i % 4)} for j in range(4)], "stream": False,
             }  # fmt: skip
-            said = peer.handle_completions(json.dumps(asked))
-            said = json.loads(said) if isinstance(said, str) else said
-            return int(said["tokens_predicted"])
+            said = peer.handle_completions(asked)
+            return int(said["usage"]["completion_tokens"])
 
         for _ in range(rounds + 1):
             for name, ask in (("engine", ours), ("server", theirs)):

@@ -46,8 +46,8 @@ class Lane:
 
     # -- sequences ------------------------------------------------------------------------------------------------
 
-    def take(self, chain: Chain, turn: int) -> tuple[Slot, int]:
-        """A free sequence for a prompt of these digests, and how many of its chunks it holds already.
+    def take(self, chain: Chain, key: Key, turn: int) -> tuple[Slot, int]:
+        """A free sequence for an answer by `key` to a prompt of these digests; how many of its chunks it holds already.
 
         Whatever holds the most of them is used: this sequence itself, one beside it, a snapshot. What the sequence
         held and the prompt does not go on from is kept as a snapshot.
@@ -58,13 +58,25 @@ class Lane:
         beside = max(self.slots, key=lambda slot: common(slot.chain, chain))
         kept = self._snapshots.longest(chain)
         best = max(shared, common(beside.chain, chain), kept[0] if kept else 0)
-        slot = nearest if best == shared else min(free, key=lambda slot: (bool(slot.chain), slot.used))
+        slot = nearest if best == shared > 0 else self._well_placed(free, key)
         self.keep(slot, best if best == shared else 0)
         if best > shared:
             self._refill(slot, beside if common(beside.chain, chain) == best else None, kept and kept[1])
         self.context.forget(slot.sequence, best * self._chunk)
-        slot.chain, slot.busy, slot.used = chain[:best], True, turn
+        slot.chain, slot.key, slot.busy, slot.used = chain[:best], key, True, turn
         return slot, best
+
+    def _well_placed(self, free: Sequence[Slot], key: Key) -> Slot:
+        """llama.cpp evaluates sequences together if their numbers are consecutive: a place beside the same adapters,
+        else one with room around it; there an empty one, else the one that rested longest."""
+
+        def order(slot: Slot) -> tuple[int, bool, int]:
+            i = slot.sequence
+            around = [other for other in self.slots[max(i - 1, 0) : i + 2] if other.busy]
+            alike = any(other.key == key for other in around)
+            return (-1 if alike else len(around)), bool(slot.chain), slot.used
+
+        return min(free, key=order)
 
     def _refill(self, slot: Slot, beside: Slot | None, kept: Snapshot | None) -> None:
         self.context.forget(slot.sequence, 0)

@@ -83,7 +83,7 @@ class Scheduler:
         group = self._turn()
         lane = self._lanes.all[group[0]]
         members = [a for a in self._running if a.group == group]
-        prompts, answers = [a for a in members if a.parts], [a for a in members if not a.parts]
+        prompts, answers = [a for a in members if a.parts], sorted((a for a in members if not a.parts), key=_sequence)
         due, self._prompt_due = self._prompt_due, False
         if due and prompts:
             self._evaluate(lane, prompts[0])
@@ -119,7 +119,7 @@ class Scheduler:
 
     def _seat(self, answer: Answer) -> None:
         answer.lane = self._lanes.choose(answer.active)
-        answer.slot, shared = self._lanes.all[answer.lane].take(answer.chain, self._taken)
+        answer.slot, shared = self._lanes.all[answer.lane].take(answer.chain, answer.active, self._taken)
         answer.begin(shared * answer.limits.chunk)
 
     def _evaluate(self, lane: Lane, answer: Answer) -> None:
@@ -185,3 +185,8 @@ class Scheduler:
             answer.slot.busy = False
         self._adapters.release(answer.key)
         answer.sampler.close()
+
+
+def _sequence(answer: Answer) -> int:
+    """llama.cpp evaluates consecutive sequences together."""
+    return -1 if answer.slot is None else answer.slot.sequence

@@ -79,6 +79,8 @@ class Slot:
     sequence: int
     chain: Chain = ()
     busy: bool = False
+    key: Key = ()
+    """The adapters of the answer that works in it."""
     used: int = 0
     """When it was last taken: a count of turns."""
 

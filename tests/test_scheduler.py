@@ -118,6 +118,21 @@ def test_those_that_wait_are_let_in_by_turns(tiny, adapters, decodes):
     assert order[0] == order[2] != order[1]
 
 
+def test_answers_of_one_set_get_sequences_side_by_side(tiny, adapters, monkeypatch):
+    """llama.cpp evaluates only such in one go; the second answer of a set comes when others are there already."""
+    together, step = set(), Lane.step
+
+    def on_step(self, key, work):
+        together.add(tuple(slot.sequence for slot, _, _ in work))
+        return step(self, key, work)
+
+    monkeypatch.setattr(Lane, "step", on_step)
+    with opened(tiny, adapters) as engine:
+        for stream in all_at_once(engine, [asked(name, n=100) for name in ("one", "two", "one", "two")]):
+            list(stream)
+    assert {pair for pair in together if len(pair) > 1} == {(0, 1), (2, 3)}
+
+
 @pytest.mark.parametrize(("hot", "changes"), [(0, 8), (2, 2)])
 def test_a_hot_set_keeps_its_context(tiny, adapters, monkeypatch, hot, changes):
     with opened(tiny, adapters, hot_adapters=hot) as engine:
