@@ -1,11 +1,13 @@
 """QLoRA of a Llama-3-8B shape on one NVIDIA GPU: tokens/s and peak memory against transformers + PEFT + bitsandbytes.
 
-    .venv/bin/python benchmarks/gpu.py [--hold 12GB,8GB] [--rounds 3] [--out benchmarks/results/gpu.json]
+    .venv/bin/python benchmarks/gpu.py [--together] [--rounds 3] [--out benchmarks/results/gpu.json]
 
 Random weights of the model's shape, built on the GPU without a checkpoint: NF4 on both sides, Q4_K on ours. LoRA of
-rank 16 on every linear layer, rows of 2048 tokens, recomputation, paged 8-bit AdamW. Each side runs alone, in a process
-held to the memory of a consumer card, and the sides take turns. `--try` runs a tiny shape on the CPU, to see that the
-benchmark itself works: its numbers say nothing.
+rank 16 on every linear layer, rows of 2048 tokens, recomputation on both sides. What waits in the machine's memory is
+each side's own: the peers' paged 8-bit moments; ours in float32, with the inputs of layers (`--offload`). Each side
+has a process held to the memory of a consumer card; with `--together`, for a card that holds them all, the sides take
+turns step by step. `--try` runs a tiny shape on the CPU, to see that the benchmark itself works: its numbers say
+nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -39,21 +44,38 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "stack, embedding and head in bf16": ("gpu_stack", {"lean": True}),
 }
 PEERS = [name for name, (program, _) in SIDES.items() if program == "gpu_stack"]
+Sides = dict[str, list[dict[str, Any]]]  # what each side took, round after round
 VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
-def visit(name: str, hold: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
-    """Build a side, let it take its steps, end it: tokens/s and peaks, or that it ran out of memory."""
+def started(name: str, hold: str, args: argparse.Namespace, folder: Path) -> Side:
+    """A side, built and warmed up, or out of memory."""
     program, settings = SIDES[name]
     where = {"shape": args.shape, "device": args.device, "tokens": args.tokens}
     if args.tried and program == "gpu_ours":
         where["offload"] = False
     given = {**settings, **where, "hold": None if hold == FREE else hold}
-    with Side(program, given, log, physical_cores()) as side:
-        if "out_of_memory" in side.facts:
-            return dict(side.facts)
-        taken = side.steps(args.steps)
-        return {**side.facts, **side.do("peaks"), "tokens_per_s": taken["tokens"] / taken["seconds"]}
+    return Side(program, given, folder / name.replace(" ", "-"), physical_cores())
+
+
+def visits(names: Iterable[str], hold: str, args: argparse.Namespace, folder: Path) -> Sides:
+    """What each side takes, round after round; the sides live at once and take turns."""
+    found: Sides = {name: [] for name in names}
+    with ExitStack() as stack, ThreadPoolExecutor(len(found)) as pool:
+        sides = dict(zip(found, pool.map(lambda name: started(name, hold, args, folder), found), strict=True))
+        for name, side in sides.items():
+            if "out_of_memory" in side.facts:
+                with side:  # it gives its memory back
+                    found[name].append(dict(side.facts))
+            else:
+                stack.enter_context(side)
+        for number in range(args.rounds):
+            for name in (name for name in found if "out_of_memory" not in sides[name].facts):
+                taken = sides[name].steps(args.steps)
+                speed = taken["tokens"] / taken["seconds"]
+                found[name].append({**sides[name].facts, **sides[name].do("peaks"), "tokens_per_s": speed})
+                print(f"round {number + 1}, {hold}, {name}: {speed:.0f} tokens/s", file=sys.stderr, flush=True)
+    return found
 
 
 def summary(visits: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -63,7 +85,7 @@ def summary(visits: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {key: median(taken[key] for taken in visits) for key in ("tokens_per_s", "used_bytes") if key in visits[0]}
 
 
-def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+def rows(found: dict[str, Sides]) -> list[dict[str, Any]]:
     """One row for each limit and side; ours are compared with the fastest peer that fits there."""
     table = []
     for hold, sides in found.items():
@@ -108,6 +130,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def write(args: argparse.Namespace, card: str, found: dict[str, Sides]) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    about = {"card": card, "shape": args.shape, "tokens": args.tokens, "rounds": args.rounds, "versions": versions()}
+    args.out.write_text(json.dumps({**about, "rows": rows(found), "visits": found}, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--hold", default=f"{FREE},12GB,8GB", help=f"memory limits; `{FREE}`: the whole card")
@@ -115,6 +143,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="of each side in a round, besides one that warms up")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--together", action="store_true", help="all sides of a limit live at once: on a large card")
     parser.add_argument("--try", dest="tried", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -125,23 +154,19 @@ def main() -> int:
         raise SystemExit("this benchmark needs an NVIDIA GPU that torch can use; --try shows that it works without one")
     card = "no GPU: numbers say nothing" if args.tried else torch.cuda.get_device_name()
     print(f"{card}; {args.shape}, {args.tokens} tokens; {', '.join(f'{n} {v}' for n, v in versions().items())}\n")
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {hold: {} for hold in args.hold.split(",")}
+    found: dict[str, Sides] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
-            for hold, sides in found.items():
-                for name in SIDES:
-                    taken = visit(name, hold, args, Path(folder) / "log")
-                    sides.setdefault(name, []).append(taken)
-                    told = f"{taken['tokens_per_s']:.0f} tokens/s" if "tokens_per_s" in taken else "out of memory"
-                    print(f"round {number + 1}, {hold}, {name}: {told}", file=sys.stderr, flush=True)
+        for hold in args.hold.split(","):
+            groups = [SIDES] if args.together else [[name] for name in SIDES]
+            found[hold] = {}
+            for names in groups:
+                found[hold] |= visits(names, hold, args, Path(folder))
+            if args.out:  # what was measured is kept, whatever comes next
+                write(args, card, found)
     table = rows(found)
     if args.tried:
         table = [{key: value for key, value in row.items() if key != "met"} for row in table]
     show(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"card": card, "shape": args.shape, "tokens": args.tokens, "versions": versions(), "rows": table}
-        args.out.write_text(json.dumps({**result, "visits": found}, indent=2) + "\n", encoding="utf-8")
     return 0 if all(row.get("met", True) for row in table) else 1
 
 

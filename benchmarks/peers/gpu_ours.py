@@ -104,6 +104,7 @@ class Step(Silent):
     """Told by the training loop that a step is over: it goes on when the benchmark wants another."""
 
     def __init__(self, turn: Turnstile, device: str) -> None:
+        super().__init__()
         self.turn, self.losses = turn, list[float]()
         turn.handlers = {"peaks": lambda _: peaks(device)}
 

@@ -55,6 +55,7 @@ class NF4(Products):
         self.codes, self.scale_codes = codes, scale_codes
         self.scale_of_scales, self.offset = scale_of_scales, offset
         self.size_bytes = sum(part.nbytes for part in (codes, scale_codes, scale_of_scales, offset))
+        self._for_triton: Stored | None = None
 
     def to(self, device: torch.device | str) -> NF4:
         parts = (self.codes, self.scale_codes, self.scale_of_scales, self.offset)
@@ -97,10 +98,12 @@ class NF4(Products):
         device = self.codes.device
         if not has_triton(device):
             return None
-        from edgelora.base import triton_blocks
+        if self._for_triton is None:  # asked for three times a step: kept
+            from edgelora.base import triton_blocks
 
-        parts = (self.codes, self.scale_codes, self.scale_of_scales, self.offset)
-        return triton_blocks.of_nf4(self.shape, *parts, _levels(device), _dynamic_map(device))
+            parts = (self.codes, self.scale_codes, self.scale_of_scales, self.offset)
+            self._for_triton = triton_blocks.of_nf4(self.shape, *parts, _levels(device), _dynamic_map(device))
+        return self._for_triton
 
     def _blocks_on_device(self, first: int, last: int) -> Tensor:
         """What `_blocks` gives, in memory of its own and by operations that MPS has."""

@@ -190,12 +190,17 @@ class DeviceBlocks(Products):
         self.blocks, self.kind = blocks, kind
         self.shape = (len(blocks), columns)
         self.size_bytes = blocks.nbytes
+        self._for_triton: Stored | None = None
 
     def to(self, device: torch.device | str) -> DeviceBlocks:
         return DeviceBlocks(self.blocks.to(device), self.kind, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._floats(self.blocks, dtype)
+        if (stored := self.for_triton()) is None:
+            return dequantize_blocks(self.blocks, self.kind, self.shape[1], dtype)
+        from edgelora.base import triton_blocks
+
+        return triton_blocks.dequantize(stored, dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._floats(self.blocks[first:last], dtype)
@@ -204,7 +209,9 @@ class DeviceBlocks(Products):
         return self._floats(self.blocks[ids])
 
     def for_triton(self) -> Stored | None:
-        return self._stored(self.blocks)
+        if self._for_triton is None:  # asked for three times a step: kept
+            self._for_triton = self._stored(self.blocks)
+        return self._for_triton
 
     def _floats(self, blocks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if (stored := self._stored(blocks)) is not None:

@@ -28,6 +28,7 @@ def usable(*tensors: Tensor) -> bool:
     )
 
 
+@cache
 def kernels() -> Any:
     """`nn/triton_rows.py`, imported where it runs only."""
     from edgelora.nn import triton_rows

@@ -19,11 +19,14 @@ _compiled: dict[Any, Any] = {}
 
 def _kind(argument: Any) -> Any:
     """What of an argument Triton compiles a kernel for: dtype and alignment of a tensor, 1, multiples of 16, width."""
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(1 << 31) <= argument < 1 << 31
+    kind = type(argument)
+    if kind is int:
+        return argument == 1, argument & 15 == 0, -(1 << 31) <= argument < 1 << 31
+    if kind is float:
+        return float
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else type(argument)
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    return tuple(map(_kind, argument)) if isinstance(argument, tuple) else kind
 
 
 def launch(
@@ -39,11 +42,12 @@ def launch(
         kernel[grid](*arguments, *constants, **options)
         return
     named = [c if isinstance(c, int) else id(c) for c in constants]  # a kernel's own hash is slow, and it never dies
-    key = (id(kernel), *named, warps, contract, torch.cuda.current_device(), *map(_kind, arguments))
+    device = torch._C._cuda_getDevice()
+    key = (id(kernel), *named, warps, contract, device, *map(_kind, arguments))
     found = _compiled.get(key)
     if found is None:
         _compiled[key] = kernel[grid](*arguments, *constants, **options)
         return
-    stream = torch._C._cuda_getCurrentRawStream(key[-len(arguments) - 1])
+    stream = torch._C._cuda_getCurrentRawStream(device)
     nobody = None, None, None  # who would hear of a launch
     found.run(*(*grid, 1, 1)[:3], stream, found.function, found.packed_metadata, *nobody, *arguments, *constants)
