@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ BUDGET = """## The same bytes, spent where they matter
 choice of types, the same with an importance matrix, and types by measured sensitivity at no more bytes.
 """
 
+REPAIR = """`--repair {rank}` writes what quantization took away as a LoRA of rank {rank} beside the file, and keeps it
+only where it does more than its bytes do as bits.
+"""
+
+GEMMA = """The same for {model}: its rows of 640 fall back to blocks of 32, and its weights were Q4_K_M before, so that
+only smaller types are compared (`--gemma`; {scored_tokens} tokens).
+"""
+
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -148,7 +157,7 @@ def memory(result: Mapping[str, Any]) -> str:
     return text + "\n" + markdown(["base, GB", "to", "peak, MB", "target", ""], rows) + "\n"
 
 
-def budget(result: Mapping[str, Any]) -> str:
+def budget(result: Mapping[str, Any], about: str = BUDGET) -> str:
     def row(r: Mapping[str, Any]) -> list[object]:
         kl = [f"{r[side]['kl_mean']:.3f}" for side in ("plain", "important", "ours")]
         lower = [f"{r[name]:.0%}" for name in ("lower_than_plain", "lower_than_important")]
@@ -163,17 +172,35 @@ def budget(result: Mapping[str, Any]) -> str:
         "lower by (≥ 25 %)",
         "and by (≥ 10 %)",
     ]
-    return BUDGET.format(**result) + "\n" + markdown(head, map(row, result["rows"])) + "\n"
+    return about.format(**result) + "\n" + markdown(head, map(row, result["rows"])) + "\n" + repair(result["rows"])
+
+
+def repair(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What a LoRA beside each file was worth, where it was tried."""
+    tried = [(r["kind"], r["repair"]) for r in rows if r["repair"] is not None]
+    if not tried:
+        return ""
+    head = ["edgelora's file for", "repair, MB", "KL without", "with it", "its bytes as bits", "kept"]
+    lines = [
+        (kind, f"{r['size_bytes'] / 1e6:.1f}", *(f"{r[f'kl_{side}']:.3f}" for side in ("without", "with", "bits")),
+         "yes" if r["kept"] else "no")
+        for kind, r in tried
+    ]  # fmt: skip
+    return "\n" + REPAIR.format(rank=tried[0][1]["rank"]) + "\n" + markdown(head, lines) + "\n"
 
 
 def written() -> str:
     """The whole text."""
     parts = {
         "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget,
+        "budget": budget, "budget-gemma": partial(budget, about=GEMMA),
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
-    texts = [make(json.loads(found[name].read_text(encoding="utf-8"))) for name, make in parts.items()]
+    texts = [
+        make(json.loads(found[name].read_text(encoding="utf-8")))
+        for name, make in parts.items()
+        if found[name].exists()
+    ]
     return "\n".join([HEAD, *texts])
 
 
