@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -65,7 +66,7 @@ class Engine:
         _require_possible(config, self.context, base)
         chunk = config.chunk or (CHUNK_ON_GPU if config.gpu_layers else CHUNK)
         self._limits = Limits(chunk, self.context, config.draft_tokens)
-        self._encoding = threading.Lock()
+        self._encoding, self._opened = threading.Lock(), False
         self._owner = Owner(self._work, self._end)
         try:
             self._owner.call(self._start)
@@ -148,20 +149,21 @@ class Engine:
 
     def _start(self) -> None:
         config = self.config
-        placement = Placement(config.gpu_layers, config.mmap, config.mlock)
-        self._model = Model(self.base.path, placement=placement)
-        self._snapshots = Snapshots(config.snapshot_bytes)
-        self._adapters = Adapters(lambda digest: self._lanes.detach(digest))
-        try:
+        with ExitStack() as opened:
+            self._model = Model(self.base.path, placement=Placement(config.gpu_layers, config.mmap, config.mlock))
+            opened.callback(self._model.close)
+            self._snapshots = Snapshots(config.snapshot_bytes)
+            self._adapters = Adapters(lambda digest: self._lanes.detach(digest))
             first = self._lane(config.threads or 1)
-        except EngineError:
-            self._model.close()
-            raise
+            opened.callback(first.context.close)
+            asked = Choice(str(config.threads), "asked for") if config.threads else None
+            self._threads = asked or choose_threads(first.context)
+            self._token_bytes = _token_bytes(first.context)
+            self._snapshots.archive = self._archive()
+            opened.pop_all()
         self._lanes = Lanes(first, config.hot_adapters, lambda: self._lane(int(self.threads.value)))
-        self._threads = Choice(str(config.threads), "asked for") if config.threads else choose_threads(first.context)
-        self._token_bytes = _token_bytes(first.context)
-        self._snapshots.archive = self._archive()
         self._scheduler = Scheduler(self._lanes, self._adapters, config.conversations, self._token_bytes)
+        self._opened = True
 
     def _lane(self, threads: int) -> Lane:
         config = self.config
@@ -188,7 +190,7 @@ class Engine:
 
     def _work(self) -> bool:
         try:
-            return self._scheduler.step()
+            return self._opened and self._scheduler.step()
         except Exception as e:  # a fault of ours must not end the thread that everybody waits for
             self._scheduler.fail_all(EngineError("the engine failed", repr(e), "report this with what was asked"))
             return False
@@ -213,7 +215,7 @@ class Engine:
         )  # fmt: skip
 
     def _end(self) -> None:
-        if not hasattr(self, "_scheduler"):
+        if not self._opened:
             return  # opening failed and has freed what there was
         self._scheduler.fail_all(closed())
         if self._snapshots.archive is not None:

@@ -28,7 +28,7 @@ class Owner:
     def __init__(self, work: Callable[[], bool], end: Callable[[], None]) -> None:
         self._work, self._end = work, end
         self._calls: SimpleQueue[tuple[Future[Any], Call] | None] = SimpleQueue()
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed = threading.RLock(), False  # a collected stream may cancel at any moment
         # a daemon, closed at exit: an engine that nobody closed must not keep the process
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()

@@ -13,7 +13,7 @@ from test_export import make_adapter
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, DataError, EngineError
-from runtime.binding import Context
+from runtime.binding import Context, Model
 from runtime.engine import Engine
 from runtime.scheduler import Scheduler
 from runtime.service import EngineConfig, Request, Sampling
@@ -250,3 +250,38 @@ def test_sampling_stop_strings_and_log_probabilities_reach_the_answer(engine):
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(ConfigError, match="temperature"):
         ask(engine, sampling=Sampling(temperature=float("nan")))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_type": "f32"}, {"kv_type": "q8_0"}, {"kv_type": "q4_0", "flash_attention": "on"}, {"flash_attention": "off"},
+     {"mmap": False}, {"mlock": True}, {"gpu_layers": -1}],
+    ids=str,
+)  # fmt: skip
+def test_every_way_to_hold_a_base_answers(tiny, adapters, settings):
+    with Engine.open(tiny.path, replace(CONFIG, **settings)) as engine:
+        engine.load("one", adapters["one"])
+        first, second = (ask(engine, adapters={"one": 1.0}, n=8) for _ in range(2))
+        assert first[0] == second[0]
+        assert second[1].reused_tokens == 24
+        token_bytes = {"f32": 4, "q8_0": 34 / 32, "q4_0": 18 / 32}.get(settings.get("kv_type"), 2) * 2 * 2 * 128
+        assert first[1].kv_bytes / 32 == pytest.approx(token_bytes, rel=0.05)  # keys and values, 2 layers, 128 wide
+
+
+def test_what_llama_cpp_cannot_hold_is_a_typed_error(tiny):
+    """Quantized values need flash attention; nothing is left open, and the next engine opens."""
+    for _ in range(2):
+        with pytest.raises(EngineError, match="cannot make a context"):
+            Engine.open(tiny.path, replace(CONFIG, kv_type="q8_0", flash_attention="off"))
+    Engine.open(tiny.path, CONFIG).close()
+
+
+def test_a_fault_while_opening_frees_what_was_opened(tiny, monkeypatch):
+    freed = []
+    for kind in (Context, Model):
+        close = kind.close
+        monkeypatch.setattr(kind, "close", lambda self, close=close: freed.append(type(self)) or close(self))
+    monkeypatch.setattr("runtime.engine.choose_threads", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Engine.open(tiny.path, replace(CONFIG, threads=None))
+    assert freed == [Context, Model]
