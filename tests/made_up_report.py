@@ -45,7 +45,7 @@ def made_up_cell(way: str, quant: str) -> CellResult:
     name = f"{way}-{quant}.gguf"
     return CellResult(
         way, quant, path=name, sha256=f"{len(name):064x}", size_bytes=int(1e6 * (megabytes + 10 * (way == "live"))),
-        measures=measures, speed=Speed(900.0, 12000 / megabytes, 0.3, int(1e6 * megabytes * 1.6), switch_seconds=0.001),
+        measures=measures, speed=Speed(900.0, 12000 / megabytes, 0.3, int(1e6 * megabytes * 1.6), (880.0, 905.0)),
         samples=("light on", NASTY if quant == "Q2_K" else "lamp: on"),
         tensor_types={
             "token_embd.weight": "Q8_0", "output_norm.weight": "F32",

@@ -132,8 +132,8 @@ def test_every_part_stands_on_the_page(made_up):
     page, (report, choice) = html(*made_up), made_up
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Quality over size", "All that was measured", "Your task", "Against the reference", "What the adapter cost",
-        "Bits of each tensor", "Sample answers", "Where this comes from",
+        "Quality over size", "All that was measured", "Speed", "Your task", "Against the reference",
+        "What the adapter cost", "Bits of each tensor", "Sample answers", "Where this comes from",
     ]  # fmt: skip
     for file in report.provenance.data:
         assert file.sha256 in page
@@ -290,6 +290,12 @@ def test_the_map_of_bits_puts_like_layers_together():
     assert [(name, bits.text) for name, bits in found.others] == [("token_embd", "Q8_0")]
     assert found.vectors == 8  # six norms of layers, one behind them, one bias
     assert bits_map({}) is None
+
+
+def test_speed_says_its_spread(made_up):
+    line = next(line for line in view.speeds(made_up[0]) if line.name == "Q2_K merged")
+    assert (line.prompt, line.prompt_range, line.generation_range, line.load) == ("900", "880 … 905", "–", "0.30 s")
+    assert "Q2_K merged, imatrix" not in [line.name for line in view.speeds(made_up[0])]  # it failed
 
 
 def test_like_answers_are_one(made_up):

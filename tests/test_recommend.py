@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from edgelora.errors import ConfigError
+from edgelora.evaluate.against import NEGLIGIBLE_NATS, against
 from edgelora.evaluate.cells import NOT_MEASURED, CellResult, Measure
 from edgelora.evaluate.measures import MEASURES, difference
 from edgelora.evaluate.pareto import frontier, ranked_by
-from edgelora.evaluate.recommend import NEGLIGIBLE_NATS, Limits, against, recommend
+from edgelora.evaluate.recommend import Limits, recommend
 
 N = 200
 
@@ -58,9 +59,9 @@ def test_the_smallest_that_is_not_clearly_worse_is_taken_and_the_words_say_why()
     (low, high), (least, most) = (differs(F16, other) for other in (Q4, Q2))
     assert found.why.splitlines() == [
         "Q4_K_M merged: 105 MB, within noise of F16 merged, the best on your task, 1.9× its speed.",
-        f"right answers 91.0% against 93.0%: −2.0 points (95 %: {low} … {high}).",
+        f"Right answers 91.0% against 93.0%: −2.0 points (95 %: {low} … {high}).",
         "Take F16 merged (270 MB) if the best measured figure is worth its size.",
-        f"Q2_K merged (88 MB) is smaller, but clearly worse: right answers −18.0 points (95 %: {least} … {most}).",
+        f"Q2_K merged (88 MB) is smaller, but worse: right answers −18.0 points (95 %: {least} … {most}).",
     ]
 
 
@@ -116,6 +117,17 @@ def test_loss_sees_what_few_right_answers_cannot():
     cells = [cell("F16", 270, right=few[0], loss=loss(0.5)), cell("Q2_K", 88, right=few[1], loss=loss(2.0))]
     assert chosen(*cells) == "F16 merged"
     assert chosen(*(replace(c, measures={"right": c.measures["right"]}) for c in cells)) == "Q2_K merged"
+
+
+def test_where_the_tests_disagree_the_better_file_is_taken():
+    """Five rows of a hundred lost and none won: the interval is below 0, McNemar's exact p is 2 / 2^5 = 0.0625."""
+    a, b = (Measure(n / 100, None, (1.0,) * n + (0.0,) * (100 - n)) for n in (96, 91))
+    best, other = cell("Q8_0", 145, right=a), cell("Q4_K_M", 105, right=b)
+    (found,) = against(best, other, ["right"])
+    assert found.p_value == 0.0625
+    assert found.interval_95[1] < 0
+    assert (found.is_worse, found.verdict) == (True, "probably worse")
+    assert chosen(best, other) == "Q8_0 merged"
 
 
 def test_perplexity_is_compared_in_nats():

@@ -1,29 +1,27 @@
-"""Which file to ship: the smallest that is not clearly worse than the best, by RULES and nothing else.
+"""Which file to ship: the smallest that is not worse than the best, by RULES and nothing else.
 
 Reads nothing, writes nothing, measures nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgelora.errors import ConfigError
-from edgelora.evaluate.cells import CellResult, Measure, in_order
-from edgelora.evaluate.measures import difference, kind_of, title_of
+from edgelora.evaluate.against import NEGLIGIBLE_NATS, Against, against
+from edgelora.evaluate.cells import CellResult, in_order
+from edgelora.evaluate.measures import kind_of, title_of
 from edgelora.evaluate.pareto import goodness, ranked_by
 
-NEGLIGIBLE_NATS = 0.02  # a token: 2 % of perplexity. With text enough, differences are clear that do not matter
 RULES = (
     "Only whole cells count: what failed, is partial, or whose figure is no number is never ranked. The base alone is "
     "what the others are compared with, unless nothing else was asked for.",
     "What exceeds a limit is out.",
     "Best is the highest share of right answers, then the lowest held-out loss; without a task the lowest KL to the "
     "reference, else perplexity, else bits per byte.",
-    "As good as the best is what is not clearly worse in any of these figures: the 95 % interval of the difference, "
-    "over the same rows, holds 0 (of right and wrong: McNemar's p is 0.05 or more), or the difference is below "
-    f"{NEGLIGIBLE_NATS:g} nats a token.",
+    "As good as the best is what is not worse in any of these figures: the 95 % interval of the difference, over the "
+    f"same rows, holds 0, or the difference is below {NEGLIGIBLE_NATS:g} nats a token.",
     "Of those the smallest is taken; of equal size the faster.",
 )
 
@@ -44,41 +42,6 @@ class Choice:
     file: str | None
     why: str
     cell: str = ""
-
-
-@dataclass(frozen=True)
-class Against:
-    """A cell beside the best, in one measure: `change` (NaN: not measured), with its interval where rows could be
-    paired; whether it is clear that there is one, and whether that makes the cell worse."""
-
-    key: str
-    change: float
-    interval_95: tuple[float, float] | None
-    is_clear: bool
-
-    @property
-    def is_worse(self) -> bool:
-        kind = kind_of(self.key)
-        harm = -kind.better * self.change
-        return self.is_clear and not harm <= (NEGLIGIBLE_NATS if kind.in_nats else 0)  # NaN is worse than anything
-
-    @property
-    def written(self) -> str:
-        """The change in its unit, with its interval."""
-        if math.isnan(self.change):
-            return "not measured"
-        if self.change == 0 and self.interval_95 == (0, 0):
-            return "equal in each row"
-        kind = kind_of(self.key)
-        factor, unit = (100, " points") if kind.better > 0 else (1, " nats" if kind.in_nats else "")
-        digits = 1 if kind.better > 0 else 3
-        value, *bounds = (
-            f"{x * factor:+.{digits}f}".replace("-", "−") for x in (self.change, *(self.interval_95 or ()))
-        )
-        return f"{value}{unit}" + (f" (95 %: {bounds[0]} … {bounds[1]})" if bounds else "")
-
-    def __str__(self) -> str:
-        return f"{title_of(self.key)} {self.written}"
 
 
 def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choice:
@@ -107,24 +70,6 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
     return Choice(chosen.path, "\n".join(lines), chosen.name)
 
 
-def against(best: CellResult, cell: CellResult, keys: Sequence[str]) -> list[Against]:
-    """`cell` beside `best`, in each of `keys` that `best` has."""
-    return [_against(key, a, cell.measure(key)) for key in keys if (a := best.measure(key)) is not None]
-
-
-def _against(key: str, a: Measure, b: Measure | None) -> Against:
-    if b is None:
-        return Against(key, math.nan, None, is_clear=True)
-    paired = difference(key, a, b)
-    if paired is not None:
-        return Against(key, paired.value, paired.interval_95, paired.is_clear)
-    scale = kind_of(key).scale
-    apart = a.value != b.value
-    if a.interval_95 and b.interval_95:  # the rows are not the same: only intervals apart are told apart
-        apart = a.interval_95[1] < b.interval_95[0] or b.interval_95[1] < a.interval_95[0]
-    return Against(key, scale(b.value) - scale(a.value), None, apart)
-
-
 def exceeded(cell: CellResult, limits: Limits) -> list[str]:
     """The limits that a cell does not keep to. Memory that was not measured does not keep to any."""
     found, right, peak = [], cell.measure("right"), cell.speed.peak_bytes
@@ -142,13 +87,17 @@ def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> list[s
     if chosen is best:
         return [f"{chosen.name}: {_size(chosen)}, the best on {about}: {_figures(chosen, keys)}."]
     found = against(best, chosen, keys)
-    is_noise = not any(one.is_clear and -kind_of(one.key).better * one.change > 0 for one in found)
-    near = "within noise of" if is_noise else f"less than {NEGLIGIBLE_NATS:g} nats a token behind"
+    is_behind = any(one.is_behind for one in found)
+    near = f"less than {NEGLIGIBLE_NATS:g} nats a token behind" if is_behind else "within noise of"
     faster = f", {_speed(chosen) / _speed(best):.1f}× its speed" if _speed(chosen) > 0 and _speed(best) > 0 else ""
     return [
         f"{chosen.name}: {_size(chosen)}, {near} {best.name}, the best on {about}{faster}.",
-        "; ".join(_beside(best, chosen, one) for one in found) + ".",
+        _sentence("; ".join(_beside(best, chosen, one) for one in found)),
     ]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _beside(best: CellResult, chosen: CellResult, found: Against) -> str:
@@ -167,7 +116,7 @@ def _others(chosen: CellResult, best: CellResult, cells: Sequence[CellResult], k
     if smaller:
         next_ = max(smaller, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
         lost = "; ".join(str(change) for change in against(best, next_, keys) if change.is_worse)
-        found.append(f"{next_.name} ({_size(next_)}) is smaller, but clearly worse: {lost}.")
+        found.append(f"{next_.name} ({_size(next_)}) is smaller, but worse: {lost}.")
     return found
 
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgelora.errors import DataError
+from edgelora.evaluate.against import against
 from edgelora.evaluate.cells import CellResult, Report, in_order
 from edgelora.evaluate.measures import kind_of, title_of
-from edgelora.evaluate.recommend import Against, against
 
 SHOWN = 12  # characters of a digest
 
@@ -64,17 +64,7 @@ def _pair(key: str, before: CellResult, after: CellResult) -> Pair:
     a, b, kind = before.measure(key), after.measure(key), kind_of(key)
     assert a is not None
     assert b is not None
-    return Pair(before.name, title_of(key), kind.write(a.value), kind.write(b.value), found.written, _verdict(found))
-
-
-def _verdict(found: Against) -> str:
-    if not found.change:
-        return "equal"
-    if not found.is_clear:
-        return "within noise"
-    if kind_of(found.key).better * found.change > 0:
-        return "clearly better"
-    return "clearly worse" if found.is_worse else "too little to matter"
+    return Pair(before.name, title_of(key), kind.write(a.value), kind.write(b.value), found.written, found.verdict)
 
 
 def _digests(report: Report) -> dict[str, dict[str, str]]:

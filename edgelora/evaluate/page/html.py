@@ -36,6 +36,6 @@ def html(report: Report, choice: Choice) -> str:
     return template.render(
         report=report, choice=choice, chosen=chosen, rules=RULES, colors=COLORS, ways=WAYS, titles=titles, rows=rows,
         plots=[(a, paint(a, "wide"), paint(b, "narrow")) for a, b in zip(wide, narrow, strict=True)],
-        sections=view.sections(report), changes=view.forgetting(report), answers=view.answers(report),
-        bits=bits_map(chosen.tensor_types) if chosen else None,
+        sections=view.sections(report), speeds=view.speeds(report), changes=view.forgetting(report),
+        answers=view.answers(report), bits=bits_map(chosen.tensor_types) if chosen else None,
     )  # fmt: skip

@@ -20,7 +20,8 @@ def markdown(report: Report, choice: Choice, picture: str | None = "report.png")
         f"**{escape(choice.cell or 'No file can be recommended')}**",
         *(escape(line) for line in choice.why.splitlines()),
         *([f"![Quality over size]({picture})"] if picture else []),
-        *_table(report, choice), *_sections(report), *_forgetting(report), *_bits(report, choice), *_answers(report),
+        *_table(report, choice), *_speeds(report), *_sections(report), *_forgetting(report),
+        *_bits(report, choice), *_answers(report),
         "## How it is decided", "\n".join(f"{i}. {escape(rule)}" for i, rule in enumerate(RULES, 1)),
         *_provenance(report),
     ]  # fmt: skip
@@ -54,6 +55,15 @@ def _table(report: Report, choice: Choice) -> list[str]:
         values = [f"**{value.text}**" if value.is_best else value.text for value in row.values]
         body.append([" ".join([name, *(f"({n})" for n in note)]), *values])
     return ["## All that was measured", _grid(["", *titles], body) + "\n\nBold: the best of its column."]
+
+
+def _speeds(report: Report) -> list[str]:
+    lines = view.speeds(report)
+    if not lines:
+        return []
+    titles = ["", "prompt tokens/s", "slowest … fastest", "generation tokens/s", "slowest … fastest", "loads in"]
+    rows = [[escape(s.name), s.prompt, s.prompt_range, s.generation, s.generation_range, s.load] for s in lines]
+    return ["## Speed", _grid(titles, rows)]
 
 
 def _sections(report: Report) -> list[str]:

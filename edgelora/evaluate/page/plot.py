@@ -217,10 +217,10 @@ def _labels(
             for down in (-gap, gap + 10, -gap - LINE, gap + 10 + LINE)
             for side in (-wide / 2, 4, -wide - 4)
         ]
-        boxes = [(left, low - 11, left + wide, low + 3) for left, low in places]
+        boxes = [(left - 3, low - 11, left + wide + 3, low + 3) for left, low in places]
         box = min(boxes, key=lambda one: sum(_shared(one, other) for other in taken) + _outside(one, axes))
         taken.append(box)
-        found.append(Text(box[0], box[3] - 3, name, "start", "label", bubble.is_faded))
+        found.append(Text(box[0] + 3, box[3] - 3, name, "start", "label", bubble.is_faded))
     return found
 
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgelora.evaluate.against import against
 from edgelora.evaluate.cells import CellResult, Measure, Report, in_order
 from edgelora.evaluate.measures import MEASURES, kind_of, title_of
 from edgelora.evaluate.pareto import frontier, goodness, ranked_by
-from edgelora.evaluate.recommend import Choice, against
+from edgelora.evaluate.recommend import Choice
 from edgelora.evaluate.report import best, shown_columns
 
 NONE = "–"
@@ -68,6 +69,17 @@ class Change:
     after: str
     change: str
     verdict: str
+
+
+@dataclass(frozen=True)
+class SpeedLine:
+    name: str
+    way: str
+    prompt: str
+    prompt_range: str
+    generation: str
+    generation_range: str
+    load: str
 
 
 @dataclass(frozen=True)
@@ -139,30 +151,20 @@ def _section(cells: Sequence[CellResult], key: str) -> Section | None:
 
 
 def _line(cell: CellResult, found: Measure, top: CellResult, key: str, span: tuple[float, float]) -> Line:
-    kind = kind_of(key)
+    kind, beside = kind_of(key), against(top, cell, [key])[0]
     low, high = _bounds(found)
     interval = f"{kind.write(low)} … {kind.write(high)}" if found.interval_95 else NONE
     low, at, high = ((x - span[0]) / ((span[1] - span[0]) or 1.0) for x in (low, found.value, high))
-    change = "" if cell is top else against(top, cell, [key])[0].written
+    verdict = "best" if cell is top else beside.verdict
     return Line(
-        cell.name, cell.way, kind.write(found.value), interval, change, _verdict(cell, top, key), (low, at, high)
-    )
+        cell.name, cell.way, kind.write(found.value), interval, "" if cell is top else beside.written,
+        verdict if cell.status == "ok" else cell.status, (low, at, high),
+    )  # fmt: skip
 
 
 def _bounds(found: Measure) -> tuple[float, float]:
     bounds = [bound for bound in found.interval_95 or () if math.isfinite(bound)] + [found.value]
     return min(bounds), max(bounds)
-
-
-def _verdict(cell: CellResult, top: CellResult, key: str) -> str:
-    if cell.status != "ok":
-        return cell.status
-    if cell is top:
-        return "best"
-    found = against(top, cell, [key])[0]
-    if found.is_worse:
-        return "clearly worse"
-    return "too little to matter" if found.is_clear else "within noise"
 
 
 def forgetting(report: Report) -> list[tuple[str, list[Change]]]:
@@ -193,14 +195,28 @@ def _change(base: CellResult, cell: CellResult, key: str) -> Change:
     before, after = base.measure(key), cell.measure(key)
     assert before is not None
     assert after is not None
-    worse = -kind.better * change.change > 0
-    verdict = ("clearly worse" if worse else "clearly better") if change.is_clear else "no clear change"
-    if change.is_clear and worse and not change.is_worse:
-        verdict = "too little to matter"
     return Change(
         cell.name, cell.way, kind.write(before.value), base.name, kind.write(after.value),
-        change.written, verdict,
+        change.written, change.verdict,
     )  # fmt: skip
+
+
+def speeds(report: Report) -> list[SpeedLine]:
+    """Of every cell whose repeats are known."""
+
+    def write(value: float, form: str = "{:.0f}") -> str:
+        return form.format(value) if math.isfinite(value) else NONE
+
+    def spread(found: tuple[float, float] | None) -> str:
+        return NONE if found is None else f"{write(found[0])} … {write(found[1])}"
+
+    return [
+        SpeedLine(
+            cell.name, cell.way, write(s.prompt_tokens_per_s), spread(s.prompt_range),
+            write(s.generation_tokens_per_s), spread(s.generation_range), write(s.load_seconds, "{:.2f} s"),
+        )
+        for cell in in_order(report.cells) if (s := cell.speed).prompt_range or s.generation_range
+    ]  # fmt: skip
 
 
 def answers(report: Report) -> list[AnswersOf]:
