@@ -1,13 +1,12 @@
 """Answers and scores of many questions side by side, for evaluation and certificates: one base, a set of adapters.
 
-Every state kept in the KV belongs to a key: the digests and scales of the active adapters. A change of the key forgets
-everything; under the same key the longest common prefix of the tokens is reused.
+Each call evaluates all it needs and leaves nothing behind, so adapters may change between calls. Conversations go to
+`engine.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -19,28 +18,13 @@ from edgelora.errors import AdapterError, EngineError
 from edgelora.evaluate.choices import Alternative
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.files.adapter_check import check_adapter, contract_of
-from edgelora.files.contract import require_same_base, sha256_file
+from edgelora.files.contract import require_same_base
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from runtime.alternatives import log_p
 from runtime.bench import Rates, prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.service import MAX_SCALE
 from runtime.threads import choose_threads
-
-Key = tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """An adapter in memory; its digest, not its name, decides what may be reused."""
-
-    lora: Lora
-    digest: str
-    path: Path
-    system: str | None = None
-    """The system message it was trained with."""
-    single_turn: bool = False
-    """It has only seen questions that stand alone."""
 
 
 class _Slot:
@@ -93,8 +77,8 @@ def _nll(z: np.ndarray, label: int) -> float:
 class ScoringEngine:
     """A base model open in llama.cpp. Not safe to call from several threads at once.
 
-    `n_ctx` is the room of one conversation in tokens, `n_sequences` how many questions are answered side by side
-    (0: none, for streaming alone).
+    `n_ctx` is the room of one question and its answer in tokens, `n_sequences` how many are answered side by side
+    (0: none, for logits and speeds alone).
     """
 
     def __init__(self, base: Base, *, n_ctx: int = 2048, n_sequences: int = 0, threads: int | None = None) -> None:
@@ -108,7 +92,7 @@ class ScoringEngine:
                 fix=f"ask for at most {self.model.n_ctx_train}",
             )
         n_batch = max(n_ctx, min(2048, n_ctx * n_sequences))  # any one prompt fits
-        # one sequence more: 0 keeps what is shared, and streams
+        # one sequence more: 0 keeps what is shared
         try:
             self._context = Context(
                 self.model, n_ctx=n_ctx, n_sequences=n_sequences + 1, threads=threads or 1, n_batch=n_batch
@@ -116,10 +100,8 @@ class ScoringEngine:
         except EngineError:
             self.model.close()
             raise
-        self._loaded: dict[str, Loaded] = {}
+        self._loaded: dict[str, Lora] = {}
         self._active: dict[str, float] = {}
-        self._turn: object = None  # the stream that sequence 0 belongs to
-        self._cached: list[int] = []  # what sequence 0 holds, under the active key
         self.threads = Choice(str(threads), "asked for") if threads else choose_threads(self._context)
 
     def __enter__(self) -> ScoringEngine:
@@ -134,10 +116,6 @@ class ScoringEngine:
         self._loaded.clear()
 
     # -- adapters -------------------------------------------------------------------------------------------------
-
-    @property
-    def adapters(self) -> dict[str, Loaded]:
-        return dict(self._loaded)
 
     @property
     def active(self) -> dict[str, float]:
@@ -160,10 +138,7 @@ class ScoringEngine:
                 why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
                 fix="pass --allow-unverified-base if you know that it was trained on this base",
             )
-        fresh = Loaded(
-            Lora(self.model, path), sha256_file(path), path,
-            system=contract.system if contract else None, single_turn=contract is not None and contract.single_turn,
-        )  # fmt: skip
+        fresh = Lora(self.model, path)
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh
@@ -171,11 +146,11 @@ class ScoringEngine:
 
     def unload(self, name: str) -> None:
         """Free the adapter `name`; if it is active, the others stay active."""
-        loaded = self._find(name)
+        lora = self._find(name)
         if name in self._active:
             self.use({k: v for k, v in self._active.items() if k != name})
         del self._loaded[name]
-        loaded.lora.close()
+        lora.close()
 
     def use(self, adapters: Mapping[str, float]) -> None:
         """Answer with these adapters at these scales from now on ({} is the base; scale 0 is not attached)."""
@@ -188,14 +163,10 @@ class ScoringEngine:
                     fix="use a scale around 1",
                 )
         wanted = {name: scale for name, scale in adapters.items() if scale}
-        changed = self._key(wanted) != self._key(self._active)
-        # the handles may differ under the same key: the same content loaded under another name
-        self._context.set_adapters([(self._loaded[name].lora, scale) for name, scale in wanted.items()])
-        if changed:
-            self._forget()
+        self._context.set_adapters([(self._loaded[name], scale) for name, scale in wanted.items()])
         self._active = wanted
 
-    def _find(self, name: str) -> Loaded:
+    def _find(self, name: str) -> Lora:
         if name not in self._loaded:
             raise AdapterError(
                 what=f"no adapter named {name}",
@@ -204,22 +175,14 @@ class ScoringEngine:
             )
         return self._loaded[name]
 
-    def _key(self, adapters: Mapping[str, float]) -> Key:
-        return tuple(sorted((self._loaded[name].digest, scale) for name, scale in adapters.items()))
-
-    def _forget(self) -> None:
-        self._turn = None
-        self._context.clear()
-        self._cached = []
-
     def speed(self) -> tuple[float, float]:
         """Prompt and generation tokens/s with the active adapters."""
-        self._forget()
+        self._context.clear()
         return prompt_and_generation_speed(self._context, self.model.n_vocab)
 
     def rates(self) -> Rates:
         """Each repeat of the same, and how long the warm-up's first token took."""
-        self._forget()
+        self._context.clear()
         return rates(self._context, self.model.n_vocab)
 
     # -- evaluation -----------------------------------------------------------------------------------------------
@@ -229,20 +192,20 @@ class ScoringEngine:
 
         At most `n_sequences` + 1 sequences.
         """
-        self._forget()
+        self._context.clear()
         entries = [
             Entry(token, i, number, i in chosen)
             for number, (ids, chosen) in enumerate(zip(sequences, map(set, wanted), strict=True))
             for i, token in enumerate(ids)
         ]
         rows = [self._context.decode(part).copy() for part in self._cut(entries)]
-        self._forget()
+        self._context.clear()
         return np.concatenate(rows)
 
     def log_p(self, alternatives: Sequence[Alternative]) -> list[np.ndarray]:
         """Of each alternative the log-probabilities (nats) of its scored ids, side by side."""
         self._require_room(max(len(one.ids) for one in alternatives))
-        self._forget()
+        self._context.clear()
         return log_p(self._context, alternatives)
 
     def _cut(self, entries: Sequence[Entry]) -> Iterator[Sequence[Entry]]:
@@ -259,7 +222,8 @@ class ScoringEngine:
         """
         if not questions:
             return []
-        self._forget()
+        self._require_room(max(len(q.prompt) + max(1, len(q.reference)) for q in questions))
+        self._context.clear()
         shared = self._share_prefix([q.prompt for q in questions])
         done: dict[int, Answer] = {}
         pace = Pace(len(questions))
@@ -289,7 +253,7 @@ class ScoringEngine:
                     del slots[seq]
                     speed, eta = pace.step(len(slot.tokens))
                     on_progress(Progress("score", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
-        self._forget()
+        self._context.clear()
         return [done[i] for i in range(len(questions))]
 
     def _share_prefix(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -301,32 +265,6 @@ class ScoringEngine:
             self._context.decode(part)
         return shared
 
-    def stream(self, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Iterator[int]:
-        """Answer `prompt` token by token in sequence 0, reusing what it shares with the last call under this key.
-
-        temperature 0 is greedy; else tokens are drawn from softmax(logits / temperature) under `seed`.
-        """
-        self._require_room(len(prompt) + 1)
-        draw = np.random.default_rng(seed)
-        turn = self._turn = object()  # whatever else uses this engine ends this stream
-        shared = 0
-        while shared < min(len(self._cached), len(prompt) - 1) and self._cached[shared] == prompt[shared]:
-            shared += 1
-        self._context.forget(0, shared)
-        del self._cached[shared:]
-        entries = [Entry(t, i, 0, i == len(prompt) - 1) for i, t in enumerate(prompt)][shared:]
-        for _ in range(min(max_tokens, self._context.n_ctx - len(prompt))):
-            if self._turn is not turn:
-                raise EngineError("an answer was continued", "something else was computed since", "ask again")
-            for part in self._cut(entries):
-                z = self._context.decode(part)
-                self._cached += [e.token for e in part]
-            token = _pick(z[-1], temperature, draw)
-            if self.model.ends_generation(token):
-                return
-            yield token
-            entries = [Entry(token, len(self._cached), 0, True)]
-
     def _require_room(self, tokens: int) -> None:
         if tokens > self._context.n_ctx:
             raise EngineError(
@@ -334,10 +272,3 @@ class ScoringEngine:
                 why=f"this engine was opened with room for {self._context.n_ctx}",
                 fix=f"open it with --context {tokens}, or shorten the conversation",
             )
-
-
-def _pick(z: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
-    if temperature <= 0:
-        return int(z.argmax())
-    # Gumbel's trick: the argmax of logits / T + noise is a sample of the softmax
-    return int((z / temperature + draw.gumbel(size=len(z))).argmax())

@@ -1,4 +1,4 @@
-"""The engine: whatever was switched before, an answer is that of a cold run under the same adapter."""
+"""The scoring engine: whatever was switched before, answers and scores are those of a fresh one."""
 
 from __future__ import annotations
 
@@ -43,71 +43,29 @@ def engine(tiny, adapters):
         yield engine
 
 
-def cold(tiny, adapters, active, prompt, n=6):
-    with ScoringEngine(open_base(tiny.path), n_ctx=256, threads=1) as engine:
+def last_logits(engine, active, prompt):
+    engine.use(active)
+    return engine.logits([prompt], [[len(prompt) - 1]])
+
+
+def cold(tiny, adapters, active, prompt):
+    with ScoringEngine(open_base(tiny.path), n_ctx=256, n_sequences=4, threads=1) as engine:
         for name in active:
             engine.load(name, adapters[name])
-        engine.use(active)
-        return list(engine.stream(prompt, n, 0, 0))
+        return last_logits(engine, active, prompt)
 
 
-def random_walk(engine, tiny, adapters, steps):
-    """Random switches, blends and reloads over prompts that begin alike; counts answers unlike a cold run's."""
-    draw = random.Random(0)
+def test_nothing_of_one_adapter_is_left_for_another(engine, tiny, adapters):
     settings = [{}, {"one": 1.0}, {"two": 1.0}, {"one": 0.5}, {"one": 1.0, "three": -0.7}]
     prompts = [[*range(5, 30)], [*range(5, 25), 99, 98], [*range(5, 30), 40, 41, 42]]
-    expected = {}
-    wrong = 0
-    for _ in range(steps):
+    expected = [[cold(tiny, adapters, active, prompt) for prompt in prompts] for active in settings]
+    draw = random.Random(0)
+    for _ in range(60):
         i, j = draw.randrange(len(settings)), draw.randrange(len(prompts))
-        if (i, j) not in expected:
-            expected[i, j] = cold(tiny, adapters, settings[i], prompts[j])
         if draw.random() < 0.2:
             engine.load("two", adapters["two"])
-        engine.use(settings[i])
-        wrong += list(engine.stream(prompts[j], 6, 0, 0)) != expected[i, j]
-    assert len({tuple(v) for v in expected.values()}) > 5  # the settings do answer differently
-    return wrong
-
-
-def test_no_state_of_one_adapter_answers_for_another(engine, tiny, adapters):
-    assert random_walk(engine, tiny, adapters, 150) == 0
-
-
-def test_the_walk_notices_when_nothing_is_forgotten(engine, tiny, adapters, monkeypatch):
-    """The control: without forgetting at a switch, as llama-cpp-python reuses its prefix, answers are wrong."""
-    monkeypatch.setattr(ScoringEngine, "_forget", lambda _: None)
-    assert random_walk(engine, tiny, adapters, 60) > 0
-
-
-def test_the_same_name_with_new_bytes_is_a_new_adapter(engine, tiny, adapters):
-    prompt = [*range(5, 30)]
-    engine.use({"one": 1.0})
-    first = list(engine.stream(prompt, 6, 0, 0))
-    engine.load("one", adapters["two"])
-    engine.use({"one": 1.0})
-    assert list(engine.stream(prompt, 6, 0, 0)) == cold(tiny, adapters, {"two": 1.0}, prompt) != first
-
-
-def test_the_same_bytes_under_two_names_are_two_adapters(engine, tiny, adapters):
-    prompt = [*range(5, 30)]
-    engine.load("copy", adapters["one"])
-    engine.use({"one": 1.0})
-    once = list(engine.stream(prompt, 6, 0, 0))
-    engine.use({"copy": 1.0})
-    engine.unload("one")  # its handle must be off the context, though the key never changed
-    assert list(engine.stream(prompt, 6, 0, 0)) == once
-    engine.load("one", adapters["one"])
-    engine.use({"one": 1.0, "copy": 1.0})
-    assert list(engine.stream(prompt, 6, 0, 0)) == cold(tiny, adapters, {"one": 2.0}, prompt)
-
-
-def test_a_stream_ends_where_something_else_was_computed(engine):
-    stream = engine.stream([*range(5, 30)], 6, 0, 0)
-    next(stream)
-    engine.use({"one": 1.0})
-    with pytest.raises(EngineError, match="was continued"):
-        next(stream)
+        np.testing.assert_array_equal(last_logits(engine, settings[i], prompts[j]), expected[i][j])
+    assert len({rows[0].tobytes() for rows in expected}) == len(settings)
 
 
 def test_questions_that_do_not_fit_one_decode_wait_for_the_next(tiny):
@@ -123,16 +81,7 @@ def test_questions_that_do_not_fit_one_decode_wait_for_the_next(tiny):
 def test_scale_zero_is_the_base(engine, tiny, adapters):
     engine.use({"one": 0.0})
     assert engine.active == {}
-    assert list(engine.stream([5, 6, 7], 6, 0, 0)) == cold(tiny, adapters, {}, [5, 6, 7])
-
-
-def test_what_was_computed_is_reused_under_the_same_key(engine, monkeypatch):
-    seen = []
-    decode = engine._context.decode
-    monkeypatch.setattr(engine._context, "decode", lambda entries: seen.append(len(entries)) or decode(entries))
-    list(engine.stream([*range(5, 35)], 2, 0, 0))
-    list(engine.stream([*range(5, 35), 40, 41], 1, 0, 0))
-    assert seen == [30, 1, 2]  # the second prompt is 30 tokens that are there and two that are not
+    np.testing.assert_array_equal(engine.logits([[5, 6, 7]], [[2]]), cold(tiny, adapters, {}, [5, 6, 7]))
 
 
 def test_unloading_frees_the_name_and_the_others_stay(engine):
@@ -214,12 +163,6 @@ def test_the_interval_covers_the_share_and_narrows_with_rows():
     assert narrow < wide / 3
 
 
-def test_temperature_draws_and_the_seed_repeats(engine):
-    prompt = [*range(5, 20)]
-    draws = [tuple(engine.stream(prompt, 12, 2.0, seed)) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
-
-
 def test_a_context_longer_than_the_base_was_trained_on_is_refused(tiny):
     with pytest.raises(EngineError, match="513 tokens"):
         ScoringEngine(open_base(tiny.path), n_ctx=513)
@@ -236,18 +179,14 @@ def test_another_chat_template_or_tokenizer_is_another_base(make_tiny, adapters)
 
 def test_a_prompt_longer_than_the_context_is_refused(engine):
     with pytest.raises(EngineError, match="300 tokens"):
-        list(engine.stream([5] * 299, 1, 0, 0))
-
-
-def test_the_context_may_be_filled_to_the_brim(engine):
-    assert len(list(engine.stream([5] * 250, 100, 1.0, 3))) <= 6
+        engine.answer([Question([5] * 299, [6])], 1)
 
 
 def test_closed_handles_say_so(tiny):
     engine = ScoringEngine(open_base(tiny.path), n_ctx=64, threads=1)
     engine.close()
     with pytest.raises(EngineError, match="closed"):
-        list(engine.stream([5, 6], 1, 0, 0))
+        engine.logits([[5, 6]], [[1]])
     model = Model(tiny.path, vocabulary_only=True)
     model.close()
     with pytest.raises(EngineError, match="closed"):
@@ -330,7 +269,7 @@ def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, op
     with pytest.raises((AdapterError, FileFormatError)) as error:
         engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
     assert named in str(error.value)
-    assert list(engine.stream([5, 6, 7], 2, 0, 0))  # and the engine is alive
+    assert np.isfinite(engine.logits([[5, 6, 7]], [[2]])).all()  # and the engine is alive
 
 
 def test_a_truncated_adapter_is_refused(engine, adapters, tmp_path):
