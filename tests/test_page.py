@@ -24,7 +24,7 @@ from edgelora.evaluate.page import view
 from edgelora.evaluate.page.bits import bits_map
 from edgelora.evaluate.page.html import html
 from edgelora.evaluate.page.markdown import escape, fenced, markdown
-from edgelora.evaluate.page.plot import Bubble, Line, Text, pareto_plot
+from edgelora.evaluate.page.plot import Axis, Bubble, Line, Text, pareto_plot
 from edgelora.evaluate.recommend import Choice, recommend
 from edgelora.evaluate.two_reports import compare_reports
 from edgelora.pipeline.page import read_report, write_page
@@ -235,6 +235,15 @@ def test_the_frontier_is_drawn_and_what_it_beats_is_faded(made_up):
     # the base alone, at 5 %, would press the others together: named instead
     assert len(drawing.far) == len(LEVELS)
     assert drawing.far[0].startswith("Q2_K base alone ")
+
+
+@pytest.mark.parametrize("span", [1e-4, 0.16, 0.17, 1.0, 3.0, 9.9, 100.0, 280.0])
+def test_ticks_are_few_and_round(span):
+    ticks = Axis(0.84, 0.84 + span, 0, 100).ticks()
+    assert 3 <= len(ticks) <= 9
+    step = ticks[1] - ticks[0]
+    assert float(f"{step:.0e}") == pytest.approx(step)  # one digit
+    assert all(0.84 - 1e-9 <= tick <= 0.84 + span + 1e-9 for tick in ticks)
 
 
 def test_what_cannot_be_drawn_is_not(made_up):

@@ -10,7 +10,7 @@ import pytest
 
 from edgelora.errors import ConfigError
 from edgelora.evaluate.against import NEGLIGIBLE_NATS, against
-from edgelora.evaluate.cells import NOT_MEASURED, CellResult, Measure
+from edgelora.evaluate.cells import NOT_MEASURED, CellResult, Measure, UsedFile
 from edgelora.evaluate.measures import MEASURES, difference
 from edgelora.evaluate.pareto import frontier, ranked_by
 from edgelora.evaluate.recommend import Limits, recommend
@@ -68,6 +68,11 @@ def test_the_smallest_that_is_not_clearly_worse_is_taken_and_the_words_say_why()
 def differs(a: CellResult, b: CellResult) -> list[str]:
     bounds = difference("right", a.measures["right"], b.measures["right"]).interval_95
     return [f"{100 * bound:+.1f}".replace("-", "−") for bound in bounds]
+
+
+def test_a_live_adapter_is_named_beside_its_model():
+    live = replace(cell("Q4_0", 92, "live", right=right(186)), files=(UsedFile("adapter", "home.gguf", "", 1),))
+    assert "Ship Q4_0-live.gguf with home.gguf live over it." in recommend([live, F16]).why.splitlines()
 
 
 def test_the_order_of_the_cells_does_not_matter():

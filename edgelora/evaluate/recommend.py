@@ -65,7 +65,12 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
     best = max(fitting, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
     good = [cell for cell in fitting if not any(found.is_worse for found in against(best, cell, keys))]
     chosen = min(good, key=lambda cell: (cell.size_bytes, -_speed(cell)))
-    lines = [*_chosen(chosen, best, keys), *_others(chosen, best, fitting, keys), *_limited(usable, fitting, limits)]
+    lines = [
+        *_chosen(chosen, best, keys),
+        *_adapters(chosen),
+        *_others(chosen, best, fitting, keys),
+        *_limited(usable, fitting, limits),
+    ]
     lines += [*_is_adapter_worth_it(chosen, cells, keys), *_left_out(asked, keys)]
     return Choice(chosen.path, "\n".join(lines), chosen.name)
 
@@ -94,6 +99,11 @@ def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> list[s
         f"{chosen.name}: {_size(chosen)}, {near} {best.name}, the best on {about}{faster}.",
         _sentence("; ".join(_beside(best, chosen, one) for one in found)),
     ]
+
+
+def _adapters(chosen: CellResult) -> list[str]:
+    adapters = [file.path for file in chosen.files if file.role == "adapter"]
+    return [f"Ship {chosen.path} with {' and '.join(adapters)} live over it."] if adapters else []
 
 
 def _sentence(text: str) -> str:

@@ -79,9 +79,10 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to eight round numbers."""
-        step = 10 ** math.floor(math.log10((self.high - self.low) / 2))
-        step = next(step * m for m in (1, 0.5, 0.2, 0.1, 0.05) if (self.high - self.low) / (step * m) >= 4)
+        """Round numbers, eight steps of them at most."""
+        span = self.high - self.low
+        size = 10.0 ** math.floor(math.log10(span / 8))
+        step = next(size * m for m in (1, 2, 5, 10) if span / (size * m) <= 8)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 

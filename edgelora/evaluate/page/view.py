@@ -36,7 +36,8 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Line:
-    """A cell in one measure. `strip`: where interval and value lie between the least and the greatest, 0 to 1."""
+    """A cell in one measure. `strip`: where interval and value lie between the least and the greatest, 0 to 1; a base
+    alone does not widen it, and lies at its end where it is farther off."""
 
     name: str
     way: str
@@ -143,7 +144,8 @@ def _section(cells: Sequence[CellResult], key: str) -> Section | None:
     if not whole:
         return None
     top, kind = max(whole, key=lambda cell: goodness(cell, [key])), kind_of(key)
-    bounds = [bound for _, found in with_it for bound in _bounds(found)]
+    near = [found for cell, found in with_it if cell.way != "base"] or [found for _, found in with_it]
+    bounds = [bound for found in near for bound in _bounds(found)]
     lines = tuple(_line(cell, found, top, key, (min(bounds), max(bounds))) for cell, found in with_it)
     chance = next((found.chance for _, found in with_it if found.chance is not None), None)
     note = f"guessing gets {chance:.0%} right" if chance is not None else ""
@@ -154,7 +156,8 @@ def _line(cell: CellResult, found: Measure, top: CellResult, key: str, span: tup
     kind, beside = kind_of(key), against(top, cell, [key])[0]
     low, high = _bounds(found)
     interval = f"{kind.write(low)} … {kind.write(high)}" if found.interval_95 else NONE
-    low, at, high = ((x - span[0]) / ((span[1] - span[0]) or 1.0) for x in (low, found.value, high))
+    least, most = span
+    low, at, high = (min(max((x - least) / ((most - least) or 1.0), 0.0), 1.0) for x in (low, found.value, high))
     verdict = "best" if cell is top else beside.verdict
     return Line(
         cell.name, cell.way, kind.write(found.value), interval, "" if cell is top else beside.written,
