@@ -38,14 +38,16 @@ def _draw(found: Comparison) -> None:
 
     from edgelora.cli.display import output
 
-    table = Table("", "", "before", "after", "change, 95 %", "", box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in table.columns[2:5]:
+    table = Table("", "before", "after", "", "change, 95 %", box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:3]:
         column.justify = "right"
     last = ""
     for pair in found.pairs:
-        name = "" if pair.cell == last else pair.cell
-        table.add_row(*map(escape, (name, pair.measure, pair.before, pair.after, pair.change, pair.verdict)))
-        last = pair.cell
+        if pair.cell != last:
+            table.add_row(f"[bold]{escape(last := pair.cell)}[/bold]")
+        change = "" if pair.verdict == "equal" else pair.change
+        table.add_row(*map(escape, (f"  {pair.measure}", pair.before, pair.after, pair.verdict, change)))
     console = output()
     if found.pairs:
         console.print(table)
