@@ -111,7 +111,7 @@ def document() -> str:
         "`*`: `--recompute full` allows longer ones. `python benchmarks/memory_table.py` writes this file;",
         "`benchmarks/memory.py` compares the plan with measured peaks.",
     ]
-    for device, title in (("cpu", "A process on the CPU"), ("cuda", "A CUDA card (reckoned, not measured)")):
+    for device, title in (("cpu", "A process on the CPU"), ("cuda", "A CUDA card (reckoned)")):
         for kind in STORED:
             lines += ["", f"## {title}, {kind.name} blocks", "", *table(kind, device)]
     lines += ["", "Where rows do not divide into Q4_K's blocks of 256 weights, Q8_0 stands in for it."]

@@ -36,7 +36,7 @@ def test_in_the_interpreter():
         timeout=300, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout
+    assert "....." in done.stdout  # not all of them skipped
 
 
 def drawn(*shape, dtype=torch.float32, seed=0):

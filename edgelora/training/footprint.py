@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
 NF4_BITS = 4.127
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
-CUDA_CONTEXT = 450_000_000  # what CUDA and its libraries take of a card; counted, not measured here
+CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
 # Memory between live tensors that the allocator cannot hand out again: glibc asks for more than a hole of the same
 # size holds where memory must be aligned. Both as benchmarks/memory.py finds them, here as a share of activations.
