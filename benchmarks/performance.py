@@ -97,8 +97,8 @@ is not in it: our layers' inputs and AdamW's moments (`--offload`), the peers' p
 """
 
 GPU_LIMITS = """
-What limits a step there: of some 240 ms (NF4, under a profiler) the card computes 200 (products 120, FlashAttention
-25, weights out of their blocks 17), and waits for the rest until Python has launched 5,400 kernels. So ratios move with
+What limits a step there: of 243 ms over NF4 the card computed 199 by torch's profiler (products 120, FlashAttention
+25, weights out of their blocks 17); the rest it waited until Python had launched 5,400 kernels. So ratios move with
 the processor: in an earlier run beside a slower one, rounds lay between 1.05 and 1.6 times the peer.
 """
 
