@@ -4,7 +4,7 @@
 
 PIECE: overhead, switch, load, snapshot, threads, memory, server, walk, cycles; `all` for all. Each is measured in a
 process of its own and replaces its part of the file. Its two sides take turns in every round; medians of rounds.
-`walk` and `cycles` are tests (test_states.py, test_endurance.py) with 2,000 answers and 10,000 cycles. `server` needs
+`walk` and `cycles` are tests (test_states.py, test_endurance.py) with 4 x 500 answers and 10,000 cycles. `server` needs
 xllamacpp, which carries llama-server prebuilt for any CPU of its kind, so the side of one conversation is shown too.
 """
 
@@ -450,7 +450,7 @@ def _tests(name: str, **settings: str) -> dict[str, Any]:
 
 
 def walk(_base: Path, _rounds: int) -> dict[str, Any]:
-    return _tests("test_states.py", EDGELORA_WALK="2000")
+    return _tests("test_states.py", EDGELORA_WALK="500")
 
 
 def cycles(_base: Path, _rounds: int) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class Lane:
         self.context.forget(slot.sequence, 0)
         slot.chain = ()
         if beside is not None:
-            self.context.copy(beside.sequence, slot.sequence)
+            # not `copy`: llama.cpp would carry it out with the next decode, and a state saved before would lack it
+            self.context.restore(slot.sequence, self.context.save(beside.sequence))
         elif kept is not None:
             self.context.restore(slot.sequence, kept.state)
 

@@ -22,8 +22,8 @@ from runtime.snapshot_files import SnapshotFolder
 from runtime.states import Snapshot, Snapshots, chain_of, common, cut
 
 CONFIG = EngineConfig(context=256, chunk=16, threads=1)
-STEPS = int(os.environ.get("EDGELORA_WALK", "60"))  # benchmarks/runtime.py takes 2,000
-N_ADAPTERS = 8 if STEPS > 1000 else 4
+STEPS = int(os.environ.get("EDGELORA_WALK", "60"))  # benchmarks/runtime.py takes 500, of each of four
+N_ADAPTERS = 8 if STEPS > 100 else 4
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,3 +169,33 @@ def test_another_conversation_with_the_same_beginning_takes_it_over(quantized, m
         first.cancel()
         list(pieces)
     assert (first.usage.reused_tokens, second.usage.reused_tokens) == (0, 64)
+
+
+def test_what_was_taken_over_is_there_before_the_next_decode(quantized, monkeypatch):
+    """A second conversation takes over a prefix, is cancelled before it computes, and its sequence is saved."""
+    prompt, config = tuple(range(5, 80)), replace(CONFIG, conversations=2)
+    with Engine.open(quantized, config) as engine:
+        expected = [piece.tokens for piece in engine.generate(Request((*prompt, 99), max_tokens=8))]
+    step = Scheduler.step
+    monkeypatch.setattr(Scheduler, "step", lambda self: time.sleep(0.01) or step(self))
+    with Engine.open(quantized, config) as engine:
+        first = engine.generate(Request(prompt, max_tokens=150))
+        pieces = iter(first)
+        next(pieces)
+
+        def meanwhile():
+            taken = engine.generate(Request((*prompt, 98), max_tokens=8))
+            engine._scheduler._admit()
+            engine._scheduler.cancel(taken)
+            other = engine.generate(Request((7,) * 40, max_tokens=2))
+            engine._scheduler._admit()  # into the same sequence: what it held is saved
+            return other
+
+        list(engine._owner.call(meanwhile))
+        first.cancel()
+        list(pieces)
+        for other in ((8,) * 40, (9,) * 40):  # nothing is left in the contexts
+            list(engine.generate(Request(other, max_tokens=2)))
+        stream = engine.generate(Request((*prompt, 99), max_tokens=8))
+        assert [piece.tokens for piece in stream] == expected
+        assert stream.usage.reused_tokens == 64
