@@ -13,6 +13,11 @@ def command(*words: str | Path) -> str:
     return shlex.join([*_program(), *(str(short(word)) if isinstance(word, Path) else word for word in words)])
 
 
+def as_typed() -> str:
+    """The command that this process was started with."""
+    return shlex.join([*_program(), *sys.argv[1:]])
+
+
 def _program() -> list[str]:
     beside, on_path = Path(sys.executable).with_name("edgelora"), shutil.which("edgelora")
     if on_path and Path(on_path).absolute() == beside.absolute():

@@ -15,6 +15,7 @@ from edgelora.cli.imatrix import imatrix
 from edgelora.cli.merge import merge
 from edgelora.cli.perplexity import perplexity
 from edgelora.cli.quantize import quantize
+from edgelora.cli.report import report
 from edgelora.cli.state import state
 from edgelora.errors import EdgeloraError
 
@@ -37,6 +38,7 @@ app.command()(imatrix)
 app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(perplexity)
+app.command()(report)
 app.command()(compare)
 app.command()(chat)
 app.command()(generate)

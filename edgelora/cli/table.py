@@ -8,12 +8,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from edgelora.evaluate.report import Row, cells
+from edgelora.evaluate.report import Measured, cells
 
 
-def draw(rows: Sequence[Row]) -> None:
-    """Print the report's table on stdout, with the short titles."""
-    titles, body = cells(rows, short=True)
+def draw(rows: Sequence[Measured], only: Sequence[str] = ()) -> None:
+    """Print the report's table on stdout, with the short titles; `only` some columns, by their keys."""
+    titles, body = cells(rows, short=True, only=only)
     table = Table(
         *(t.replace(" ", "\n") for t in titles), header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )

@@ -127,9 +127,11 @@ def best(column: Column, rows: Sequence[Measured]) -> float | None:
     return max(values) if column.better > 0 else min(values)
 
 
-def cells(rows: Sequence[Measured], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Titles and text of the table; a column that has no value in any row is left out."""
-    shown = shown_columns(rows)
+def cells(
+    rows: Sequence[Measured], *, short: bool = False, only: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and text of the table, of all columns or `only` some; one that has no value in any row is left out."""
+    shown = [column for column in shown_columns(rows) if not only or column.key in only]
 
     def text(column: Column, row: Measured) -> str:
         value = column.of(row)

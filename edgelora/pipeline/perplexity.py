@@ -160,14 +160,19 @@ def _windows(run: Run, base: Base, stored: ReferenceFile | None) -> list[Window]
             why="only a reference file brings its own",
             fix="pass --text FILE",
         )
+    return read_windows(run.text, base, run.context, run.chunks)
+
+
+def read_windows(path: Path, base: Base, context: int, chunks: int | None) -> list[Window]:
+    """Of a text, at most `chunks`. Raises DataError for one that cannot be read or is shorter than a window."""
     try:
-        text = run.text.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(what=f"{run.text} cannot be read as UTF-8 text", why=str(e), fix="check the file") from e
-    parts = text_windows(base, text, run.context, run.chunks or len(text) // run.context + 1)
+        raise DataError(what=f"{path} cannot be read as UTF-8 text", why=str(e), fix="check the file") from e
+    parts = text_windows(base, text, context, chunks or len(text) // context + 1)
     if not parts:
         raise DataError(
-            what=f"{run.text}: it is shorter than one window of {run.context} tokens",
+            what=f"{path}: it is shorter than one window of {context} tokens",
             why="only whole windows are scored, so that figures of different texts mean the same",
             fix="pass a longer text, or a smaller --context",
         )

@@ -1,0 +1,241 @@
+"""What a report measures: which ways at which levels, on which data; checked and digested before anything is built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from converters.quant_types import COPY, NEEDS_IMPORTANCE, parse_type
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.data.conversation import Conversation, read_conversations
+from edgelora.errors import ConfigError, DataError, FileFormatError
+from edgelora.evaluate.cells import WAYS, Sample, Way
+from edgelora.evaluate.choices import alternatives
+from edgelora.evaluate.metrics import choose_metric
+from edgelora.files.checkpoint import read_json
+from edgelora.files.contract import sha256_file
+from edgelora.peft.adapter import CONFIG, TENSORS, read_adapter
+from edgelora.pipeline.evaluate import is_choice_file, read_choice_file
+from edgelora.pipeline.perplexity import read_windows
+from edgelora.training.folder import RunFolder
+from edgelora.versions import versions
+
+FORMAT = 1  # of what is kept of a cell: a change makes kept ones void
+KEY_DIGITS = 12
+SAMPLES = 4  # rows whose answers are shown side by side
+LEVELS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
+WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for. `adapters_for`: by a level, an adapter folder that was trained over that very file.
+    `calibration`: rows that importance is computed on; without it those that the adapter was trained on."""
+
+    base: Path
+    out: Path
+    adapter: tuple[Path, float] | None = None
+    quants: tuple[str, ...] = LEVELS
+    ways: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    text: Path | None = None
+    adapters_for: Mapping[str, Path] = field(default_factory=dict)
+    calibration: Path | None = None
+    windows: int = WINDOWS
+    context: int = 512
+    metric: str = "auto"
+    pattern: str | None = None
+    allow_unverified: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell of the grid."""
+
+    way: Way
+    quant: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.quant} {WAYS[self.way]}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to answer, the metric that fits them, and those that are shown."""
+
+    path: Path
+    metric: str
+    rows: tuple[Conversation, ...]
+
+    @property
+    def shown(self) -> list[int]:
+        """Numbers of SAMPLES rows from all over the file."""
+        n = min(SAMPLES, len(self.rows))
+        return [i * len(self.rows) // n for i in range(n)]
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        rows = [self.rows[i] for i in self.shown]
+        return tuple(Sample(row.messages[-2].content or "", row.answer) for row in rows)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All cells, the data sorted by its kind, and the digest of everything that a figure rests on."""
+
+    asked: Asked
+    base: Base
+    places: tuple[Place, ...]
+    task: Task | None
+    choices: Mapping[str, Path]
+    """By the names of their measures: `arc-easy`."""
+    calibration: Path | None
+    digests: Mapping[str, str]
+    """Of `base`, `adapter`, `adapter/Q4_K_M`, `calibration`, `text`, `task`, `choice/…`."""
+    n_text_tokens: int = 0
+    n_choice_tokens: int = 0
+
+    @classmethod
+    def plan(cls, asked: Asked) -> Grid:
+        """Read everything that is read in every cell. Raises ConfigError, DataError, BaseModelError, AdapterError."""
+        base = open_base(asked.base)
+        places = _places(asked)
+        task, choices, n_choice_tokens = _data(asked, base)
+        if task is None and not choices and asked.text is None:
+            raise ConfigError(
+                what="there is nothing to score",
+                why="a report compares files by how well they do on something",
+                fix="pass --data ROWS, --text FILE or both",
+            )
+        n_tokens = 0
+        if asked.text is not None:
+            windows = read_windows(asked.text, base, asked.context, asked.windows)
+            n_tokens = sum(len(window.ids) for window in windows)
+        calibration = _calibration(asked) if any(place.way == "imatrix" for place in places) else None
+        digests = dict(_digests(asked, base, task, choices, calibration))
+        _refuse_test_rows(digests)
+        return cls(asked, base, places, task, choices, calibration, digests, n_tokens, n_choice_tokens)
+
+    def key(self, *parts: Any) -> str:
+        """One name for something made of these, by these versions."""
+        made_by = {name: versions()[name] for name in ("edgelora", "llama-cpp-python")}
+        text = json.dumps([FORMAT, made_by, *parts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
+
+
+def adapter_files(adapter: Path) -> list[Path]:
+    """What decides what an adapter computes."""
+    return [adapter / CONFIG, adapter / TENSORS] if adapter.is_dir() else [adapter]
+
+
+def digest(files: Sequence[Path]) -> str:
+    """Of one file its sha256; of several that of theirs."""
+    found = [sha256_file(file) for file in files]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _places(asked: Asked) -> tuple[Place, ...]:
+    quants = tuple(dict.fromkeys(quant.upper() for quant in asked.quants))
+    for quant in (*quants, *asked.adapters_for):
+        parse_type(quant)
+        if quant == COPY:
+            raise ConfigError("--quants COPY", "a report compares levels of quantization", "name types such as Q4_K_M")
+    ways = list(dict.fromkeys(asked.ways or (("live", "merged") if asked.adapter else ("base",))))
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise ConfigError(f"--ways {unknown[0]}", "there is none of that name", f"choose from {', '.join(WAYS)}")
+    if not quants or (asked.adapter is None and set(ways) - {"base", "trained"}):
+        raise ConfigError(
+            what=f"--ways {','.join(ways)} without an adapter" if quants else "--quants names no type",
+            why="there is nothing to run live or to merge",
+            fix="pass --adapter FOLDER and --quants Q4_K_M,Q8_0",
+        )
+    found = [Place(way, quant) for way in get_args(Way) if way in ways and way != "trained" for quant in quants
+             if not (way == "imatrix" and quant in FLOAT_QUANTS)
+             and not (way != "imatrix" and quant in NEEDS_IMPORTANCE)]  # fmt: skip
+    found += [Place("trained", quant) for quant in asked.adapters_for]
+    if "base" not in ways:  # what the adapter has cost is seen beside it
+        found.insert(0, Place("base", max(quants, key=_bits)))
+    return tuple(found)
+
+
+def _bits(quant: str) -> int:
+    """`Q4_K_M` → 4."""
+    found = re.search(r"\d+", quant)
+    return int(found[0]) if found else 0
+
+
+def _data(asked: Asked, base: Base) -> tuple[Task | None, dict[str, Path], int]:
+    """The task, multiple choice by name, and how many tokens all of it has at most."""
+    task: Task | None = None
+    choices: dict[str, Path] = {}
+    n_tokens = 0
+    for path in asked.data:
+        if is_choice_file(path):
+            n_tokens += sum(len(one.ids) for row in read_choice_file(path) for one in alternatives(row, base.tokenizer))
+            choices[path.stem.removesuffix(".test").replace("_", "-")] = path
+            continue
+        if task is not None:
+            raise ConfigError(
+                what=f"--data {task.path} and --data {path}: two tasks",
+                why="a report ranks by one; files of multiple choice may stand beside it",
+                fix="make a report for each, or one file of both with a `group` in each row",
+            )
+        rows = tuple(read_conversations(path))
+        metric, _ = choose_metric([row.answer for row in rows], asked.metric, asked.pattern)
+        task = Task(path, metric, rows)
+    if len(choices) + (task is not None) < len(asked.data):
+        raise ConfigError("--data: two files of one name", "their figures go by it", "rename one of them")
+    return task, choices, n_tokens
+
+
+def _calibration(asked: Asked) -> Path:
+    """The rows given, or those that the adapter was trained on, if they still are what they were."""
+    if asked.calibration is not None:
+        return asked.calibration
+    assert asked.adapter is not None
+    folder = asked.adapter[0]
+    try:
+        listed = read_json(RunFolder(folder).facts)["settled"]["data"]
+        adapter = read_adapter(folder, open_base(asked.base).linears)
+        trained = {source["sha256"] for source in adapter.contract.training["data"]} if adapter.contract else set()
+        paths = [Path(str(text)) for text in listed]
+        if len(paths) == 1 and paths[0].is_file() and sha256_file(paths[0]) in trained:
+            return paths[0]
+    except (FileFormatError, OSError, LookupError, TypeError):
+        pass
+    raise ConfigError(
+        what="--ways imatrix: on which rows is importance to be computed?",
+        why=f"the rows that {folder.name} was trained on are not where its run says, or not one file",
+        fix="pass --calibration ROWS: training rows, none of those that are scored",
+    )
+
+
+def _digests(
+    asked: Asked, base: Base, task: Task | None, choices: Mapping[str, Path], calibration: Path | None
+) -> Iterator[tuple[str, str]]:
+    yield "base", base.base_file.sha256
+    if asked.adapter is not None:
+        yield "adapter", digest(adapter_files(asked.adapter[0]))
+    for quant, folder in asked.adapters_for.items():
+        yield f"adapter/{quant}", digest(adapter_files(folder))
+    files = {"calibration": calibration, "text": asked.text, "task": task.path if task else None}
+    for name, path in (files | {f"choice/{name}": path for name, path in choices.items()}).items():
+        if path is not None:
+            yield name, digest(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path])
+
+
+def _refuse_test_rows(digests: Mapping[str, str]) -> None:
+    """Importance of the very rows that are scored would flatter the ways that use it."""
+    own = digests.get("calibration")
+    if own is not None and own in (value for name, value in digests.items() if name != "calibration"):
+        raise DataError(
+            what="--calibration: these are the rows that are scored",
+            why="what quantizing spares would be chosen by the answers",
+            fix="pass the rows that the adapter was trained on",
+        )

@@ -1,0 +1,194 @@
+"""The files that cells are measured from, each built once: it stands in a folder named by what it is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.plan import QuantizeOptions, plan_types
+from edgelora.base.model import FLOAT_QUANTS
+from edgelora.errors import AdapterError, EdgeloraError
+from edgelora.files.atomic import require_space
+from edgelora.pipeline.convert import convert
+from edgelora.pipeline.export import export
+from edgelora.pipeline.grid import Grid, Place, adapter_files
+from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
+from edgelora.pipeline.merge import MergeOptions, merge
+from edgelora.pipeline.perplexity import TOP, Run, measure
+from edgelora.pipeline.quantize import quantize
+from edgelora.progress import OnProgress, silent
+
+ORIGINAL = "F16"  # what everything else is compared with
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What a place is measured from, and what its user would get: a model, and a live adapter at its scale."""
+
+    model: Path
+    adapter: Path | None = None
+    scale: float = 1.0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(path.stat().st_size for path in (self.model, self.adapter) if path)
+
+
+class Workshop:
+    """Builds files below `folder`, and finds those that stand there from an earlier time."""
+
+    def __init__(self, grid: Grid, folder: Path, on_progress: OnProgress = silent) -> None:
+        self._grid, self._folder, self.on_progress = grid, folder, on_progress
+
+    def shipped(self, place: Place) -> Shipped:
+        """Build what is missing of a place. Raises what the step that makes it raises."""
+        scale = self._grid.asked.adapter[1] if self._grid.asked.adapter else 1.0
+        if place.way == "base":
+            return Shipped(self.base(place.quant))
+        if place.way == "live":
+            return Shipped(self.base(place.quant), self.adapter(), scale)
+        if place.way == "trained":
+            return Shipped(self.base(place.quant), self._adapter_for(place.quant))
+        return Shipped(self.merged(place.quant, spared=place.way == "imatrix"))
+
+    def base(self, quant: str) -> Path:
+        """The base at a level: as it was given where it is that already."""
+        base, asked = self._grid.base, self._grid.asked
+        if base.is_gguf and base.quant == quant:
+            return base.file.path
+        name = f"{self._stem}-{quant}.gguf"
+        if quant in FLOAT_QUANTS:
+            return self._made(name, ["convert", quant, self._digest("base")], lambda out: convert(
+                asked.base, out, dtype=quant, on_progress=self.on_progress
+            ))  # fmt: skip
+        source = base.file.path if base.is_gguf and base.quant in FLOAT_QUANTS else self.base(ORIGINAL)
+        return self._made(name, ["quantize", quant, self._digest("base")], lambda out: quantize(
+            source, out, quant, on_progress=self.on_progress
+        ))  # fmt: skip
+
+    def adapter(self) -> Path:
+        """The adapter as llama.cpp takes it."""
+        assert self._grid.asked.adapter is not None
+        return self._exported(self._grid.asked.base, self._grid.asked.adapter[0], ["base", "adapter"])
+
+    def _adapter_for(self, quant: str) -> Path:
+        folder = self._grid.asked.adapters_for[quant]
+        return self._exported(self.base(quant), folder, ["base", f"adapter/{quant}"])
+
+    def _exported(self, base: Path, adapter: Path, made_of: Sequence[str]) -> Path:
+        if adapter.is_file():
+            return adapter
+        asked = self._grid.asked
+        recipe = ["export", base.name, *map(self._digest, made_of)]
+        return self._made(f"{adapter.resolve().name}.gguf", recipe, lambda out: export(
+            base, adapter, out, allow_unverified=asked.allow_unverified, on_progress=self.on_progress
+        ))  # fmt: skip
+
+    def merged(self, quant: str, *, spared: bool = False) -> Path:
+        """The adapter in the weights, at a level; `spared`: with the task's importance matrix."""
+        asked = self._grid.asked
+        assert asked.adapter is not None
+        folder, scale = asked.adapter
+        if folder.is_file():
+            raise AdapterError(
+                what=f"{folder}: a GGUF adapter cannot be merged",
+                why="its weights were rounded for llama.cpp; the folder it was exported from is whole",
+                fix="pass the adapter's folder",
+            )
+        options = MergeOptions(imatrix=self.imatrix() if spared else None)
+        recipe: list[object] = ["merge", quant, self._digest("base"), self._digest("adapter"), scale]
+        if spared:
+            recipe.append(self._digest("calibration"))
+        name = f"{self._stem}-{folder.resolve().name}-{quant}{'-imatrix' * spared}.gguf"
+        return self._made(name, recipe, lambda out: merge(
+            asked.base, [asked.adapter or (folder, scale)], out, quant=quant, options=options,
+            allow_unverified=asked.allow_unverified, on_progress=self.on_progress,
+        ))  # fmt: skip
+
+    def imatrix(self) -> Path:
+        """What quantizing must spare, computed on training rows with the adapter on; never on what is scored."""
+        asked = self._grid.asked
+        assert asked.adapter is not None
+        settings = Settings(Mix(self._grid.calibration), allow_unverified=asked.allow_unverified)
+        recipe = ["imatrix", *map(self._digest, ("base", "adapter", "calibration")), asked.adapter[1]]
+        return self._made("task.imatrix.gguf", recipe, lambda out: compute_importance(
+            asked.base, [asked.adapter] if asked.adapter else [], out, settings, on_progress=self.on_progress
+        ))  # fmt: skip
+
+    def reference(self) -> Path | None:
+        """The predictions of the unquantized result over the text, the TOP likeliest of each; None without a text."""
+        asked = self._grid.asked
+        if asked.text is None:
+            return None
+        model = self.merged(ORIGINAL) if asked.adapter is not None else self.base(ORIGINAL)
+        made_of = [self._digest(name) for name in ("base", "adapter", "text") if name in self._grid.digests]
+        recipe = ["reference", *made_of, asked.adapter and asked.adapter[1], asked.windows, asked.context, TOP]
+
+        def build(out: Path) -> None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            run = Run(model, asked.text, save=out, context=asked.context, chunks=asked.windows, top=TOP)
+            measure(run, self.on_progress)
+
+        return self._made(f"{model.stem}.reference", recipe, build)
+
+    @property
+    def _stem(self) -> str:
+        base = self._grid.base
+        name = base.path.stem if base.is_gguf else base.path.resolve().name
+        return name.removesuffix(f".{base.quant}").removesuffix(f"-{base.quant}")
+
+    def _digest(self, name: str) -> str:
+        return self._grid.digests[name]
+
+    def _made(self, name: str, recipe: Sequence[object], build: Callable[[Path], object]) -> Path:
+        path = self._folder / self._grid.key(*recipe) / name
+        if not path.exists():
+            build(path)
+        return path
+
+
+class Survey(Workshop):
+    """Goes the same ways and builds nothing: `missing` are the files that are not there, with their bytes at most."""
+
+    def __init__(self, grid: Grid, folder: Path) -> None:
+        super().__init__(grid, folder)
+        self.missing: dict[Path, int] = {}
+        self._known: dict[str, int] = {}
+        for place in grid.places:
+            with contextlib.suppress(AdapterError):  # its cell will say why
+                self.shipped(place)
+        with contextlib.suppress(AdapterError):
+            self.reference()
+
+    def require_space(self) -> int:
+        """The bytes at most that what is missing takes. Raises OutputError if they are not free."""
+        needed = sum(self.missing.values())
+        require_space(self._folder, needed, "the files of the report")
+        return needed
+
+    def _made(self, name: str, recipe: Sequence[object], build: Callable[[Path], object]) -> Path:  # noqa: ARG002
+        path = self._folder / self._grid.key(*recipe) / name
+        if not path.exists():
+            self.missing[path] = self._bytes(recipe[0], str(recipe[1]))
+        return path
+
+    def _bytes(self, step: object, quant: str) -> int:
+        asked = self._grid.asked
+        if step == "reference":
+            return asked.windows * (asked.context // 2) * 8 * (TOP + 1)
+        if step == "export" and asked.adapter is not None:
+            return sum(path.stat().st_size for path in adapter_files(asked.adapter[0]))
+        return 0 if step == "imatrix" else self._model_bytes(quant)
+
+    def _model_bytes(self, quant: str) -> int:
+        base = self._grid.base
+        weights = sum(math.prod(shape) for shape in base.tensors.shapes().values())
+        if quant not in self._known:
+            self._known[quant] = weights * (4 if quant == "F32" else 2)
+            if base.is_gguf and quant not in FLOAT_QUANTS:
+                with contextlib.suppress(EdgeloraError):  # such as one that needs importance
+                    self._known[quant] = plan_types(base.file.path, QuantizeOptions(quant)).file_bytes
+        return self._known[quant]
