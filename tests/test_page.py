@@ -354,6 +354,14 @@ def test_reports_of_different_data_are_refused_with_their_digests(made_up):
         compare_reports(report, only_text, ("a", "b"))
 
 
+def test_a_measure_that_is_not_known_is_refused(made_up):
+    odd = replace(made_up[0].cells[0], measures={"vibes": Measure(1.0)})
+    report = replace(made_up[0], cells=(odd,))
+    with pytest.raises(FileFormatError) as e:
+        compare_reports(report, report, ("a", "b"))
+    assert e.value.what == "vibes: there is no measure of that name"
+
+
 def test_the_command_compares_files_and_folders(made_up, tmp_path):
     report = made_up[0]
     (tmp_path / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from edgelora.errors import FileFormatError
 from edgelora.evaluate import paired
 from edgelora.evaluate.cells import Measure
 
@@ -55,8 +56,15 @@ MEASURES: dict[str, Kind] = {
 
 
 def kind_of(key: str) -> Kind:
-    """Of a measure's name, with or without a part: `choice/arc-easy` → `choice`."""
-    return MEASURES[key.partition("/")[0]]
+    """Of a measure's name, with or without a part: `choice/arc-easy` → `choice`. Raises FileFormatError for another."""
+    name = key.partition("/")[0]
+    if name not in MEASURES:
+        raise FileFormatError(
+            what=f"{key}: there is no measure of that name",
+            why=f"a report has {', '.join(MEASURES)}, and parts of them",
+            fix="make the report again with this version",
+        )
+    return MEASURES[name]
 
 
 def title_of(key: str) -> str:

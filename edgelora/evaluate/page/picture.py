@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,6 +27,8 @@ def png(drawings: Sequence[Drawing]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
+    # what it says of fonts on its first run would stand in the middle of the display
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     width, height = max(d.width for d in drawings), sum(d.height for d in drawings) + LEGEND_PIXELS
     buffer = io.BytesIO()
     with matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):  # of letters that the font lacks
