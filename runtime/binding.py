@@ -352,7 +352,7 @@ class Context:
     def save(self, sequence: int) -> np.ndarray:
         """The keys and values of a sequence: uint8 (n,). Any context of this model with equal settings takes them."""
         state = np.empty(self.state_bytes(sequence), np.uint8)
-        pointer = ctypes.byref(ctypes.c_uint8.from_buffer(state))  # numpy's own pointers are cyclic garbage
+        pointer = ctypes.byref(ctypes.c_uint8.from_buffer(state.data))  # numpy's own pointers are cyclic garbage
         if C.llama_state_seq_get_data(self.handle, pointer, state.nbytes, sequence) != state.nbytes:
             raise _refused("llama.cpp could not save a sequence", "close other programs: memory may be short")
         return state
@@ -360,7 +360,7 @@ class Context:
     def restore(self, sequence: int, state: np.ndarray) -> None:
         """Make `sequence` hold what was saved. It must be whole (its digest checked): llama.cpp takes some damaged
         ones. Raises EngineError, and leaves the sequence empty, where it is refused."""
-        pointer = ctypes.byref(ctypes.c_uint8.from_buffer(state))  # numpy's own pointers are cyclic garbage
+        pointer = ctypes.byref(ctypes.c_uint8.from_buffer(state.data))  # numpy's own pointers are cyclic garbage
         if C.llama_state_seq_set_data(self.handle, pointer, state.nbytes, sequence) != state.nbytes:
             self.forget(sequence, 0)
             raise _refused("llama.cpp did not take a saved sequence", "evaluate it again")
