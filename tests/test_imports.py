@@ -136,8 +136,9 @@ def test_llama_cpp_has_two_python_doors():
 
 def light_modules() -> list[str]:
     """What must start without torch: running, merging, judging and everything below them."""
-    single = ["edgelora", "edgelora.base.ggml", "edgelora.base.model", "edgelora.base.fingerprint"]
-    single += ["edgelora.peft.adapter", *(f"edgelora.{p.stem}" for p in (ROOT / "edgelora").glob("[a-z]*.py"))]
+    single = ["edgelora", "edgelora.peft.adapter"]
+    single += [f"edgelora.base.{name}" for name in ("ggml", "model", "fingerprint", "head")]
+    single += [*(f"edgelora.{p.stem}" for p in (ROOT / "edgelora").glob("[a-z]*.py"))]
     rooms = [f"edgelora/{room}" for room in ("architectures", "data", "evaluate", "files")]
     whole = [module_of(p) for folder in (*rooms, "converters", "runtime") for p in (ROOT / folder).glob("*.py")]
     return sorted({*single, *whole})

@@ -269,7 +269,8 @@ def test_llama_server_gets_its_words_in_a_script_that_runs(tiny, tmp_path):
         capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     assert said == [
-        "-m", str(folder / "m.gguf"), "--lora-scaled", f"{folder / 'a.gguf'}:1.0", "-c", "512", "--port", "1",
+        "-m", str(folder / "m.gguf"), "--lora-scaled", f"{folder / 'a.gguf'}:1.0", "--cache-ram", "0", "-c", "512",
+        "--port", "1",
     ]  # fmt: skip
     assert shlex.split(delivery.command)[1:] == said[:-2]
 

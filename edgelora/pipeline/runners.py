@@ -198,7 +198,8 @@ def for_llama_server(served: Served, overwrite: bool) -> Delivery:
     """The command line, also as a script; a template that the file does not hold goes with it."""
     base, words, texts = served.base, ["llama-server", "-m", str(served.model.absolute())], {}
     if served.adapter is not None:
-        words += ["--lora-scaled", f"{_plain(served.adapter.absolute())}:1.0"]
+        # its store of old prompts forgets at which scale an adapter was, and gives one scale's states to another
+        words += ["--lora-scaled", f"{_plain(served.adapter.absolute())}:1.0", "--cache-ram", "0"]
         if base.own_template is None and base.chosen_template is not None:
             jinja = served.adapter.with_name(f"{served.adapter.stem}.jinja")
             texts[jinja] = base.chosen_template
