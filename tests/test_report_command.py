@@ -12,8 +12,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType as Type
 from test_evaluate import ARC, write_lines
 from test_export import make_adapter
@@ -245,15 +247,27 @@ def test_a_crash_is_in_its_cell_and_the_others_go_on(small, tmp_path, monkeypatc
     assert [cell.status for cell in again.report.cells] == ["ok", "ok"]
 
 
-def test_a_file_that_cannot_be_loaded_says_why(small, tmp_path):
-    wanted = replace(small, out=tmp_path / "report", ways=("base",), quants=("Q8_0", "Q4_0"))
+def test_what_cannot_be_loaded_or_computes_no_numbers_says_why_and_is_not_ranked(small, make_tiny, tmp_path):
+    """Files as a damaged disk would leave them: one cut short, one whose last norm is NaN."""
+    wanted = replace(small, out=tmp_path / "report", adapter=None, ways=("base",), quants=("Q8_0", "Q4_0", "Q5_0"))
     grid = Grid.plan(wanted)
-    broken = wanted.out / "files" / grid.key("quantize", "Q4_0", grid.digests["base"]) / "tiny-Q4_0.gguf"
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b"GGUF, but cut short")
+    for quant in ("Q4_0", "Q5_0"):
+        path = wanted.out / "files" / grid.key("quantize", quant, grid.digests["base"]) / f"tiny-{quant}.gguf"
+        path.parent.mkdir(parents=True)
+        shutil.copy(make_tiny(Type[quant]).path, path)
+        if quant == "Q4_0":
+            os.truncate(path, 1000)
+        else:
+            norm = next(t for t in GGUFReader(path, "r+").tensors if t.name == "output_norm.weight")
+            norm.data[:] = np.nan
+            norm.data.base.flush()
     made = make_report(wanted, "x")
-    assert [cell.status for cell in made.report.cells] == ["ok", "failed"]
-    assert "Q4_0.gguf" in made.report.cells[1].why
+    whole, short, nan = made.report.cells
+    assert [cell.status for cell in (whole, short, nan)] == ["ok", "failed", "partial"]
+    assert "tiny-Q4_0.gguf" in short.why
+    assert nan.why.startswith("text: the model's logits are not finite")
+    assert nan.speed.peak_bytes
+    assert made.choice.cell == "Q8_0 base alone"
 
 
 @pytest.mark.parametrize(("changes", "fault", "told"), [
