@@ -44,8 +44,12 @@ NAMES = ["F16 base alone", "Q4_K_M adapter live", "F16 adapter live", "Q4_K_M me
 def room(make_tiny, tmp_path_factory) -> Path:
     """Two adapters, a task of three rows, a text of four windows, two questions, and rows to learn."""
     folder, base = tmp_path_factory.mktemp("room"), open_base(make_tiny(Type.F16).path)
-    for seed, name in enumerate(("mine", "other")):
-        write_adapter(folder / name, make_adapter(base, seed=seed))
+    write_adapter(folder / "mine", make_adapter(base))
+    other = make_adapter(base, seed=1)
+    trained_over = other.contract.base_file.model_copy(update={"quant": "Q4_K_M"})
+    write_adapter(
+        folder / "other", replace(other, contract=other.contract.model_copy(update={"base_file": trained_over}))
+    )
     for name, n in (("test", 3), ("train", 12)):
         rows = (ROOT / "examples" / "home" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:n]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -97,7 +101,7 @@ def test_every_way_at_every_level_is_measured(made, asked):
     assert {cell.status for cell in found.values()} == {"ok"}
     for cell in found.values():
         assert {"right", "loss", "perplexity", "bits_per_byte", "choice/arc-easy"} <= set(cell.measures)
-        assert ("kl" in cell.measures) == (cell.way != "base")
+        assert ("kl" in cell.measures) == (cell.way in ("live", "merged"))
         assert cell.speed.peak_bytes > 10_000_000
         assert (cell.speed.switch_seconds is None) == (cell.way in ("base", "merged"))
         assert len(cell.samples) == 3
@@ -298,6 +302,17 @@ def test_importance_is_never_computed_on_what_is_scored(asked, room, tmp_path):
 def test_two_tasks_are_refused(asked, room):
     with pytest.raises(ConfigError, match="two tasks"):
         Grid.plan(replace(asked, data=(room / "test.jsonl", room / "train.jsonl")))
+
+
+def test_an_adapter_for_a_level_was_trained_over_it(asked, room):
+    with pytest.raises(ConfigError, match="it was trained over") as caught:
+        Grid.plan(replace(asked, adapters_for={"Q8_0": room / "other"}))
+    assert f"--adapter-for Q4_K_M={room / 'other'}" in caught.value.fix
+
+
+def test_a_limit_that_nothing_is_measured_for_is_refused_at_once(small, tmp_path):
+    with pytest.raises(ConfigError, match="there is no task"):
+        make_report(replace(small, out=tmp_path / "report"), "x", Limits(min_quality=0.9))
 
 
 def test_two_at_once_are_refused(small, tmp_path):

@@ -106,6 +106,7 @@ class Grid:
         """Read everything that is read in every cell. Raises ConfigError, DataError, BaseModelError, AdapterError."""
         base = open_base(asked.base)
         places = _places(asked)
+        _require_own_levels(asked, base)
         task, choices, n_choice_tokens = _data(asked, base)
         if task is None and not choices and asked.text is None:
             raise ConfigError(
@@ -162,6 +163,18 @@ def _places(asked: Asked) -> tuple[Place, ...]:
     if "base" not in ways:  # what the adapter has cost is seen beside it
         found.insert(0, Place("base", max(quants, key=_bits)))
     return tuple(found)
+
+
+def _require_own_levels(asked: Asked, base: Base) -> None:
+    """An adapter that stands for a level must have been trained over it, where it says what it was trained over."""
+    for quant, folder in asked.adapters_for.items():
+        contract = read_adapter(folder, base.linears).contract
+        if contract is not None and contract.base_file.quant != quant:
+            raise ConfigError(
+                what=f"--adapter-for {quant}={folder}: it was trained over {contract.base_file.name}",
+                why=f"that is {contract.base_file.quant}, and this way is for adapters of that very level",
+                fix=f"pass it as --adapter, or as --adapter-for {contract.base_file.quant}={folder}",
+            )
 
 
 def _bits(quant: str) -> int:

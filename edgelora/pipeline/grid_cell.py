@@ -69,7 +69,9 @@ def _parts(
             lambda cell: replace(cell, speed=run_in_child(measure_speed, of(Path()), on_progress=job.on_progress)),
         )
     if asked.text is not None and "perplexity" not in cell.measures:
-        against = None if job.place.way == "base" and asked.adapter else job.reference  # the base is to differ from it
+        # the base is to differ from the fine-tune, and an adapter of its own is another one
+        is_other = job.place.way == "trained" or (job.place.way == "base" and asked.adapter is not None)
+        against = None if is_other else job.reference
         yield "text", lambda cell: _with_text(cell, _text_run(job, shipped, against), job.on_progress)
     task = grid.task
     if task is not None and "right" not in cell.measures:

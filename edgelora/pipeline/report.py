@@ -17,7 +17,7 @@ from types import FrameType
 
 from edgelora.child import run_in_child
 from edgelora.device import physical_cores, processor_name
-from edgelora.errors import EdgeloraError, FileFormatError
+from edgelora.errors import ConfigError, EdgeloraError, FileFormatError
 from edgelora.evaluate.cells import CellResult, Report, cell_from_json, cell_to_json
 from edgelora.evaluate.recommend import Choice, Limits
 from edgelora.files.atomic import sweep, write_text
@@ -62,6 +62,12 @@ def make_report(asked: Asked, command: str, limits: Limits | None = None, heard:
     """
     heard = heard or Heard()
     grid = Grid.plan(asked)
+    if limits is not None and limits.min_quality is not None and grid.task is None:
+        raise ConfigError(
+            what=f"--min-quality {limits.min_quality:g}: there is no task",
+            why="it is the least share of right answers",
+            fix="pass rows to answer with --data, or leave the limit out",
+        )
     with locked(asked.out / LOCK):
         sweep(asked.out / CELLS)
         run = _Run(grid, command, heard)
