@@ -299,6 +299,22 @@ def test_importance_is_never_computed_on_what_is_scored(asked, room, tmp_path):
     assert [place for place in found.places if place.way == "imatrix"] == [Place("imatrix", "Q4_K_M")]  # F16 has none
 
 
+def test_importance_is_a_file_of_the_cell_that_used_it(small, room, tmp_path):
+    wanted = replace(
+        small, out=tmp_path / "report", quants=("Q4_0",), ways=("imatrix",), text=None,
+        calibration=room / "train.jsonl", data=(room / "arc_easy.jsonl",),
+    )  # fmt: skip
+    made = make_report(wanted, "x")
+    cell = next(cell for cell in made.report.cells if cell.way == "imatrix")
+    assert (cell.status, [file.role for file in cell.files]) == ("ok", ["model", "imatrix"])
+    for file in cell.files:
+        assert sha256_file(made.folder / file.path) == file.sha256
+    assert cell.size_bytes == cell.files[0].size_bytes
+    assert ("calibration", sha256_file(room / "train.jsonl")) in {
+        (file.role, file.sha256) for file in made.report.provenance.files
+    }
+
+
 def test_two_tasks_are_refused(asked, room):
     with pytest.raises(ConfigError, match="two tasks"):
         Grid.plan(replace(asked, data=(room / "test.jsonl", room / "train.jsonl")))

@@ -69,7 +69,7 @@ class UsedFile:
     __pydantic_config__ = _DOCUMENTED
 
     role: str
-    """`base`, `adapter`, `model`, `imatrix`; of data: `task`, `text`, `choice`."""
+    """`base`, `adapter`, `calibration`, `model`, `imatrix`; of data: `task`, `text`, `choice`."""
     path: str
     """As it was given, or inside the report's folder."""
     sha256: str

@@ -111,9 +111,9 @@ def _begun(job: CellJob, shipped: Shipped, before: CellResult | None) -> CellRes
     model = open_base(shipped.model)
     sha256 = model.base_file.sha256
     files = [UsedFile("model", told(shipped.model, job.folder), sha256, shipped.model.stat().st_size)]
-    if shipped.adapter is not None:
-        size = shipped.adapter.stat().st_size
-        files.append(UsedFile("adapter", told(shipped.adapter, job.folder), sha256_file(shipped.adapter), size))
+    for role, path in (("adapter", shipped.adapter), ("imatrix", shipped.imatrix)):
+        if path is not None:
+            files.append(UsedFile(role, told(path, job.folder), sha256_file(path), path.stat().st_size))
     cell = CellResult(
         job.place.way, job.place.quant, "partial", UNFINISHED, files[0].path, sha256, shipped.size_bytes,
         tensor_types={name: info.type.name for name, info in model.file.tensors.items()}, files=tuple(files),

@@ -26,11 +26,15 @@ ORIGINAL = "F16"  # what everything else is compared with
 
 @dataclass(frozen=True)
 class Shipped:
-    """What a place is measured from, and what its user would get: a model, and a live adapter at its scale."""
+    """What a place is measured from, and what its user would get: a model, and a live adapter at its scale.
+
+    `imatrix`: what it was quantized with.
+    """
 
     model: Path
     adapter: Path | None = None
     scale: float = 1.0
+    imatrix: Path | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -52,7 +56,8 @@ class Workshop:
             return Shipped(self.base(place.quant), self.adapter(), scale)
         if place.way == "trained":
             return Shipped(self.base(place.quant), self._adapter_for(place.quant))
-        return Shipped(self.merged(place.quant, spared=place.way == "imatrix"))
+        spared = place.way == "imatrix"
+        return Shipped(self.merged(place.quant, spared=spared), imatrix=self.imatrix() if spared else None)
 
     def base(self, quant: str) -> Path:
         """The base at a level: as it was given where it is that already."""
