@@ -158,6 +158,18 @@ def test_what_was_measured_is_not_measured_again(asked, made, again):
     assert same.report.cells == made.report.cells
 
 
+def test_a_file_that_is_gone_is_built_again(asked, made, again):
+    """And is the same to the bit, so that what was measured of it stays true."""
+    merged = cells(made)["Q4_K_M merged"]
+    (again / merged.path).unlink()
+    (again / merged.path).with_suffix(".certificate.json").unlink()
+    stages = set()
+    same = make_report(replace(asked, out=again), "x", None, Heard(lambda progress: stages.add(progress.stage)))
+    assert {stage.rpartition(" ")[2] for stage in stages} == {"merge", "check"}
+    assert same.report.cells == made.report.cells
+    assert sha256_file(again / merged.path) == merged.sha256
+
+
 def test_other_data_is_measured_and_no_file_built_again(asked, again, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(TEXT[5:], encoding="utf-8")

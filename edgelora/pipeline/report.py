@@ -209,9 +209,14 @@ class _Run:
         return self.folder / CELLS / f"{place.way}-{place.quant}-{key}.json"
 
     def _kept(self, place: Place) -> CellResult | None:
+        """As it was measured before; partial if a file of it is gone, which is then built again."""
         path = self._path(place)
         try:
-            return cell_from_json(path.read_bytes(), str(path))
+            cell = cell_from_json(path.read_bytes(), str(path))
+            gone = [
+                file.path for file in cell.files if not ((self.folder / file.path).exists() or Path(file.path).exists())
+            ]
+            return replace(cell, status="partial", why=f"{gone[0]} is gone") if gone else cell
         except FileNotFoundError:
             return None
         except FileFormatError as e:
