@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-Method = Literal["lora", "rslora", "loraplus", "dora"]
+Method = Literal["lora", "rslora", "loraplus", "dora", "pissa", "olora"]
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
@@ -80,7 +80,7 @@ class TrainConfig(BaseModel):
 
     # -- the adapter
     method: Method = "lora"
-    """How the base is adapted: LoRA, rank-stabilised LoRA, LoRA+ (B learns faster) or DoRA."""
+    """How the base is adapted; `edgelora methods` lists what each of them trains and where its adapter can go."""
     rank: int | None = Field(None, ge=1, le=1024)
     """Rank r of the adapter."""
     alpha: float | None = Field(None, gt=0)

@@ -128,6 +128,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sft, with noise and a moving average": {"neftune_alpha": 5.0, "ema_decay": 0.5},
     "sharded blocks, recomputed": {"shard_base": True, "recompute": "full"},
     "sharded nf4, dora": {"shard_base": True, "base_dtype": "nf4", "method": "dora"},
+    "sharded blocks, pissa": {"shard_base": True, "method": "pissa"},
     "dpo": {"objective": "dpo"},
     # its reference point takes another number of passes in each process
     "sharded bf16, kto": {"shard_base": True, "base_dtype": "bf16", "objective": "kto"},

@@ -15,8 +15,11 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
+from edgelora.cli import run
 from edgelora.errors import AdapterError, ConfigError, ExportError
-from edgelora.peft import dora
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.nn.linear import Linear
+from edgelora.peft import dora, pissa
 from edgelora.peft.adapter import (
     CONFIG,
     MAGNITUDE,
@@ -28,12 +31,15 @@ from edgelora.peft.adapter import (
     write_adapter,
 )
 from edgelora.peft.dora import DoraDelta, row_lengths
-from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.inject import adapter_config, attach, collect, inject, kept_beside
 from edgelora.peft.methods import METHODS
 from edgelora.pipeline.merge import merge
+from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
+AS_PEFT = ["lora", "rslora", "loraplus", "dora"]  # what is trained of them is what PEFT's files hold
+OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
 TARGETS = {"all": (), "two kinds": ("q_proj", "down_proj"), "one layer's": tuple(LAYER1)}
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
@@ -77,7 +83,7 @@ def written(decoder, base, method, folder):
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", AS_PEFT)
 def test_peft_computes_the_same_outputs_and_gradients(
     base, decoder, tiny, transformers_model, tmp_path, method, targets
 ):
@@ -104,7 +110,52 @@ def test_peft_computes_the_same_outputs_and_gradients(
         torch.testing.assert_close(gradient, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in AS_PEFT])
+def test_peft_computes_the_same_from_the_files(base, decoder, tiny, transformers_model, tmp_path, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    stir(decoder)
+    written(decoder, base, method, tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", OWN_START)
+def test_a_base_that_keeps_its_weights_learns_as_pefts_that_lost_the_start(
+    decoder, tiny, transformers_model, monkeypatch, method
+):
+    """PEFT starts at the exact SVD, and trains W − s B₀A₀ + s B A."""
+    monkeypatch.setattr(pissa, "leading", lambda w, r, _: exact_svd(w, r))
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=method)
+    theirs = get_peft_model(transformers_model(tiny), config).eval()
+    start = dict(theirs.named_parameters())
+    for name, linear in decoder.linears.items():
+        a, b = (start[f"{PREFIX}{name}.lora_{part}.default.weight"] for part in "AB")
+        torch.testing.assert_close(linear.delta.start_B @ linear.delta.start_A, (b @ a).detach(), atol=1e-5, rtol=1e-4)
+        linear.delta.start_A.copy_(a.detach())  # up to the signs of the vectors, which an SVD leaves open
+        linear.delta.start_B.copy_(b.detach())
+    stir(decoder)
+    with torch.no_grad():
+        for name, linear in decoder.linears.items():
+            for part in "AB":
+                start[f"{PREFIX}{name}.lora_{part}.default.weight"] += getattr(linear.delta, f"moved_{part}")
+    found = theirs(IDS[None], labels=IDS[None])
+    torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
+    loss_of(decoder).backward()
+    found.loss.backward()
+    for name, linear in decoder.linears.items():
+        for part in "AB":
+            wanted = start[f"{PREFIX}{name}.lora_{part}.default.weight"].grad
+            torch.testing.assert_close(getattr(linear.delta, f"moved_{part}").grad, wanted, atol=1e-5, rtol=1e-3)
+
+
+def exact_svd(weight, rank):
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+@pytest.mark.parametrize("method", AS_PEFT)
 def test_what_peft_saved_computes_the_same_here(decoder, tiny, transformers_model, tmp_path, method):
     settings = METHODS[method].settings
     torch.manual_seed(0)
@@ -126,9 +177,9 @@ def test_the_files_have_the_names_and_settings_of_pefts(base, decoder, tiny, tra
     written(decoder, base, method, tmp_path / "mine")
     model = transformers_model(tiny)
     names = [f"{PREFIX}{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    times, settings = METHODS[method].file_ranks, METHODS[method].settings
     theirs = get_peft_model(
-        model,
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **METHODS[method].settings),
+        model, LoraConfig(r=times * RANK, lora_alpha=times * ALPHA, target_modules="all-linear", **settings)
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(theirs).items()}
     assert {name: value.shape for name, value in load_file(tmp_path / "mine" / TENSORS).items()} == shapes
@@ -163,12 +214,36 @@ def test_only_the_methods_own_parameters_are_trained(decoder, method):
     assert not decoder.embedding.values.requires_grad
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "olora"])  # which draws nothing
 def test_a_seed_decides_the_start(decoder, method):
-    starts = [[p.detach().clone() for p in inject(decoder, method, 4, 8, seed)] for seed in (0, 0, 1)]
+    starts = []
+    for seed in (0, 0, 1):
+        parameters = inject(decoder, method, 4, 8, seed)
+        starts.append([tensor.detach().clone() for tensor in [*parameters, *kept_beside(decoder).values()]])
     same = [[torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)] for other in starts[1:]]
     assert all(same[0])
     assert not all(same[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_as_many_numbers_are_trained_as_the_paper_says(decoder, method):
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    for linear in decoder.linears.values():
+        shapes = [tuple(parameter.shape) for parameter in linear.delta.parameters()]
+        assert sorted(shapes) == sorted(METHODS[method].shapes(*linear.weight.shape, RANK))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dora"])  # whose lengths are constants: below
+def test_the_gradient_is_that_of_the_function(method):
+    linear = Linear(Exact(draw(7, 5)))
+    linear.delta = METHODS[method].fresh(linear.weight, 3, 4.0, torch.Generator().manual_seed(1)).double()
+    names, start = zip(*linear.named_parameters(), strict=True)
+    inputs = [draw(4, 5, seed=2), *(one.detach() + draw(*one.shape, seed=3) for one in start)]
+
+    def function(x, *values):
+        return torch.func.functional_call(linear, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, [one.requires_grad_() for one in inputs], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,7 +294,14 @@ def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny,
     assert float((live - build_decoder(base).logits(IDS)).abs().max()) > 0.2
 
     if "adapter" in METHODS[method].exits:
-        write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine")
+        write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine", "F32")
+        with ScoringEngine(base, n_ctx=64, n_sequences=1, threads=1) as engine:
+            engine.load("mine", tmp_path / "mine.gguf", allow_unverified=True)
+            engine.use({"mine": 1.0})
+            theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
+        found = fidelity([(live.numpy(), theirs)])
+        assert found.kl_mean <= 1e-5
+        assert found.same_top == 1.0
         return
     with pytest.raises(ExportError) as e:
         write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine")
@@ -337,6 +419,70 @@ def test_a_magnitude_in_what_calls_itself_a_lora_is_refused(decoder, tiny, tmp_p
     write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
     with pytest.raises(AdapterError, match="is no part of a plain LoRA"):
         read_adapter(tmp_path / "mine", tiny.linears)
+
+
+# -- PiSSA and OLoRA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_the_fast_svd_is_the_exact_one(decay):
+    """decay 0: all singular values alike, the hardest case; there any directions of as much length will do."""
+    u, v = (torch.linalg.qr(draw(*shape, seed=i).float()).Q for i, shape in enumerate([(60, 40), (50, 40)]))
+    weight = (u * (1 - decay + 1e-3 * torch.rand(40)) ** torch.arange(40.0)) @ v.T if decay else u @ v.T
+    found = pissa.leading(weight, 6, torch.Generator().manual_seed(0))
+    exact = exact_svd(weight, 6)
+    torch.testing.assert_close(found[1], exact[1], atol=1e-5, rtol=1e-4)
+    left = [torch.linalg.matrix_norm(weight - (u * s) @ vt) for u, s, vt in (found, exact)]
+    torch.testing.assert_close(*left, atol=1e-5, rtol=1e-3)
+
+
+def test_olora_starts_at_orthonormal_columns(decoder):
+    inject(decoder, "olora", RANK, ALPHA, seed=0)
+    delta, weight = decoder.linears[LAYER1[0]].delta, decoder.linears[LAYER1[0]].weight.dequantize()
+    torch.testing.assert_close(delta.start_B.T @ delta.start_B, torch.eye(RANK), atol=1e-5, rtol=0)
+    torch.testing.assert_close(delta.start_B @ delta.start_A[:, :RANK], weight[:, :RANK], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", OWN_START)
+def test_in_16_bits_the_file_keeps_what_was_learned(decoder, method):
+    """[B, −B₀] [A; A₀], the same matrix, would round A and A₀ apart."""
+    inject(decoder, method, RANK, ALPHA, seed=0)
+    delta = decoder.linears[LAYER1[0]].delta
+    with torch.no_grad():
+        for part in delta.parameters():
+            part.copy_(1e-4 * draw(*part.shape))
+        a, b, _ = delta.factors
+        wanted = b.double() @ a.double()
+        large_a = torch.cat([delta.start_A + delta.moved_A, delta.start_A])
+        large_b = torch.cat([delta.start_B + delta.moved_B, -delta.start_B], 1)
+    ours, theirs = (
+        torch.linalg.matrix_norm(b.half().double() @ a.half().double() - wanted) / torch.linalg.matrix_norm(wanted)
+        for a, b in ((a, b), (large_a, large_b))
+    )
+    assert ours < 1e-3
+    assert theirs > 0.1
+
+
+@pytest.mark.parametrize("method", OWN_START)
+def test_a_rank_beyond_the_matrix_is_refused(decoder, method):
+    with pytest.raises(ConfigError) as e:
+        inject(decoder, method, 300, ALPHA, seed=0)
+    assert "rank 300" in e.value.what
+    assert "--rank 256" in e.value.fix or "--rank 128" in e.value.fix
+
+
+# -- `edgelora methods` --------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_every_method_with_its_doors(capsys):
+    assert run(["methods", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: tuple(row["leaves_as"]) for name, row in rows.items()} == {n: m.exits for n, m in METHODS.items()}
+    assert rows["pissa"]["paper"] == "arXiv:2404.02948"
+    assert run(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in METHODS)
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 # -- which layers -------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
 from edgelora.kernels import load
+from edgelora.peft import pissa
 from edgelora.training import loop, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.metrics import read_metrics
@@ -140,6 +141,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "lion, noise and a moving average": {"optimizer": "lion", "neftune_alpha": 5.0, "ema_decay": 0.9},
     "dora, adafactor and smoothing": {"method": "dora", "optimizer": "adafactor", "label_smoothing": 0.1},
     "loraplus and a cosine, cut": {"method": "loraplus", "schedule": "cosine", "max_steps": 8, "recompute": "full"},
+    "pissa and a moving average": {"method": "pissa", "ema_decay": 0.9, "max_steps": 8},
     "patience": {"patience": 1, "eval_every": 1, "learning_rate": 0.5},
 }
 
@@ -154,6 +156,22 @@ def test_whatever_a_step_depends_on_comes_back(settings, tmp_path, way):
         cut_back(out, step)
         run_training(settings(out, resume=True, **WAYS[way]))
         assert outcome(out) == wanted, f"from step {step}"
+
+
+def test_a_start_that_was_computed_comes_back_too(settings, tmp_path, monkeypatch):
+    """On another machine an SVD has other signs: what was learned belongs to those of the first."""
+    out, leading = tmp_path / "mine", pissa.leading
+    run_training(settings(out, method="pissa", max_steps=4))
+    wanted = outcome(out)
+    cut_back(out, 2)
+
+    def of_other_signs(weight, rank, generator):
+        u, s, vt = leading(weight, rank, generator)
+        return -u, s, -vt
+
+    monkeypatch.setattr(pissa, "leading", of_other_signs)
+    run_training(settings(out, method="pissa", max_steps=4, resume=True))
+    assert outcome(out) == wanted
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

@@ -13,6 +13,7 @@ from edgelora.cli.convert import convert
 from edgelora.cli.generate import generate
 from edgelora.cli.imatrix import imatrix
 from edgelora.cli.merge import merge
+from edgelora.cli.methods import methods
 from edgelora.cli.perplexity import perplexity
 from edgelora.cli.quantize import quantize
 from edgelora.cli.report import report
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(look.quickstart)
 app.command()(train.train)
 app.command()(plan.plan)
+app.command()(methods)
 app.command()(convert)
 app.command()(export.export)
 app.command()(merge)

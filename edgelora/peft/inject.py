@@ -53,13 +53,14 @@ def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base:
     """What PEFT's adapter_config.json says of the adapter on `decoder`."""
     adapted = [name for name, linear in decoder.linears.items() if linear.delta is not None]
     ends = {name.rpartition(".")[2] for name in adapted}
+    wider = METHODS[method].file_ranks  # r and α by as much: α/r stays
     everywhere = all(name in adapted for name in decoder.linears if name.rpartition(".")[2] in ends)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": wider * rank,
+        "lora_alpha": wider * alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(ends if everywhere else adapted),
         "bias": "none",
@@ -77,6 +78,17 @@ def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
         for name, linear in decoder.linears.items()
         if linear.delta is not None
     }
+
+
+def kept_beside(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """What the adapter on `decoder` computes with beside its parameters, and a run must find again to go on with."""
+    kept: dict[str, torch.Tensor] = {}
+    for name, linear in decoder.linears.items():
+        if isinstance(linear.delta, torch.nn.Module):
+            trained = dict(linear.delta.named_parameters())
+            state = linear.delta.state_dict()
+            kept |= {f"{name}.delta.{key}": tensor for key, tensor in state.items() if key not in trained}
+    return kept
 
 
 def attach(decoder: Decoder, adapter: Adapter | None) -> None:

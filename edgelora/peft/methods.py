@@ -8,7 +8,14 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import dora, lora, rslora
+from edgelora.peft import dora, lora, olora, pissa, rslora
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def pair(d_out: int, d_in: int, rank: int) -> Shapes:
+    """A and B of a LoRA."""
+    return (rank, d_in), (d_out, rank)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,12 @@ class Method:
     """What PEFT's adapter_config.json says of it, beyond a LoRA."""
     faster: tuple[str, ...] = ()
     """The tensors that learn `loraplus_ratio` times faster than the others."""
+    shapes: Callable[[int, int, int], Shapes] = pair
+    """`shapes(d_out, d_in, rank)`: of what is trained for one linear layer."""
+    held: int = 0
+    """How many pairs A and B are held beside what is trained: a start that stays, copies for the backward pass."""
+    file_ranks: int = 1
+    """The rank of the LoRA that it leaves as, in ranks of what was trained."""
 
 
 METHODS: dict[str, Method] = {
@@ -57,5 +70,24 @@ METHODS: dict[str, Method] = {
         exits=("merged",),  # llama.cpp adds B A x to W x, and has no place for a factor on the sum
         fresh=dora.fresh,
         settings={"use_dora": True},
+        shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (d_out,)),
+    ),
+    "pissa": Method(
+        name="pissa",
+        paper="arXiv:2404.02948",
+        trains="A and B, from the r largest singular values and vectors of the weight; the base keeps its own",
+        exits=("adapter", "merged"),
+        fresh=pissa.fresh,
+        held=3,
+        file_ranks=2,
+    ),
+    "olora": Method(
+        name="olora",
+        paper="arXiv:2406.01775",
+        trains="A and B, from the QR decomposition of the weight; the base keeps its own",
+        exits=("adapter", "merged"),
+        fresh=olora.fresh,
+        held=3,
+        file_ranks=2,
     ),
 }

@@ -14,6 +14,7 @@ from edgelora.training.footprint import (
     Model,
     adapter_numbers,
     base_bytes,
+    held_beside,
     kept_by_a_layer,
     optimizer_bytes,
     tile_bytes,
@@ -43,7 +44,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     return Footprint(
         process=CUDA_CONTEXT if process is None else process,
         base=base_bytes(model, config.base_dtype, "cuda"),
-        adapter=4 * numbers * (2 if config.ema_decay else 1),
+        adapter=4 * (numbers * (2 if config.ema_decay else 1) + held_beside(model, config)),
         gradients=4 * numbers,
         optimizer=max(0, moments - activations) if away else moments,
         scratch=head if lossy else dense,

@@ -21,6 +21,7 @@ from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
 from edgelora.nn.compiled import LANES
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
+from edgelora.peft.methods import METHODS
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -169,22 +170,31 @@ def adapted(model: Model, config: TrainConfig) -> dict[str, Shape]:
     return {n: s for n, s in shapes.items() if not targets or n.rpartition(".")[2] in targets}
 
 
+def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
+    """Of every tensor that is trained in one layer."""
+    assert config.rank is not None
+    shapes = METHODS[config.method].shapes
+    return [one for d_out, d_in in adapted(model, config).values() for one in shapes(d_out, d_in, config.rank)]
+
+
 def adapter_numbers(model: Model, config: TrainConfig) -> int:
     """How many numbers are trained."""
+    return sum(map(prod, trained_shapes(model, config))) * model.config.num_hidden_layers
+
+
+def held_beside(model: Model, config: TrainConfig) -> int:
+    """How many numbers the adapter holds beside those."""
     assert config.rank is not None
-    dora = config.method == "dora"
-    per_layer = sum(config.rank * (d_out + d_in) + dora * d_out for d_out, d_in in adapted(model, config).values())
-    return per_layer * model.config.num_hidden_layers
+    sides = sum(d_out + d_in for d_out, d_in in adapted(model, config).values())
+    return METHODS[config.method].held * config.rank * sides * model.config.num_hidden_layers
 
 
 def optimizer_bytes(model: Model, config: TrainConfig) -> int:
     """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
     if config.optimizer != "adafactor":
         return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
-    assert config.rank is not None
-    sides = sum(2 * config.rank + d_out + d_in for d_out, d_in in adapted(model, config).values())
-    vectors = sum(d_out for d_out, _ in adapted(model, config).values()) if config.method == "dora" else 0
-    return 4 * (sides + vectors) * model.config.num_hidden_layers
+    sides = sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one
+    return 4 * sides * model.config.num_hidden_layers
 
 
 def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
@@ -202,7 +212,7 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     if a.qk_norm is not None or a.fused:
         kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
     kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
-    kept += wide * config.rank * len(linears)  # x Aᵀ
+    kept += wide * config.rank * METHODS[config.method].file_ranks * len(linears)  # x Aᵀ
     if config.method == "dora":
         kept += wide * sum(d_out for d_out, _ in linears.values())
     if a.experts is None:
@@ -290,7 +300,7 @@ def footprint(
     return Footprint(
         process=(fixed if process is None else process) + (FIRST_STEP if device == "cpu" else 0),
         base=base_bytes(model, config.base_dtype),
-        adapter=numbers * (2 if config.ema_decay else 1),
+        adapter=numbers * (2 if config.ema_decay else 1) + 4 * held_beside(model, config),
         gradients=numbers,
         optimizer=optimizer_bytes(model, config),
         scratch=scratch_bytes(model, config) + attention_buffers(model, load, device),

@@ -18,7 +18,7 @@ from edgelora.device import Choice, choose_products, computing, peak_memory_byte
 from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
-from edgelora.peft.inject import adapter_config, collect, inject, targeted
+from edgelora.peft.inject import adapter_config, collect, inject, kept_beside, targeted
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
@@ -243,13 +243,18 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None
     order = Order(ready.rows.train.counts, c.batch_rows, c.seed, [source.weight for source in c.data])
     job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler, world)
-    return job, State(decoder.named_parameters(), c)
+    beside = kept_beside(decoder)
+    # an SVD may have other signs on another machine
+    for name, computed in world.first(lambda: {key: tensor.cpu() for key, tensor in beside.items()}).items():
+        beside[name].copy_(computed)
+    return job, State(decoder.named_parameters(), c, beside)
 
 
 def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None:
     """For the checkpoints that will stand there at once: the kept ones, the best, and the one being written."""
     copies = 4 + (config.ema_decay > 0)  # weights, two moments, a gradient in the midst of a step
     one = copies * sum(parameter.nbytes for parameter in state.parameters.values())
+    one += sum(tensor.nbytes for tensor in state.beside.values())
     require_space(folder.path, (config.keep_checkpoints + 2) * one, "the checkpoints")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -28,10 +28,17 @@ class State:
     the share of its loss that they came to, and `numbers` what the objective said beside it. skipped: steps that were
     not finite; in_a_row: the last ones. stale: measurements since the best one. seconds: of the run so far, in all the
     processes that worked on it.
+
+    beside: tensors that are not trained, and that a resumed run must find as they were.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> None:
-        self.parameters = dict(named_parameters)
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: TrainConfig,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.parameters, self.beside = dict(named_parameters), dict(beside or {})
         self.optimizer = build_optimizer(self.parameters.items(), config)
         self.ema = Ema(self.parameters.items(), config.ema_decay) if config.ema_decay else None
         self.smoothed = Smoothed()
@@ -43,6 +50,7 @@ class State:
     def snapshot(self, facts: dict[str, Any]) -> Snapshot:
         """This moment, and `facts` of the run beside it. The tensors are the live ones: write them before the next."""
         tensors = _named("parameter", {name: p.detach() for name, p in self.parameters.items()})
+        tensors |= _named("beside", self.beside)
         tensors |= _named("optimizer", flatten_state(self.optimizer))
         tensors |= _named("ema", self.ema.state() if self.ema else {})
         if self.micro:
@@ -66,6 +74,8 @@ class State:
                 parameter.data.copy_(groups["parameter"][name])
                 grad = groups.get("gradient", {}).get(name)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
+            for name, tensor in self.beside.items():
+                tensor.copy_(groups["beside"][name])
             load_state(self.optimizer, groups.get("optimizer", {}))
             if self.ema:
                 self.ema.load(groups["ema"])

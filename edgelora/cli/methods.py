@@ -1,0 +1,30 @@
+"""`edgelora methods`."""
+
+from __future__ import annotations
+
+import json
+
+from edgelora.cli.arguments import Json
+
+
+def methods(as_json: Json = False) -> None:
+    """List the ways to adapt a base: what each of them trains, and where its adapter can go.
+
+    Example: `edgelora methods`
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from edgelora.cli.display import output
+    from edgelora.pipeline.methods import described
+
+    rows = described()
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("--method", "trains", "leaves as", "paper", box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(row["name"], row["trains"], ", ".join(row["leaves_as"]), row["paper"])
+    output().print(table)
+    print("adapter: llama.cpp loads it over any quantization of its base (`export`)")
+    print("merged: it becomes part of a model (`merge`)")
