@@ -68,6 +68,8 @@ def expect_torch() -> bool:
     """
     if sys.platform != "linux" or sys.version_info < PRIVATE_SOCKET:  # Apple's frameworks do not outlive a fork
         return False
+    if multiprocessing.parent_process() is not None:  # a child would start a server of its own, for one child
+        return False
     from multiprocessing import forkserver, resource_tracker
 
     forkserver.set_forkserver_preload(PRELOADED)

@@ -13,6 +13,11 @@ from typing import Any
 from edgelora.child import expect_torch
 
 
+def processes() -> Any:
+    """multiprocessing's context of such processes; where nothing can be forked, of fresh ones."""
+    return multiprocessing.get_context("forkserver" if expect_torch() else "spawn")
+
+
 class Forked:
     """The command with these words, its talk in `log`; to be asked and killed as a Popen is.
 
@@ -20,9 +25,8 @@ class Forked:
     """
 
     def __init__(self, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
-        context: Any = multiprocessing.get_context("forkserver" if expect_torch() else "spawn")
         given = {**os.environ, **(environment or {})}
-        self.process = context.Process(target=talking_to, args=(log, words, given), daemon=True)
+        self.process = processes().Process(target=talking_to, args=(log, words, given), daemon=True)
         self.process.start()
         self.kill = self.process.kill
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import processes
 from test_atomic import Disk, lay, tree
 from test_certificate import claimed, same
 from test_export import make_adapter
@@ -38,8 +38,6 @@ from edgelora.pipeline.merge import merge
 from edgelora.pipeline.quantize import QuantizeSettings, quantize
 from edgelora.pipeline.runners import prepare_for
 from edgelora.progress import OnProgress, silent
-
-pytestmark = pytest.mark.usefixtures("spawned")  # a disk is filled by a limit of this process
 
 ADAPTER_PASSED = Certificate("F32", 8, 8, same(), same(), 1e-4, 1.0)
 TEXT = "the old harbour was quiet " * 40
@@ -261,6 +259,7 @@ def room_for(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.usefixtures("spawned")  # with the limits of this process
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_disk_is_full_at_any_byte(prepared, good, tmp_path, name):
     size = max(len(raw) for file, raw in good[name].items() if file != CARD)
@@ -338,7 +337,7 @@ def work_until(folder: Path, name: str, point: str) -> None:
 def test_killed_the_old_file_stands_and_the_next_start_sweeps(prepared, good, tmp_path, name, point):
     old = COMMANDS[name].old
     bench = prepared.copy(tmp_path / "bench", old)
-    process = multiprocessing.get_context("spawn").Process(target=work_until, args=(bench.folder, name, point))
+    process = processes().Process(target=work_until, args=(bench.folder, name, point))
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
