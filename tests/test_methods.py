@@ -19,7 +19,7 @@ from edgelora.cli import run
 from edgelora.errors import AdapterError, ConfigError, ExportError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.nn.linear import Linear
-from edgelora.peft import dora, pissa
+from edgelora.peft import dora, lora_xs, pissa
 from edgelora.peft.adapter import (
     CONFIG,
     MAGNITUDE,
@@ -463,12 +463,51 @@ def test_in_16_bits_the_file_keeps_what_was_learned(decoder, method):
     assert theirs > 0.1
 
 
-@pytest.mark.parametrize("method", OWN_START)
+@pytest.mark.parametrize("method", [*OWN_START, "lora_xs"])
 def test_a_rank_beyond_the_matrix_is_refused(decoder, method):
     with pytest.raises(ConfigError) as e:
         inject(decoder, method, 300, ALPHA, seed=0)
     assert "rank 300" in e.value.what
     assert "--rank 256" in e.value.fix or "--rank 128" in e.value.fix
+
+
+# -- LoRA-XS and MultiLoRA ----------------------------------------------------------------------------------------
+
+
+def test_lora_xs_moves_a_weight_among_its_leading_directions_alone(decoder, monkeypatch):
+    monkeypatch.setattr(lora_xs, "leading", lambda w, r, _: exact_svd(w, r))
+    inject(decoder, "lora_xs", RANK, ALPHA, seed=0)
+    stir(decoder)
+    linear = decoder.linears[LAYER1[0]]
+    delta, weight = linear.delta, linear.weight.dequantize().clone()
+    u, s, vt = exact_svd(weight, RANK)
+    with torch.no_grad():
+        a, b, scale = delta.factors
+        torch.testing.assert_close(scale * b @ a, ALPHA / RANK * (u * s) @ delta.R @ vt, atol=1e-5, rtol=1e-4)
+    assert [tuple(p.shape) for p in delta.parameters()] == [(RANK, RANK)]
+
+
+def test_multilora_is_as_many_loras_side_by_side():
+    weight, x = Exact(draw(7, 5)), draw(4, 5, seed=1)
+    delta = METHODS["multilora"].fresh(weight, 8, 4.0, torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        delta.scaling.copy_(draw(3, 7, seed=2))
+        wanted = x @ weight.values.T
+        for one, columns in zip(delta.scaling, (range(3), range(3, 6), range(6, 8)), strict=True):
+            a, b = delta.lora_A[list(columns)], delta.lora_B[:, list(columns)]
+            wanted = wanted + 4 / 8 * one * (x @ a.T @ b.T)
+        found = Linear(weight)
+        found.delta = delta
+        torch.testing.assert_close(found(x), wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 16])
+def test_multilora_shares_any_rank_out(rank):
+    delta = METHODS["multilora"].fresh(Exact(draw(7, 5)), rank, 4.0, torch.Generator().manual_seed(1))
+    sizes = torch.bincount(delta.groups)
+    assert len(sizes) == min(3, rank)
+    assert sizes.sum() == rank
+    assert sizes.max() - sizes.min() <= 1
 
 
 # -- `edgelora methods` --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import dora, lora, olora, pissa, rslora
+from edgelora.peft import dora, lora, lora_xs, multilora, olora, pissa, rslora
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -89,5 +89,23 @@ METHODS: dict[str, Method] = {
         fresh=olora.fresh,
         held=3,
         file_ranks=2,
+    ),
+    "lora_xs": Method(
+        name="lora_xs",
+        paper="arXiv:2405.17604",
+        trains="R (r, r), between the r leading singular vectors of the weight",
+        exits=("adapter", "merged"),
+        fresh=lora_xs.fresh,
+        shapes=lambda _d_out, _d_in, rank: ((rank, rank),),
+        held=2,
+    ),
+    "multilora": Method(
+        name="multilora",
+        paper="arXiv:2311.11501",
+        trains=f"A and B, as {multilora.PARALLEL} LoRAs that share the rank, and a factor (d_out,) for each",
+        exits=("adapter", "merged"),
+        fresh=multilora.fresh,
+        shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (min(multilora.PARALLEL, rank), d_out)),
+        held=1,
     ),
 }
