@@ -192,6 +192,14 @@ def test_what_cannot_be_is_three_lines(generate, words, what):
     assert (why[:7], fix[:7]) == ("  why: ", "  fix: ")
 
 
+@pytest.mark.parametrize("words", [(), ("--worker",)])
+def test_a_checkpoint_is_no_gguf_yet(stories, capsys, words):
+    assert run(["generate", str(stories), LAMP, "--raw", *words]) == 1
+    what, _, fix = capsys.readouterr().err.splitlines()
+    assert what.endswith("a Hugging Face checkpoint, which llama.cpp cannot run")
+    assert fix == f"  fix: run `edgelora convert {stories}` and pass the file it writes"
+
+
 def test_no_prompt_on_a_terminal_is_said_at_once(files, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
     assert run(["generate", str(files.base)]) == 1

@@ -45,9 +45,11 @@ def history_file() -> Path:
 def serving(asked: Serving) -> Iterator[Service]:
     """The base with its adapters loaded; closed behind the block.
 
-    A base without a chat template, which no adapter can bring either, is refused before it is loaded (BaseModelError).
+    Refused before it is loaded (BaseModelError): a checkpoint, which is no GGUF yet, and a base without a chat template
+    that no adapter can bring either.
     """
     opened, store = open_base(asked.base), Store()
+    _ = opened.file
     paths = [store.resolve(str(one.path)) for one in asked.adapters]
     if asked.conversing and not asked.adapters:
         _ = opened.template
