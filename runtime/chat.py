@@ -61,9 +61,12 @@ class Chat:
     """One conversation. What streams an answer gives its text piece by piece, in whole characters."""
 
     def __init__(
-        self, service: Service, settings: Settings = DEFAULTS, active: Mapping[str, float] | None = None
-    ) -> None:
+        self, service: Service, settings: Settings = DEFAULTS, active: Mapping[str, float] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """active: who answers at first; scales: at which an adapter answers that is named without one, if not 1."""
         self.service, self.settings = service, settings
+        self._scales = dict(scales or {})
         self.messages: list[Message] = []
         self.usage: Usage | None = None
         """What the last answer cost."""
@@ -79,6 +82,10 @@ class Chat:
         Raises AdapterError for a name that is not loaded (with the nearest one), ConfigError for a scale out of range.
         """
         self.active = self.checked(adapters)
+
+    def scale_of(self, name: str) -> float:
+        """Of an adapter that is named without one."""
+        return self._scales.get(name) or 1.0  # attached at 0 it has none: it was only to be loaded
 
     def checked(self, adapters: Mapping[str, float]) -> dict[str, float]:
         """These adapters without those at scale 0. Raises as `use` does."""
@@ -99,6 +106,7 @@ class Chat:
             raise unknown_adapter(name, self.service.adapters)
         self.service.unload(name)
         self.active.pop(name, None)
+        self._scales.pop(name, None)
 
     @property
     def single_turn(self) -> bool:

@@ -70,15 +70,22 @@ def who_answers(chat: Chat) -> str:
 
 
 def _use(chat: Chat, rest: str) -> Reply:
-    words = _words("/use", rest, 1, None)
-    wanted = dict(scaled_name(word) for word in words)
-    chat.use({} if list(wanted) == [BASE] else wanted)
+    wanted = [_named(chat, word) for word in _words("/use", rest, 1, None)]
+    if len(dict(wanted)) < len(wanted):
+        raise ConfigError(f"/use {rest}: a name twice", "an adapter has one scale", "name each once")
+    chat.use({name: scale for name, scale in wanted if name != BASE})
     return who_answers(chat)
+
+
+def _named(chat: Chat, word: str) -> tuple[str, float]:
+    """`home:0.7`, or `home` at the scale it was attached with."""
+    name, scale = scaled_name(word)
+    return name, chat.scale_of(name) if scale is None else scale
 
 
 def _adapter(chat: Chat, rest: str) -> Reply:
     name, *scale = _words("/adapter", rest, 1, 2)
-    chat.use({name: read_scale(scale[0]) if scale else 1.0})
+    chat.use({name: read_scale(scale[0]) if scale else chat.scale_of(name)})
     return who_answers(chat)
 
 
@@ -129,7 +136,7 @@ def _compare(chat: Chat, rest: str) -> Reply:
 
 
 def _set_of(chat: Chat, word: str) -> dict[str, float]:
-    return {} if word == BASE else chat.checked(dict([scaled_name(word)]))
+    return {} if word == BASE else chat.checked(dict([_named(chat, word)]))
 
 
 def _retry(chat: Chat, rest: str) -> Reply:

@@ -40,10 +40,10 @@ def require_name(name: str) -> str:
     return name
 
 
-def scaled_name(word: str) -> tuple[str, float]:
-    """`home:0.7` → (home, 0.7); without a number the scale is 1. Raises ConfigError."""
+def scaled_name(word: str) -> tuple[str, float | None]:
+    """`home:0.7` → (home, 0.7); without a number there is no scale. Raises ConfigError."""
     name, _, number = word.partition(":")
-    return name, read_scale(number) if number else 1.0
+    return name, read_scale(number) if number else None
 
 
 def read_scale(number: str) -> float:

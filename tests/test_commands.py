@@ -111,6 +111,7 @@ def ask(chat, text):
         ("/use poet", {"poet": 1.0}),
         ("/use home:-1 poet:0", {"home": -1.0}),
         ("/use base", {}),
+        ("/use base home:0.7", {"home": 0.7}),
         ("/adapter poet 0.5", {"poet": 0.5}),
         ("/adapter poet", {"poet": 1.0}),
         ("/adapter home 0", {}),
@@ -126,10 +127,29 @@ def test_who_answers(chat, line, active):
 
 
 @pytest.mark.parametrize(
+    ("line", "active"),
+    [
+        ("/use poet", {"poet": 0.8}),
+        ("/use home poet:0.3", {"home": 1.0, "poet": 0.3}),
+        ("/adapter poet", {"poet": 0.8}),
+        ("/adapter poet 1", {"poet": 1.0}),
+    ],
+)
+def test_an_adapter_answers_at_the_scale_it_was_attached_with(line, active):
+    chat = Chat(Scripted("home", "poet"), scales={"home": 0.0, "poet": 0.8})  # at 0 it is only loaded
+    run_command(chat, line)
+    assert chat.active == active
+    assert said(chat, "/compare poet home hello") == {"poet": "poet:0.8 heard 'hello'", "home": "home:1 heard 'hello'"}
+    chat.unload("poet")
+    assert chat.scale_of("poet") == 1.0
+
+
+@pytest.mark.parametrize(
     ("line", "what"),
     [
         ("/use pot", "no adapter named pot, did you mean poet?"),
         ("/use home poet:17", "scale 17 for poet"),
+        ("/use home:0.5 poet home", "/use home:0.5 poet home: a name twice"),
         ("/use home:nan", "nan is no number"),
         ("/use home:loud", "loud is no number"),
         ("/use", "/use: too few or too many words"),

@@ -32,5 +32,6 @@ def chat(
 
     adapters = attached(adapter)
     settings = Settings(system, sampling_of(options), max_tokens, allow_unverified_base)
+    scales = [(one.name, one.scale) for one in adapters]
     with serving(Serving(base, adapters, engine_config(options), allow_unverified_base, worker)) as service:
-        talk(Chat(service, settings, {one.name: one.scale for one in adapters[:1]}), history_file())
+        talk(Chat(service, settings, dict(scales[:1]), dict(scales)), history_file())
