@@ -311,6 +311,26 @@ def test_importance_is_never_computed_on_what_is_scored(asked, room, tmp_path):
     assert [place for place in found.places if place.way == "imatrix"] == [Place("imatrix", "Q4_K_M")]  # F16 has none
 
 
+def test_a_cell_rests_on_what_it_is_made_of_and_nothing_else(asked, room):
+    wanted = replace(asked, ways=("base", "merged", "imatrix"), calibration=room / "train.jsonl")
+    grid = Grid.plan(wanted)
+    scored = {"base", "task", "text", "choice/arc-easy", "scale", "reference"}
+    rests_on = {place.way: grid.rests_on(place) for place in grid.places if place.quant == "Q4_K_M"}
+    assert {way: set(found) - scored for way, found in rests_on.items()} == {
+        "base": set(), "merged": {"adapter"}, "imatrix": {"adapter", "calibration"}, "trained": {"adapter/Q4_K_M"},
+    }  # fmt: skip
+    assert all(scored <= set(found) for found in rests_on.values())
+    other = Grid.plan(replace(wanted, adapter=(room / "other", 0.5), calibration=room / "arc_easy.jsonl", data=()))
+    again = {place.way: other.rests_on(place) for place in other.places if place.quant == "Q4_K_M"}
+    changed = {way: {key for key in found if key in scored - set(again[way]) or found[key] != again[way].get(key)}
+               for way, found in rests_on.items()}  # fmt: skip
+    data = {"task", "choice/arc-easy"}
+    assert changed == {
+        "base": data, "trained": data, "merged": data | {"adapter", "scale"},
+        "imatrix": data | {"adapter", "scale", "calibration"},
+    }  # fmt: skip
+
+
 def test_importance_is_a_file_of_the_cell_that_used_it(small, room, tmp_path):
     wanted = replace(
         small, out=tmp_path / "report", quants=("Q4_0",), ways=("imatrix",), text=None,

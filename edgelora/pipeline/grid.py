@@ -129,6 +129,16 @@ class Grid:
         text = json.dumps([FORMAT, made_by, *parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_DIGITS]
 
+    def rests_on(self, place: Place) -> dict[str, Any]:
+        """The digests that the figures of a place rest on, and the adapter's scale: what else changes, they stay."""
+        own = {"base": {"base"}, "trained": {f"adapter/{place.quant}"}, "imatrix": {"adapter", "calibration"}}
+        used = own.get(place.way, {"adapter"})
+        scored = {name for name in self.digests if not name.startswith(("adapter", "calibration"))}
+        scale = self.asked.adapter[1] if self.asked.adapter and "adapter" in used else None
+        has_kl = place.way not in ("base", "trained") or (place.way == "base" and self.asked.adapter is None)
+        found = {name: value for name, value in self.digests.items() if name in scored | used}
+        return found | {"scale": scale, "reference": has_kl}
+
 
 def adapter_files(adapter: Path) -> list[Path]:
     """What decides what an adapter computes."""

@@ -203,8 +203,8 @@ class _Run:
     def _path(self, place: Place) -> Path:
         grid, asked = self.grid, self.grid.asked
         key = grid.key(
-            place.way, place.quant, sorted(grid.digests.items()), asked.adapter and asked.adapter[1], asked.windows,
-            asked.context, grid.task and grid.task.metric, asked.pattern, processor_name(), physical_cores(),
+            place.way, place.quant, grid.rests_on(place), asked.windows, asked.context,
+            grid.task and grid.task.metric, asked.pattern, processor_name(), physical_cores(),
         )  # fmt: skip
         return self.folder / CELLS / f"{place.way}-{place.quant}-{key}.json"
 
