@@ -6,6 +6,7 @@ Generating on two cores of a quiet machine, two threads were 1.1 times as fast a
 
 from __future__ import annotations
 
+import math
 import time
 
 from edgelora.device import Choice, physical_cores
@@ -30,8 +31,9 @@ def choose_threads(context: Context, cores: int | None = None) -> Choice:
     begin = time.perf_counter()
     for number in range(ROUNDS):
         for n, found in times.items():
-            if number == 0 or _mean(found) < HOPELESS * min(_mean(t) for t in times.values()):
-                found += _measured(context, n)
+            hopeless = HOPELESS * min((_mean(t) for t in times.values() if t), default=math.inf)
+            if number == 0 or _mean(found) < hopeless:
+                found += _measured(context, n, TOKENS * hopeless)
         if time.perf_counter() - begin > SECONDS:
             break
     context.clear()
@@ -46,8 +48,8 @@ def _settings(cores: int) -> list[int]:
     return sorted({1, *range(2, min(cores, 4) + 1), cores // 2, cores * 3 // 4, cores - 1, cores} - {0})
 
 
-def _measured(context: Context, threads: int) -> list[float]:
-    """Seconds of TOKENS single tokens, after one that wakes the threads."""
+def _measured(context: Context, threads: int, enough_seconds: float) -> list[float]:
+    """Seconds of TOKENS single tokens, after one that wakes the threads; of fewer if they take `enough_seconds`."""
     context.set_threads(threads)
     context.clear()
     times = []
@@ -55,6 +57,8 @@ def _measured(context: Context, threads: int) -> list[float]:
         start = time.perf_counter()
         context.decode([Entry(0, position, 0, True)])
         times.append(time.perf_counter() - start)
+        if sum(times[1:]) >= enough_seconds:
+            break
     return times[1:]
 
 
