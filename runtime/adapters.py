@@ -11,17 +11,26 @@ import numpy as np
 from edgelora.errors import AdapterError, EngineError
 from runtime.binding import Lora
 from runtime.service import MAX_SCALE, AdapterInfo
-from runtime.states import Key
+from runtime.soft_prompt import Head
+from runtime.states import NO_TOKEN, Key
 
 
 @dataclass
 class _Held:
     """A content in memory: how many names it has, and how many answers are computed with it."""
 
-    lora: Lora
+    content: Lora | Head
     invocation: tuple[int, ...]
     names: int = 0
     uses: int = 0
+
+    @property
+    def head(self) -> Head | None:
+        return None if isinstance(self.content, Lora) else self.content
+
+    def close(self) -> None:
+        if isinstance(self.content, Lora):
+            self.content.close()
 
 
 class Adapters:
@@ -38,7 +47,7 @@ class Adapters:
         sizes = {info.digest: info.size_bytes for info in self.infos.values()}
         return sum(sizes.values())
 
-    def add(self, info: AdapterInfo, load: Callable[[], Lora]) -> None:
+    def add(self, info: AdapterInfo, load: Callable[[], Lora | Head]) -> None:
         """Let `info.name` mean this content from now on; `load` is called if it is not in memory."""
         held = self._held.get(info.digest) or _Held(load(), info.invocation)
         self._held[info.digest] = held
@@ -62,17 +71,30 @@ class Adapters:
     def key_of(self, asked: Mapping[str, float]) -> Key:
         """The contents and scales that are meant. Two names of one content add up: llama.cpp would ignore the second.
 
-        Raises AdapterError for a name that is not there, EngineError for a scale beyond MAX_SCALE.
+        Raises AdapterError for a name that is not there, EngineError for a scale beyond MAX_SCALE, and for soft
+        prompts and prefixes that are not alone, or not at 1.
         """
         scales: dict[str, float] = defaultdict(float)
         for name, scale in asked.items():
             scales[self._find(name).digest] += _within_limits(scale, name)
         for digest, scale in scales.items():
             _within_limits(scale, f"what has the digest {digest[:12]}")
-        return tuple(sorted((digest, scale) for digest, scale in scales.items() if scale))
+        key = tuple(sorted((digest, scale) for digest, scale in scales.items() if scale))
+        _require_one_head([(digest, scale) for digest, scale in key if self._held[digest].head is not None])
+        return key
 
     def loras(self, key: Key) -> list[tuple[Lora, float]]:
-        return [(self._held[digest].lora, scale) for digest, scale in key]
+        contents = [(self._held[digest].content, scale) for digest, scale in key]
+        return [(content, scale) for content, scale in contents if isinstance(content, Lora)]
+
+    def head(self, key: Key) -> Head:
+        """What stands before prompts under this key, which must have such a content."""
+        return next(head for digest, _ in key if (head := self._held[digest].head) is not None)
+
+    def behind_head(self, prompt: Sequence[int], key: Key) -> list[int]:
+        """A prompt with NO_TOKEN before it for each position that a content of this key takes."""
+        heads = [head for digest, _ in key if (head := self._held[digest].head) is not None]
+        return [NO_TOKEN] * sum(head.length for head in heads) + list(prompt)
 
     def phases(self, prompt: Sequence[int], key: Key) -> list[tuple[int, Key]]:
         """Which adapters are active from which position on: an aLoRA from the last place where it is invoked."""
@@ -96,7 +118,7 @@ class Adapters:
     def close(self) -> None:
         """Before the model is closed, which frees them all."""
         for held in self._held.values():
-            held.lora.close()
+            held.close()
         self._held.clear()
         self.infos = {}
 
@@ -113,7 +135,7 @@ class Adapters:
         held = self._held[digest]
         if not held.names and not held.uses:
             self._detach(digest)
-            held.lora.close()
+            held.close()
             del self._held[digest]
 
 
@@ -126,6 +148,15 @@ def _within_limits(scale: float, name: str) -> float:
             fix="use a scale around 1",
         )
     return float(np.float32(scale))
+
+
+def _require_one_head(heads: Sequence[tuple[str, float]]) -> None:
+    if len(heads) > 1 or any(scale != 1 for _, scale in heads):
+        raise EngineError(
+            what=f"{len(heads)} soft prompts or prefixes at the scales {', '.join(f'{s:g}' for _, s in heads)}",
+            why="one stands before a prompt, as it was trained: half of one or one behind another means nothing",
+            fix="use one, at 1; LoRAs may be active beside it at any scale",
+        )
 
 
 def _last_place(invocation: tuple[int, ...], prompt: Sequence[int]) -> int | None:

@@ -64,7 +64,7 @@ class Answer:
     def __post_init__(self) -> None:
         self.n_prompt = self.parts[-1].last
         self._text = TextStream(self.request.sampling.stop)
-        prompt = (token for part in self.parts for token in part.tokens)
+        prompt = (token for part in self.parts if not part.is_head for token in part.tokens)
         self._lookup = Lookup(prompt) if self.limits.draft_tokens else None
         self._unsaid: list[int] = []
         self._logprobs: list[TokenLogprob] = []

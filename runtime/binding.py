@@ -78,6 +78,7 @@ class Model:
         self._vocabulary = C.llama_model_get_vocab(self._handle)
         self.n_vocab = int(C.llama_vocab_n_tokens(self._vocabulary))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(self._handle))
+        self.n_embd = int(C.llama_model_n_embd_inp(self._handle))
 
     @property
     def handle(self) -> object:
@@ -380,6 +381,36 @@ class Context:
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, entry.sequence
             batch.logits[i] = entry.wanted
             n_wanted += entry.wanted
+        self._run(batch)
+        if not n_wanted:
+            return np.empty((0, self.model.n_vocab), np.float32)
+        return np.ctypeslib.as_array(C.llama_get_logits(self.handle), shape=(n_wanted, self.model.n_vocab))
+
+    def evaluate(self, embeddings: np.ndarray, first: int, sequence: int) -> None:
+        """Let a sequence hold what embeddings float32 (n, d) stand for, from the position `first` on.
+
+        They go into the first layer as they are: llama.cpp scales those of tokens for some families, never these
+        (granite's it scales both).
+        """
+        n, d = embeddings.shape
+        if not 0 < n <= self.n_batch or d != self.model.n_embd:
+            raise EngineError(
+                what=f"{n} embeddings {d} wide in one decode",
+                why=f"this context takes 1 to {self.n_batch}, {self.model.n_embd} wide",
+                fix="send them in smaller pieces, to the base that they are for",
+            )
+        batch = C.llama_batch_init(n, d, 1)
+        try:
+            batch.n_tokens = n
+            ctypes.memmove(batch.embd, np.ascontiguousarray(embeddings, np.float32).tobytes(), 4 * n * d)
+            for i in range(n):
+                batch.pos[i], batch.logits[i] = first + i, False
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            self._run(batch)
+        finally:
+            C.llama_batch_free(batch)
+
+    def _run(self, batch: Any) -> None:
         code = C.llama_decode(self.handle, batch)
         if self._fault is not None:
             fault, self._fault = self._fault, None
@@ -391,10 +422,7 @@ class Context:
                 fix="start anew (/reset), or open with a larger --context",
             )
         if code != 0:
-            raise _refused(f"llama.cpp could not evaluate {len(entries)} tokens (code {code})", "start anew")
-        if not n_wanted:
-            return np.empty((0, self.model.n_vocab), np.float32)
-        return np.ctypeslib.as_array(C.llama_get_logits(self.handle), shape=(n_wanted, self.model.n_vocab))
+            raise _refused(f"llama.cpp could not evaluate {batch.n_tokens} tokens (code {code})", "start anew")
 
     def close(self) -> None:
         if self._handle is not None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,17 +20,20 @@ from gguf.constants import GGMLQuantizationType
 from edgelora.base.model import Base, open_base
 from edgelora.device import Choice
 from edgelora.errors import ConfigError, EngineError
+from edgelora.files.soft_prompt import MAX_REFERENCE_TOKENS
 from runtime.adapters import Adapters
 from runtime.answer import Answer, Limits
 from runtime.binding import UBATCH_TOKENS, Context, Entry, KeyValues, Lora, Model, Placement, build
 from runtime.lanes import Lane, Lanes
 from runtime.owner import Owner, closed
-from runtime.preflight import preflight
-from runtime.prompt import prompt_ids, require_limits
+from runtime.prefix import prepare
+from runtime.preflight import Checked, preflight
+from runtime.prompt import prompt_ids, require_limits, require_room
 from runtime.sampling import Sampler
 from runtime.scheduler import Scheduler
 from runtime.service import AdapterInfo, EngineConfig, Request
 from runtime.snapshot_files import SnapshotFolder
+from runtime.soft_prompt import Head
 from runtime.states import Snapshots, chain_of, cut
 from runtime.stream import LiveStream
 from runtime.threads import choose_threads
@@ -111,7 +114,7 @@ class Engine:
         )
 
         def load() -> None:
-            self._adapters.add(info, lambda: Lora(self._model, path, checked.content))
+            self._adapters.add(info, lambda: self._content(checked))
             self.base = checked.base
 
         self._owner.call(load)
@@ -166,13 +169,24 @@ class Engine:
         self._opened = True
 
     def _lane(self, threads: int) -> Lane:
+        return Lane(self._context(self.context, threads), self._adapters, self._snapshots, self._limits.chunk)
+
+    def _context(self, room: int, threads: int) -> Context:
         config = self.config
-        context = Context(
-            self._model, n_ctx=self.context, n_sequences=config.conversations, threads=threads,
+        return Context(
+            self._model, n_ctx=room, n_sequences=config.conversations, threads=threads,
             n_batch=max(self._limits.chunk, config.conversations * (1 + config.draft_tokens)),
             kept=KeyValues(GGMLQuantizationType[config.kv_type.upper()], _FLASH[config.flash_attention]),
         )  # fmt: skip
-        return Lane(context, self._adapters, self._snapshots, self._limits.chunk)
+
+    def _content(self, checked: Checked) -> Lora | Head:
+        """What was checked, as llama.cpp takes it; what stands before prompts is tried in a context of its own."""
+        if checked.soft is None:
+            return Lora(self._model, checked.path, checked.content)
+        require_room(checked.soft.length, self.context)
+        room = checked.soft.length + MAX_REFERENCE_TOKENS
+        with closing(self._context(room, int(self.threads.value))) as context:
+            return prepare(checked.soft, context, str(checked.path))
 
     def _archive(self) -> SnapshotFolder | None:
         """The folder of snapshots, if there is one: it needs to know all that the numbers depend on."""
@@ -197,8 +211,10 @@ class Engine:
 
     def _answer(self, request: Request, prompt: list[int], stream: LiveStream) -> Answer:
         key = self._adapters.key_of(request.adapters)
-        phases, limits = self._adapters.phases(prompt, key), self._limits
-        parts = cut(prompt, phases, limits.chunk)
+        whole, limits = self._adapters.behind_head(prompt, key), self._limits
+        require_room(len(whole), self.context)
+        phases = self._adapters.phases(whole, key)
+        parts = cut(whole, phases, limits.chunk)
         sampler = Sampler.of(self._model, request.sampling, n_ctx=self.context, prompt=prompt)
         return Answer(
             request, stream, self._model, sampler, limits, key, phases[-1][1], deque(parts),

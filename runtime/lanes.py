@@ -104,6 +104,9 @@ class Lane:
     def evaluate(self, part: Part, slot: Slot, *, last: bool) -> np.ndarray:
         """Evaluate a part of a prompt in a decode of its own; float32 (1, V) if it is the last one, else (0, V)."""
         self.attach(part.key)
+        if part.is_head:
+            self._adapters.head(part.key).put(self.context, slot.sequence, part.first, part.last)
+            return np.empty((0, self.context.model.n_vocab), np.float32)
         end = len(part.tokens) - 1
         return self.context.decode(
             [Entry(token, part.first + i, slot.sequence, last and i == end) for i, token in enumerate(part.tokens)]

@@ -16,6 +16,7 @@ from edgelora.errors import AdapterError
 from edgelora.files.adapter_check import require_fit
 from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_same_base
 from edgelora.files.gguf import GGUFFile
+from edgelora.files.soft_prompt import Prefix, SoftPrompt, is_soft, read_soft
 from edgelora.files.whole import read_whole
 from edgelora.home import cache_folder
 from runtime.trial import try_adapter
@@ -39,6 +40,8 @@ class Checked:
     """None in an adapter that was made elsewhere."""
     invocation: tuple[int, ...] = ()
     """aLoRA: active only after these tokens."""
+    soft: SoftPrompt | Prefix | None = field(default=None, repr=False)
+    """What stands before prompts, if it is such a file; then llama.cpp never sees the file itself."""
 
     @property
     def size_bytes(self) -> int:
@@ -66,10 +69,10 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
     verdicts = Verdicts(cache or cache_folder())
     content, digest = _read(path, base, verdicts)
     place = place_of(base.file.files)
-    verdict = verdicts.find(digest, place)
+    verdict, soft = verdicts.find(digest, place), None
     known = verdict is not None
     if verdict is None:
-        verdict = _look(path, content, base)
+        verdict, soft = _look(path, content, base)
     contract = None if verdict.contract is None else read_contract(verdict.contract, str(path))
     fitting = base.as_trained(contract)
     if contract is not None:
@@ -80,10 +83,10 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
             why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
             fix="pass --allow-unverified-base if you know that it was trained on this base",
         )
-    if not known:
+    if not known and soft is None:  # a soft prompt is floats alone; whoever loads it tries it
         try_adapter(path, content, base.path)
         verdicts.keep(digest, place, verdict)
-    return Checked(path, digest, content, fitting, contract, verdict.invocation)
+    return Checked(path, digest, content, fitting, contract, verdict.invocation, soft)
 
 
 def _read(path: Path, base: Base, verdicts: Verdicts) -> tuple[bytes, str]:
@@ -96,9 +99,12 @@ def _read(path: Path, base: Base, verdicts: Verdicts) -> tuple[bytes, str]:
     return whole.content, digest
 
 
-def _look(path: Path, content: bytes, base: Base) -> Verdict:
+def _look(path: Path, content: bytes, base: Base) -> tuple[Verdict, SoftPrompt | Prefix | None]:
     """Everything that can be known of a file without llama.cpp."""
     file = GGUFFile(path, content)
+    if is_soft(file):
+        soft = read_soft(file, base.architecture.gguf_name, base.config, base.context)
+        return Verdict(file.get(CONTRACT_KEY, str), ()), soft
     shapes = {name: info.shape for name, info in base.file.tensors.items()}
     invocation = require_fit(file, base.architecture.gguf_name, shapes, base.config.vocab_size)
-    return Verdict(file.get(CONTRACT_KEY, str), invocation)
+    return Verdict(file.get(CONTRACT_KEY, str), invocation), None

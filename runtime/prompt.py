@@ -20,13 +20,18 @@ def prompt_ids(prompt: Prompt, base: Base, room: int) -> list[int]:
     ids = _ids(prompt, base)
     if not ids:
         raise DataError("an empty prompt", "a model continues something: there is nothing", "pass a text")
-    if len(ids) >= room:
+    require_room(len(ids), room)
+    return ids
+
+
+def require_room(tokens: int, room: int) -> None:
+    """Raises EngineError if nothing is left to answer in."""
+    if tokens >= room:
         raise EngineError(
-            what=f"a prompt of {len(ids)} tokens",
+            what=f"a prompt of {tokens} tokens",
             why=f"a conversation has room for {room} here, its answer included",
             fix="shorten the conversation, or open with a larger --context",
         )
-    return ids
 
 
 def _ids(prompt: Prompt, base: Base) -> list[int]:

@@ -118,6 +118,7 @@ class Usage:
     """What an answer cost."""
 
     prompt_tokens: int
+    """With the positions that a soft prompt or a prefix takes."""
     reused_tokens: int
     """Of the prompt, taken from a state that was kept."""
     generated_tokens: int

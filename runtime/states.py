@@ -19,13 +19,16 @@ import numpy as np
 Key = tuple[tuple[str, float], ...]
 """The active adapters: (digest, scale), sorted by digest; () is the base alone."""
 
+NO_TOKEN = -1
+"""Stands in a prompt for each position that a soft prompt or a prefix takes."""
+
 Chain = tuple[bytes, ...]
 """The digests of a sequence at its cuts: after one chunk, after two …"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens of a prompt that are evaluated in one decode under one set of adapters."""
+    """Tokens of a prompt, or positions before it, that are evaluated in one decode under one set of adapters."""
 
     first: int
     tokens: tuple[int, ...]
@@ -36,13 +39,20 @@ class Part:
         """One behind its last position."""
         return self.first + len(self.tokens)
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it is of what stands before a prompt: all its tokens are NO_TOKEN."""
+        return self.tokens[0] == NO_TOKEN
+
 
 def cut(prompt: Sequence[int], phases: Sequence[tuple[int, Key]], chunk: int) -> list[Part]:
     """`prompt` in parts that end at multiples of `chunk`, where a phase begins, and at its end.
 
-    phases: (position, adapters) that are active from there on; the first at 0.
+    phases: (position, adapters) that are active from there on; the first at 0. Where its first token stands, if
+    something stands before it, a part ends too.
     """
-    ends = sorted({*range(chunk, len(prompt), chunk), *(start for start, _ in phases if start), len(prompt)})
+    starts = {*(start for start, _ in phases), next(i for i, token in enumerate(prompt) if token != NO_TOKEN)}
+    ends = sorted({*range(chunk, len(prompt), chunk), *(starts - {0}), len(prompt)})
     parts, first = [], 0
     for end in ends:
         key = next(key for start, key in reversed(phases) if start <= first)

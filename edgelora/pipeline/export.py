@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from converters.adapter_to_gguf import write_adapter_gguf
+from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
 from edgelora.base.head import Head
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
@@ -19,12 +20,14 @@ from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
-from edgelora.files.contract import FILE_NAME, require_same_base
+from edgelora.files.contract import FILE_NAME, Contract, require_same_base
 from edgelora.peft.adapter import Adapter, read_adapter
+from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
 from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
 from edgelora.pipeline.said import Group, groups_of
+from edgelora.pipeline.soft_export import SoftCheck
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.pipeline.torch_states import Reference, torch_states
 from edgelora.progress import OnProgress, silent
@@ -83,7 +86,8 @@ def export(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Certificate:
-    """Write `out`, a GGUF LoRA for llama.cpp, and return its certificate (also kept inside, and in edgelora.json).
+    """Write `out`, a GGUF LoRA for llama.cpp or what our engine puts before prompts, and return its certificate (also
+    kept inside, and in edgelora.json).
 
     `data`: rows whose prompts and answers are compared (the first `n_rows`; without it, a few built-in ones).
     Raises CertificateError, and keeps the file aside as `out`.rejected, if llama.cpp does not compute what torch
@@ -91,17 +95,29 @@ def export(
     """
     refuse_existing(out, overwrite)
     made_from = stamp(base_path, adapter_path)
-    base = open_base(base_path)
-    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
-    rows = rows_to_check(data, n_rows)
-    certificate = write_certified(
-        Output(out, overwrite),
-        made_from,
-        lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
-        lambda draft: certify_adapter(base_path, adapter_path, draft, rows, on_progress),
-    )
-    if adapter.contract is not None:
-        signed = adapter.contract.model_copy(update={"certificate": certificate.as_dict()})
+    base, rows, result = open_base(base_path), rows_to_check(data, n_rows), Output(out, overwrite)
+    if is_trained_prompt(adapter_path):
+        prompt = read_trained_prompt(adapter_path, base.config)
+        _require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
+        contract, check = prompt.contract, SoftCheck(base.as_trained(prompt.contract), adapter_path, rows)
+        states = check.states(on_progress)
+        certificate = write_certified(
+            result,
+            made_from,
+            lambda draft: write_soft_prompt_gguf(draft, prompt, base, out.stem, states.reference),
+            lambda draft: _certificate(base, len(rows), *check.compare(draft, states, on_progress)),
+        )
+    else:
+        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
+        contract = adapter.contract
+        certificate = write_certified(
+            result,
+            made_from,
+            lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
+            lambda draft: certify_adapter(base_path, adapter_path, draft, rows, on_progress),
+        )
+    if contract is not None:
+        signed = contract.model_copy(update={"certificate": certificate.as_dict()})
         write_text(adapter_path / FILE_NAME, signed.model_dump_json(indent=2) + "\n", overwrite=True)
     return certificate
 
@@ -109,15 +125,19 @@ def export(
 def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`."""
     adapter = read_adapter(path, base.linears)
-    if adapter.contract is not None:
-        require_same_base(adapter.contract, base.as_trained(adapter.contract).identity, str(path), str(base.path))
+    _require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
+    return adapter
+
+
+def _require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:
+    if contract is not None:
+        require_same_base(contract, base.as_trained(contract).identity, str(path), str(base.path))
     elif not allow_unverified:
         raise AdapterError(
             what=f"{path}: it does not say which base it belongs to",
             why=f"there is no {FILE_NAME} in it; on another base of the same shape it would answer nonsense",
             fix="pass --allow-unverified-base if you know that it was trained on this base",
         )
-    return adapter
 
 
 def certify_adapter(
@@ -134,12 +154,16 @@ def certify_adapter(
     models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
     states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
     work = _InLlamaCpp(adapted, gguf, rows, groups)
-    equal, floor, adapter = run_in_child(_compare, work, states, on_progress=on_progress)
+    return _certificate(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
+
+
+def _certificate(base: Base, n_prompts: int, equal_ids: int, floor: Fidelity, adapter: Fidelity) -> Certificate:
+    """What was found, and the limits for this base: `floor` is torch against llama.cpp without the adapter."""
     exact = base.quant in FLOAT_QUANTS
     return Certificate(
         base_quant=base.quant,
-        n_prompts=len(rows),
-        equal_ids=equal,
+        n_prompts=n_prompts,
+        equal_ids=equal_ids,
         floor=floor,
         adapter=adapter,
         kl_limit=FLOATS.kl_mean if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),

@@ -1,0 +1,70 @@
+"""A trained soft prompt or prefix → a GGUF that `runtime/` puts before prompts. Imports no torch.
+
+Embeddings stay as they are: HF and llama.cpp agree on which embeddings they scale (gemma: those of tokens alone;
+granite: all). Of a prefix the keys move as the rows of k_proj do; they stay as attention read them, rotated or not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from converters.metadata import put
+from edgelora.architectures.names import gguf_row_order
+from edgelora.base.model import Base
+from edgelora.files.certificate_keys import reserved
+from edgelora.files.contract import CONTRACT_KEY
+from edgelora.files.soft_prompt import (
+    BASE_LOGITS,
+    EMBEDDINGS,
+    KEYS,
+    LOGITS,
+    PREFIX,
+    SOFT_PROMPT,
+    TOKENS,
+    VALUES,
+    Reference,
+)  # fmt: skip
+from edgelora.peft.soft_prompt import TrainedPrompt
+
+
+def write_soft_prompt_gguf(
+    out: Path, prompt: TrainedPrompt, base: Base, name: str, reference: Reference | None = None
+) -> None:
+    """Write the GGUF to `out` (a staged path), with a reserved place for the certificate.
+
+    reference: what a prefix, and only that, is tested with before it is used.
+    """
+    writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", PREFIX if prompt.embeddings is None else SOFT_PROMPT)
+    if prompt.contract is not None:
+        unsigned = prompt.contract.model_copy(update={"certificate": None})
+        writer.add_string(CONTRACT_KEY, unsigned.model_dump_json())
+        put(writer, reserved(model=False))
+    for tensor, values in _tensors(prompt, base, reference).items():
+        writer.add_tensor(tensor, np.ascontiguousarray(values))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _tensors(prompt: TrainedPrompt, base: Base, reference: Reference | None) -> dict[str, np.ndarray]:
+    if prompt.embeddings is not None:
+        return {EMBEDDINGS: prompt.embeddings}
+    assert prompt.keys is not None
+    assert prompt.values is not None
+    assert reference is not None
+    found = {}
+    for i, (keys, values) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
+        order = gguf_row_order(base.architecture, base.config, f"model.layers.{i}.self_attn.k_proj")
+        rows = keys.reshape(len(keys), -1)  # (n, KV · d_head)
+        found[KEYS.format(i)] = (rows if order is None else rows[:, order]).reshape(keys.shape)
+        found[VALUES.format(i)] = values
+    return {**found, TOKENS: reference.tokens, LOGITS: reference.logits, BASE_LOGITS: reference.base_logits}

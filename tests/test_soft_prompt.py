@@ -1,0 +1,338 @@
+"""Soft prompts and prefixes as adapters like any other: PEFT's files, certified, loaded, and never mixed up."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from live_walk import Walk, ask
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from test_export import make_adapter
+
+from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.base.model import open_base
+from edgelora.errors import AdapterError, EngineError, FileFormatError
+from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.soft_prompt import _array, read_soft
+from edgelora.pipeline.export import export
+from runtime.binding import Context, Lora, Model
+from runtime.engine import Engine
+from runtime.prefix import logits_behind, prepare
+from runtime.service import EngineConfig, Request, Sampling
+
+# PEFT asks transformers for what it will rename
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+CONFIG = EngineConfig(context=256, chunk=8, threads=1)
+LOGPROBS = Sampling(logprobs=0)
+IDS = list(range(5, 30))
+N = 11  # longer than a chunk, and no multiple of it
+KINDS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=32),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N),
+    "projected prefix": PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=32
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tiny, transformers_model, tmp_path_factory):
+    """`made(kind, seed)`: (PEFT's folder, the exported file, PEFT's logits (T, V) for IDS)."""
+    known = {}
+
+    def make(kind, seed=0):
+        if (kind, seed) not in known:
+            folder = tmp_path_factory.mktemp("soft")
+            torch.manual_seed(seed)
+            model = get_peft_model(transformers_model(tiny), copy.copy(KINDS[kind])).eval()
+            with torch.no_grad():
+                for parameter in model.prompt_encoder.parameters():
+                    parameter.normal_(0, 0.5 if "prefix" in kind else 0.1)
+                theirs = model(torch.tensor([IDS])).logits[0, -len(IDS) :].numpy()
+            model.save_pretrained(folder / "peft")
+            export(tiny.path, folder / "peft", folder / f"{kind}.gguf", allow_unverified=True)
+            known[kind, seed] = folder / "peft", folder / f"{kind}.gguf", theirs
+        return known[kind, seed]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_what_peft_computes(tiny, made, kind):
+    _, path, theirs = made(kind)
+    base = open_base(tiny.path)
+    content = read_soft(GGUFFile(path), "llama", base.config, base.context)
+    model = Model(tiny.path)
+    context = Context(model, n_ctx=256, n_sequences=1, threads=1, exact=True)
+    head = prepare(content, context, "it")
+    found = logits_behind(head, context, IDS, range(len(IDS)))
+    bare = logits_behind(None, context, IDS, range(len(IDS)))
+    context.close()
+    model.close()
+    np.testing.assert_allclose(found, theirs, atol=1e-3, rtol=0)
+    assert np.abs(bare - theirs).max() > 0.3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"flash_attention": "off"}, {"kv_type": "f32", "flash_attention": "off"}, {"conversations": 3}, {"chunk": 64}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_the_engine_answers_as_peft_generates(tiny, made, kind, settings):
+    _, path, theirs = made(kind)
+    with Engine.open(tiny.path, replace(CONFIG, **settings)) as engine:
+        info = engine.load("it", path, allow_unverified=True)
+        assert (info.name, engine.stats().adapter_bytes) == ("it", path.stat().st_size)
+        for _ in range(2):
+            for end in range(1, len(IDS) + 1):
+                stream = engine.generate(Request(tuple(IDS[:end]), {"it": 1.0}, max_tokens=1, sampling=LOGPROBS))
+                (piece,) = stream
+                row = theirs[end - 1].astype(np.float64)
+                expected = row.max() - np.log(np.exp(row - row.max()).sum()) - row.max()
+                assert piece.tokens[0] == int(row.argmax())
+                assert piece.logprobs[0].logprob == pytest.approx(expected, abs=5e-3)
+        assert stream.usage.reused_tokens == (N + len(IDS) - 1) // engine._limits.chunk * engine._limits.chunk
+        assert stream.usage.prompt_tokens == N + len(IDS)
+
+
+@pytest.fixture(scope="module")
+def files(tiny, made, tmp_path_factory):
+    """Two LoRAs, two soft prompts and two prefixes."""
+    folder, base = tmp_path_factory.mktemp("loras"), open_base(tiny.path)
+    for seed in range(2):
+        write_adapter_gguf(folder / f"{seed}.gguf", make_adapter(base, seed=seed, strength=0.5), base, str(seed))
+    loras = {f"lora-{seed}": folder / f"{seed}.gguf" for seed in range(2)}
+    return loras | {f"{kind}-{seed}": made(kind, seed)[1] for kind in ("prompt", "prefix") for seed in range(2)}
+
+
+class SoftWalk(Walk):
+    """A walk in which one soft prompt or prefix may be on, and sets that ask for more are refused."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        heads, loras = ([n for n in sorted(self.files) if ("lora" in n) == is_lora] for is_lora in (False, True))
+        self._sets += [
+            {head: 1.0, lora: scale} for head in heads for lora, scale in zip(loras, (1.0, -0.5), strict=True)
+        ]
+        self.refused = 0
+
+    def _step(self, engine, content):
+        """(The set is drawn here as the walk will draw it.)"""
+        state = self._draw.getstate()
+        chosen = self._draw.choice(self._sets)
+        self._draw.setstate(state)
+        scales = {}
+        for name, scale in chosen.items():
+            scales[content[name]] = scales.get(content[name], 0) + scale
+        heads = [scale for file, scale in scales.items() if "lora" not in file and scale]
+        if heads in ([], [1.0]):
+            return super()._step(engine, content)
+        self._draw.choice(self._sets)
+        self.refused += 1
+        with pytest.raises(EngineError, match="soft prompts or prefixes at the scales"):
+            engine.generate(Request((5, 6, 7), chosen))
+        return True
+
+
+@pytest.mark.parametrize("settings", [{}, {"hot_adapters": 2, "conversations": 2}], ids=str)
+def test_whatever_was_on_before_an_answer_is_that_of_a_cold_run(tiny, files, tmp_path, monkeypatch, settings):
+    load = Engine.load
+    monkeypatch.setattr(Engine, "load", lambda self, name, path: load(self, name, path, allow_unverified=True))
+    config = replace(CONFIG, snapshot_bytes=200_000, snapshot_folder=tmp_path, **settings)
+    walk = SoftWalk(open_base(tiny.path), files, config)
+    assert all(walk.run(120))
+    assert walk.refused > 5
+    assert walk.reused > 120
+
+
+def test_the_walk_notices_when_a_content_is_left_out_of_the_key(tiny, files, monkeypatch):
+    load = Engine.load
+    monkeypatch.setattr(Engine, "load", lambda self, name, path: load(self, name, path, allow_unverified=True))
+    monkeypatch.setattr("runtime.states.named", lambda _: b"")
+    assert not all(SoftWalk(open_base(tiny.path), files, CONFIG).run(60))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_K", "F16"])
+def test_it_goes_over_any_quantization_of_its_base(made, make_tiny, tmp_path, kind, quant):
+    """Certified over that file, and one made over the F32 file passes its test over it as well."""
+    folder, path, _ = made(kind)
+    base = make_tiny(GGMLQuantizationType[quant]).path
+    assert export(base, folder, tmp_path / "it.gguf", allow_unverified=True).passed
+    with Engine.open(base, CONFIG) as engine:
+        for name, file in (("own", tmp_path / "it.gguf"), ("other", path)):
+            engine.load(name, file, allow_unverified=True)
+        assert ask(engine, IDS, {"own": 1.0}) == ask(engine, IDS, {"other": 1.0})
+
+
+def contract_of(base):
+    return make_adapter(base).contract
+
+
+def test_its_contract_is_held_to_like_any_adapters(tiny, make_tiny, made, tmp_path):
+    folder, path, _ = made("prompt")
+    with Engine.open(tiny.path, CONFIG) as engine, pytest.raises(AdapterError, match="does not say which base"):
+        engine.load("it", path)
+    with pytest.raises(AdapterError, match="does not say which base"):
+        export(tiny.path, folder, tmp_path / "it.gguf")
+    own = shutil.copytree(folder, tmp_path / "own")
+    (own / FILE_NAME).write_text(contract_of(open_base(tiny.path)).model_dump_json())
+    certificate = export(tiny.path, own, tmp_path / "it.gguf")
+    inside = json.loads(GGUFFile(tmp_path / "it.gguf").get(CERTIFICATE_KEY, str))
+    assert inside == certificate.as_dict() == json.loads((own / FILE_NAME).read_text())["certificate"]
+    with Engine.open(tiny.path, CONFIG) as engine:
+        engine.load("it", tmp_path / "it.gguf")
+    other = make_tiny(seed=7).path
+    with pytest.raises(AdapterError, match="does not belong to"):
+        export(other, own, tmp_path / "other.gguf")
+    with Engine.open(other, CONFIG) as engine, pytest.raises(AdapterError, match="does not belong to"):
+        engine.load("it", tmp_path / "it.gguf")
+
+
+def tensors_of(path):
+    file = GGUFFile(path)
+    return {name: _array(file, name) for name in file.tensors}
+
+
+def write(path, tensors, kind="prefix", arch="llama"):
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", kind)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def damaged(tensors, **changes):
+    found = {**tensors, **{name.replace("__", "."): values for name, values in changes.items()}}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+PREFIX_FAULTS = {
+    "blk.1.prefix_v is missing": {"blk__1__prefix_v": None},
+    r"blk.0.prefix_k is F32 \(3, 2, 64\)|blk.1.prefix_k is F32": {"blk__0__prefix_k": np.zeros((3, 2, 64), np.float32)},
+    "blk.1.prefix_k is F32": {"blk__1__prefix_k": np.zeros((N, 4, 32), np.float32)},
+    "blk.1.prefix_k is F16": {"blk__1__prefix_k": np.zeros((N, 2, 64), np.float16)},
+    "blk.2.prefix_k has no place": {"blk__2__prefix_k": np.zeros((N, 2, 64), np.float32)},
+    "NaN or infinite": {"blk__1__prefix_v": np.full((N, 2, 64), np.nan, np.float32)},
+    "it is 600 positions long": {"blk__0__prefix_k": np.zeros((600, 2, 64), np.float32)},
+    "it is 0 positions long": {"blk__0__prefix_k": None},
+    "ids that the base has not": {"reference__tokens": np.full((8, 3), 512, np.int32)},
+    "reference.tokens is I32": {"reference__tokens": np.zeros((8, 17), np.int32)},
+    "reference.tokens is F32": {"reference__tokens": np.zeros((8, 3), np.float32)},
+    "reference.logits is F32": {"reference__logits": np.zeros((8, 511), np.float32)},
+    "does not do here what it was trained to do": {"blk__1__prefix_v": np.ones((N, 2, 64), np.float32)},
+    "too large for the cache": {"blk__1__prefix_v": np.full((N, 2, 64), 1e6, np.float32)},
+}
+
+
+@pytest.mark.parametrize("fault", PREFIX_FAULTS)
+def test_a_damaged_prefix_is_refused(tiny, made, tmp_path, fault):
+    path = write(tmp_path / "it.gguf", damaged(tensors_of(made("prefix")[1]), **PREFIX_FAULTS[fault]))
+    with Engine.open(tiny.path, CONFIG) as engine:
+        with pytest.raises(AdapterError, match=fault):
+            engine.load("it", path, allow_unverified=True)
+        assert not engine.adapters
+        assert len(ask(engine, IDS, {})) == 6
+
+
+SOFT_FAULTS = {
+    "expected F32": np.zeros((4, 255), np.float32),
+    "it is 512 positions long": np.zeros((512, 256), np.float32),
+    "NaN or infinite": np.full((4, 256), np.inf, np.float32),
+}
+
+
+@pytest.mark.parametrize("fault", SOFT_FAULTS)
+def test_a_damaged_soft_prompt_is_refused(tiny, tmp_path, fault):
+    path = write(tmp_path / "it.gguf", {"prompt.embeddings": SOFT_FAULTS[fault]}, "soft_prompt")
+    with Engine.open(tiny.path, CONFIG) as engine, pytest.raises(AdapterError, match=fault):
+        engine.load("it", path, allow_unverified=True)
+
+
+def test_one_behind_which_the_model_answers_no_numbers_is_refused(tiny, made, monkeypatch):
+    evaluate = Context.evaluate
+    monkeypatch.setattr(Context, "evaluate", lambda self, rows, *where: evaluate(self, rows * np.nan, *where))
+    with Engine.open(tiny.path, CONFIG) as engine, pytest.raises(AdapterError, match="not finite numbers"):
+        engine.load("it", made("prompt")[1], allow_unverified=True)
+
+
+def test_one_of_another_family_and_a_cut_file_are_refused(tiny, made, tmp_path):
+    alien = write(tmp_path / "a.gguf", tensors_of(made("prefix")[1]), arch="qwen2")
+    (tmp_path / "b.gguf").write_bytes(made("prefix")[1].read_bytes()[:-40])
+    with Engine.open(tiny.path, CONFIG) as engine:
+        with pytest.raises(AdapterError, match=r"general\.architecture is 'qwen2', expected 'llama'"):
+            engine.load("it", alien, allow_unverified=True)
+        with pytest.raises(FileFormatError, match="cut short"):
+            engine.load("it", tmp_path / "b.gguf", allow_unverified=True)
+
+
+def test_llama_cpp_itself_refuses_such_a_file(tiny, made):
+    model = Model(tiny.path)
+    with pytest.raises(EngineError, match="cannot load this adapter"):
+        Lora(model, made("prompt")[1])
+    model.close()
+
+
+def test_where_llama_cpp_rotates_keys_a_prefix_is_refused(tiny, made):
+    with Engine.open(tiny.path, replace(CONFIG, kv_type="q8_0", flash_attention="on")) as engine:
+        engine.load("prompt", made("prompt")[1], allow_unverified=True)
+        with pytest.raises(EngineError) as error:
+            engine.load("prefix", made("prefix")[1], allow_unverified=True)
+    assert str(error.value).splitlines() == [
+        "a prefix over quantized keys and values",
+        "  why: llama.cpp rotates what it quantizes, and a prefix is put there as it is",
+        "  fix: open the base with keys and values in f16 or f32",
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 8, 12, 16, 20, -1], ids=str)
+def test_a_state_of_another_layout_is_refused(tiny, made, monkeypatch, at):
+    """A field that is not what it was: magic, number of streams, cells, a position, its sequences; one byte more."""
+    save = Context.save
+
+    def other(self, sequence):
+        state = save(self, sequence)
+        if at < 0:
+            return np.append(state, np.uint8(0))
+        state[at] ^= 3
+        return state
+
+    monkeypatch.setattr(Context, "save", other)
+    with (
+        Engine.open(tiny.path, CONFIG) as engine,
+        pytest.raises(EngineError, match="keeps its keys and values in a way that is not known here"),
+    ):
+        engine.load("it", made("prefix")[1], allow_unverified=True)
+
+
+def test_there_must_be_room_for_a_prompt_behind_it(tiny, made):
+    with Engine.open(tiny.path, replace(CONFIG, context=N + len(IDS))) as engine:
+        engine.load("it", made("prompt")[1], allow_unverified=True)
+        assert len(ask(engine, IDS[1:], {"it": 1.0})) == 2
+        with pytest.raises(EngineError, match=f"a prompt of {N + len(IDS)} tokens"):
+            engine.generate(Request(tuple(IDS), {"it": 1.0}))
+    with Engine.open(tiny.path, replace(CONFIG, context=N)) as engine, pytest.raises(EngineError, match="has room for"):
+        engine.load("it", made("prompt")[1], allow_unverified=True)
