@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
@@ -38,7 +38,7 @@ from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
-AS_PEFT = ["lora", "rslora", "loraplus", "dora"]  # what is trained of them is what PEFT's files hold
+AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera"]  # what is trained of them is what PEFT's files hold
 OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
 TARGETS = {"all": (), "two kinds": ("q_proj", "down_proj"), "one layer's": tuple(LAYER1)}
@@ -64,6 +64,8 @@ def stir(decoder, seed=1):
             noise = torch.rand(parameter.shape, generator=generator) - 0.5
             if name.endswith(MAGNITUDE):
                 parameter.mul_(1 + 0.4 * noise)
+            elif name.endswith("vera_lambda_b"):  # beside d and the random matrices, 0.1 would not be seen
+                parameter.add_(4 * noise)
             else:
                 parameter.add_(0.1 * noise)
 
@@ -77,6 +79,16 @@ def written(decoder, base, method, folder):
     adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path)), collect(decoder))
     write_adapter(folder, adapter)
     return adapter
+
+
+def peft_config(method, drawn=False):
+    """PEFT's own for the file that the method leaves as; drawn: with random weights in the place of its start."""
+    row = METHODS[method]
+    if row.peft_type == "VERA":
+        return VeraConfig(r=RANK, target_modules="all-linear", init_weights=not drawn, **row.settings)
+    r, alpha = row.file_ranks * RANK, row.file_ranks * ALPHA
+    start = {"init_lora_weights": False} if drawn else {}
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", **start, **row.settings)
 
 
 # -- PEFT is the oracle -------------------------------------------------------------------------------------------
@@ -157,9 +169,8 @@ def exact_svd(weight, rank):
 
 @pytest.mark.parametrize("method", AS_PEFT)
 def test_what_peft_saved_computes_the_same_here(decoder, tiny, transformers_model, tmp_path, method):
-    settings = METHODS[method].settings
     torch.manual_seed(0)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", init_lora_weights=False, **settings)
+    config = peft_config(method, drawn=True)
     theirs = get_peft_model(transformers_model(tiny), config).eval()
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:  # PEFT's random B is strong enough to amplify rounding
@@ -177,15 +188,12 @@ def test_the_files_have_the_names_and_settings_of_pefts(base, decoder, tiny, tra
     written(decoder, base, method, tmp_path / "mine")
     model = transformers_model(tiny)
     names = [f"{PREFIX}{name}" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    times, settings = METHODS[method].file_ranks, METHODS[method].settings
-    theirs = get_peft_model(
-        model, LoraConfig(r=times * RANK, lora_alpha=times * ALPHA, target_modules="all-linear", **settings)
-    )
+    theirs = get_peft_model(model, peft_config(method))
     shapes = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(theirs).items()}
     assert {name: value.shape for name, value in load_file(tmp_path / "mine" / TENSORS).items()} == shapes
     ours, config = json.loads((tmp_path / "mine" / CONFIG).read_text()), theirs.peft_config["default"].to_dict()
     for key in ("peft_type", "r", "lora_alpha", "bias", "use_rslora", "use_dora"):
-        assert ours[key] == config[key], key
+        assert ours.get(key) == config.get(key), key
     ends = tuple(f".{target}" for target in ours["target_modules"])
     assert {name for name in names if name.endswith(ends)} == {f"{PREFIX}{name}" for name in tiny.linears}
 
@@ -219,7 +227,8 @@ def test_a_seed_decides_the_start(decoder, method):
     starts = []
     for seed in (0, 0, 1):
         parameters = inject(decoder, method, 4, 8, seed)
-        starts.append([tensor.detach().clone() for tensor in [*parameters, *kept_beside(decoder).values()]])
+        saved = [tensor for linear in decoder.linears.values() for tensor in linear.delta.tensors().values()]
+        starts.append([tensor.detach().clone() for tensor in [*parameters, *kept_beside(decoder).values(), *saved]])
     same = [[torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)] for other in starts[1:]]
     assert all(same[0])
     assert not all(same[1])
@@ -508,6 +517,51 @@ def test_multilora_shares_any_rank_out(rank):
     assert len(sizes) == min(3, rank)
     assert sizes.sum() == rank
     assert sizes.max() - sizes.min() <= 1
+
+
+# -- VeRA ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_layers_of_a_vera_share_one_pair(decoder, tmp_path, base):
+    inject(decoder, "vera", RANK, ALPHA, seed=0)
+    deltas = [linear.delta for linear in decoder.linears.values()]
+    assert len({id(delta.projections) for delta in deltas}) == 1
+    assert not list(kept_beside(decoder))
+    written(decoder, base, "vera", tmp_path / "mine")
+    names = [name for name in load_file(tmp_path / "mine" / TENSORS) if "lambda" not in name]
+    assert sorted(names) == ["base_model.vera_A", "base_model.vera_B"]
+
+
+VERA_DAMAGE = {
+    "no matrices": (lambda t: t.pop("base_model.vera_A"), "save_projection"),
+    "a vector less": (lambda t: t.pop(f"{PREFIX}{LAYER1[0]}.vera_lambda_d"), "vera_lambda_d is missing"),
+    "too narrow": (lambda t: t.update({"base_model.vera_A": np.ones((RANK, 8), np.float32)}), "expected (4, 256)"),
+    "not finite": (lambda t: t[f"{PREFIX}{LAYER1[0]}.vera_lambda_b"].__setitem__(0, np.nan), "NaN"),
+    "a LoRA's": (lambda t: t.update({f"{PREFIX}{LAYER1[0]}.lora_A.weight": np.ones((4, 4), np.float32)}), "no part of"),
+    "of another model": (lambda t: t.update({f"{PREFIX}x.vera_lambda_b": np.ones(4, np.float32)}), "no linear layer"),
+}
+
+
+@pytest.mark.parametrize("damage", VERA_DAMAGE)
+def test_a_damaged_vera_is_refused(decoder, base, tiny, tmp_path, damage):
+    change, said = VERA_DAMAGE[damage]
+    inject(decoder, "vera", RANK, ALPHA, seed=0)
+    written(decoder, base, "vera", tmp_path / "mine")
+    tensors = load_file(tmp_path / "mine" / TENSORS)
+    change(tensors)
+    save_file(tensors, tmp_path / "mine" / TENSORS)
+    with pytest.raises(AdapterError) as e:
+        read_adapter(tmp_path / "mine", tiny.linears)
+    assert said in e.value.what
+
+
+def test_a_vera_is_inspected(decoder, base, tmp_path, capsys):
+    inject(decoder, "vera", RANK, ALPHA, seed=0)
+    written(decoder, base, "vera", tmp_path / "mine")
+    assert run(["inspect", str(tmp_path / "mine"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["faults"] == []
+    assert facts["ranks"] == {str(RANK): len(decoder.linears)}
 
 
 # -- `edgelora methods` --------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
+from edgelora.peft import vera_file
 
 # Settings of PEFT under which neither a LoRA nor a DoRA is what the adapter computes.
 BEYOND_LORA = (
@@ -79,6 +80,8 @@ class Adapter:
     def pair(self, module: str) -> LoraPair:
         """A module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B; a DoRA's lengths."""
         parts = self.tensors[module]
+        if self.config.get("peft_type") == "VERA":
+            return LoraPair(*vera_file.factors_of(parts))
         rank = len(parts["lora_A"])
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
@@ -110,11 +113,15 @@ def refuse_to_write(path: Path, overwrite: bool) -> None:
 def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
     """Write the folder `path` in one step."""
     refuse_to_write(path, overwrite)
-    flat = {
-        f"{PREFIX}{module}.{part}{'' if part == MAGNITUDE else '.weight'}": np.ascontiguousarray(value)
-        for module, parts in adapter.tensors.items()
-        for part, value in parts.items()
-    }
+    if adapter.config["peft_type"] == "VERA":
+        flat = vera_file.flat(adapter.tensors)
+    else:
+        flat = {
+            f"{PREFIX}{module}.{part}{'' if part == MAGNITUDE else '.weight'}": value
+            for module, parts in adapter.tensors.items()
+            for part, value in parts.items()
+        }
+    flat = {name: np.ascontiguousarray(value) for name, value in flat.items()}
     with staged(path, folder=True, overwrite=overwrite) as draft:
         try:
             save_file(flat, draft / TENSORS, metadata={"format": "pt"})
@@ -137,7 +144,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Read a LoRA or DoRA in PEFT's format and check that it fits `linears` (d_out, d_in), every fault at once."""
+    """Read a LoRA, DoRA or VeRA in PEFT's format and hold it to `linears` (d_out, d_in): every fault at once."""
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -150,17 +157,13 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     except FileFormatError as e:
         raise AdapterError(e.what, e.why, "train or download the adapter again") from e
     file = SafetensorsFile(path / TENSORS)
-    places: dict[str, dict[str, str]] = {}
     faults = _settings_faults(settings)
-    wanted = ("lora_A", "lora_B", MAGNITUDE) if settings.get("use_dora") else ("lora_A", "lora_B")
-    for name in file.tensors:
-        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if part not in wanted or not name.startswith(PREFIX):
-            faults.append(f"{name} is no part of a {'DoRA' if MAGNITUDE in wanted else 'plain LoRA'}")
-        else:
-            places.setdefault(module, {})[part] = name
-    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
-    faults += _tensor_faults(tensors, linears, wanted)
+    tensors: Mapping[str, Mapping[str, np.ndarray]]
+    if isinstance(settings, dict) and settings.get("peft_type") == "VERA":
+        tensors, more_faults = vera_file.read(file, linears)
+    else:
+        tensors, more_faults = _read_pairs(file, settings, linears)
+    faults += more_faults
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AdapterError(
@@ -175,12 +178,32 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     return Adapter(settings, tensors, contract)
 
 
+def _read_pairs(
+    file: SafetensorsFile, settings: Any, linears: Mapping[str, tuple[int, int]]
+) -> tuple[Mapping[str, Mapping[str, np.ndarray]], list[str]]:
+    """The tensors of a LoRA or DoRA, which stay in the file until they are asked for; and every fault."""
+    places: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    dora = isinstance(settings, dict) and settings.get("use_dora")
+    wanted = ("lora_A", "lora_B", MAGNITUDE) if dora else ("lora_A", "lora_B")
+    for name in file.tensors:
+        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if part not in wanted or not name.startswith(PREFIX):
+            faults.append(f"{name} is no part of a {'DoRA' if dora else 'plain LoRA'}")
+        else:
+            places.setdefault(module, {})[part] = name
+    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
+    return tensors, faults + _tensor_faults(tensors, linears, wanted)
+
+
 def _settings_faults(settings: Any) -> list[str]:
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+    if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "VERA"):
         return [f"{CONFIG} is not that of a LoRA"]
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
+    if settings["peft_type"] == "VERA":
+        return faults
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
         faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")

@@ -12,6 +12,7 @@ import torch
 from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta, Weight
+from edgelora.peft import vera_file
 from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.peft.dora import DoraDelta
 from edgelora.peft.lora import LoraDelta
@@ -27,8 +28,16 @@ def inject(
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = targeted(list(decoder.linears), tuple(targets))
-    for name, linear in decoder.linears.items():
-        linear.delta = METHODS[method].fresh(linear.weight, rank, alpha, generator) if name in chosen else None
+    row = METHODS[method]
+    adapted = [linear for name, linear in decoder.linears.items() if name in chosen]
+    for linear in decoder.linears.values():
+        linear.delta = None
+    if row.together is not None:
+        deltas = row.together([linear.weight for linear in adapted], rank, alpha, generator)
+    else:
+        deltas = [row.fresh(linear.weight, rank, alpha, generator) for linear in adapted]
+    for linear, delta in zip(adapted, deltas, strict=True):
+        linear.delta = delta
     return list(decoder.parameters())
 
 
@@ -53,28 +62,30 @@ def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base:
     """What PEFT's adapter_config.json says of the adapter on `decoder`."""
     adapted = [name for name, linear in decoder.linears.items() if linear.delta is not None]
     ends = {name.rpartition(".")[2] for name in adapted}
-    wider = METHODS[method].file_ranks  # r and α by as much: α/r stays
+    row = METHODS[method]
+    wider = row.file_ranks  # r and α by as much: α/r stays
     everywhere = all(name in adapted for name in decoder.linears if name.rpartition(".")[2] in ends)
+    of_a_lora = {"lora_alpha": wider * alpha, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
     return {
-        "peft_type": "LORA",
+        "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": wider * rank,
-        "lora_alpha": wider * alpha,
-        "lora_dropout": 0.0,
         "target_modules": sorted(ends if everywhere else adapted),
         "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
         "inference_mode": True,
-        **METHODS[method].settings,
+        **(of_a_lora if row.peft_type == "LORA" else {}),
+        **row.settings,
     }
 
 
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
-    """The trained tensors of every linear layer, as numpy."""
+    """What is saved of every linear layer, as numpy; what a VeRA's layers share is not copied for each."""
     return {
-        name: {part: tensor.cpu().numpy().copy() for part, tensor in linear.delta.tensors().items()}
+        name: {
+            part: tensor.cpu().numpy() if part in vera_file.SHARED else tensor.cpu().numpy().copy()
+            for part, tensor in linear.delta.tensors().items()
+        }
         for name, linear in decoder.linears.items()
         if linear.delta is not None
     }

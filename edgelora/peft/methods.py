@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import dora, lora, lora_xs, multilora, olora, pissa, rslora
+from edgelora.peft import dora, lora, lora_xs, multilora, olora, pissa, rslora, vera
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -27,7 +27,7 @@ class Method:
     trains: str
     exits: tuple[str, ...]
     fresh: Callable[[Weight, int, float, torch.Generator], Delta]
-    settings: Mapping[str, bool] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     """What PEFT's adapter_config.json says of it, beyond a LoRA."""
     faster: tuple[str, ...] = ()
     """The tensors that learn `loraplus_ratio` times faster than the others."""
@@ -35,6 +35,10 @@ class Method:
     """`shapes(d_out, d_in, rank)`: of what is trained for one linear layer."""
     held: int = 0
     """How many pairs A and B are held beside what is trained: a start that stays, copies for the backward pass."""
+    together: Callable[[Sequence[Weight], int, float, torch.Generator], Sequence[Delta]] | None = None
+    """In the place of `fresh` for all layers at once, where they share something."""
+    peft_type: str = "LORA"
+    """What PEFT calls it."""
     file_ranks: int = 1
     """The rank of the LoRA that it leaves as, in ranks of what was trained."""
 
@@ -106,6 +110,23 @@ METHODS: dict[str, Method] = {
         exits=("adapter", "merged"),
         fresh=multilora.fresh,
         shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (min(multilora.PARALLEL, rank), d_out)),
+        held=1,
+    ),
+    "vera": Method(
+        name="vera",
+        paper="arXiv:2310.11454",
+        trains="d (r) and b (d_out), which scale two random matrices that all layers share",
+        exits=("adapter", "merged"),
+        fresh=vera.fresh,
+        together=vera.together,
+        peft_type="VERA",
+        settings={
+            "projection_prng_key": 0,
+            "save_projection": True,
+            "vera_dropout": 0.0,
+            "d_initial": vera.D_START,
+        },
+        shapes=lambda d_out, _, rank: ((d_out,), (rank,)),
         held=1,
     ),
 }

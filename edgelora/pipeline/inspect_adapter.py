@@ -60,7 +60,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
     refuse_pickle(path)
     config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
-    linears = _linears(shapes, "lora_A", "lora_B")
+    linears = _linears(shapes, "lora_A", "lora_B") or _of_a_vera(shapes)
     faults = []
     try:
         read_adapter(path, linears)
@@ -81,7 +81,8 @@ def peft_adapter(path: Path) -> AdapterFacts:
         "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
         contract.base_file.name if contract else str(base) if base else None,
         float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else None,
-        _ranks(shapes, "lora_A"), dict(Counter(name.rpartition(".")[2] for name in linears)),
+        _ranks(shapes, "lora_A") or _ranks(shapes, "vera_lambda_d"),
+        dict(Counter(name.rpartition(".")[2] for name in linears)),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
         export=export, merge=merge, chat=chat,
@@ -132,6 +133,15 @@ def _linears(shapes: Shapes, a: str, b: str) -> dict[str, tuple[int, int]]:
             rows, columns = shape if len(shape) == 2 else (0, 0)
             found[module] = (d_out, columns) if part == a else (rows, d_in)
     return found
+
+
+def _of_a_vera(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of its layers, as far as its file tells: d_in is that of the widest for all."""
+    widest = shapes.get("base_model.vera_A", (0, 0))[-1]
+    return {
+        name.removesuffix(".vera_lambda_b"): (shape[0] if shape else 0, widest)
+        for name, shape in shapes.items() if name.endswith(".vera_lambda_b")
+    }  # fmt: skip
 
 
 def _ranks(shapes: Shapes, a: str) -> dict[int, int]:

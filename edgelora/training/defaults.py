@@ -11,6 +11,7 @@ from edgelora.config import Method, Objective, TrainConfig
 from edgelora.device import Choice
 
 RANK, SCALE_AT_RANK = 16, 2.0  # α/r at this rank, whatever the method; what it is at others differs
+VERA_RANK = 256
 SMALL, LARGE = 1e9, 14e9  # weights; QLoRA's border is "larger than 13B", and models of that class have up to 14
 
 
@@ -55,10 +56,10 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
     """
     values: dict[str, float] = {}
     choices: dict[str, Choice] = {}
-    if config.rank is None:
-        values["rank"] = RANK
-        choices["rank"] = Choice(str(RANK), _why_rank(config.method))
-    rank = config.rank or RANK
+    rank = config.rank
+    if rank is None:
+        values["rank"] = rank = VERA_RANK if config.method == "vera" else RANK
+        choices["rank"] = Choice(str(rank), _why_rank(config.method))
     if config.alpha is None:
         values["alpha"], why = _alpha(config.method, rank)
         choices["alpha"] = Choice(f"{values['alpha']:g}", why)
@@ -71,6 +72,8 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
 def _why_rank(method: Method) -> str:
     if method == "dora":
         return "as good as 32 for LLaMA2-7B and LLaMA3-8B (tables of DoRA's repository, github.com/NVlabs/DoRA)"
+    if method == "vera":
+        return "PEFT's default: a VeRA trains one number for each rank, not a row and a column (arXiv:2310.11454)"
     return (
         "on data sets of this kind the rank hardly matters once all layers are adapted (QLoRA, arXiv:2305.14314, "
         "figure 4; LoRA Without Regret); Unsloth's recipes take 16 or 32"
@@ -86,6 +89,8 @@ def _alpha(method: Method, rank: int) -> tuple[float, str]:
         )
     if method == "dora":
         return SCALE_AT_RANK * rank, "twice the rank, as in DoRA's own runs (arXiv:2402.09353, github.com/NVlabs/DoRA)"
+    if method == "vera":
+        return 1.0, "a VeRA has none: its vectors are the scale"
     return SCALE_AT_RANK * RANK, "one α for all ranks: the best learning rate then stays the same (LoRA Without Regret)"
 
 
