@@ -272,6 +272,16 @@ def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, op
     assert np.isfinite(engine.logits([[5, 6, 7]], [[2]])).all()  # and the engine is alive
 
 
+def test_a_whole_model_is_no_adapter(engine, tiny):
+    with pytest.raises(AdapterError) as error:
+        engine.load("bad", tiny.path, allow_unverified=True)
+    assert str(error.value).splitlines() == [
+        f"{tiny.path}: general.type is 'model', expected 'adapter'",
+        "  why: it is no adapter, but a whole model",
+        "  fix: pass a model as the base; an adapter for it is what `edgelora export` writes",
+    ]
+
+
 def test_a_truncated_adapter_is_refused(engine, adapters, tmp_path):
     whole = adapters["one"].read_bytes()
     for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):

@@ -41,6 +41,7 @@ def require_fit(
     Returns its invocation tokens: none for an adapter that is active from the first token on, which all must be where
     `n_vocab`, the base's number of tokens, is None.
     """
+    _require_adapter(file)
     faults = _key_faults(file, architecture) + _tensor_faults(file, shapes)
     tokens = _invocation(file, n_vocab, faults)
     if faults:
@@ -51,6 +52,17 @@ def require_fit(
             fix="use an adapter that `edgelora export` made for this base",
         )
     return tokens
+
+
+def _require_adapter(file: GGUFFile) -> None:
+    """Raise AdapterError for a file that says it is something else, none of whose tensors would fit."""
+    kind = file.metadata.get("general.type")
+    if kind is not None and kind.type == GGUFValueType.STRING and kind.data != "adapter":
+        raise AdapterError(
+            what=f"{file.path}: general.type is {kind.data!r}, expected 'adapter'",
+            why=f"it is no adapter, but {'a whole model' if kind.data == 'model' else 'another kind of file'}",
+            fix="pass a model as the base; an adapter for it is what `edgelora export` writes",
+        )
 
 
 def own_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
