@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-Method = Literal["lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera"]
+Method = Literal[
+    "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
+]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]

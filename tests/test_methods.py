@@ -564,6 +564,43 @@ def test_a_vera_is_inspected(decoder, base, tmp_path, capsys):
     assert facts["ranks"] == {str(RANK): len(decoder.linears)}
 
 
+# -- DyLoRA -------------------------------------------------------------------------------------------------------
+
+
+def test_a_dylora_learns_with_its_first_ranks_alone(decoder):
+    inject(decoder, "dylora", RANK, ALPHA, seed=0)
+    stir(decoder)
+    deltas, around = [linear.delta for linear in decoder.linears.values()], METHODS["dylora"].around
+    whole, seen = decoder.logits(IDS), set()
+    for seed in range(12):
+        around.draw(deltas, torch.Generator().manual_seed(seed))
+        (active,) = {delta.active for delta in deltas}
+        seen.add(active)
+        decoder.zero_grad()
+        loss_of(decoder).backward()
+        for delta in deltas:
+            assert delta.lora_A.grad[:active].any()
+            assert not delta.lora_A.grad[active:].any()
+            assert not delta.lora_B.grad[:, active:].any()
+    assert seen == set(range(1, RANK + 1))
+    around.draw(deltas, None)
+    assert torch.equal(decoder.logits(IDS), whole)
+
+
+def test_the_first_ranks_of_a_dylora_are_the_adapter_that_it_learned_with(decoder):
+    inject(decoder, "dylora", RANK, ALPHA, seed=0)
+    stir(decoder)
+    for linear in decoder.linears.values():
+        linear.delta.active = 2
+    learned = decoder.logits(IDS)
+    cut = {
+        name: {"lora_A": parts["lora_A"][:2], "lora_B": parts["lora_B"][:, :2]}
+        for name, parts in collect(decoder).items()
+    }
+    attach(decoder, Adapter(adapter_config(decoder, "dylora", 2, ALPHA, "-"), cut))
+    torch.testing.assert_close(decoder.logits(IDS), learned, atol=1e-5, rtol=1e-5)
+
+
 # -- `edgelora methods` --------------------------------------------------------------------------------------------
 
 

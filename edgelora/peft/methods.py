@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import dora, lora, lora_xs, multilora, olora, pissa, rslora, vera
+from edgelora.peft import dora, dylora, lora, lora_xs, multilora, olora, pissa, rslora, vera
+from edgelora.peft.around import NOTHING, Around
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -35,6 +36,8 @@ class Method:
     """`shapes(d_out, d_in, rank)`: of what is trained for one linear layer."""
     held: int = 0
     """How many pairs A and B are held beside what is trained: a start that stays, copies for the backward pass."""
+    around: Around = NOTHING
+    """What it does beside the optimizer's steps."""
     together: Callable[[Sequence[Weight], int, float, torch.Generator], Sequence[Delta]] | None = None
     """In the place of `fresh` for all layers at once, where they share something."""
     peft_type: str = "LORA"
@@ -128,5 +131,13 @@ METHODS: dict[str, Method] = {
         },
         shapes=lambda d_out, _, rank: ((d_out,), (rank,)),
         held=1,
+    ),
+    "dylora": Method(
+        name="dylora",
+        paper="arXiv:2210.07558",
+        trains="A and B, their first b ranks with each micro-batch, so that any first b are an adapter too",
+        exits=("adapter", "merged"),
+        fresh=dylora.fresh,
+        around=dylora.Nested(),
     ),
 }

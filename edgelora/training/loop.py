@@ -18,6 +18,8 @@ from edgelora.data.order import Order
 from edgelora.data.pack import Batch
 from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
+from edgelora.nn.linear import Delta
+from edgelora.peft.methods import METHODS, Method
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
 from edgelora.training.objectives.objective import Objective, added, mean_losses, over_all, score_held_out
@@ -59,6 +61,14 @@ class Job:
     @property
     def total(self) -> int:
         return self.order.n_steps(self.config.epochs, self.config.max_steps)
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config.method]
+
+    @property
+    def deltas(self) -> list[Delta]:
+        return [linear.delta for linear in self.decoder.linears.values() if linear.delta is not None]
 
     @property
     def eval_every(self) -> int:
@@ -196,7 +206,7 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
     """Add up the gradients of the micro-batches that `state` has not seen; yields after each of them."""
     losses = mean_losses(job.objective, job.decoder, batches, job.config, job.world.sum, first=state.micro)
     while True:
-        with _noise(job, state):
+        with _chance(job, state):
             scored = next(losses, None)
             if scored is None:
                 return
@@ -208,8 +218,8 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
 
 
 @contextmanager
-def _noise(job: Job, state: State) -> Iterator[None]:
-    """NEFTune's noise on the embeddings, while something is learned from them and only then.
+def _chance(job: Job, state: State) -> Iterator[None]:
+    """What a method draws, and NEFTune's noise on the embeddings, while something is learned and only then.
 
     Drawn for the number of the micro-batch in the run, whichever process has it and whatever was drawn before: there is
     no state to keep.
@@ -217,11 +227,13 @@ def _noise(job: Job, state: State) -> Iterator[None]:
     alpha, number = job.config.neftune_alpha, job.world.rank + state.micro * job.world.size
     seeds = np.random.SeedSequence((job.config.seed, state.step, number))
     generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
+    job.method.around.draw(job.deltas, generator)
     job.decoder.noise = partial(neftune, alpha=alpha, generator=generator) if alpha else None
     try:
         yield
     finally:
         job.decoder.noise = None
+        job.method.around.draw(job.deltas, None)
 
 
 def _update(job: Job, state: State) -> tuple[float, float, float]:
@@ -231,10 +243,12 @@ def _update(job: Job, state: State) -> tuple[float, float, float]:
     share = share_at(config.schedule, state.step, job.total, config.warmup_steps, config.decay_share)
     set_share(state.optimizer, share)
     job.world.sum_gradients(parameters)
+    job.method.around.regularize(job.deltas)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     (loss,) = job.world.sum([state.partial])
     if math.isfinite(norm) and math.isfinite(loss):
         state.optimizer.step()
+        job.method.around.allot(job.deltas, state.step + 1, job.total)
         state.in_a_row = 0
         if state.ema:
             state.ema.update()
