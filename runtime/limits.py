@@ -67,7 +67,7 @@ def _numbers(sampling: Sampling) -> Iterable[str]:
         if isinstance(value, bool) or not isinstance(value, kind):
             yield f"{name} is {value!r}, not a {'whole ' if name in WHOLE else ''}number"
         elif not low <= value <= high:  # NaN is in no interval
-            yield f"{name} is {value}, outside {low:g} to {high:g}"
+            yield f"{name} is {value}, outside {low} to {high}"
 
 
 def _biases(sampling: Sampling, n_vocab: int) -> Iterable[str]:

@@ -275,9 +275,10 @@ def test_what_cannot_be_is_refused(model, bad):
 
 def test_all_faults_come_together(model):
     with pytest.raises(ConfigError) as e:
-        Sampler.of(model, Sampling(temperature=-1, top_p=2.0, stop=("",)), n_ctx=64)
+        Sampler.of(model, Sampling(temperature=-1, top_p=2.0, seed=-1, stop=("",)), n_ctx=64)
     assert str(e.value) == (
         "sampling: temperature is -1, outside 0 to 100; top_p is 2.0, outside 0 to 1; "
+        "seed is -1, outside 0 to 4294967294; "
         "a stop string that is not of 1 to 1000 characters\n"
         "  why: llama.cpp does not check these: it would answer noise, ignore them or crash\n"
         "  fix: correct these settings"
