@@ -10,8 +10,8 @@ import pytest
 
 from edgelora.errors import ConfigError, EngineError
 from runtime.binding import Context, Entry, Model, SamplerChain
-from runtime.lookup import Lookup
 from runtime.limits import LIMITS
+from runtime.lookup import Lookup
 from runtime.sampling import Sampler, log_probabilities
 from runtime.service import Sampling
 
