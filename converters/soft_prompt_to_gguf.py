@@ -1,7 +1,7 @@
 """A trained soft prompt or prefix → a GGUF that `runtime/` puts before prompts. Imports no torch.
 
-Embeddings stay as they are: HF and llama.cpp agree on which embeddings they scale (gemma: those of tokens alone;
-granite: all). Of a prefix the keys move as the rows of k_proj do; they stay as attention read them, rotated or not.
+HF and llama.cpp do not scale the embeddings of the same families: a file holds what llama.cpp must be given. Of a
+prefix the keys move as the rows of k_proj do; they stay as attention read them, rotated or not.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def write_soft_prompt_gguf(
 
 def _tensors(prompt: TrainedPrompt, base: Base, reference: Reference | None) -> dict[str, np.ndarray]:
     if prompt.embeddings is not None:
-        return {EMBEDDINGS: prompt.embeddings}
+        architecture, factor = base.architecture, base.config.embedding_multiplier
+        power = architecture.scales_embeds - architecture.llama_cpp.scales_embeds  # 1, 0 or -1
+        return {EMBEDDINGS: prompt.embeddings * np.float32(factor**power)}
     assert prompt.keys is not None
     assert prompt.values is not None
     assert reference is not None

@@ -389,8 +389,7 @@ class Context:
     def evaluate(self, embeddings: np.ndarray, first: int, sequence: int) -> None:
         """Let a sequence hold what embeddings float32 (n, d) stand for, from the position `first` on.
 
-        They go into the first layer as they are: llama.cpp scales those of tokens for some families, never these
-        (granite's it scales both).
+        Of some families llama.cpp scales them, of others only those of tokens: see `LlamaCpp.scales_embeds`.
         """
         n, d = embeddings.shape
         if not 0 < n <= self.n_batch or d != self.model.n_embd:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
 
 import gguf
@@ -14,15 +15,22 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from live_walk import Walk, ask
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from test_architectures import LENGTH, RUNNABLE, converted, family  # noqa: F401
 from test_export import make_adapter
 
 from converters.adapter_to_gguf import write_adapter_gguf
+from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
+from edgelora.base.head import Head
 from edgelora.base.model import open_base
+from edgelora.data.encode import Example
 from edgelora.errors import AdapterError, EngineError, FileFormatError
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.soft_prompt import _array, read_soft
+from edgelora.peft.soft_prompt import read_trained_prompt
 from edgelora.pipeline.export import export
+from edgelora.pipeline.soft_states import soft_states
+from edgelora.progress import silent
 from runtime.binding import Context, Lora, Model
 from runtime.engine import Engine
 from runtime.prefix import logits_behind, prepare
@@ -336,3 +344,40 @@ def test_there_must_be_room_for_a_prompt_behind_it(tiny, made):
             engine.generate(Request(tuple(IDS), {"it": 1.0}))
     with Engine.open(tiny.path, replace(CONFIG, context=N)) as engine, pytest.raises(EngineError, match="has room for"):
         engine.load("it", made("prompt")[1], allow_unverified=True)
+
+
+# -- every family -------------------------------------------------------------------------------------------------
+
+SLIDING = ("gemma2", "gemma3_text", "gemma3_text-scaled")
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_every_family_computes_behind_it_what_peft_computes(family, converted, tmp_path, kind, name):  # noqa: F811
+    """Embeddings scaled by some families, keys in another order in others, and caches that a window cuts."""
+    base = open_base(converted(name))
+    ids = torch.randint(3, 512, (min(LENGTH, base.context) - N,), generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(copy.deepcopy(family(name).theirs), copy.copy(KINDS[kind])).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.normal_(0, 0.5)
+        theirs = model(ids[None]).logits[0, -len(ids) :].numpy()
+    model.save_pretrained(tmp_path)
+    trained = read_trained_prompt(tmp_path, base.config)
+    everything = Example(ids.numpy(), np.arange(len(ids)) > 0)
+    states = soft_states(base.path, tmp_path, [everything], np.tile(ids[:4].numpy(), (8, 1)).astype(np.int32), silent)
+    ours = Head(base).logits(states.behind)
+    spread = theirs.std() if base.config.hidden_act == "silu" else np.ptp(theirs)
+    assert np.abs(ours - theirs[:-1]).max() <= 1e-3 * spread
+    write_soft_prompt_gguf(tmp_path / "it.gguf", trained, base, "it", states.reference)
+    content = read_soft(GGUFFile(tmp_path / "it.gguf"), base.architecture.gguf_name, base.config, base.context)
+    with (
+        closing(Model(base.path)) as model,
+        closing(Context(model, n_ctx=base.context, n_sequences=1, threads=1, exact=True)) as context,
+    ):
+        if kind == "prefix" and name in SLIDING:
+            with pytest.raises(EngineError, match="in a way that is not known here"):
+                prepare(content, context, "it")
+            return
+        found = logits_behind(prepare(content, context, "it"), context, ids.tolist(), range(len(ids)))
+    assert np.abs(found - theirs).max() <= 1e-3 * spread

@@ -110,6 +110,8 @@ class LlamaCpp:
     """Whether a divisor for each frequency is read (Llama 3.1's bands, LongRoPE)."""
     whole_heads: bool = False
     """Whether the width of a head is taken to be hidden_size / num_attention_heads."""
+    scales_embeds: bool = False
+    """Whether it multiplies by `embedding_multiplier` what is given as embeddings, as it does those it looks up."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Fields of `ModelConfig` that a GGUF states besides the common ones, by their keys."""
     otherwise: Callable[[ModelConfig], str | None] = lambda _: None
@@ -135,6 +137,8 @@ class Architecture:
     fused: bool = False
     """q, k and v are one matrix `qkv_proj`, gate and up another, `gate_up_proj`."""
     experts: Experts | None = None
+    scales_embeds: bool = False
+    """HF multiplies by `embedding_multiplier` what is given as embeddings (`inputs_embeds`), as those it looks up."""
     pairs_rotary_rows: bool = False
     """GGUF moves the rows of q and k so that llama.cpp's "normal" rope, of adjacent pairs, fits."""
     llama_cpp: LlamaCpp = LlamaCpp()

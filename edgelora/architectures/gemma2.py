@@ -77,6 +77,7 @@ GEMMA2 = Architecture(
     llama_cpp=LlamaCpp(
         applies_window=True,
         states_window=True,
+        scales_embeds=True,
         keys={key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")},
         otherwise=otherwise_in_llama_cpp,
     ),

@@ -46,6 +46,7 @@ GRANITE = Architecture(
     gguf_name="granite",
     read_hf=read_hf,
     read_gguf=read_gguf,
+    scales_embeds=True,
     pairs_rotary_rows=True,
-    llama_cpp=LlamaCpp(reads_rope_factors=True, whole_heads=True, keys=SCALES),
+    llama_cpp=LlamaCpp(reads_rope_factors=True, whole_heads=True, scales_embeds=True, keys=SCALES),
 )

@@ -1,10 +1,11 @@
 """Soft prompts and prefixes as a GGUF keeps them: what stands before a prompt and is no token.
 
 Both are files of `general.type` "adapter" like a LoRA's, of an `adapter.type` of ours, which llama.cpp's own loader
-refuses by name. `soft_prompt` (prompt tuning, arXiv:2104.08691; P-tuning, arXiv:2103.10385): embeddings (n, d) as the
-first layer takes them. `prefix` (prefix tuning, arXiv:2101.00190): keys and values (n, KV, d_head) of every layer as
-its cache holds them: keys rotated for the positions 0 … n - 1, in the order of llama.cpp's rows. What PEFT saves is
-what attention reads, so no rotation is applied to it. A prefix also says what follows some prompts with it and without.
+refuses by name. `soft_prompt` (prompt tuning, arXiv:2104.08691; P-tuning, arXiv:2103.10385): embeddings (n, d) as
+llama.cpp takes them: of some families it scales them. `prefix` (prefix tuning, arXiv:2101.00190): keys and values
+(n, KV, d_head) of every layer as its cache holds them: keys rotated for the positions 0 … n - 1, in the order of
+llama.cpp's rows. What PEFT saves is what attention reads, so no rotation is applied to it. A prefix also says what
+follows some prompts with it and without.
 """
 
 from __future__ import annotations

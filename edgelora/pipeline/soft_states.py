@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from edgelora.nn.decoder import Decoder
 
-# Families whose embeddings HF scales inside the model, soft prompts' too, and so does llama.cpp; gemma's are scaled
-# where tokens are looked up, and a soft prompt comes scaled.
-SCALED_INSIDE = ("granite",)
-
 
 @dataclass(frozen=True)
 class SoftStates:
@@ -45,7 +41,7 @@ def soft_states(
 
     base = open_base(base_path)
     decoder = build_decoder(base)
-    scale = base.config.embedding_multiplier if base.architecture.model_type in SCALED_INSIDE else 1.0
+    scale = base.config.embedding_multiplier if base.architecture.scales_embeds else 1.0
     behind = _behind(decoder, read_trained_prompt(folder, base.config), scale)
     sides: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda ids: _bare(decoder, ids), behind)
     states, logits, pace = [], [], Pace(2 * len(examples))
