@@ -142,6 +142,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dora, adafactor and smoothing": {"method": "dora", "optimizer": "adafactor", "label_smoothing": 0.1},
     "loraplus and a cosine, cut": {"method": "loraplus", "schedule": "cosine", "max_steps": 8, "recompute": "full"},
     "dylora and noise": {"method": "dylora", "neftune_alpha": 5.0, "max_steps": 8},
+    "adalora": {"method": "adalora", "max_steps": 8},
     "vera": {"method": "vera", "max_steps": 8},
     "pissa and a moving average": {"method": "pissa", "ema_decay": 0.9, "max_steps": 8},
     "patience": {"patience": 1, "eval_every": 1, "learning_rate": 0.5},

@@ -13,6 +13,7 @@ from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta, Weight
 from edgelora.peft import vera_file
+from edgelora.peft.adalora import AdaloraDelta
 from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.peft.dora import DoraDelta
 from edgelora.peft.lora import LoraDelta
@@ -66,6 +67,8 @@ def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base:
     wider = row.file_ranks  # r and α by as much: α/r stays
     everywhere = all(name in adapted for name in decoder.linears if name.rpartition(".")[2] in ends)
     of_a_lora = {"lora_alpha": wider * alpha, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+    deltas = {name: decoder.linears[name].delta for name in adapted}
+    ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
     return {
         "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
@@ -75,6 +78,7 @@ def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base:
         "bias": "none",
         "inference_mode": True,
         **(of_a_lora if row.peft_type == "LORA" else {}),
+        **({"rank_pattern": ranks} if ranks else {}),
         **row.settings,
     }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import dora, dylora, lora, lora_xs, multilora, olora, pissa, rslora, vera
+from edgelora.peft import adalora, dora, dylora, lora, lora_xs, multilora, olora, pissa, rslora, vera
 from edgelora.peft.around import NOTHING, Around
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -139,5 +139,18 @@ METHODS: dict[str, Method] = {
         exits=("adapter", "merged"),
         fresh=dylora.fresh,
         around=dylora.Nested(),
+    ),
+    "adalora": Method(
+        name="adalora",
+        paper="arXiv:2303.10512",
+        trains="P, λ and Q; ranks move to where they count: 1.5 r at first, r on average in the end",
+        exits=("adapter", "merged"),
+        fresh=adalora.fresh,
+        around=adalora.Budget(),
+        shapes=lambda d_out, d_in, rank: (
+            *pair(d_out, d_in, adalora.ranks_at_first(rank)),
+            (adalora.ranks_at_first(rank), 1),
+        ),
+        held=5,
     ),
 }
