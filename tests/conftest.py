@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -306,6 +307,12 @@ def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         if file.suffix != ".gguf":
             (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in its background with Ctrl-C ignored, and so would whatever a test sends it to."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
