@@ -12,26 +12,32 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, GGUFValueType
 from live_walk import Walk, ask
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from safetensors.numpy import save_file
 from test_architectures import LENGTH, RUNNABLE, converted, family  # noqa: F401
 from test_export import make_adapter
+from test_preflight import write_foreign
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
+from edgelora.base import ggml
 from edgelora.base.head import Head
 from edgelora.base.model import open_base
 from edgelora.data.encode import Example
 from edgelora.errors import AdapterError, EngineError, FileFormatError
+from edgelora.files.adapter_check import INVOCATION_KEY
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME
 from edgelora.files.gguf import GGUFFile
-from edgelora.files.soft_prompt import _array, read_soft
-from edgelora.peft.soft_prompt import read_trained_prompt
+from edgelora.files.soft_prompt import _array, read_soft, require_sound
+from edgelora.peft.adapter import CONFIG as SETTINGS
+from edgelora.peft.adapter import TENSORS
+from edgelora.peft.soft_prompt import TrainedPrompt, read_trained_prompt
 from edgelora.pipeline.export import export
 from edgelora.pipeline.soft_states import soft_states
 from edgelora.progress import silent
-from runtime.binding import Context, Lora, Model
+from runtime.binding import Context, Entry, Lora, Model
 from runtime.engine import Engine
 from runtime.prefix import logits_behind, prepare
 from runtime.service import EngineConfig, Request, Sampling
@@ -121,6 +127,23 @@ def test_the_engine_answers_as_peft_generates(tiny, made, kind, settings):
         assert stream.usage.prompt_tokens == N + len(IDS)
 
 
+def test_over_the_real_model_the_embeddings_of_a_text_are_that_text(smollm, tmp_path):
+    base = open_base(smollm)
+    text = base.tokenizer.encode("A pirate's guide to the sea: the first rule of the ship is that")
+    ids, n = text.ids, CONFIG.chunk  # evaluated in the same shapes: a quantized base gives the same bits
+    rows, kind, columns = base.tensors.matrix("model.embed_tokens.weight")
+    prompt = TrainedPrompt(embeddings=ggml.dequantize(rows[ids[:n]], kind, columns))
+    write_soft_prompt_gguf(tmp_path / "it.gguf", prompt, base, "it")
+    with Engine.open(base, CONFIG) as engine:
+        engine.load("it", tmp_path / "it.gguf", allow_unverified=True)
+        sampling = Sampling(logprobs=0)
+        answers = [
+            [(piece.tokens, piece.logprobs) for piece in engine.generate(Request(tuple(asked), on, sampling, 16))]
+            for asked, on in ((ids, {}), (ids[n:], {"it": 1.0}), (ids[n:], {}))
+        ]
+    assert answers[0] == answers[1] != answers[2]
+
+
 @pytest.fixture(scope="module")
 def files(tiny, made, tmp_path_factory):
     """Two LoRAs, two soft prompts and two prefixes."""
@@ -160,7 +183,7 @@ class SoftWalk(Walk):
         return True
 
 
-@pytest.mark.parametrize("settings", [{}, {"hot_adapters": 2, "conversations": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"hot_adapters": 2, "conversations": 2, "draft_tokens": 3}], ids=str)
 def test_whatever_was_on_before_an_answer_is_that_of_a_cold_run(tiny, files, tmp_path, monkeypatch, settings):
     load = Engine.load
     monkeypatch.setattr(Engine, "load", lambda self, name, path: load(self, name, path, allow_unverified=True))
@@ -169,6 +192,42 @@ def test_whatever_was_on_before_an_answer_is_that_of_a_cold_run(tiny, files, tmp
     assert all(walk.run(120))
     assert walk.refused > 5
     assert walk.reused > 120
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_an_alora_wakes_where_it_is_invoked_behind_it(tiny, made, tmp_path, kind):
+    prompt, at = [*IDS[:14], 7, 8, *IDS[16:]], 14
+    draw = np.random.default_rng(0)
+    halves = {"lora_a": draw.normal(0, 0.3, (4, 256)), "lora_b": draw.normal(0, 0.5, (256, 4))}
+    alora = write_foreign(
+        tmp_path / "alora.gguf",
+        {
+            f"blk.{i}.attn_q.weight.{half}": values.astype(np.float32)
+            for i in range(2)
+            for half, values in halves.items()
+        },
+        **{INVOCATION_KEY: ([7, 8], GGUFValueType.ARRAY, GGUFValueType.UINT32)},
+    )
+    with Engine.open(tiny.path, CONFIG) as engine:
+        for name, path in (("it", made(kind)[1]), ("alora", alora)):
+            engine.load(name, path, allow_unverified=True)
+        stream = engine.generate(Request(tuple(prompt), {"it": 1.0, "alora": 1.0}, max_tokens=1, sampling=LOGPROBS))
+        (piece,) = stream
+        head = engine._adapters.head(engine._adapters.key_of({"it": 1.0}))
+    with closing(Model(tiny.path)) as model, closing(Context(model, n_ctx=256, n_sequences=1, threads=1)) as context:
+        rows = {}
+        for wakes in (0, at, len(prompt)):
+            context.clear()
+            context.set_adapters([])
+            head.put(context, 0, 0, N)
+            for i, token in enumerate(prompt):
+                if i == wakes:
+                    context.set_adapters([(Lora(model, alora), 1.0)])
+                row = context.decode([Entry(token, N + i, 0, True)])[0].copy()
+            rows[wakes] = row.max() - np.log(np.exp(row - row.max()).sum()) - row.max()
+        context.set_adapters([])
+    assert piece.logprobs[0].logprob == pytest.approx(rows[at], abs=1e-3)
+    assert min(abs(rows[at] - rows[0]), abs(rows[at] - rows[len(prompt)])) > 0.01
 
 
 def test_the_walk_notices_when_a_content_is_left_out_of_the_key(tiny, files, monkeypatch):
@@ -344,6 +403,50 @@ def test_there_must_be_room_for_a_prompt_behind_it(tiny, made):
             engine.generate(Request(tuple(IDS), {"it": 1.0}))
     with Engine.open(tiny.path, replace(CONFIG, context=N)) as engine, pytest.raises(EngineError, match="has room for"):
         engine.load("it", made("prompt")[1], allow_unverified=True)
+
+
+def saved(folder, tensors, **settings):
+    folder.mkdir()
+    save_file(tensors, folder / TENSORS)
+    given = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 4, **settings}
+    (folder / SETTINGS).write_text(json.dumps(given))
+    return folder
+
+
+EMBEDDED = {"prompt_embeddings": np.ones((4, 256), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "fault"),
+    [
+        ({"prompt_embeddings": np.ones((4, 255), np.float32)}, {}, r"is \(4, 255\), expected \(n, 256\)"),
+        (EMBEDDED, {"peft_type": "PREFIX_TUNING"}, r"is \(4, 256\), expected \(n, 512\)"),
+        ({"prompt_embeddings": np.ones(256, np.float32)}, {}, r"is \(256,\)"),
+        ({"prompt_embeddings": np.full((4, 256), np.nan, np.float32)}, {}, "NaN or infinite"),
+        ({**EMBEDDED, "lm_head": np.ones(2, np.float32)}, {}, "it holds lm_head, prompt_embeddings"),
+        (EMBEDDED, {"task_type": "SEQ_CLS"}, "task_type is SEQ_CLS"),
+        (EMBEDDED, {"num_transformer_submodules": 2, "modules_to_save": ["x"]}, "is 2, expected 1; modules_to_save"),
+    ],
+    ids=["width", "prefix", "vector", "nan", "more", "task", "settings"],
+)  # fmt: skip
+def test_a_folder_that_does_not_fit_is_refused(tiny, tmp_path, tensors, settings, fault):
+    with pytest.raises(AdapterError, match=fault):
+        export(tiny.path, saved(tmp_path / "it", tensors, **settings), tmp_path / "it.gguf", allow_unverified=True)
+    assert not (tmp_path / "it.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_one_is_checked_without_a_base_too(made, tmp_path, kind):
+    whole = tensors_of(made(kind)[1])
+    name = {"prompt": "soft_prompt", "prefix": "prefix"}[kind]
+    require_sound(GGUFFile(made(kind)[1]))
+    for number, fault in enumerate(whole):
+        values = whole[fault]
+        broken = {**whole, fault: np.full_like(values, np.nan if values.dtype == np.float32 else -1)}
+        for tensors in (broken, {n: v for n, v in whole.items() if n != fault} or {"other": values}):
+            path = write(tmp_path / f"{number}-{len(tensors)}.gguf", tensors, name)
+            with pytest.raises(AdapterError):
+                require_sound(GGUFFile(path))
 
 
 # -- every family -------------------------------------------------------------------------------------------------

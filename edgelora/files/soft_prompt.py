@@ -25,6 +25,7 @@ EMBEDDINGS, KEYS, VALUES = "prompt.embeddings", "blk.{}.prefix_k", "blk.{}.prefi
 TOKENS, LOGITS, BASE_LOGITS = "reference.tokens", "reference.logits", "reference.base_logits"
 N_REFERENCES, MAX_REFERENCE_TOKENS = 8, 16  # all are evaluated twice at each load
 MAX_FAULTS_SHOWN = 8
+ANY_CONTEXT = 1 << 31
 FLOATS, INTEGERS = GGMLQuantizationType.F32, GGMLQuantizationType.I32
 
 
@@ -162,3 +163,24 @@ def _array(file: GGUFFile, name: str) -> np.ndarray:
 
 def _within(ids: np.ndarray, n: int) -> bool:
     return bool(((ids >= 0) & (ids < n)).all())
+
+
+@dataclass(frozen=True)
+class _OwnDims:
+    """What a base must be like for a file."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+
+def require_sound(file: GGUFFile) -> None:
+    """Check one without a base: raises AdapterError unless it fits some."""
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    keys, rows = shapes.get(KEYS.format(0), ()), shapes.get(LOGITS, ())
+    heads, width = keys[1:] if len(keys) == 3 else (0, 0)
+    layers = 1 + max((i for i in range(len(shapes)) if KEYS.format(i) in shapes), default=0)
+    dims = _OwnDims(shapes.get(EMBEDDINGS, (0,))[-1], layers, heads, width, rows[-1] if rows else 0)
+    read_soft(file, file.architecture, dims, ANY_CONTEXT)
