@@ -23,7 +23,7 @@ from edgelora.files.gguf import GGUFFile
 SOFT_PROMPT, PREFIX = "soft_prompt", "prefix"
 EMBEDDINGS, KEYS, VALUES = "prompt.embeddings", "blk.{}.prefix_k", "blk.{}.prefix_v"
 TOKENS, LOGITS, BASE_LOGITS = "reference.tokens", "reference.logits", "reference.base_logits"
-N_REFERENCES, MAX_REFERENCE_TOKENS = 8, 16  # all are evaluated twice at each load
+N_REFERENCES, MAX_REFERENCE_TOKENS = 8, 16  # all are evaluated at each load
 MAX_FAULTS_SHOWN = 8
 ANY_CONTEXT = 1 << 31
 FLOATS, INTEGERS = GGMLQuantizationType.F32, GGMLQuantizationType.I32
