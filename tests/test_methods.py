@@ -658,6 +658,58 @@ def test_pefts_adalora_takes_the_same_steps_and_prunes_the_same_ranks(
     torch.testing.assert_close(live, plain(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-5)
 
 
+def saved_by_pefts_adalora(tiny, transformers_model, folder):
+    """With ranks pruned, and one layer without any; its logits."""
+    config = AdaLoraConfig(
+        init_r=6, target_r=4, lora_alpha=ALPHA, target_modules="all-linear", total_step=9, init_lora_weights=False
+    )
+    torch.manual_seed(0)
+    theirs = get_peft_model(transformers_model(tiny), config).eval()
+    kept: dict[str, list[bool]] = {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            parameter.data *= 0.3
+        if "lora_E" in name:
+            rows = [False] * 6 if LAYER1[0] in name else [True, False, True, True, len(kept) % 2 == 0, False]
+            parameter.data[[not row for row in rows]] = 0
+            kept[name.removeprefix("base_model.model.")] = rows
+    theirs.peft_config["default"].rank_pattern = kept
+    theirs.save_pretrained(folder)
+    return theirs(IDS[None]).logits[0].detach()
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")  # PEFT's own, on the layer without ranks
+def test_what_pefts_adalora_saved_computes_the_same_here(decoder, tiny, transformers_model, tmp_path):
+    theirs = saved_by_pefts_adalora(tiny, transformers_model, tmp_path)
+    before = decoder.logits(IDS)
+    adapter = read_adapter(tmp_path, tiny.linears)
+    attach(decoder, adapter)
+    assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
+    torch.testing.assert_close(decoder.logits(IDS), theirs, atol=1e-4, rtol=1e-4)
+    assert set(tiny.linears) - set(adapter.tensors) == {LAYER1[0]}
+    assert {pair.rank for pair in adapter.pairs().values()} == {3, 4}
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t, _: t.pop(f"{PREFIX}{LAYER1[1]}.lora_E"), "lora_E is missing"),
+        (lambda t, _: t.update({f"{PREFIX}{LAYER1[1]}.lora_E": np.ones((9, 1), np.float32)}), "lora_E is (9, 1)"),
+        (lambda _, config: config.pop("init_r"), "init_r is None"),
+    ],
+)
+def test_a_damaged_adalora_is_refused(tiny, transformers_model, tmp_path, change, said):
+    saved_by_pefts_adalora(tiny, transformers_model, tmp_path)
+    tensors, config = load_file(tmp_path / TENSORS), json.loads((tmp_path / CONFIG).read_text())
+    change(tensors, config)
+    save_file(tensors, tmp_path / TENSORS)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(AdapterError) as e:
+        read_adapter(tmp_path, tiny.linears)
+    assert said in e.value.what
+
+
 def test_a_layer_that_lost_every_rank_is_the_bases(decoder, base, tiny, tmp_path):
     inject(decoder, "adalora", RANK, ALPHA, seed=0)
     stir(decoder)

@@ -32,7 +32,9 @@ STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE, SINGULAR = "lora_magnitude_vector", "lora_E"
+OF_A_LORA, OF_AN_ADALORA = ("lora_A", "lora_B"), ("lora_A", "lora_B", SINGULAR)
+READ = ("LORA", "ADALORA", "VERA")  # by PEFT's names
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
 
@@ -82,6 +84,8 @@ class Adapter:
         parts = self.tensors[module]
         if self.config.get("peft_type") == "VERA":
             return LoraPair(*vera_file.factors_of(parts))
+        if SINGULAR in parts:
+            return self._adalora_pair(parts)
         rank = len(parts["lora_A"])
         alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
         scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
@@ -92,6 +96,12 @@ class Adapter:
         assert a is not None
         assert b is not None
         return LoraPair(a, b if scale == 1.0 else b * np.float32(scale), magnitude)
+
+    def _adalora_pair(self, parts: Mapping[str, np.ndarray]) -> LoraPair:
+        # as PEFT scales it: by the rank at the start, whatever is left of that
+        scale = self.config["lora_alpha"] / (self.config["init_r"] + 1e-5)
+        a, b, singular = (parts[name].astype(np.float32, copy=False) for name in OF_AN_ADALORA)
+        return LoraPair(a * singular, b * np.float32(scale))
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
@@ -144,7 +154,7 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Read a LoRA, DoRA or VeRA in PEFT's format and hold it to `linears` (d_out, d_in): every fault at once."""
+    """Read a LoRA, DoRA, AdaLoRA or VeRA of PEFT's and hold it to `linears` (d_out, d_in): every fault at once."""
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -181,15 +191,22 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
 def _read_pairs(
     file: SafetensorsFile, settings: Any, linears: Mapping[str, tuple[int, int]]
 ) -> tuple[Mapping[str, Mapping[str, np.ndarray]], list[str]]:
-    """The tensors of a LoRA or DoRA, which stay in the file until they are asked for; and every fault."""
+    """The tensors of a LoRA, DoRA or AdaLoRA, which stay in the file until they are asked for; and every fault."""
     places: dict[str, dict[str, str]] = {}
     faults: list[str] = []
-    dora = isinstance(settings, dict) and settings.get("use_dora")
-    wanted = ("lora_A", "lora_B", MAGNITUDE) if dora else ("lora_A", "lora_B")
-    for name in file.tensors:
+    stated = settings if isinstance(settings, dict) else {}
+    kind = "plain LoRA"
+    wanted: tuple[str, ...] = OF_A_LORA
+    if stated.get("use_dora"):
+        kind, wanted = "DoRA", (*OF_A_LORA, MAGNITUDE)
+    elif stated.get("peft_type") == "ADALORA":
+        kind, wanted = "AdaLoRA", OF_AN_ADALORA
+    for name, tensor in file.tensors.items():
+        if kind == "AdaLoRA" and 0 in tensor.shape:
+            continue  # a layer that lost all its ranks
         module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
         if part not in wanted or not name.startswith(PREFIX):
-            faults.append(f"{name} is no part of a {'DoRA' if dora else 'plain LoRA'}")
+            faults.append(f"{name} is no part of a {kind}")
         else:
             places.setdefault(module, {})[part] = name
     tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
@@ -197,7 +214,7 @@ def _read_pairs(
 
 
 def _settings_faults(settings: Any) -> list[str]:
-    if not isinstance(settings, dict) or settings.get("peft_type") not in ("LORA", "VERA"):
+    if not isinstance(settings, dict) or settings.get("peft_type") not in READ:
         return [f"{CONFIG} is not that of a LoRA"]
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
@@ -207,6 +224,8 @@ def _settings_faults(settings: Any) -> list[str]:
     start = settings.get("init_lora_weights", True)
     if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
         faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")
+    if settings["peft_type"] == "ADALORA" and not (isinstance(settings.get("init_r"), int) and settings["init_r"] > 0):
+        faults.append(f"init_r is {settings.get('init_r')}")
     if not _is_number(settings.get("lora_alpha")):
         faults.append(f"lora_alpha is {settings.get('lora_alpha')}")
     return faults + _pattern_faults(settings.get("alpha_pattern") or {})
@@ -245,11 +264,13 @@ def _tensor_faults(
 
 
 def _shape_faults(parts: Mapping[str, np.ndarray], d_out: int, d_in: int) -> list[str]:
-    a, b, magnitude = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE)
+    a, b, magnitude, singular = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE), parts.get(SINGULAR)
     rank = a.shape[0] if a.ndim == 2 else 0
     faults = []
     if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
         faults.append(f"lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")
+    if singular is not None and singular.shape != (rank, 1):
+        faults.append(f"{SINGULAR} is {singular.shape}, expected ({rank}, 1)")
     if magnitude is not None and magnitude.shape != (d_out,):
         faults.append(f"{MAGNITUDE} is {magnitude.shape}, expected ({d_out},)")
     return faults
