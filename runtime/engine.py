@@ -64,6 +64,7 @@ class Engine:
 
     def __init__(self, base: Base, config: EngineConfig) -> None:
         """Raises ConfigError for settings that cannot be, EngineError where llama.cpp refuses the model or memory."""
+        _ = base.file  # a checkpoint is refused here, with the command that makes a GGUF of it
         self.base, self.config = base, config
         self.context = config.context or min(CONTEXT, base.context)
         _require_possible(config, self.context, base)

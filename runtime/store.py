@@ -24,6 +24,7 @@ from edgelora.files.atomic import require_space, staged, sweep
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, Contract, sha256_bytes, sha256_file
 from edgelora.files.database import database, immediate
 from edgelora.files.gguf import GGUFFile
+from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.files.whole import read_whole
 from edgelora.home import models_folder
 
@@ -221,11 +222,15 @@ def require_name(name: str) -> None:
 def _about(path: Path, content: bytes) -> About:
     """Read and check a file as far as that needs no base."""
     file = GGUFFile(path, content)
-    require_fit(file, file.architecture, own_shapes(file), n_vocab=ANY_TOKEN)
+    if soft := is_soft(file):
+        require_sound(file)
+    else:
+        require_fit(file, file.architecture, own_shapes(file), n_vocab=ANY_TOKEN)
     contract = contract_of(file)
+    made_as = file.get("adapter.type", str, "lora") if soft else "lora"
     ranks = {info.shape[0] for name, info in file.tensors.items() if name.endswith(".lora_a")}
     return About(
-        digest=sha256_bytes(content), size_bytes=len(content), method=contract.method if contract else "lora",
+        digest=sha256_bytes(content), size_bytes=len(content), method=contract.method if contract else made_as,
         ranks=tuple(sorted(ranks)), base=contract.base.short if contract else None,
         base_name=contract.base_file.name if contract else None,
         base_quant=contract.base_file.quant if contract else None, system=contract.system if contract else None,

@@ -35,12 +35,14 @@ from edgelora.peft.adapter import CONFIG as SETTINGS
 from edgelora.peft.adapter import TENSORS
 from edgelora.peft.soft_prompt import TrainedPrompt, read_trained_prompt
 from edgelora.pipeline.export import export
+from edgelora.pipeline.inspect_adapter import gguf_adapter
 from edgelora.pipeline.soft_states import soft_states
 from edgelora.progress import silent
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.engine import Engine
 from runtime.prefix import logits_behind, prepare
 from runtime.service import EngineConfig, Request, Sampling
+from runtime.store import Store
 
 # PEFT asks transformers for what it will rename
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -152,6 +154,21 @@ def files(tiny, made, tmp_path_factory):
         write_adapter_gguf(folder / f"{seed}.gguf", make_adapter(base, seed=seed, strength=0.5), base, str(seed))
     loras = {f"lora-{seed}": folder / f"{seed}.gguf" for seed in range(2)}
     return loras | {f"{kind}-{seed}": made(kind, seed)[1] for kind in ("prompt", "prefix") for seed in range(2)}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_it_is_kept_under_a_name_and_inspected_as_an_adapter(made, tmp_path, kind):
+    _, path, _ = made(kind)
+    store = Store(tmp_path)
+    stored = store.add("mine", path)
+    assert stored.about.method == {"prompt": "soft_prompt", "prefix": "prefix"}[kind]
+    assert store.resolve("mine").read_bytes() == path.read_bytes()
+    facts = gguf_adapter(GGUFFile(path))
+    assert facts.faults == []
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(FileFormatError):
+        store.add("broken", broken)
 
 
 class SoftWalk(Walk):

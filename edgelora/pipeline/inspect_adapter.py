@@ -14,6 +14,7 @@ from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
+from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, refuse_pickle
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
@@ -95,7 +96,10 @@ def gguf_adapter(file: GGUFFile) -> AdapterFacts:
     linears = _linears(shapes, "lora_a", "lora_b")
     faults, contract = [], None
     try:
-        check_adapter(file.path, file.architecture, linears)
+        if is_soft(file):
+            require_sound(file)
+        else:
+            check_adapter(file.path, file.architecture, linears)
         contract = contract_of(file)
     except EdgeloraError as e:
         faults.append(reason(e, file.path))
