@@ -172,7 +172,7 @@ REFUSED = {
     "merge {base} --adapter {adapter} --to Q9_K --out {out}": "Q9_K: no such quantization type",
     "merge {base} --adapter {adapter} --out {here}": "this file exists already",
     "quantize {missing} {out} Q4_K_M": "no such file",
-    "quantize {stranger} {out} Q4_K_M": "a model of the architecture mamba",
+    "quantize {stranger} {out} Q4_K_M": "its tokenizer (missing, pre-tokenizer missing) is not known",
     "quantize {base} {out} Q9_K": "Q9_K: no such quantization type",
     "quantize {base} {here} Q4_K_M": "this file exists already",
     "eval {missing} --data {rows}": "no such file",
