@@ -268,23 +268,33 @@ main()
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"shard_base": True}], ids=["whole", "sharded"])
+TOLD = {
+    "typed": "error: process 1: a row broke\n  why: it was made to\n  fix: mend it\n",
+    "untyped": "error: process 1: ValueError: a fault\n",
+    "dies": "error: another process of this run is gone\n",
+}
+
+
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "changes"),
     [
-        ("typed", "error: process 1: a row broke\n  why: it was made to\n  fix: mend it\n"),
-        ("untyped", "error: process 1: ValueError: a fault\n"),
-        ("dies", "error: another process of this run is gone\n"),
+        ("typed", {}),
+        ("untyped", {"shard_base": True}),
+        ("dies", {}),
+        ("dies", {"shard_base": True}),
+        pytest.param("typed", {"shard_base": True}, marks=pytest.mark.exhaustive),
+        pytest.param("untyped", {}, marks=pytest.mark.exhaustive),
     ],
+    ids=str,
 )
-def test_a_process_that_fails_ends_the_others_with_its_error(settings, tmp_path, how, told, changes):
+def test_a_process_that_fails_ends_the_others_with_its_error(settings, tmp_path, how, changes):
     (tmp_path / "fails.py").write_text(FAILS)
     config = settings(tmp_path / "mine", **changes)
     started = time.monotonic()
     done = run(2, str(tmp_path / "fails.py"), how, *command(config))
     assert time.monotonic() - started < 60
     assert done.returncode != 0
-    assert done.stderr.count(told) == 1
+    assert done.stderr.count(TOLD[how]) == 1
     assert ("ValueError: a fault\n\n" in done.stderr or "Traceback" in done.stderr) or how == "typed"
     assert not config.out.exists()
     assert [line.step for line in lines(config.out)] == [0, 1, 2]  # what was done stands, to be gone on with

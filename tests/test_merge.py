@@ -157,7 +157,10 @@ def importance_of(base, seed=0) -> Importance:
     return Importance(sums, counts, 1, tokens, ("rows.jsonl",))
 
 
-@pytest.mark.parametrize("quant", ["Q4_K_M", "IQ3_XXS", "IQ2_XS"])
+@pytest.mark.parametrize(
+    "quant",
+    ["Q4_K_M", "IQ2_XXS", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("IQ3_XXS", "IQ2_XS"))],
+)
 def test_importance_is_used_as_llama_cpp_uses_it(tiny, tmp_path, quant):
     importance = importance_of(GGUFFile(tiny.path).tensors)
     write_importance(tmp_path / "im.gguf", importance)

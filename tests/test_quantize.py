@@ -45,8 +45,8 @@ REFERENCE = {
     "Q2_K": "c7c9a27bc9b5004eaa297bc6ed0296f70a2783d0680f02315d9ec262362b6f44",
 }
 PLAIN = QuantizeSettings(plain=True)
-# ggml takes seconds to build their tables, whatever the size of the model; IQ2_XXS stands for them.
-SLOW = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ2_M")
+# ggml takes seconds to build their tables, whatever the size of the model; IQ2_XXS and IQ3_XS stand for them.
+SLOW = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS")
 CHEAP = [kind for kind in QUANT_TYPES if kind not in SLOW]
 
 
@@ -185,7 +185,7 @@ def test_llama_quantize_does_the_same_with_importance(llama_quantize, tiny, imat
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["alone", "importance"])
-@pytest.mark.parametrize("kind", CHEAP)
+@pytest.mark.parametrize("kind", [*CHEAP, *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in SLOW)])
 def test_ggmls_kernels_write_by_a_plan_what_llama_cpp_writes(tiny, importance, tmp_path, kind, known):
     if kind == COPY and known:
         pytest.skip("a copy has no use for importance")
