@@ -83,6 +83,15 @@ embedding of {largest:.0f} MB, and 300 MB. The check behind it takes one layer a
 file that it runs.
 """
 
+RUNTIME = """## One base, many live adapters
+
+    python benchmarks/runtime.py
+
+SmolLM2-135M over its Q4_1 GGUF with adapters of rank 16, on {cores} cores of {processor}: the engine against llama.cpp
+called by hand, in turns in one run. Of {walk:,} random answers over 8 adapters and the base (tiny models in Q4_K and Q8_0;
+loads, switches, blends, reloads under one name, restores), {wrong} were not those of a cold run of their adapters alone.
+"""
+
 GPU = """## QLoRA of an 8B model on a graphics card
 
     python benchmarks/gpu.py --together --out benchmarks/results/gpu.json
@@ -208,6 +217,37 @@ def repair(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n" + REPAIR.format(rank=tried[0][1]["rank"]) + "\n" + markdown(head, lines) + "\n"
 
 
+def runtime(result: Mapping[str, Any]) -> str:
+    """Each line of what the live engine is held to: what, target, found."""
+    switch, load, memory, server = (result[name] for name in ("switch", "load", "memory", "server"))
+    kept, chosen = result["snapshot"], result["threads"]
+    hot = (switch["hot_kv_bytes"] - switch["engine_kv_bytes"]) / 1e6
+    lines = [
+        ["a switch of adapters before the next token, CPU ms, llama.cpp's own", "≤ 1×",
+         f"{switch['engine_over_llama_cpp']:.2f}× ({switch['engine_cpu_ms']:.1f} ms)"],
+        [f"the same with a context for each set of adapters, {hot:.0f} MB of KV each", "",
+         f"{max(switch['hot_cpu_ms'], 0):.1f} ms"],
+        ["loading an adapter without its checks, times llama.cpp's own", "≤ 1.5×",
+         f"{load['without_checks_over_llama_cpp']:.2f}× (and {load['checks_cpu_ms']:.1f} ms of checks)"],
+        [f"back to a conversation of {kept['prompt_tokens']:,} tokens by its state, times faster than reading it",
+         "≥ 20×", f"{kept['times_faster']:.0f}×"],
+        ["time of an answer, times a bare loop of decodes", "≤ 1.03×",
+         f"{result['overhead']['time_engine_over_bare']:.3f}×"],
+        ["threads chosen, of the best number's speed, quiet / beside a busy process", "≥ 0.9×",
+         " / ".join(f"{chosen[load]['chosen_over_best']:.2f}×" for load in ("quiet", "busy"))],
+        ["8 conversations over 4 adapters, times llama-server (a portable build)", "≥ 1×",
+         f"{server['engine_over_server']:.2f}× (one conversation: {server['one_conversation_over_server']:.2f}×)"],
+        ["memory above llama.cpp's own", "≤ 60 MB", f"{memory['more_bytes'] / 1e6:.0f} MB"],
+        [f"growth over {result['cycles']['cycles']:,} cycles of load, switch and unload", "< 5 MB",
+         f"{result['cycles']['growth_bytes'] / 1e6:.1f} MB"],
+    ]  # fmt: skip
+    walked = result["walk"].values()
+    about = RUNTIME.format(
+        **result["about"], walk=sum(w["answers"] for w in walked), wrong=sum(w["wrong"] for w in walked)
+    )
+    return about + "\n" + markdown(["", "target", "found"], lines) + "\n"
+
+
 def gpu(result: Mapping[str, Any]) -> str:
     def row(r: Mapping[str, Any]) -> list[object]:
         if not r["fits"]:
@@ -242,7 +282,7 @@ def written() -> str:
     """The whole text."""
     parts = {
         "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget, "budget-gemma": partial(budget, about=GEMMA),
+        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "runtime": runtime,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand
