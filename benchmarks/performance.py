@@ -89,7 +89,7 @@ RUNTIME = """## One base, many live adapters
 
 SmolLM2-135M over its Q4_1 GGUF with adapters of rank 16, on {cores} cores of {processor}: the engine against llama.cpp
 called by hand, in turns in one run. Of {walk:,} random answers over 8 adapters and the base (tiny models in Q4_K and
-Q8_0; loads, switches, blends, reloads under one name, restores), {wrong} were not those of a cold run of their adapters.
+Q8_0; loads, switches, blends, reloads under one name, restores), {wrong} were not those of a cold run.
 """
 
 GPU = """## QLoRA of an 8B model on a graphics card
