@@ -109,7 +109,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("prompt_tokens_per_s", "prompt tokens/s", "prompt t/s", _speed("prompt_tokens_per_s"), _whole, 1),
     Column("generation_tokens_per_s", "generation tokens/s", "gen t/s", _speed("generation_tokens_per_s"), _whole, 1),
     Column("first_token_s", "first token after", "first", _speed("first_token_seconds"), _seconds, -1),
-    Column("switch_s", "adapter switch", "switch", _speed("switch_seconds"), "{:.4f} s".format, -1),
+    Column("switch_s", "adapter switch", "switch", _speed("switch_seconds"), lambda x: f"{1e3 * x:.1f} ms", -1),
     Column("peak_mb", "peak memory", "memory", lambda r: r.speed.peak_bytes / 1e6 or None, "{:.0f} MB".format, -1),
 )
 

@@ -179,11 +179,19 @@ def _opened(
 
 
 def _switch_seconds(engine: ScoringEngine, scale: float) -> float:
-    """From no adapter to this one, the median of SWITCHES."""
-    seconds = []
+    """What a switch from no adapter to this one adds to the next token: the median of SWITCHES."""
+
+    def token() -> float:
+        start = time.perf_counter()
+        engine.logits([[0]], [[0]])
+        return time.perf_counter() - start
+
+    more = []
     for _ in range(SWITCHES):
         engine.use({})
+        token()
         start = time.perf_counter()
         engine.use({ADAPTER: scale})
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        set_in = time.perf_counter() - start
+        more.append(set_in + token() - token())  # llama.cpp reserves its graph anew with the first, not the second
+    return max(statistics.median(more), 0.0)
