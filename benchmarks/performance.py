@@ -83,9 +83,9 @@ embedding of {largest:.0f} MB, and 300 MB. The check behind it takes one layer a
 file that it runs.
 """
 
-RUNTIME = """## One base, many live adapters
+LIVE = """## One base, many live adapters
 
-    python benchmarks/runtime.py
+    python benchmarks/live.py all
 
 SmolLM2-135M over its Q4_1 GGUF with adapters of rank 16, on {cores} cores of {processor}: the engine against llama.cpp
 called by hand, in turns in one run. Of {walk:,} random answers over 8 adapters and the base (tiny models in Q4_K and
@@ -217,7 +217,7 @@ def repair(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n" + REPAIR.format(rank=tried[0][1]["rank"]) + "\n" + markdown(head, lines) + "\n"
 
 
-def runtime(result: Mapping[str, Any]) -> str:
+def live(result: Mapping[str, Any]) -> str:
     """Each line of what the live engine is held to: what, target, found."""
     switch, load, memory, server = (result[name] for name in ("switch", "load", "memory", "server"))
     kept, chosen = result["snapshot"], result["threads"]
@@ -242,7 +242,7 @@ def runtime(result: Mapping[str, Any]) -> str:
          f"{result['cycles']['growth_bytes'] / 1e6:.1f} MB"],
     ]  # fmt: skip
     walked = result["walk"].values()
-    about = RUNTIME.format(
+    about = LIVE.format(
         **result["about"], walk=sum(w["answers"] for w in walked), wrong=sum(w["wrong"] for w in walked)
     )
     return about + "\n" + markdown(["", "target", "found"], lines) + "\n"
@@ -282,7 +282,7 @@ def written() -> str:
     """The whole text."""
     parts = {
         "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "runtime": runtime,
+        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand

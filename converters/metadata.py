@@ -41,13 +41,15 @@ def _plain(value: Value) -> Any:
     return value.data.tolist()
 
 
-def put(writer: gguf.GGUFWriter, keys: Mapping[str, str | float]) -> None:
-    """Add texts, numbers, and yes or no; what stood under these keys before is replaced."""
+def put(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
+    """Add texts, numbers, yes or no, and lists; what stood under these keys before is replaced."""
     for key, value in keys.items():
         writer.kv_data[0].pop(key, None)  # the writer would log a warning
         match value:
             case str():
                 writer.add_string(key, value)
+            case list():
+                writer.add_array(key, value)
             case bool():
                 writer.add_bool(key, value)
             case int():
@@ -120,15 +122,4 @@ def write_metadata(writer: gguf.GGUFWriter, base: Base, file_type: LlamaFileType
 
 def write_dimensions(writer: gguf.GGUFWriter, base: Base) -> None:
     """Tell what the model computes, in numbers."""
-    for key, value in gguf_metadata(base.architecture, base.config).items():
-        match value:
-            case list():
-                writer.add_array(key, value)
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
+    put(writer, gguf_metadata(base.architecture, base.config))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgelora.errors import AdapterError, EngineError
+from edgelora.errors import EngineError
 from runtime.binding import Lora
-from runtime.service import MAX_SCALE, AdapterInfo
+from runtime.names import require_scale, unknown_adapter
+from runtime.service import AdapterInfo
 from runtime.soft_prompt import Head
 from runtime.states import NO_TOKEN, Key
 
@@ -124,11 +125,7 @@ class Adapters:
 
     def _find(self, name: str) -> AdapterInfo:
         if name not in self.infos:
-            raise AdapterError(
-                what=f"no adapter named {name}",
-                why=f"loaded are: {', '.join(self.infos) or 'none'}",
-                fix="load it first: --adapter NAME=FILE",
-            )
+            raise unknown_adapter(name, self.infos)
         return self.infos[name]
 
     def _free_unused(self, digest: str) -> None:
@@ -141,12 +138,7 @@ class Adapters:
 
 def _within_limits(scale: float, name: str) -> float:
     """As llama.cpp keeps it: float32. Raises EngineError."""
-    if not abs(scale) <= MAX_SCALE:
-        raise EngineError(
-            what=f"scale {scale} for {name}",
-            why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
-            fix="use a scale around 1",
-        )
+    require_scale(scale, name)
     return float(np.float32(scale))
 
 

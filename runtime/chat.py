@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from edgelora.data.conversation import Message
 from edgelora.errors import ConfigError, EdgeloraError
-from runtime.names import unknown_adapter
+from runtime.names import require_scale, unknown_adapter
 from runtime.reading import read
-from runtime.service import MAX_SCALE, AdapterInfo, Request, Sampling, Service, Usage
+from runtime.service import AdapterInfo, Request, Sampling, Service, Usage
 
 SEEDS = 2**32 - 1  # that many; the next is llama.cpp's word for "from the clock"
 ONE_BY_ONE = ", each question by itself (it was trained on single turns)"
@@ -92,12 +92,7 @@ class Chat:
         for name, scale in adapters.items():
             if name not in self.service.adapters:
                 raise unknown_adapter(name, self.service.adapters)
-            if not abs(scale) <= MAX_SCALE:
-                raise ConfigError(
-                    what=f"scale {scale:g} for {name}",
-                    why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
-                    fix="use a scale around 1",
-                )
+            require_scale(scale, name)
         return {name: scale for name, scale in adapters.items() if scale}
 
     def unload(self, name: str) -> None:

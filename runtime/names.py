@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgelora.errors import AdapterError, ConfigError
+from edgelora.errors import AdapterError, ConfigError, EngineError
+from runtime.service import MAX_SCALE
 
 BASE = "base"  # what the model without any adapter is called
 
@@ -22,6 +23,16 @@ def unknown_adapter(name: str, known: Iterable[str]) -> AdapterError:
         why=f"loaded are: {', '.join(names) or 'none'}",
         fix="load it first: /load FILE NAME, or --adapter NAME=FILE",
     )
+
+
+def require_scale(scale: float, name: str) -> None:
+    """Raise EngineError for a scale of `name` at which a model answers noise; NaN is one."""
+    if not abs(scale) <= MAX_SCALE:
+        raise EngineError(
+            what=f"scale {scale:g} for {name}",
+            why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
+            fix="use a scale around 1",
+        )
 
 
 def name_of(path: Path) -> str:

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelora.base.model import Base
-from edgelora.errors import AdapterError
 from edgelora.files.adapter_check import require_fit
-from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_same_base
+from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_its_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.soft_prompt import Prefix, SoftPrompt, is_soft, read_soft
 from edgelora.files.whole import read_whole
@@ -75,14 +74,7 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
         verdict, soft = _look(path, content, base)
     contract = None if verdict.contract is None else read_contract(verdict.contract, str(path))
     fitting = base.as_trained(contract)
-    if contract is not None:
-        require_same_base(contract, fitting.identity, str(path), str(base.path))
-    elif not allow_unverified:
-        raise AdapterError(
-            what=f"{path}: it does not say which base it belongs to",
-            why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
-            fix="pass --allow-unverified-base if you know that it was trained on this base",
-        )
+    require_its_base(contract, fitting.identity, path, base.path, allow_unverified=allow_unverified)
     if not known and soft is None:  # a soft prompt is floats alone; whoever loads it tries it
         try_adapter(path, content, base.path)
         verdicts.keep(digest, place, verdict)

@@ -14,16 +14,16 @@ import numpy as np
 
 from edgelora.base.model import Base
 from edgelora.device import Choice
-from edgelora.errors import AdapterError, EngineError
+from edgelora.errors import EngineError
 from edgelora.evaluate.choices import Alternative
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.files.adapter_check import check_adapter, contract_of
-from edgelora.files.contract import require_same_base
+from edgelora.files.contract import require_its_base
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from runtime.alternatives import log_p
 from runtime.bench import Rates, prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
-from runtime.service import MAX_SCALE
+from runtime.names import require_scale, unknown_adapter
 from runtime.threads import choose_threads
 
 
@@ -130,14 +130,7 @@ class ScoringEngine:
         file = check_adapter(path, self.base.architecture.gguf_name, shapes)
         contract = contract_of(file)
         base = self.base.as_trained(contract)
-        if contract is not None:
-            require_same_base(contract, base.identity, str(path), str(base.path))
-        elif not allow_unverified:
-            raise AdapterError(
-                what=f"{path}: it does not say which base it belongs to",
-                why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
-                fix="pass --allow-unverified-base if you know that it was trained on this base",
-            )
+        require_its_base(contract, base.identity, path, base.path, allow_unverified=allow_unverified)
         fresh = Lora(self.model, path)
         if name in self._loaded:
             self.unload(name)
@@ -156,23 +149,14 @@ class ScoringEngine:
         """Answer with these adapters at these scales from now on ({} is the base; scale 0 is not attached)."""
         for name, scale in adapters.items():
             self._find(name)
-            if not abs(scale) <= MAX_SCALE:
-                raise EngineError(
-                    what=f"scale {scale} for {name}",
-                    why=f"beyond ±{MAX_SCALE:g} (and for NaN) a model answers noise",
-                    fix="use a scale around 1",
-                )
+            require_scale(scale, name)
         wanted = {name: scale for name, scale in adapters.items() if scale}
         self._context.set_adapters([(self._loaded[name], scale) for name, scale in wanted.items()])
         self._active = wanted
 
     def _find(self, name: str) -> Lora:
         if name not in self._loaded:
-            raise AdapterError(
-                what=f"no adapter named {name}",
-                why=f"loaded are: {', '.join(self._loaded) or 'none'}",
-                fix="load it first: --adapter NAME=FILE",
-            )
+            raise unknown_adapter(name, self._loaded)
         return self._loaded[name]
 
     def speed(self) -> tuple[float, float]:

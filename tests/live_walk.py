@@ -1,6 +1,6 @@
 """Random loads, switches, scales, reloads, restarts and conversations on a live engine, each answer against a cold one.
 
-`tests/test_states.py` takes a few steps of it, `benchmarks/runtime.py` two thousand in all.
+`tests/test_states.py` takes a few steps of it, `benchmarks/live.py` two thousand in all.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from edgelora.base.model import open_base
 from runtime.engine import Engine
 from runtime.service import EngineConfig
 
-CYCLES = int(os.environ.get("EDGELORA_CYCLES", "200"))  # benchmarks/runtime.py takes 10,000
+CYCLES = int(os.environ.get("EDGELORA_CYCLES", "200"))  # benchmarks/live.py takes 10,000
 PROMPT = tuple(range(5, 40))
 
 

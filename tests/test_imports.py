@@ -134,6 +134,11 @@ def test_llama_cpp_has_two_python_doors():
     assert [part for part in parts if not isinstance(part, ast.FunctionDef)] == []
 
 
+def test_no_benchmark_stands_in_the_way_of_a_house():
+    """A script's own folder is looked into first: benchmarks/runtime.py would be what its neighbours import."""
+    assert not {path.stem for path in (ROOT / "benchmarks").iterdir()} & set(HOUSES)
+
+
 def light_modules() -> list[str]:
     """What must start without torch: running, merging, judging and everything below them."""
     single = ["edgelora", "edgelora.peft.adapter"]

@@ -22,7 +22,7 @@ from runtime.snapshot_files import SnapshotFolder
 from runtime.states import Snapshot, Snapshots, chain_of, common, cut
 
 CONFIG = EngineConfig(context=256, chunk=16, threads=1)
-STEPS = int(os.environ.get("EDGELORA_WALK", "60"))  # benchmarks/runtime.py takes 500, of each of four
+STEPS = int(os.environ.get("EDGELORA_WALK", "60"))  # benchmarks/live.py takes 500, of each of four
 N_ADAPTERS = 8 if STEPS > 100 else 4
 
 

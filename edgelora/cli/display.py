@@ -56,6 +56,8 @@ class Display:
             self._live.stop()
 
     def show(self, progress: Progress) -> None:
+        if self._training is not None and progress.stage != self._training.stage:
+            self._held_out = None  # it was of the training that has ended
         if progress.loss is not None:
             if self._training is None or progress.step <= self._training.step:
                 self._held_out = None  # another training

@@ -163,6 +163,20 @@ def require_same_base(contract: Contract, found: Identity, adapter: str, base: s
         )
 
 
+def require_its_base(
+    contract: Contract | None, found: Identity, adapter: Path, base: Path, *, allow_unverified: bool
+) -> None:
+    """Raise AdapterError as `require_same_base` does, and unless allowed for an adapter that has no contract."""
+    if contract is not None:
+        require_same_base(contract, found, str(adapter), str(base))
+    elif not allow_unverified:
+        raise AdapterError(
+            what=f"{adapter}: it does not say which base it belongs to",
+            why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
+            fix="pass --allow-unverified-base if you know that it was trained on this base",
+        )
+
+
 def read_contract(text: str, where: str) -> Contract:
     """Parse a contract. Raises AdapterError that names every fault of it."""
     try:

@@ -16,11 +16,10 @@ from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
 from edgelora.data.encode import encode_conversation
-from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
-from edgelora.files.contract import FILE_NAME, Contract, require_same_base
+from edgelora.files.contract import FILE_NAME, Contract, require_its_base
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
@@ -130,14 +129,8 @@ def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
 
 
 def _require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:
-    if contract is not None:
-        require_same_base(contract, base.as_trained(contract).identity, str(path), str(base.path))
-    elif not allow_unverified:
-        raise AdapterError(
-            what=f"{path}: it does not say which base it belongs to",
-            why=f"there is no {FILE_NAME} in it; on another base of the same shape it would answer nonsense",
-            fix="pass --allow-unverified-base if you know that it was trained on this base",
-        )
+    identity = base.as_trained(contract).identity
+    require_its_base(contract, identity, path, base.path, allow_unverified=allow_unverified)
 
 
 def certify_adapter(

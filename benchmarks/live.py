@@ -1,6 +1,6 @@
 """What the live engine costs and saves, each figure as a ratio to llama.cpp itself in the same run.
 
-    .venv/bin/python benchmarks/runtime.py PIECE… [--base FILE] [--rounds 5] [--out benchmarks/results/runtime.json]
+    .venv/bin/python benchmarks/live.py PIECE… [--base FILE] [--rounds 5] [--out benchmarks/results/live.json]
 
 PIECE: overhead, switch, load, snapshot, threads, memory, server, walk, cycles; `all` for all. Each is measured in a
 process of its own and replaces its part of the file. Its two sides take turns in every round; medians of rounds.
@@ -25,7 +25,6 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # this file is not the package `runtime`
 N_ADAPTERS, RANK = 4, 16
 TEXT = (
     "A long winter had closed the pass, and the two villages that shared the valley learned of each other only by "
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("pieces", nargs="+", choices=[*PIECES, "all"])
     parser.add_argument("--base", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "runtime.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "live.json")
     parser.add_argument("--here", action="store_true", help="measure in this process and print (the child's side)")
     given = parser.parse_args()
     if given.here:
