@@ -55,11 +55,27 @@ class Placement:
     mlock: bool = False
 
 
-class Model:
+class _InC:
+    """What lies in C: it has one owner, and one way to die."""
+
+    _kind: str
+    _fix: str
+    _handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        if self._handle is None:
+            raise EngineError(what=f"a closed {self._kind} was used", why="close() frees it", fix=self._fix)
+        return self._handle
+
+
+class Model(_InC):
     """A loaded GGUF model: weights and vocabulary.
 
     `repack`: copy weights into the order that this CPU multiplies fastest; without it all stay mapped from the file.
     """
+
+    _kind, _fix = "model", "open it again"
 
     def __init__(
         self, path: Path, *, vocabulary_only: bool = False, repack: bool = True, placement: Placement = Placement()
@@ -79,12 +95,6 @@ class Model:
         self.n_vocab = int(C.llama_vocab_n_tokens(self._vocabulary))
         self.n_ctx_train = int(C.llama_model_n_ctx_train(self._handle))
         self.n_embd = int(C.llama_model_n_embd_inp(self._handle))
-
-    @property
-    def handle(self) -> object:
-        if self._handle is None:
-            raise EngineError(what="a closed model was used", why="close() frees its weights", fix="open it again")
-        return self._handle
 
     @property
     def vocabulary(self) -> object:
@@ -132,11 +142,13 @@ class Model:
             self._handle = None
 
 
-class Lora:
+class Lora(_InC):
     """A loaded GGUF adapter of one model. The file must have passed `files.adapter_check`.
 
     `content`: its bytes as they were checked; then `path` is not opened, and nobody can change them in between.
     """
+
+    _kind, _fix = "adapter", "load it again"
 
     def __init__(self, model: Model, path: Path, content: bytes | None = None) -> None:
         _last_words.clear()
@@ -148,12 +160,6 @@ class Lora:
                 self._handle = C.llama_adapter_lora_init_from_file_ptr(model.handle, file)
         if not self._handle:  # a failed load is a NULL pointer object, never None
             raise _refused(f"{path}: llama.cpp cannot load this adapter", "export it again for this base")
-
-    @property
-    def handle(self) -> object:
-        if self._handle is None:
-            raise EngineError(what="a closed adapter was used", why="close() frees it", fix="load it again")
-        return self._handle
 
     def close(self) -> None:
         """Free the adapter. It must not be set on any context; a closed model has freed it already."""
@@ -260,12 +266,14 @@ _FLASH = {
 EXACT = KeyValues(GGMLQuantizationType.F32, flash=False)
 
 
-class Context:
+class Context(_InC):
     """A KV cache and compute buffers over a model: `n_sequences` independent sequences of `n_ctx` tokens each.
 
     `exact`: keys and values in float32 and no flash attention, which rounds them to float16; else as `kept` says.
     `watch` sees the steps of each decode; what it raises, the decode raises.
     """
+
+    _kind, _fix = "context", "open a new one"
 
     def __init__(
         self, model: Model, *, n_ctx: int, n_sequences: int, threads: int, n_batch: int = 2048, exact: bool = False,
@@ -295,12 +303,6 @@ class Context:
             )
         self._memory = C.llama_get_memory(self._handle)
         self._batch = C.llama_batch_init(self.n_batch, 0, 1)
-
-    @property
-    def handle(self) -> object:
-        if self._handle is None:
-            raise EngineError(what="a closed context was used", why="close() frees it", fix="open a new one")
-        return self._handle
 
     def _watched(self, watch: Watch) -> Any:
         """`watch` as C calls it, where nothing may be raised."""
@@ -473,8 +475,10 @@ class Candidates:
         return int(table["id"][table["logit"].argmax()])
 
 
-class SamplerChain:
+class SamplerChain(_InC):
     """llama.cpp's samplers in a row, the last of which picks a token. It holds what it needs of the past."""
+
+    _kind, _fix = "sampler", "make a new one"
 
     def __init__(self, model: Model) -> None:
         _last_words.clear()
@@ -484,12 +488,6 @@ class SamplerChain:
         self._handle = C.llama_sampler_chain_init(params)
         if not self._handle:
             raise _refused("llama.cpp cannot make a chain of samplers", "close something: memory may be full")
-
-    @property
-    def handle(self) -> object:
-        if self._handle is None:
-            raise EngineError(what="a closed sampler was used", why="close() frees it", fix="make a new one")
-        return self._handle
 
     def add(self, name: str, *arguments: float) -> None:
         """Append `llama_sampler_init_<name>(*arguments)`. Nothing is checked in C: that is `sampling.py`."""
@@ -527,8 +525,10 @@ class SamplerChain:
             self._handle = None
 
 
-class GrammarSampler:
+class GrammarSampler(_InC):
     """llama.cpp's state of a grammar (GBNF, rule `root`). The text must have passed `grammar.py`: C dies of some."""
+
+    _kind, _fix = "grammar", "make a new one"
 
     def __init__(self, model: Model, gbnf: str) -> None:
         _last_words.clear()
@@ -536,12 +536,6 @@ class GrammarSampler:
         self._handle = C.llama_sampler_init_grammar(model.vocabulary, gbnf.encode(), b"root")
         if not self._handle:
             raise _refused("llama.cpp cannot read the grammar", "check it against llama.cpp's grammars/README.md")
-
-    @property
-    def handle(self) -> object:
-        if self._handle is None:
-            raise EngineError(what="a closed grammar was used", why="close() frees it", fix="make a new one")
-        return self._handle
 
     def restrict(self, candidates: Candidates) -> None:
         """Leave no chance (-inf) to tokens that the grammar does not allow next."""

@@ -270,6 +270,14 @@ def at_first_step() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.communicate()
 
 
+@pytest.fixture(scope="module")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is known of checked files is kept there, not in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """The real model of the quickstart. Skips, with the reason, where the package that carries it is missing."""

@@ -23,12 +23,7 @@ PROMPT = tuple(range(5, 30))
 CONFIG = EngineConfig(context=256, chunk=8, threads=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """What is known of checked files is kept there, not in the user's own folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture(scope="module")

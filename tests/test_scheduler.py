@@ -28,11 +28,7 @@ CONFIG = EngineConfig(context=512, chunk=8, threads=1, conversations=4)
 PROMPT = tuple(range(5, 30))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture(scope="module")

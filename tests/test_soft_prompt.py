@@ -45,7 +45,10 @@ from runtime.service import EngineConfig, Request, Sampling
 from runtime.store import Store
 
 # PEFT asks transformers for what it will rename
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("own_home"),
+]
 
 CONFIG = EngineConfig(context=256, chunk=8, threads=1)
 LOGPROBS = Sampling(logprobs=0)
@@ -59,13 +62,6 @@ KINDS = {
         task_type="CAUSAL_LM", num_virtual_tokens=N, prefix_projection=True, encoder_hidden_size=32
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,7 @@ STEPS = int(os.environ.get("EDGELORA_WALK", "60"))  # benchmarks/live.py takes 5
 N_ADAPTERS = 8 if STEPS > 100 else 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGELORA_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture(scope="module", params=["Q4_K", "Q8_0"])
