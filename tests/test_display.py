@@ -161,6 +161,15 @@ def test_what_is_measured_before_the_first_step_is_said_once(capsys):
 
 
 @pytest.mark.usefixtures("clock")
+def test_what_comes_behind_a_training_has_no_held_out_loss(capsys):
+    shown = Display()
+    shown.show(replace(STEP, held_out_loss=0.17149))
+    shown.say("trained")
+    shown.show(Progress("quantize", 1, 272, eta_s=6.0))
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "quantize 1/272 · 0:06 left"
+
+
 def test_each_stage_is_said_when_it_begins_and_again_for_the_next_file(capsys):
     with Display() as display:
         for stage in ("merge", "merge", "check", "merge"):

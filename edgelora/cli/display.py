@@ -56,8 +56,6 @@ class Display:
             self._live.stop()
 
     def show(self, progress: Progress) -> None:
-        if self._training is not None and progress.stage != self._training.stage:
-            self._held_out = None  # it was of the training that has ended
         if progress.loss is not None:
             if self._training is None or progress.step <= self._training.step:
                 self._held_out = None  # another training
@@ -79,7 +77,7 @@ class Display:
         self._print(Text.assemble(("✓ ", "green"), line))
         if self._live:
             self._live.update(Text(""))
-        self._training = None
+        self._training = self._held_out = None  # what was said ends what was shown
         self._told.clear()
 
     def note(self, line: str) -> None:
