@@ -18,6 +18,7 @@ from edgelora.errors import EngineError
 ROWS = 32  # positions looked at once: float32 over a vocabulary of 262,144 makes 32 MB of each array
 QUANTILES = (0.0, 0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
 DRAWS = 2000  # of the bootstrap
+FEWEST_WINDOWS = 5  # drawing two again and again would say the same two numbers
 
 
 class Reference(Protocol):
@@ -99,7 +100,7 @@ def compare(reference: Reference, logits: np.ndarray, targets: np.ndarray) -> Co
 @dataclass(frozen=True)
 class Estimate:
     """A mean, its standard error with tokens as independent, and its 95 % interval by resampling whole windows (None
-    where there are fewer than two)."""
+    where there are fewer than FEWEST_WINDOWS)."""
 
     value: float
     error: float
@@ -206,7 +207,7 @@ def _quantiles(values: np.ndarray) -> dict[float, float]:
 
 def _by_window(windows: Sequence[Compared], of: Any, finish: Any = float) -> tuple[float, float] | None:
     """The 95 % interval of a mean when whole windows are drawn again (percentile bootstrap, Efron 1979)."""
-    if len(windows) < 2:
+    if len(windows) < FEWEST_WINDOWS:
         return None
     means = np.array([float(np.mean(of(window))) for window in windows])
     draw = np.random.default_rng(0)
