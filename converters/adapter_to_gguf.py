@@ -13,12 +13,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from converters.metadata import put
+from converters.metadata import put_contract, write_whole
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
-from edgelora.files.certificate_keys import reserved
-from edgelora.files.contract import CONTRACT_KEY
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter, LoraPair
 
@@ -59,19 +57,11 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
     ranks = {pair.rank for pair in pairs.values()}
     # b is (α/r)·B already: α = r gives llama.cpp the factor 1, and where ranks differ α = 0 means "as it is"
     writer.add_float32("adapter.lora.alpha", float(ranks.pop()) if len(ranks) == 1 else 0.0)
-    if adapter.contract is not None:
-        unsigned = adapter.contract.model_copy(update={"certificate": None})
-        writer.add_string(CONTRACT_KEY, unsigned.model_dump_json())
-        put(writer, reserved(model=False))
+    put_contract(writer, adapter.contract)
     for tensor, pair in pairs.items():
         writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
         writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    write_whole(writer)
 
 
 def _cast(values: np.ndarray, dtype: str, tensor: str) -> np.ndarray:

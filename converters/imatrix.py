@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from converters.metadata import write_whole
 from edgelora.errors import ExportError, FileFormatError
 from edgelora.files.gguf import MAGIC, MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile
 
@@ -106,12 +107,7 @@ def write_importance(path: Path, importance: Importance) -> None:
         alone = len(sums) == 1  # ggml writes no dimension of 1 at the end
         writer.add_tensor(name + SUMS, np.ascontiguousarray(sums[0] if alone else sums, np.float32))
         writer.add_tensor(name + COUNTS, np.ascontiguousarray(counts[0] if alone else counts))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    write_whole(writer)
 
 
 def _few(faults: list[str]) -> str:

@@ -16,7 +16,7 @@ from edgelora.architectures.names import tensor_shapes
 from edgelora.base.model import Base
 from edgelora.data.vocabulary import name_strips_after_special
 from edgelora.files.certificate_keys import reserved
-from edgelora.files.contract import LINEAGE_KEY, lineage_text
+from edgelora.files.contract import CONTRACT_KEY, LINEAGE_KEY, Contract, lineage_text
 from edgelora.files.gguf import GGUFFile, Strings, Value
 
 # The writer states these itself; it always aligns to 32 bytes.
@@ -56,6 +56,23 @@ def put(writer: gguf.GGUFWriter, keys: Mapping[str, Any]) -> None:
                 writer.add_uint32(key, value)
             case float():
                 writer.add_float32(key, value)
+
+
+def put_contract(writer: gguf.GGUFWriter, contract: Contract | None) -> None:
+    """Add an adapter's contract, if it has one, and room for the certificate that it will get."""
+    if contract is not None:
+        unsigned = contract.model_copy(update={"certificate": None})
+        put(writer, {CONTRACT_KEY: unsigned.model_dump_json(), **reserved(model=False)})
+
+
+def write_whole(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added, tensors included, and close the file."""
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def descent(base: Base, added: Sequence[str]) -> dict[str, str | float]:

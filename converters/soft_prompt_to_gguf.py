@@ -11,11 +11,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from converters.metadata import put
+from converters.metadata import put_contract, write_whole
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
-from edgelora.files.certificate_keys import reserved
-from edgelora.files.contract import CONTRACT_KEY
 from edgelora.files.soft_prompt import (
     BASE_LOGITS,
     EMBEDDINGS,
@@ -41,18 +39,10 @@ def write_soft_prompt_gguf(
     writer.add_type("adapter")
     writer.add_name(name)
     writer.add_string("adapter.type", PREFIX if prompt.embeddings is None else SOFT_PROMPT)
-    if prompt.contract is not None:
-        unsigned = prompt.contract.model_copy(update={"certificate": None})
-        writer.add_string(CONTRACT_KEY, unsigned.model_dump_json())
-        put(writer, reserved(model=False))
+    put_contract(writer, prompt.contract)
     for tensor, values in _tensors(prompt, base, reference).items():
         writer.add_tensor(tensor, np.ascontiguousarray(values))
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    write_whole(writer)
 
 
 def _tensors(prompt: TrainedPrompt, base: Base, reference: Reference | None) -> dict[str, np.ndarray]:

@@ -10,12 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from test_export import make_adapter
+
+from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import Base
 from runtime.engine import Engine
 from runtime.service import EngineConfig, Request
 
 SCALES = (1.0, 1.0, 1.0, 0.5, -0.7, 1.5)
 N_TOKENS = 6
+
+
+def strong_adapters(base: Base, folder: Path, names: Sequence[str]) -> dict[str, Path]:
+    """An adapter file of each name, seeded by its place, that changes what the base says."""
+    for seed, name in enumerate(names):
+        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
+    return {name: folder / f"{name}.gguf" for name in names}
 
 
 def ask(engine: Engine, prompt: Sequence[int], adapters: Mapping[str, float], n: int = N_TOKENS) -> list[int]:

@@ -8,9 +8,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from test_export import make_adapter
+from live_walk import strong_adapters
 
-from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, DataError, EngineError
 from runtime.binding import Context, Model
@@ -28,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_home")
 
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory):
-    folder, base = tmp_path_factory.mktemp("adapters"), open_base(tiny.path)
-    for seed, name in enumerate(NAMES):
-        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
-    return {name: folder / f"{name}.gguf" for name in NAMES}
+    return strong_adapters(open_base(tiny.path), tmp_path_factory.mktemp("adapters"), NAMES)
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf.constants import GGUFValueType
-from test_export import make_adapter
+from live_walk import strong_adapters
 from test_preflight import write_foreign
 
-from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import EngineError
 from runtime.binding import Context, Entry, Lora, Model
@@ -33,10 +32,7 @@ pytestmark = pytest.mark.usefixtures("own_home")
 
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory):
-    folder, base = tmp_path_factory.mktemp("adapters"), open_base(tiny.path)
-    for seed, name in enumerate(NAMES):
-        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
-    return {name: folder / f"{name}.gguf" for name in NAMES}
+    return strong_adapters(open_base(tiny.path), tmp_path_factory.mktemp("adapters"), NAMES)
 
 
 @pytest.fixture

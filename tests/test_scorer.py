@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from live_walk import strong_adapters
 from test_export import make_adapter
 
 from converters.adapter_to_gguf import write_adapter_gguf
@@ -29,10 +30,7 @@ NAMES = ("one", "two", "three")
 @pytest.fixture(scope="module")
 def adapters(tiny, tmp_path_factory):
     """Three strong adapters over the F32 model (over float weights a warm and a cold run agree token for token)."""
-    folder, base = tmp_path_factory.mktemp("adapters"), open_base(tiny.path)
-    for seed, name in enumerate(NAMES):
-        write_adapter_gguf(folder / f"{name}.gguf", make_adapter(base, seed=seed, strength=0.5), base, name)
-    return {name: folder / f"{name}.gguf" for name in NAMES}
+    return strong_adapters(open_base(tiny.path), tmp_path_factory.mktemp("adapters"), NAMES)
 
 
 @pytest.fixture
