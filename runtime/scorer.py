@@ -14,7 +14,7 @@ import numpy as np
 
 from edgelora.base.model import Base
 from edgelora.device import Choice
-from edgelora.errors import EngineError
+from edgelora.errors import AdapterError, EngineError
 from edgelora.evaluate.choices import Alternative
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.files.adapter_check import check_adapter, contract_of
@@ -24,6 +24,7 @@ from runtime.alternatives import log_p
 from runtime.bench import Rates, prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.names import require_scale, unknown_adapter
+from runtime.preflight import Checked, preflight
 from runtime.threads import choose_threads
 
 
@@ -67,6 +68,18 @@ class _Slot:
             self.rewind, self.due, self._position = True, list(reference[:-1]), len(self.question.prompt)
         else:
             self.due = [token]
+
+
+def _require_plain(checked: Checked) -> None:
+    """Raise AdapterError for an adapter that is more than factors on weights from the first token on."""
+    if not checked.invocation and checked.soft is None:
+        return
+    kind = "it waits for an invocation (aLoRA)" if checked.soft is None else "it stands before a prompt"
+    raise AdapterError(
+        what=f"{checked.path}: {kind}, which is not scored",
+        why="questions are answered side by side here, each from its first token on with the same weights",
+        fix="ask it through `edgelora generate` or `chat`, which run it",
+    )
 
 
 def _nll(z: np.ndarray, label: int) -> float:
@@ -124,14 +137,22 @@ class ScoringEngine:
     def load(self, name: str, path: Path, *, allow_unverified: bool = False) -> None:
         """Load the GGUF adapter at `path` as `name`, in place of an older one of that name.
 
-        Raises AdapterError if it is damaged, or was trained on another base, or (unless allowed) does not say on which.
+        Checked and tried as the live engine does it (`preflight`). Raises AdapterError if it is damaged, or was trained
+        on another base, or (unless allowed) does not say on which, and for what only that engine can run.
         """
+        checked = preflight(path, self.base, allow_unverified=allow_unverified)
+        _require_plain(checked)
+        self._take(name, Lora(self.model, path, checked.content), checked.base)
+
+    def load_own(self, name: str, path: Path) -> None:
+        """The same with an adapter that this program has just written: checked, and not tried in another process."""
         shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
-        file = check_adapter(path, self.base.architecture.gguf_name, shapes)
-        contract = contract_of(file)
+        contract = contract_of(check_adapter(path, self.base.architecture.gguf_name, shapes))
         base = self.base.as_trained(contract)
-        require_its_base(contract, base.identity, path, base.path, allow_unverified=allow_unverified)
-        fresh = Lora(self.model, path)
+        require_its_base(contract, base.identity, path, base.path, allow_unverified=True)
+        self._take(name, Lora(self.model, path), base)
+
+    def _take(self, name: str, fresh: Lora, base: Base) -> None:
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh

@@ -9,10 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGUFValueType
 from live_walk import strong_adapters
 from test_export import make_adapter
+from test_preflight import write_foreign as write_foreign_adapter
 
 from converters.adapter_to_gguf import write_adapter_gguf
+from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.data.encode import Example, encode_conversation
@@ -20,6 +23,7 @@ from edgelora.data.rows import Conversation
 from edgelora.errors import AdapterError, DataError, EdgeloraError, EngineError, FileFormatError
 from edgelora.evaluate.protocols import Answer, Question
 from edgelora.evaluate.score import bootstrap, questions, score
+from edgelora.peft.soft_prompt import TrainedPrompt
 from edgelora.pipeline.check_rows import DEFAULT_CHECK
 from runtime.binding import Model
 from runtime.scorer import ScoringEngine
@@ -268,6 +272,24 @@ def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, op
         engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
     assert named in str(error.value)
     assert np.isfinite(engine.logits([[5, 6, 7]], [[2]])).all()  # and the engine is alive
+
+
+def test_what_only_a_trial_can_tell_is_told(engine, tmp_path):
+    write_foreign(tmp_path / "bad.gguf", pair(Q, value=1e30))  # finite, and its product is not
+    with pytest.raises(AdapterError, match="llama.cpp cannot run it"):
+        engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
+    assert "bad" not in engine.active
+
+
+def test_what_is_not_active_from_the_first_token_on_is_not_scored(engine, tmp_path):
+    waits = {"adapter.alora.invocation_tokens": ([7, 8], GGUFValueType.ARRAY, GGUFValueType.UINT32)}
+    write_foreign_adapter(tmp_path / "alora.gguf", pair(Q), **waits)
+    with pytest.raises(AdapterError, match="waits for an invocation.*not scored"):
+        engine.load("alora", tmp_path / "alora.gguf", allow_unverified=True)
+    soft = TrainedPrompt(embeddings=np.full((3, 256), 0.01, np.float32))
+    write_soft_prompt_gguf(tmp_path / "soft.gguf", soft, engine.base, "soft")
+    with pytest.raises(AdapterError, match="stands before a prompt, which is not scored"):
+        engine.load("soft", tmp_path / "soft.gguf", allow_unverified=True)
 
 
 def test_a_whole_model_is_no_adapter(engine, tiny):

@@ -183,7 +183,7 @@ def _compare(
     with in_llama_cpp(base, work.groups) as engine:
         texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
         equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        engine.load("candidate", work.gguf, allow_unverified=True)
+        engine.load_own("candidate", work.gguf)
         for own, active in zip(states, ({}, {"candidate": 1.0}), strict=True):
             engine.use(active)
             sides = logits(InLlamaCpp(engine).logits, [(head, own)], work.groups, step)
