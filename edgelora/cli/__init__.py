@@ -12,6 +12,7 @@ from edgelora.cli.compare import compare
 from edgelora.cli.convert import convert
 from edgelora.cli.generate import generate
 from edgelora.cli.imatrix import imatrix
+from edgelora.cli.import_ import import_
 from edgelora.cli.merge import merge
 from edgelora.cli.methods import methods
 from edgelora.cli.perplexity import perplexity
@@ -35,6 +36,7 @@ app.command()(plan.plan)
 app.command()(methods)
 app.command()(convert)
 app.command()(export.export)
+app.command(name="import")(import_)
 app.command()(merge)
 app.command()(imatrix)
 app.command()(quantize)

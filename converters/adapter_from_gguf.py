@@ -1,0 +1,53 @@
+"""A GGUF LoRA, as `edgelora export` or llama.cpp's converter writes it → PEFT's. Imports neither torch nor llama.cpp.
+
+llama.cpp scales by α/r, r of each tensor, and not at all where α is 0: PEFT's rule but for the zero, for which α is r
+here. So A and B come out as they stand in the file. Rows of B go back to where they are in HF's W.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from converters.from_elsewhere import fitting, no_linear, require_none
+from edgelora.architectures.names import hf_row_order
+from edgelora.base import ggml
+from edgelora.base.model import Base
+from edgelora.files.adapter_check import contract_of, require_fit
+from edgelora.files.contract import Contract
+from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.lora_config import StoredPair, adapter_of
+
+ALPHA = "adapter.lora.alpha"
+
+
+def read_gguf(path: Path, base: Base) -> tuple[Adapter, Contract | None]:
+    """The adapter in a GGUF of F32, F16, BF16 or Q8_0 tensors, and the contract that ours carry.
+
+    Raises AdapterError with all its faults, FileFormatError if it is no GGUF.
+    """
+    file = GGUFFile(path)
+    modules = {base.tensor_of(module): module for module in base.linears}
+    targets = {name.rpartition(".")[0] for name in file.tensors}
+    if file.get("general.type", str) == "adapter":  # else `require_fit` says what it is
+        require_none(path, [no_linear(target) for target in sorted(targets - set(modules))], base)
+    require_fit(
+        file, base.architecture.gguf_name, {t: base.linears[module] for t, module in modules.items()}, n_vocab=None
+    )
+    alpha = file.get(ALPHA, float)
+    pairs = {modules[target]: _pair(file, target, alpha, modules[target], base) for target in targets}
+    found = fitting(path, pairs, base)
+    return adapter_of(found, base.linears, str(base.path)), contract_of(file)
+
+
+def _pair(file: GGUFFile, target: str, alpha: float, module: str, base: Base) -> StoredPair:
+    a, b = (_floats(file, f"{target}.{half}") for half in ("lora_a", "lora_b"))
+    order = hf_row_order(base.architecture, base.config, module)
+    return StoredPair(a, b if order is None else b[order], alpha or len(a))
+
+
+def _floats(file: GGUFFile, name: str) -> np.ndarray:
+    info = file.tensors[name]
+    return np.array(ggml.dequantize(file.rows(name), info.type, info.shape[-1]), np.float32)

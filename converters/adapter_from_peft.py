@@ -1,0 +1,76 @@
+"""A folder of PEFT's, in any layout that PEFT wrote since 0.10 → the plain one that the rest of edgelora reads.
+
+What differs between them: the wrappers that a module's name goes through (torch.compile, FSDP, a model that also sees),
+the adapter's own name inside of tensor names, `.weight` behind the lengths of a DoRA, and the patterns that say where
+and how strongly, whose result is written out layer by layer.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from converters.from_elsewhere import fitting, no_linear, part_faults, require_none
+from edgelora.base.model import Base
+from edgelora.files.checkpoint import read_json
+from edgelora.files.safetensors import SafetensorsFile
+from edgelora.peft.adapter import BEYOND_LORA, CONFIG, MAGNITUDE, TENSORS, Adapter, refuse_pickle
+from edgelora.peft.kinds import kind_of
+from edgelora.peft.lora_config import StoredPair, adapter_of
+from edgelora.peft.targets import by_pattern
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# In front of the decoder's own names: PEFT's, those of models that also see, of DataParallel.
+PREFIX = re.compile(
+    r"^(module\.)?(base_model\.model\.)?(model\.language_model\.(model\.)?|language_model\.model\.)?(model\.)?"
+)
+PART = re.compile(rf"^(?P<module>.+)\.(?P<part>lora_A|lora_B|{MAGNITUDE})(\.(?!(weight|bias)$)\w+)?(\.weight)?$")
+BEYOND = (*BEYOND_LORA, "target_parameters", "layer_replication", "lora_bias")
+
+
+def read_peft(path: Path, base: Base) -> Adapter:
+    """The LoRA or DoRA in a folder of PEFT's. Raises AdapterError with all its faults, FileFormatError."""
+    refuse_pickle(path)
+    settings, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
+    faults = _settings_faults(settings)
+    places: dict[str, dict[str, str]] = {}
+    for name in file.tensors:
+        module, part = plain_name(name)
+        if not part or part in places.get(module, {}):
+            faults.append(f"{name} is there twice" if part else no_linear(name))
+        else:
+            places.setdefault(module, {})[part] = name
+    wanted = ("lora_A", "lora_B", *([MAGNITUDE] if settings.get("use_dora") else []))
+    require_none(path, faults + part_faults(places, wanted, base), base)
+    pairs = {}
+    for module, parts in places.items():
+        a, b, magnitude = (file.floats(parts[p]) if p in parts else None for p in ("lora_A", "lora_B", MAGNITUDE))
+        assert a is not None
+        assert b is not None
+        alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+        pairs[module] = StoredPair(a, b, alpha, magnitude)
+    return adapter_of(fitting(path, pairs, base), base.linears, str(base.path), rslora=bool(settings.get("use_rslora")))
+
+
+def plain_name(name: str) -> tuple[str, str]:
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` → (`model.layers.0.mlp.up_proj`, `lora_A`).
+
+    The second is empty for a tensor that is no part of a LoRA's.
+    """
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    found = PART.match(name)
+    if found is None:
+        return name, ""
+    return PREFIX.sub("model.", found["module"], count=1), found["part"]
+
+
+def _settings_faults(settings: dict[str, Any]) -> list[str]:
+    kind = kind_of(settings)
+    if kind is None:
+        return [f"{CONFIG} is that of the kind {settings.get('peft_type')}"]
+    faults = [f"{key} is set" for key in BEYOND if settings.get(key)]
+    if settings.get("bias", "none") != "none":
+        faults.append(f"it has biases (bias: {settings['bias']})")
+    return faults + kind.faults(settings)

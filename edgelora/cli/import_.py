@@ -1,0 +1,43 @@
+"""`edgelora import`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelora.cli.arguments import Base, Json, Out, Overwrite, Unverified
+
+Source = Annotated[
+    Path,
+    typer.Argument(help="A GGUF LoRA, or an adapter folder of PEFT's or mlx-lm's.", show_default=False),
+]
+
+
+def import_(
+    base: Base,
+    source: Source,
+    out: Out,
+    allow_unverified_base: Unverified = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Make an adapter folder of what another program wrote: a GGUF LoRA, mlx-lm's or PEFT's, in any of its layouts.
+
+    Example: `edgelora import base.gguf mlx-adapters --out adapters/mine --allow-unverified-base`
+    """
+    from dataclasses import asdict
+
+    from edgelora.cli.display import Display
+    from edgelora.cli.train import to_a_file
+    from edgelora.pipeline.import_adapter import import_adapter as run
+
+    made = run(base, source, out, allow_unverified=allow_unverified_base, overwrite=overwrite)
+    with Display() as display:
+        ranks = f", rank {', '.join(map(str, made.ranks))}" if made.ranks else ""
+        display.say(f"{out}: a {made.method} from {made.kind} on {made.layers} layers{ranks}")
+        display.say(f"next: {to_a_file('dora' if made.method == 'DoRA' else 'lora', base, out)}")
+    if as_json:
+        print(json.dumps(asdict(made) | {"path": str(made.path)}))

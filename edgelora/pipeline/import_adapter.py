@@ -1,0 +1,105 @@
+"""An adapter from elsewhere → an adapter folder of ours: recognised, read, held to its base, and signed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converters.adapter_from_gguf import read_gguf
+from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
+from converters.adapter_from_mlx import read_mlx
+from converters.adapter_from_peft import read_peft
+from edgelora.base.model import Base, open_base
+from edgelora.errors import AdapterError
+from edgelora.files.checkpoint import read_json
+from edgelora.files.contract import FILE_NAME as CONTRACT
+from edgelora.files.contract import Contract, read_contract, require_its_base, sha256_file
+from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, read_adapter, refuse_pickle, refuse_to_write, write_adapter
+from edgelora.versions import versions
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read (`kind`: GGUF, MLX or PEFT) and what stands at `path` now."""
+
+    path: Path
+    kind: str
+    method: str
+    layers: int
+    ranks: tuple[int, ...]
+    """Of its A and B; none where it has no such matrices."""
+
+
+def import_adapter(
+    base_path: Path, source: Path, out: Path, *, allow_unverified: bool = False, overwrite: bool = False
+) -> Imported:
+    """Write the adapter at `source` as the folder `out`, whose contract names the base at `base_path`.
+
+    source: a GGUF LoRA, a folder of mlx-lm's, a folder of PEFT's. Without a contract of its own (all that edgelora did
+    not write) it must be allowed: nothing in it says whether that is its base.
+    Raises AdapterError for what cannot be a LoRA here, with every fault of it.
+    """
+    refuse_to_write(out, overwrite)
+    kind, file = recognised(source)
+    base = open_base(base_path)
+    adapter = KINDS[kind](source, base)
+    require_its_base(adapter.contract, base.identity, source, base_path, allow_unverified=allow_unverified)
+    if adapter.contract is None:
+        adapter = replace(adapter, contract=_contract(adapter, base, kind, source, file))
+    write_adapter(out, adapter, overwrite=overwrite)
+    method = "DoRA" if adapter.config.get("use_dora") else str(adapter.config["peft_type"])
+    ranks = {len(parts["lora_A"]) for parts in adapter.tensors.values() if "lora_A" in parts}
+    return Imported(out, kind, {"LORA": "LoRA"}.get(method, method), len(adapter.tensors), tuple(sorted(ranks)))
+
+
+def recognised(source: Path) -> tuple[str, Path]:
+    """What `source` is, by the names of its files, and the file that holds its tensors. Raises AdapterError."""
+    if source.is_file():
+        return "GGUF", source
+    if (source / MLX_TENSORS).is_file() and (source / CONFIG).is_file():
+        return "MLX", source / MLX_TENSORS
+    refuse_pickle(source)
+    if (source / TENSORS).is_file() and (source / CONFIG).is_file():
+        return "PEFT", source / TENSORS
+    found = sorted(file.parent if file.name == CONFIG else file
+                   for file in [*source.glob(f"*/{CONFIG}"), *source.glob("*.gguf")])  # fmt: skip
+    names = ", ".join(str(path) for path in found[:5])
+    raise AdapterError(
+        what=f"{source}: no adapter here" if source.exists() else f"{source}: no such file or folder",
+        why=f"an adapter is a GGUF file, or a folder with {CONFIG} and {TENSORS} (PEFT) or {MLX_TENSORS} (MLX)",
+        fix=f"pass {'one of ' if len(found) > 1 else ''}{names}" if found else "check the path",
+    )
+
+
+def _from_gguf(path: Path, base: Base) -> Adapter:
+    adapter, contract = read_gguf(path, base)
+    return replace(adapter, contract=contract)
+
+
+def _from_peft(path: Path, base: Base) -> Adapter:
+    if read_json(path / CONFIG).get("peft_type") != "LORA":
+        return read_adapter(path, base.linears)
+    beside = path / CONTRACT
+    text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
+    return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
+
+
+KINDS: dict[str, Callable[[Path, Base], Adapter]] = {"GGUF": _from_gguf, "MLX": read_mlx, "PEFT": _from_peft}
+
+
+def _contract(adapter: Adapter, base: Base, kind: str, source: Path, file: Path) -> Contract:
+    """That the user named this base; what it was trained on, and how, nobody here knows."""
+    identity = base.identity
+    return Contract(
+        version=versions()["edgelora"],
+        base=identity.fingerprint,
+        base_file=base.base_file,
+        tokenizer_sha256=identity.tokenizer_sha256,
+        chat_template_sha256=identity.chat_template_sha256,
+        chat_template=base.chosen_template,
+        eog_ids=identity.eog_ids,
+        method="dora" if adapter.config.get("use_dora") else str(adapter.config["peft_type"]).lower(),
+        training={"data": [], "imported": {"from": kind, "name": source.name, "sha256": sha256_file(file)}},
+        versions=versions(),
+    )

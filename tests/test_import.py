@@ -1,0 +1,346 @@
+"""Adapters that other programs wrote: what is imported computes what it computed there, or is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from test_export import IDS as ROWS
+from test_export import make_adapter, torch_logits
+
+from converters.adapter_from_peft import plain_name
+from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.architectures.names import gguf_row_order
+from edgelora.base import ggml
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.cli import run
+from edgelora.errors import AdapterError, EdgeloraError
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, read_adapter, write_adapter
+from edgelora.peft.inject import attach
+from edgelora.pipeline.import_adapter import import_adapter
+from runtime.scorer import ScoringEngine
+
+Q = "model.layers.0.self_attn.q_proj"
+IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return open_base(tiny.path)
+
+
+def imported(base, source, folder, **options):
+    import_adapter(base.path, source, folder, **{"allow_unverified": True, **options})
+    return read_adapter(folder, base.linears)
+
+
+# -- GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def write_as_llama_cpp(path, base, pairs, alpha, kind=Type.F32):
+    """A LoRA as convert_lora_to_gguf.py leaves it: A and B as PEFT has them, one α, the rows of q and k permuted."""
+    writer = gguf.GGUFWriter(path, base.architecture.gguf_name)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for module, (a, b) in pairs.items():
+        order = gguf_row_order(base.architecture, base.config, module)
+        for half, values in (("lora_a", a), ("lora_b", b if order is None else b[order])):
+            blocks = ggml.quantize(np.ascontiguousarray(values), kind)
+            writer.add_tensor(f"{base.tensor_of(module)}.{half}", blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def drawn_pairs(base, ranks, strength=0.05):
+    """A and B of every linear layer, of these ranks by turns."""
+    draw, pairs = np.random.default_rng(3), {}
+    for i, (module, (d_out, d_in)) in enumerate(base.linears.items()):
+        rank = ranks[i % len(ranks)]
+        a, b = draw.normal(0, d_in**-0.5, (rank, d_in)), draw.normal(0, strength, (d_out, rank))
+        pairs[module] = (a.astype(np.float32), b.astype(np.float32))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def engine(base):
+    with ScoringEngine(base, n_ctx=256, n_sequences=2, threads=2) as engine:
+        yield engine
+
+
+def llama_logits(engine, adapter):
+    engine.load(adapter.parent.name, adapter, allow_unverified=True)
+    engine.use({adapter.parent.name: 1.0})
+    return np.concatenate([engine.logits([row], [list(range(len(row)))]) for row in ROWS])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "alpha", "kind"),
+    [((4,), 8.0, Type.F32), ((4, 2), 3.0, Type.F16), ((4, 2), 0.0, Type.F32), ((32,), 48.0, Type.Q8_0)],
+    ids=["α of one rank", "α of two ranks", "α = 0", "Q8_0"],
+)
+def test_a_gguf_computes_as_in_llama_cpp(base, engine, tmp_path, ranks, alpha, kind):
+    write_as_llama_cpp(tmp_path / "a.gguf", base, drawn_pairs(base, ranks), alpha, kind)
+    adapter = imported(base, tmp_path / "a.gguf", tmp_path / "mine")
+    assert {len(parts["lora_A"]) for parts in adapter.tensors.values()} == set(ranks)
+    ours, theirs = torch_logits(base, adapter), llama_logits(engine, tmp_path / "a.gguf")
+    found = fidelity([(ours, theirs)]).kl_mean
+    assert found <= (5e-4 if kind == Type.Q8_0 else 1e-5)  # beside Q8_0 llama.cpp rounds activations to 8 bits
+    assert fidelity([(torch_logits(base), theirs)]).kl_mean > 100 * found
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32.0}}])
+def test_from_peft_to_gguf_and_back_no_bit_is_lost(base, tmp_path, settings):
+    before = make_adapter(base, **settings)
+    write_adapter_gguf(tmp_path / "a.gguf", before, base, "a", "F32")
+    after = imported(base, tmp_path / "a.gguf", tmp_path / "mine", allow_unverified=False)
+    assert set(after.tensors) == set(base.linears)
+    for module in base.linears:
+        for ours, theirs in zip((after.pair(module).a, after.pair(module).b),
+                                (before.pair(module).a, before.pair(module).b), strict=True):  # fmt: skip
+            np.testing.assert_array_equal(ours, theirs)
+    assert after.contract == before.contract
+
+
+def test_an_imported_adapter_names_its_base_from_then_on(base, make_tiny, tmp_path):
+    write_as_llama_cpp(tmp_path / "a.gguf", base, drawn_pairs(base, (4,)), 8.0)
+    with pytest.raises(AdapterError, match="does not say which base"):
+        import_adapter(base.path, tmp_path / "a.gguf", tmp_path / "mine")
+    contract = imported(base, tmp_path / "a.gguf", tmp_path / "mine").contract
+    assert contract.base == base.fingerprint
+    assert contract.training["imported"]["from"] == "GGUF"
+    again = imported(base, tmp_path / "mine", tmp_path / "again", allow_unverified=False)
+    assert again.contract == contract
+    with pytest.raises(AdapterError, match="does not belong to"):
+        import_adapter(make_tiny(seed=7).path, tmp_path / "mine", tmp_path / "other", allow_unverified=True)
+
+
+# -- MLX ----------------------------------------------------------------------------------------------------------
+
+
+def write_mlx(folder, tensors, **settings):
+    """As mlx-lm's `train` leaves it."""
+    folder.mkdir()
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "adapters.safetensors")
+    parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+
+
+def mlx_tensors(module=Q, shape=(256, 256), rank=4):
+    draw, (d_out, d_in) = np.random.default_rng(4), shape
+    a, b = draw.normal(0, d_in**-0.5, (d_in, rank)), draw.normal(0, 0.02, (rank, d_out))
+    return {f"{module}.lora_a": a.astype(np.float32), f"{module}.lora_b": b.astype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("prefix", ["", "language_model."], ids=["text", "sees too"])
+def test_mlx_computes_what_its_formula_says(base, tiny, tmp_path, kind, prefix):
+    """Of mlx_lm/tuner/lora.py and dora.py, in numpy: mlx runs on Apple's machines only."""
+    tensors, w = mlx_tensors(), tiny.weights[f"{Q}.weight"]
+    a, b = tensors.values()
+    x = np.random.default_rng(0).normal(size=(7, 256)).astype(np.float32)
+    wanted = x @ w.T + 20.0 * ((x @ a) @ b)
+    if kind == "dora":
+        m = np.linalg.norm(w, axis=1) * np.random.default_rng(1).uniform(0.8, 1.2, len(w)).astype(np.float32)
+        tensors[f"{Q}.m"] = m
+        wanted *= m / np.linalg.norm(w + (20.0 * b.T) @ a.T, axis=1)
+    write_mlx(tmp_path / "mlx", {f"{prefix}{name}": value for name, value in tensors.items()}, fine_tune_type=kind)
+    adapter = imported(base, tmp_path / "mlx", tmp_path / "mine")
+    assert list(adapter.tensors) == [Q]
+    decoder = build_decoder(base)
+    attach(decoder, adapter)
+    with torch.no_grad():
+        np.testing.assert_allclose(decoder.linears[Q](torch.from_numpy(x)).numpy(), wanted, atol=1e-4, rtol=1e-4)
+
+
+MLX_FAULTS = {
+    "full": ({}, {"fine_tune_type": "full"}, "fine_tune_type is full"),
+    "first": ({}, {"lora_parameters": {"rank": 4, "scale": 10.0, "alpha": 16.0}}, "alpha is 16.0 beside a scale"),
+    "scaleless": ({}, {"lora_parameters": {"rank": 4}}, "scale is None"),
+    "experts": (
+        {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": np.zeros((2, 4, 256), np.float32)}, {}, "experts of a mixture",
+    ),
+    "embedding": (mlx_tensors("model.embed_tokens", (256, 512)), {}, "model.embed_tokens is of the token embeddings"),
+    "turned": ({f"{Q}.lora_a": np.zeros((4, 256), np.float32)}, {}, r"A is \(256, 4\) and B \(256, 4\), expected"),
+    "no lengths": ({}, {"fine_tune_type": "dora"}, "m is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MLX_FAULTS)
+def test_what_of_mlx_is_no_lora_here_is_named(base, tmp_path, case):
+    tensors, settings, said = MLX_FAULTS[case]
+    write_mlx(tmp_path / "mlx", mlx_tensors() | tensors, **settings)
+    with pytest.raises(AdapterError, match=said):
+        imported(base, tmp_path / "mlx", tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+# -- PEFT ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "suffixes": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+    "regex": {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ["layers.0.self_attn.v_proj"]},
+    "patterns": {
+        "target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+        "alpha_pattern": {r"layers\.\d+\.self_attn\.v_proj": 20}, "use_rslora": True,
+    },
+    "dora": {"target_modules": ["q_proj", "o_proj"], "use_dora": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_peft_saved_computes_the_same_here_and_in_peft(base, tiny, transformers_model, tmp_path, layout):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **LAYOUTS[layout])
+    theirs = get_peft_model(transformers_model(tiny), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            parameter.data *= 1.1 if "magnitude" in name else 0.3
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapter = imported(base, tmp_path / "theirs", tmp_path / "mine")
+    decoder = build_decoder(base)
+    attach(decoder, adapter)
+    wanted = theirs(IDS[None]).logits[0].detach()
+    torch.testing.assert_close(decoder.logits(IDS), wanted, atol=1e-4, rtol=1e-4)
+    again = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine").eval()
+    torch.testing.assert_close(again(IDS[None]).logits[0].detach(), wanted, atol=1e-5, rtol=1e-5)
+
+
+OLD_NAMES = {
+    "the adapter's own name": lambda name: name.replace(".weight", ".default.weight"),
+    "no prefix": lambda name: name.removeprefix("base_model.model."),
+    "torch.compile": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "FSDP": lambda name: name.replace("model.layers", "model._fsdp_wrapped_module.layers"),
+    "a model that sees": lambda name: name.replace("model.model.layers", "model.model.language_model.layers"),
+    "an older one that sees": lambda name: name.replace("model.model.layers", "model.language_model.model.layers"),
+    "lengths with .weight": lambda name: name.replace(MAGNITUDE, f"{MAGNITUDE}.weight"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    """A DoRA in the layout of today."""
+    adapter = make_adapter(base, use_dora=True)
+    tensors = {module: {**parts, MAGNITUDE: np.full(base.linears[module][0], 1.5, np.float32)}
+               for module, parts in adapter.tensors.items()}  # fmt: skip
+    folder = tmp_path_factory.mktemp("plain") / "dora"
+    write_adapter(folder, replace(adapter, tensors=tensors, contract=None))
+    return folder
+
+
+@pytest.mark.parametrize("layout", OLD_NAMES)
+def test_every_layout_is_the_same_adapter(base, plain, tmp_path, layout):
+    folder, rename = tmp_path / "old", OLD_NAMES[layout]
+    folder.mkdir()
+    (folder / CONFIG).write_bytes((plain / CONFIG).read_bytes())
+    tensors = {rename(name): value for name, value in load_file(plain / TENSORS).items()}
+    assert set(tensors) != set(load_file(plain / TENSORS))
+    save_file(tensors, folder / TENSORS)
+    imported(base, folder, tmp_path / "mine")
+    for name, value in load_file(plain / TENSORS).items():
+        np.testing.assert_array_equal(load_file(tmp_path / "mine" / TENSORS)[name], value)
+
+
+SEEN = "base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight"
+PEFT_FAULTS = {
+    "experts": ({}, {"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters is set"),
+    "expert": ("model.layers.0.block_sparse_moe.experts.3.w1.lora_A.weight", {}, r"experts\.3\.w1.* the experts of a"),
+    "modules_to_save": ("base_model.model.lm_head.weight", {"modules_to_save": ["lm_head"]}, "modules_to_save is set;.*"
+                        "lm_head.weight is of the head"),
+    "tokens": ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+               {"trainable_token_indices": [3]}, "trainable_token_indices is set;.*of the token embeddings"),
+    "lora_bias": (f"base_model.model.{Q}.lora_B.bias", {"lora_bias": True}, "lora_bias is set;.*lora_B.bias is a bias"),
+    "bias": (f"base_model.model.{Q}.bias", {"bias": "all"}, "it has biases .bias: all"),
+    "embedding": ("base_model.model.model.embed_tokens.lora_embedding_A", {}, "lora_embedding_A is of the token emb"),
+    "norm": ("base_model.model.model.layers.0.input_layernorm.weight", {}, "is of a norm"),
+    "vision": (SEEN, {}, "of the part of the model that sees"),
+    "pissa": ({}, {"init_lora_weights": "pissa"}, "changing the base's own weights"),
+    "repeated": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is set"),
+    "another model": ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", {}, "9.*belongs to no linear layer"),
+    "no DoRA": (f"base_model.model.{Q}.{MAGNITUDE}", {}, f"{MAGNITUDE} is not said of it"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PEFT_FAULTS)
+def test_what_of_peft_is_no_lora_here_is_named(base, tmp_path, case):
+    extra, settings, said = PEFT_FAULTS[case]
+    write_adapter(tmp_path / "theirs", replace(make_adapter(base, **settings), contract=None))
+    added = {extra: np.zeros((4, 256), np.float32)} if extra else {}
+    save_file(load_file(tmp_path / "theirs" / TENSORS) | added, tmp_path / "theirs" / TENSORS)
+    with pytest.raises(AdapterError, match=said):
+        imported(base, tmp_path / "theirs", tmp_path / "mine")
+
+
+def test_a_name_is_taken_apart_or_left():
+    assert plain_name(f"base_model.model.{Q}.lora_A.weight") == (Q, "lora_A")
+    assert plain_name(f"base_model.model.{Q}.lora_B.default.weight") == (Q, "lora_B")
+    assert plain_name(f"base_model.model.{Q}.{MAGNITUDE}") == (Q, MAGNITUDE)
+    assert plain_name(f"base_model.model.{Q}.lora_B.default.bias")[1] == ""
+
+
+# -- bad input, and the command -----------------------------------------------------------------------------------
+
+
+def test_what_is_no_adapter_is_refused(base, plain, tmp_path):
+    for source, said in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "no adapter here"),
+        (plain.parent, f"pass {plain}"),
+        (base.path, "general.type is 'model'"),
+    ):
+        with pytest.raises(EdgeloraError) as error:
+            imported(base, source, tmp_path / "mine")
+        assert said in str(error.value)
+
+
+def test_all_faults_of_a_gguf_are_told_at_once(base, tmp_path):
+    pairs = drawn_pairs(base, (4,))
+    name = "model.layers.1.mlp.up_proj"
+    pairs[Q] = (pairs[Q][0][:, :128], pairs[Q][1])
+    pairs[name] = (pairs[name][0] * np.nan, pairs[name][1])
+    write_as_llama_cpp(tmp_path / "a.gguf", base, pairs, 8.0)
+    with pytest.raises(AdapterError, match=r"attn_q\.weight\.lora_a is \(4, 128\).*; blk\.1\.ffn_up.* holds NaN"):
+        imported(base, tmp_path / "a.gguf", tmp_path / "mine")
+
+
+def test_a_gguf_with_adapted_experts_says_so(base, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for half, shape in (("lora_a", (2, 4, 256)), ("lora_b", (2, 512, 4))):
+        writer.add_tensor(f"blk.0.ffn_up_exps.weight.{half}", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(AdapterError, match=r"ffn_up_exps\.weight is of the experts of a mixture"):
+        imported(base, tmp_path / "a.gguf", tmp_path / "mine")
+
+
+def test_the_command_tells_what_it_made(base, tmp_path, capsys):
+    write_mlx(tmp_path / "mlx", mlx_tensors())
+    words = ["import", str(base.path), str(tmp_path / "mlx"), "--out", str(tmp_path / "mine"), "--json"]
+    assert run(words) == 1
+    assert "pass --allow-unverified-base" in capsys.readouterr().err
+    assert run([*words, "--allow-unverified-base"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {
+        "path": str(tmp_path / "mine"), "kind": "MLX", "method": "LoRA", "layers": 1, "ranks": [4],
+    }  # fmt: skip
+    assert "a LoRA from MLX on 1 layers, rank 4" in told.err
+    assert "next: " in told.err
