@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
-    "adalora",
+    "adalora", "loftq",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]
@@ -84,6 +84,8 @@ class TrainConfig(BaseModel):
     # -- the adapter
     method: Method = "lora"
     """How the base is adapted; `edgelora methods` lists what each of them trains and where its adapter can go."""
+    original: Path | None = None
+    """LoftQ: the 16-bit model that the base was quantized from, a .gguf file or a Hugging Face folder."""
     rank: int | None = Field(None, ge=1, le=1024)
     """Rank r of the adapter."""
     alpha: float | None = Field(None, gt=0)

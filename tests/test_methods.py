@@ -38,7 +38,7 @@ from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
-AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera"]  # what is trained of them is what PEFT's files hold
+AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
 OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
 TARGETS = {"all": (), "two kinds": ("q_proj", "down_proj"), "one layer's": tuple(LAYER1)}

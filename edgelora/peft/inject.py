@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,23 +21,36 @@ from edgelora.peft.methods import METHODS
 
 
 def inject(
-    decoder: Decoder, method: str, rank: int, alpha: float, seed: int, targets: Iterable[str] = ()
+    decoder: Decoder,
+    method: str,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: Iterable[str] = (),
+    original: Callable[[str], torch.Tensor] | None = None,
 ) -> list[torch.nn.Parameter]:
     """Give the linear layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
 
     `targets`: the layers to adapt, by the ends of their names; none for all. Raises ConfigError if one fits no layer.
+    `original`: a layer's weight before it was quantized, float32 (d_out, d_in), to be overwritten; without it a base is
+    taken for its own.
     """
     generator = torch.Generator().manual_seed(seed)
     chosen = targeted(list(decoder.linears), tuple(targets))
     row = METHODS[method]
-    adapted = [linear for name, linear in decoder.linears.items() if name in chosen]
+    adapted = {name: linear for name, linear in decoder.linears.items() if name in chosen}
+    weights = [linear.weight for linear in adapted.values()]
     for linear in decoder.linears.values():
         linear.delta = None
     if row.together is not None:
-        deltas = row.together([linear.weight for linear in adapted], rank, alpha, generator)
+        deltas = row.together(weights, rank, alpha, generator)
+    elif row.from_original is not None and original is not None:
+        deltas = [
+            row.from_original(linear.weight, original(name), rank, alpha, generator) for name, linear in adapted.items()
+        ]
     else:
-        deltas = [row.fresh(linear.weight, rank, alpha, generator) for linear in adapted]
-    for linear, delta in zip(adapted, deltas, strict=True):
+        deltas = [row.fresh(weight, rank, alpha, generator) for weight in weights]
+    for linear, delta in zip(adapted.values(), deltas, strict=True):
         linear.delta = delta
     return list(decoder.parameters())
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import adalora, dora, dylora, lora, lora_xs, multilora, olora, pissa, rslora, vera
+from edgelora.peft import adalora, dora, dylora, loftq, lora, lora_xs, multilora, olora, pissa, rslora, vera
 from edgelora.peft.around import NOTHING, Around
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -40,6 +40,8 @@ class Method:
     """What it does beside the optimizer's steps."""
     together: Callable[[Sequence[Weight], int, float, torch.Generator], Sequence[Delta]] | None = None
     """In the place of `fresh` for all layers at once, where they share something."""
+    from_original: Callable[[Weight, torch.Tensor, int, float, torch.Generator], Delta] | None = None
+    """In the place of `fresh` where the weight (d_out, d_in) stands beside it that the base's was quantized from."""
     peft_type: str = "LORA"
     """What PEFT calls it."""
     file_ranks: int = 1
@@ -96,6 +98,14 @@ METHODS: dict[str, Method] = {
         fresh=olora.fresh,
         held=3,
         file_ranks=2,
+    ),
+    "loftq": Method(
+        name="loftq",
+        paper="arXiv:2310.08659",
+        trains="A and B, from what quantization took away of the weight; the base stays quantized as it is",
+        exits=("adapter", "merged"),
+        fresh=lora.fresh,  # of a base that is not quantized nothing was taken away
+        from_original=loftq.from_original,
     ),
     "lora_xs": Method(
         name="lora_xs",

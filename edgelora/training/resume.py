@@ -16,7 +16,7 @@ from edgelora.training.folder import RunFolder
 # what may be said otherwise when a run goes on: it changes no number
 FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
-PATHS = {"base", "data", "valid"}
+PATHS = {"base", "data", "valid", "original"}
 ALONE = {"processes": "1"}  # where no choice says how many
 
 
@@ -69,7 +69,7 @@ class Earlier:
         return [*self.changed, *(f"behind step {self.snapshot.step}: {one}" for one in differences)]
 
     def require_same(self, digests: dict[str, str]) -> None:
-        """Raise ConfigError if the base, the rows or those held out are others."""
+        """Raise ConfigError if the base, its original, the rows or those held out are others."""
         other = [name for name, digest in digests.items() if self.digests.get(name) != digest]
         if other:
             raise _another("; ".join(f"the {name} changed" for name in other))

@@ -30,6 +30,7 @@ from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, how_to_go_o
 from edgelora.training.loop import Job, averaged, not_finite, train
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
+from edgelora.training.original import Originals, original_of
 from edgelora.training.recorder import Recorder, Silent
 from edgelora.training.resume import FREE, PATHS, Earlier, earlier_run, settings
 from edgelora.training.rows import Rows, load_rows
@@ -91,6 +92,7 @@ class Ready:
     choices: dict[str, Choice]
     digests: dict[str, str]
     earlier: Earlier | None
+    original: Base | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -190,6 +192,8 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
     world.use(settled.device)
     rows = load_rows(settled, base, heard.on_note)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
+    if (original := original_of(settled, base)) is not None:
+        digests["original"] = original.base_file.sha256
     if earlier is not None:
         earlier.require_same(digests)
     if world.any(world.first(lambda: digests) != digests):  # here all have come so far before one writes
@@ -209,7 +213,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         "changed": changed if earlier is None else earlier.changed_until_now(changed),
         "revision": revision(),
     }
-    return Ready(asked, settled, base, rows, choices, digests, earlier, facts)
+    return Ready(asked, settled, base, rows, choices, digests, earlier, original, facts)
 
 
 def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Choice]:
@@ -237,16 +241,19 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     else:
         decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype], c.device)
     decoder.recompute, decoder.offload = c.recompute == "full", c.offload
-    inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules)
+    # what a run that goes on began from stands in its checkpoint
+    original = None if ready.original is None or ready.earlier is not None else Originals(ready.original)
+    inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules, original)
     decoder.to(c.device)
     asks = bool(c.samples) and world.rank == 0
     sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None
     order = Order(ready.rows.train.counts, c.batch_rows, c.seed, [source.weight for source in c.data])
     job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler, world)
     beside = kept_beside(decoder)
+    start = beside | {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     # an SVD may have other signs on another machine
-    for name, computed in world.first(lambda: {key: tensor.cpu() for key, tensor in beside.items()}).items():
-        beside[name].copy_(computed)
+    for name, computed in world.first(lambda: {key: tensor.cpu() for key, tensor in start.items()}).items():
+        start[name].copy_(computed)
     return job, State(decoder.named_parameters(), c, beside)
 
 

@@ -15,6 +15,7 @@ from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
+from edgelora.training.original import original_of, why_original
 
 
 def settle(
@@ -35,6 +36,8 @@ def settle(
     held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
     settled, chosen = choose(config, model.n_weights)
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
+    if (original := original_of(settled, base)) is not None:
+        chosen["original"] = why_original(original, base, held.value)
     found = plan(model, settled, machine, base.config.max_position_embeddings)
     choices = {
         "device": device,

@@ -1,0 +1,94 @@
+"""The 16-bit original of a quantized base, from which LoftQ takes its start: found, checked, and read by matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from edgelora.base.hold import FLOATS, hold
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.config import TrainConfig
+from edgelora.device import Choice
+from edgelora.errors import ConfigError
+from edgelora.files.contract import SKETCH_TOLERANCE, differences
+from edgelora.peft.methods import METHODS
+
+# Row norms of the same weights, stored as F16 instead of blocks, differ by 1e-4 (root mean square); those of an
+# original and its quantization to 4 bits by 1e-3 and more (pipeline/snap_back.py).
+SAME_WEIGHTS = 5e-4
+
+
+def original_of(config: TrainConfig, base: Base) -> Base | None:
+    """The model whose weights `config.method` starts from: `config.original`, or a base that is quantized on opening.
+
+    None for a method that needs none. `config` is settled. Raises ConfigError if there is none, or it is no original of
+    this base.
+    """
+    if METHODS[config.method].from_original is None:
+        if config.original is not None:
+            raise ConfigError(
+                what=f"--original {config.original}: {config.method} has no use for it",
+                why="its adapter does not start at what quantization took away",
+                fix="leave it out, or pass --method loftq",
+            )
+        return None
+    if base.quant in FLOAT_QUANTS and config.base_dtype in ("blocks", *FLOATS):
+        raise ConfigError(
+            what=f"{base.path}: it is {base.quant}, and held as {config.base_dtype}: nothing is quantized",
+            why=f"{config.method} starts at what quantization took away",
+            fix="pass --base-dtype nf4 or another 4-bit type, or a quantized file of it with this one as --original; "
+            "or --method lora",
+        )
+    if config.original is not None:
+        original = open_base(config.original)
+        _require_original(original, base)
+        return original
+    if base.quant in FLOAT_QUANTS:
+        return base
+    raise ConfigError(
+        what=f"--method {config.method} without --original: {base.path} is {base.quant}",
+        why="the adapter starts at what quantization took away, the difference to the weights before it",
+        fix="pass --original MODEL: the F16, BF16 or F32 model that the base was made from",
+    )
+
+
+def why_original(original: Base, base: Base, held: str) -> Choice:
+    """Which original it is, for whoever reads of the run; held: how the base's weights are."""
+    over = f"held as {held}" if original is base else f"as {base.quant}"
+    name = original.path.resolve().name
+    return Choice(f"{name} ({original.quant})", f"the adapter starts at what its weights lost {over}")
+
+
+class Originals:
+    """The weights of an original by the base's modules; each is read when it is asked for, and forgotten."""
+
+    def __init__(self, original: Base) -> None:
+        self._tensors = original.tensors
+
+    def __call__(self, module: str) -> Tensor:
+        """float32 (d_out, d_in), in memory of its own."""
+        name = f"{module}.weight"
+        weight = hold(self._tensors.matrix(name), "f32").dequantize()
+        self._tensors.forget(name)
+        return weight
+
+
+def _require_original(original: Base, base: Base) -> None:
+    if original.quant not in FLOAT_QUANTS:
+        raise ConfigError(
+            what=f"--original {original.path}: it is {original.quant}",
+            why="what quantization took away is the difference to weights that are not quantized themselves",
+            fix="pass the F16, BF16 or F32 model that the base was made from",
+        )
+    if faults := differences(base.fingerprint, original.fingerprint, base.quant):
+        raise ConfigError(
+            what=f"--original {original.path} is not the original of {base.path}: " + "; ".join(faults),
+            why="the adapter would start at the difference between two models",
+            fix="pass the F16, BF16 or F32 model that the base was made from",
+        )
+    distance = base.fingerprint.distance(original.fingerprint)
+    if distance is not None and distance <= SAME_WEIGHTS and base.quant not in SKETCH_TOLERANCE:
+        raise ConfigError(
+            what=f"--original {original.path}: its weights are those of {base.path}",
+            why=f"they were {base.quant} before they were stored as {original.quant}, and nothing is lost between both",
+            fix="pass the model that was quantized to the base, or --method lora",
+        )
