@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from edgelora import team
 from edgelora.base import ggml
 from edgelora.errors import BaseModelError, EdgeloraError, ExportError
+from edgelora.kernels import load
 
 COLUMNS = 512  # two blocks of a K-quant
 FLOATS = (Type.F32, Type.F16, Type.BF16)
@@ -60,6 +61,25 @@ def test_dequantize_is_that_of_gguf_py(kind, make):
     except NotImplementedError:
         pytest.skip(f"gguf-py cannot dequantize {kind.name}")
     np.testing.assert_array_equal(bits(ggml.dequantize(blocks, kind, COLUMNS)), bits(expected))
+
+
+OWN = [kind for kind, name in ggml.DEQUANTIZE.items() if name in load.BLOCKS]
+
+
+@pytest.mark.skipif(load.library() is None, reason="no compiler was here at installation")
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", OWN, **BY_NAME)
+def test_our_own_kernels_write_the_bits_of_ggml(kind, narrow, monkeypatch):
+    blocks = random_blocks(kind)
+    ours = np.empty((len(blocks), COLUMNS), np.uint16 if narrow else np.float32)
+    theirs = np.empty_like(ours)
+    ggml.Reader(blocks, kind, COLUMNS).read(0, len(blocks), ours.ctypes.data, bfloat16=narrow)
+    monkeypatch.setattr(ggml, "_own", lambda _: None)
+    ggml.Reader(blocks, kind, COLUMNS).read(0, len(blocks), theirs.ctypes.data, bfloat16=narrow)
+    if narrow:
+        np.testing.assert_array_equal(ours, theirs)
+    else:
+        np.testing.assert_array_equal(bits(ours), bits(theirs))
 
 
 def test_every_quantized_type_that_a_file_can_hold_is_read():

@@ -36,6 +36,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "narrow_blocks": [*[_Pointer] * 3, *[_Size] * 2],
 }
 
+# Types of blocks that have a function here, `NAME_blocks`: blocks, where to, whether as bfloat16, how many weights.
+BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K")
+SIGNATURES |= {f"{name}_blocks": [*[_Pointer] * 2, *[_Size] * 2] for name in BLOCKS}
+
 
 def sources() -> list[Path]:
     """The C files and headers; none where only the compiled code was installed."""
