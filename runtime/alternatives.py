@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from edgelora.evaluate.choices import Alternative
 from edgelora.evaluate.divergence import Candidate
+from edgelora.evaluate.protocols import Alternative
 from runtime.binding import Context, Entry
 
 

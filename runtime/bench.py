@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
+from edgelora.evaluate.protocols import Rates
 from runtime.binding import Context, Entry
 
 PROMPT, GENERATE, REPEATS = 256, 32, 3
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Tokens/s of each repeat after a warm-up, and the seconds of the warm-up's prompt: to the first token, cold."""
-
-    prompt: tuple[float, ...]
-    generation: tuple[float, ...]
-    first_token_seconds: float
 
 
 def prompt_and_generation_speed(context: Context, n_vocab: int) -> tuple[float, float]:

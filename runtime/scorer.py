@@ -15,13 +15,12 @@ import numpy as np
 from edgelora.base.model import Base
 from edgelora.device import Choice
 from edgelora.errors import AdapterError, EngineError
-from edgelora.evaluate.choices import Alternative
-from edgelora.evaluate.protocols import Answer, Question
+from edgelora.evaluate.protocols import Alternative, Answer, Question, Rates
 from edgelora.files.adapter_check import check_adapter, contract_of
 from edgelora.files.contract import require_its_base
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from runtime.alternatives import log_p
-from runtime.bench import Rates, prompt_and_generation_speed, rates
+from runtime.bench import prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.names import require_scale, unknown_adapter
 from runtime.preflight import Checked, preflight

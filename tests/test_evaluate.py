@@ -13,8 +13,9 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import DataError, EngineError
-from edgelora.evaluate.choices import Alternative, ChoiceScore, alternatives, parse_choice, score_choices
+from edgelora.evaluate.choices import ChoiceScore, alternatives, parse_choice, score_choices
 from edgelora.evaluate.perplexity import nll_of
+from edgelora.evaluate.protocols import Alternative
 from edgelora.evaluate.score import RowScore, Score, Scored
 from edgelora.evaluate.taken import WindowSums, choice_measure, task_measures, text_measures
 from edgelora.pipeline.evaluate import is_choice_file

@@ -26,6 +26,10 @@ PlanFile = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+GGUFBase = Annotated[Path, typer.Argument(help="The base model: a .gguf file.", show_default=False)]
+Engine = Annotated[
+    str, typer.Option("--in", help="llama.cpp, or torch, which is taken for folders (a checkpoint, an adapter's own).")
+]
 CheckData = Annotated[
     Path | None, typer.Option("--data", help="Rows to check with; a few built-in ones without it.", show_default=False)
 ]

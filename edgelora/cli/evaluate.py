@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import Base, Json, Unverified, scaled
+from edgelora.cli.arguments import Base, Engine, Json, Unverified, scaled
 
 if TYPE_CHECKING:
     from edgelora.pipeline.evaluate import Chosen
@@ -25,7 +25,10 @@ Pattern = Annotated[
 def evaluate(
     base: Base,
     data: Annotated[Path, typer.Option(help="Held-out rows to answer, or multiple choice.", show_default=False)],
-    adapter: Annotated[str | None, typer.Option(help="A GGUF adapter[:scale] to run live over the model.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter[:scale] to run live over the model.", show_default=False)
+    ] = None,
+    engine: Engine = "auto",
     metric: Metric = "auto",
     pattern: Pattern = None,
     allow_unverified_base: Unverified = False,
@@ -38,23 +41,25 @@ def evaluate(
     from edgelora.cli.display import Display
     from edgelora.cli.table import draw
     from edgelora.evaluate.report import as_json as to_json
+    from edgelora.pipeline.engines import TORCH, choose_engine
     from edgelora.pipeline.evaluate import Cell, choose, is_choice_file
     from edgelora.pipeline.evaluate import evaluate as run
 
     path, scale = scaled(adapter) if adapter else (None, 1.0)
+    where = choose_engine(engine, base, path)
     name = base.name if path is None else f"{base.name} + {path.name}"
-    cell = Cell(name, base, data, path, scale, allow_unverified_base, metric, pattern)
-    if is_choice_file(data):
-        with Display() as display:
-            _show(choose(cell, display.show), as_json)
-        return
+    cell = Cell(name, base, data, path, scale, allow_unverified_base, metric, pattern, where.value)
     with Display() as display:
+        if where.value == TORCH:
+            display.say(f"in torch ({where.why})")
+        if is_choice_file(data):
+            _show(choose(cell, display.show), as_json)
+            return
         row = run(cell, display.show)
     if as_json:
-        scored = row.scored
-        print(json.dumps(
-            {**to_json([row])[0], "metric": scored.metric, "answers": scored.answers}, ensure_ascii=False
-        ))  # fmt: skip
+        print(json.dumps({
+            **to_json([row])[0], "metric": row.scored.metric, "answers": row.scored.answers, "engine": where.value,
+        }, ensure_ascii=False))  # fmt: skip
     else:
         draw([row])
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import Base, Json, Unverified, scaled
+from edgelora.cli.arguments import Base, Engine, Json, Unverified, scaled
 
 if TYPE_CHECKING:
     from edgelora.evaluate.divergence import Divergence, Estimate
@@ -26,7 +26,10 @@ def perplexity(
     against: Annotated[
         Path | None, typer.Option(help="A reference: a .gguf, or a file of --save-reference.", show_default=False)
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A GGUF adapter[:scale] to run live over the model.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter[:scale] to run live over the model.", show_default=False)
+    ] = None,
+    engine: Engine = "auto",
     context: Annotated[int, typer.Option(help="Tokens of a window; the second half of each is scored.", min=8)] = 512,
     save_reference: Annotated[
         Path | None,
@@ -42,13 +45,17 @@ def perplexity(
     Example: `edgelora perplexity mine-Q4_K_M.gguf --text wiki.txt --against mine-F16.gguf`
     """
     from edgelora.cli.display import Display
+    from edgelora.pipeline.engines import TORCH, choose_engine
     from edgelora.pipeline.perplexity import Run, measure
 
+    mine = scaled(adapter) if adapter else None
+    where = choose_engine(engine, base, mine and mine[0])
     run = Run(
-        base, text, scaled(adapter) if adapter else None, against, save_reference, context, chunks, top, threads,
-        allow_unverified_base,
-    )  # fmt: skip
+        base, text, mine, against, save_reference, context, chunks, top, threads, allow_unverified_base, where.value
+    )
     with Display() as display:
+        if where.value == TORCH:
+            display.say(f"in torch ({where.why})")
         found = measure(run, display.show)
     if as_json:
         print(json.dumps(found.as_dict()))

@@ -16,6 +16,7 @@ import numpy as np
 
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
+from edgelora.evaluate.protocols import Alternative
 
 COUNTED = {
     "sum": "log p of the whole ending (lm-eval's acc)",
@@ -33,14 +34,6 @@ class Choice:
     contexts: tuple[str, ...]
     endings: tuple[str, ...]
     answer: int
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Token ids, of which those from `first` on are scored."""
-
-    ids: tuple[int, ...]
-    first: int
 
 
 @dataclass(frozen=True)

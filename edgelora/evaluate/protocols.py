@@ -27,12 +27,41 @@ class Answer:
     nll: np.ndarray
 
 
-class Scorer(Protocol):
-    """A model that answers and scores."""
+@dataclass(frozen=True)
+class Alternative:
+    """Token ids, of which those from `first` on are scored."""
 
-    def answer(
-        self, questions: Sequence[Question], max_tokens: int, on_progress: OnProgress = silent
-    ) -> list[Answer]: ...
+    ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens/s of each repeat after a warm-up, and the seconds of the warm-up's prompt: to the first token, cold."""
+
+    prompt: tuple[float, ...]
+    generation: tuple[float, ...]
+    first_token_seconds: float
+
+
+class Scorer(Protocol):
+    """A model that answers and scores: `runtime/scorer.py` in llama.cpp, `pipeline/torch_scorer.py` in torch."""
+
+    def answer(self, questions: Sequence[Question], max_tokens: int, on_progress: OnProgress = silent) -> list[Answer]:
+        """Answer each question greedily, and score its reference."""
+        ...
+
+    def log_p(self, alternatives: Sequence[Alternative]) -> list[np.ndarray]:
+        """Of each alternative the log-probabilities (nats) of its scored ids."""
+        ...
+
+    def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 (all wanted, V): what follows the positions `wanted` of each sequence."""
+        ...
+
+    def rates(self) -> Rates:
+        """How fast it reads and writes."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from edgelora.data.formats import parse_row
 from edgelora.data.sources import read_objects
 from edgelora.device import peak_memory_bytes
 from edgelora.evaluate.choices import (
-    Alternative,
     Choice,
     ChoiceScore,
     alternatives,
@@ -28,14 +27,15 @@ from edgelora.evaluate.choices import (
     score_choices,
 )
 from edgelora.evaluate.metrics import choose_metric
-from edgelora.evaluate.protocols import Speed
+from edgelora.evaluate.protocols import Alternative, Speed
 from edgelora.evaluate.report import Row
 from edgelora.evaluate.score import Scored, answer_room, questions, score
-from edgelora.files.adapter_check import contract_of
-from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import CONFIG, TENSORS
+from edgelora.pipeline.engines import LLAMA_CPP, TORCH, as_trained
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 if TYPE_CHECKING:
+    from edgelora.pipeline.torch_scorer import TorchScorer
     from runtime.scorer import ScoringEngine
 
 SIDE_BY_SIDE = 8  # questions in one decode
@@ -46,8 +46,9 @@ ADAPTER = "adapter"
 
 @dataclass(frozen=True)
 class Cell:
-    """What to measure: a GGUF model, an adapter over it (or none) and the rows to answer. `metric`: a name of METRICS
-    or `auto`; `pattern` in its place: a regular expression."""
+    """What to measure: a model, an adapter over it (or none) and the rows to answer. `metric`: a name of METRICS or
+    `auto`; `pattern` in its place: a regular expression. `engine`: as `choose_engine` says; llama.cpp reads GGUF files
+    alone, torch the adapter's folder."""
 
     name: str
     model: Path
@@ -57,10 +58,16 @@ class Cell:
     allow_unverified: bool = False
     metric: str = "exact"
     pattern: str | None = None
+    engine: str = LLAMA_CPP
+
+    @property
+    def in_torch(self) -> bool:
+        return self.engine == TORCH
 
     @property
     def size_bytes(self) -> int:
-        return self.model.stat().st_size + (self.adapter.stat().st_size if self.adapter else 0)
+        files = [*open_base(self.model).source.files, *(adapter_files(self.adapter) if self.adapter else [])]
+        return sum(file.stat().st_size for file in files)
 
 
 @dataclass(frozen=True)
@@ -92,14 +99,14 @@ def is_choice_file(path: Path) -> bool:
 
 def evaluate(cell: Cell, on_progress: OnProgress = silent) -> Row:
     """Answer and score every row of `cell.data`, and measure speed and memory."""
-    scored = run_in_child(score_task, cell, on_progress=on_progress)
-    return Row(cell.name, cell.size_bytes, scored, run_in_child(measure_speed, cell))
+    scored = run_in_child(score_task, cell, with_torch=cell.in_torch, on_progress=on_progress)
+    return Row(cell.name, cell.size_bytes, scored, run_in_child(measure_speed, cell, with_torch=cell.in_torch))
 
 
 def choose(cell: Cell, on_progress: OnProgress = silent) -> Chosen:
     """Of every row of `cell.data` the likeliest alternative, and speed and memory."""
-    found = run_in_child(score_choice, cell, on_progress=on_progress)
-    return Chosen(cell.name, cell.size_bytes, found, run_in_child(measure_speed, cell))
+    found = run_in_child(score_choice, cell, with_torch=cell.in_torch, on_progress=on_progress)
+    return Chosen(cell.name, cell.size_bytes, found, run_in_child(measure_speed, cell, with_torch=cell.in_torch))
 
 
 def context_for(base: Base, tokens: int) -> int:
@@ -112,7 +119,7 @@ def context_for(base: Base, tokens: int) -> int:
 
 def score_task(cell: Cell, on_progress: OnProgress) -> Scored:
     """Answers and scores. Raises DataError for rows that are broken or that the metric cannot score."""
-    base = base_of(cell)
+    base = as_trained(cell.model, cell.adapter)
     rows = read_conversations(cell.data)
     metric = choose_metric([row.answer for row in rows], cell.metric, cell.pattern)
     asked = questions(rows, base.tokenizer, base.template)
@@ -123,7 +130,7 @@ def score_task(cell: Cell, on_progress: OnProgress) -> Scored:
 
 def score_choice(cell: Cell, on_progress: OnProgress) -> ChoiceScore:
     """The likeliest alternatives. Raises DataError for a row that is broken."""
-    base = base_of(cell)
+    base = as_trained(cell.model, cell.adapter)
     rows = read_choice_file(cell.data)
     room = max(len(one.ids) for row in rows for one in alternatives(row, base.tokenizer))
     pace = Pace(len(rows))
@@ -141,10 +148,12 @@ def score_choice(cell: Cell, on_progress: OnProgress) -> ChoiceScore:
 
 def measure_speed(cell: Cell, _: OnProgress) -> Speed:
     """How fast and how large a process is that serves one conversation of SPEED_CONTEXT tokens."""
-    base = base_of(cell)
+    base = as_trained(cell.model, cell.adapter)
     with _opened(cell, base, min(SPEED_CONTEXT, base.context), side_by_side=0) as (engine, loaded):
         found = engine.rates()
-        switch = None if cell.adapter is None else _switch_seconds(engine, cell.scale)
+        switch = None
+        if cell.adapter is not None and not cell.in_torch:
+            switch = _switch_seconds(cast("ScoringEngine", engine), cell.scale)
         return Speed(
             statistics.median(found.prompt), statistics.median(found.generation), loaded, peak_memory_bytes(),
             (min(found.prompt), max(found.prompt)), (min(found.generation), max(found.generation)),
@@ -152,10 +161,9 @@ def measure_speed(cell: Cell, _: OnProgress) -> Speed:
         )  # fmt: skip
 
 
-def base_of(cell: Cell) -> Base:
-    """The model, with the template that its adapter was trained with."""
-    base = open_base(cell.model)
-    return base if cell.adapter is None else base.as_trained(contract_of(GGUFFile(cell.adapter)))
+def adapter_files(adapter: Path) -> list[Path]:
+    """What decides what an adapter computes."""
+    return [adapter / CONFIG, adapter / TENSORS] if adapter.is_dir() else [adapter]
 
 
 def read_choice_file(path: Path) -> list[Choice]:
@@ -166,11 +174,17 @@ def read_choice_file(path: Path) -> list[Choice]:
 @contextmanager
 def _opened(
     cell: Cell, base: Base, room: int, side_by_side: int = SIDE_BY_SIDE
-) -> Iterator[tuple[ScoringEngine, float]]:
-    """The model in llama.cpp with its adapter on, and how many seconds that took."""
+) -> Iterator[tuple[ScoringEngine | TorchScorer, float]]:
+    """The model where it runs with its adapter on, and how many seconds that took."""
+    start = time.perf_counter()
+    if cell.in_torch:
+        from edgelora.pipeline.torch_scorer import open_scorer
+
+        adapter = None if cell.adapter is None else (cell.adapter, cell.scale)
+        yield open_scorer(base, adapter, allow_unverified=cell.allow_unverified), time.perf_counter() - start
+        return
     from runtime.scorer import ScoringEngine
 
-    start = time.perf_counter()
     with ScoringEngine(base, n_ctx=context_for(base, room), n_sequences=side_by_side) as engine:
         if cell.adapter is not None:
             engine.load(ADAPTER, cell.adapter, allow_unverified=cell.allow_unverified)

@@ -19,8 +19,8 @@ from edgelora.evaluate.choices import alternatives
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import sha256_file
-from edgelora.peft.adapter import CONFIG, TENSORS, read_adapter
-from edgelora.pipeline.evaluate import is_choice_file, read_choice_file
+from edgelora.peft.adapter import read_adapter
+from edgelora.pipeline.evaluate import adapter_files, is_choice_file, read_choice_file
 from edgelora.pipeline.perplexity import read_windows
 from edgelora.training.folder import RunFolder
 from edgelora.versions import versions
@@ -138,11 +138,6 @@ class Grid:
         has_kl = place.way not in ("base", "trained") or (place.way == "base" and self.asked.adapter is None)
         found = {name: value for name, value in self.digests.items() if name in scored | used}
         return found | {"scale": scale, "reference": has_kl}
-
-
-def adapter_files(adapter: Path) -> list[Path]:
-    """What decides what an adapter computes."""
-    return [adapter / CONFIG, adapter / TENSORS] if adapter.is_dir() else [adapter]
 
 
 def digest(files: Sequence[Path]) -> str:

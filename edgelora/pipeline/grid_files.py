@@ -13,8 +13,9 @@ from edgelora.base.model import FLOAT_QUANTS
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.files.atomic import require_space
 from edgelora.pipeline.convert import convert
+from edgelora.pipeline.evaluate import adapter_files
 from edgelora.pipeline.export import export
-from edgelora.pipeline.grid import Grid, Place, adapter_files
+from edgelora.pipeline.grid import Grid, Place
 from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
 from edgelora.pipeline.merge import MergeOptions, merge
 from edgelora.pipeline.perplexity import TOP, Run, measure

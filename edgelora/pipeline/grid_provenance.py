@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from edgelora.device import physical_cores, processor_name
 from edgelora.evaluate.cells import Provenance, UsedFile
 from edgelora.evaluate.taken import CUSTOM
-from edgelora.pipeline.evaluate import SIDE_BY_SIDE
-from edgelora.pipeline.grid import Grid, adapter_files
+from edgelora.pipeline.evaluate import SIDE_BY_SIDE, adapter_files
+from edgelora.pipeline.grid import Grid
 from edgelora.pipeline.grid_files import ORIGINAL
 from edgelora.pipeline.perplexity import TOP
 from edgelora.versions import revision, versions

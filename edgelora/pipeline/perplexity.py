@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,10 @@ from edgelora.device import peak_memory_bytes, physical_cores
 from edgelora.errors import ConfigError, DataError
 from edgelora.evaluate.divergence import ROWS, Candidate, Compared, Divergence, Exact, Reference, compare, divergence
 from edgelora.evaluate.perplexity import Perplexity, Window, perplexity_of
+from edgelora.evaluate.protocols import Scorer
 from edgelora.evaluate.reference_file import ReferenceFile, ReferenceWriter, about_file, is_reference
 from edgelora.evaluate.taken import WindowSums
-from edgelora.files.adapter_check import contract_of
-from edgelora.files.contract import sha256_file
-from edgelora.files.gguf import GGUFFile
+from edgelora.pipeline.engines import AUTO, LLAMA_CPP, TORCH, as_trained, choose_engine
 from edgelora.pipeline.parity import text_windows
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
@@ -35,9 +34,9 @@ TOP = 256
 
 @dataclass(frozen=True)
 class Run:
-    """What to measure. `chunks`: how many windows of `context` tokens, None for the whole text. `against`: a GGUF that
-    runs beside, or a reference file, whose text is taken then. `save`: where to keep this model's own predictions,
-    the `top` likeliest of each position, or all if its name ends in .kld."""
+    """What to measure. `engine`: as `choose_engine` says. `chunks`: how many windows of `context` tokens, None for the
+    whole text. `against`: a model that runs beside, or a reference file, whose text is taken then. `save`: where to
+    keep this model's own predictions, the `top` likeliest of each position, or all if its name ends in .kld."""
 
     model: Path
     text: Path | None = None
@@ -49,6 +48,7 @@ class Run:
     top: int = TOP
     threads: int | None = None
     allow_unverified: bool = False
+    engine: str = LLAMA_CPP
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,11 @@ class Measured:
 def measure(run: Run, on_progress: OnProgress = silent) -> Measured:
     """Score the text. Raises DataError for one shorter than a window, ConfigError where the two sides do not match,
     EngineError for logits that are not finite."""
-    return run_in_child(_measure, run, on_progress=on_progress)
+    return run_in_child(_measure, run, with_torch=run.engine == TORCH, on_progress=on_progress)
 
 
 def _measure(run: Run, on_progress: OnProgress) -> Measured:
-    base = open_base(run.model)
-    if run.adapter is not None:
-        base = base.as_trained(contract_of(GGUFFile(run.adapter[0])))
+    base = as_trained(run.model, run.adapter and run.adapter[0])
     stored = _stored(run.against)
     parts = _windows(run, base, stored)
     size, pace = len(parts[0].ids), Pace(len(parts))
@@ -181,21 +179,30 @@ def read_windows(path: Path, base: Base, context: int, chunks: int | None) -> li
 
 @contextmanager
 def _open(run: Run, base: Base, size: int) -> Iterator[Logits]:
-    """The model in llama.cpp, one window a decode: the shape in which llama-perplexity's digits come out."""
-    from runtime.scorer import ScoringEngine
-
+    """The model where it runs; in llama.cpp one window a decode, the shape that gives llama-perplexity's digits."""
     if run.context > base.context:
         raise ConfigError(
             what=f"--context {run.context}",
             why=f"{base.path.name} sees {base.context} tokens at most",
             fix=f"pass at most --context {base.context}",
         )
+
+    def rows(scorer: Scorer) -> Logits:
+        return lambda window: scorer.logits([window.ids.tolist()], [range(window.first - 1, size - 1)])
+
+    if run.engine == TORCH:
+        from edgelora.pipeline.torch_scorer import open_scorer
+
+        yield rows(open_scorer(base, run.adapter, run.threads, allow_unverified=run.allow_unverified))
+        return
+    from runtime.scorer import ScoringEngine
+
     with ScoringEngine(base, n_ctx=size, threads=run.threads or physical_cores()) as engine:
         if run.adapter is not None:
             path, scale = run.adapter
             engine.load("adapter", path, allow_unverified=run.allow_unverified)
             engine.use({"adapter": scale})
-        yield lambda window: engine.logits([window.ids.tolist()], [range(window.first - 1, size - 1)])
+        yield rows(engine)
 
 
 @contextmanager
@@ -215,7 +222,8 @@ def _references(
                 why="KL compares what both say of the same next token",
                 fix="compare with a reference of the same tokenizer; bits per byte compares across them",
             )
-        alone = Run(run.against, context=run.context, threads=run.threads)
+        engine = choose_engine(AUTO, run.against, None).value
+        alone = Run(run.against, context=run.context, threads=run.threads, engine=engine)
         with _open(alone, other, len(parts[0].ids)) as logits:
             yield lambda i: Exact(logits(parts[i]))
 
@@ -223,16 +231,11 @@ def _references(
 def _writer(run: Run, base: Base, parts: Sequence[Window]) -> ReferenceWriter | None:
     if run.save is None:
         return None
-    sha256 = sha256_file(run.model)
+    sha256 = base.base_file.sha256
     about = about_file(run.save, len(parts[0].ids), base.config.vocab_size, len(parts), run.top, sha256)
     return ReferenceWriter(run.save, about, parts)
 
 
 def _token_bytes(base: Base, parts: Sequence[Window]) -> list[int]:
     """How many bytes of text the scored tokens of each window stand for."""
-    from runtime.binding import Model
-
-    with closing(Model(base.path, vocabulary_only=True)) as model:
-        ids = np.unique(np.concatenate([part.targets for part in parts]))
-        lengths = np.array([len(model.piece(int(token))) for token in ids])
-    return [int(lengths[np.searchsorted(ids, part.targets)].sum()) for part in parts]
+    return [sum(len(base.tokenizer.piece(token)) for token in part.targets.tolist()) for part in parts]

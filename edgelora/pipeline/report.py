@@ -189,14 +189,17 @@ class _Run:
 
     def _hear(self, name: str) -> OnProgress:
         def hear(progress: Progress) -> None:
-            self.heard.on_progress(replace(progress, stage=f"{name}: {progress.stage}", eta_s=self._eta()))
+            self.heard.on_progress(replace(progress, stage=f"{name}: {progress.stage}", eta_s=self._eta(progress)))
 
         return hear
 
-    def _eta(self) -> float | None:
-        """Seconds to the end of all cells."""
+    def _eta(self, now: Progress) -> float | None:
+        """Seconds to the end of all cells; of the one in work no less than what it is at takes (a file to build)."""
         each = sum(self.seconds) / len(self.seconds) if self.seconds else self.forecast
-        return max(each * len(self.left) - (time.perf_counter() - self.began), 1.0) if each else None
+        if not each:
+            return None
+        of_this = max(each - (time.perf_counter() - self.began), now.eta_s or 0.0, 1.0)
+        return of_this + each * max(len(self.left) - 1, 0)
 
     # -- what is kept -----------------------------------------------------------------------------------------------
 
