@@ -1,17 +1,87 @@
-"""Which layers an adapter is on, by PEFT's rules. Imports no torch."""
+"""Which layers an adapter is on, and how strongly each, by PEFT's settings and PEFT's rules. Imports no torch."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Collection, Mapping
-from typing import TypeVar
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from edgelora.errors import ConfigError
 
 V = TypeVar("V")
 
+ALL = "all-linear"
+NAME = re.compile(r"[\w.-]+")  # what is no regular expression, but the end of a name
+LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # PEFT's: the first number in a module's path
+
+
+@dataclass(frozen=True)
+class Where:
+    """Settings of PEFT's, by their names there. Patterns are regular expressions for the ends of module names.
+
+    target_modules, exclude_modules: ends of names, or one regular expression for whole names; no target, or
+    `all-linear`, is all of them.
+    """
+
+    target_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+
+class Placed(NamedTuple):
+    """The rank and α of an adapter on one layer."""
+
+    rank: int
+    alpha: float
+
+
+def chosen(names: Collection[str], where: Where, what: str = "linear layer") -> list[str]:
+    """The names among these that `where` chooses, in their order. Raises ConfigError with every fault of it."""
+    faults = list(_faults(names, where, what))
+    found = [] if faults else [name for name in names if _is_chosen(name, where)]
+    if not found and not faults:
+        faults = [f"{what}s: exclude_modules and layers_to_transform leave none"]
+    _require(faults, names, where, what)
+    return found
+
+
+def placed(shapes: Mapping[str, tuple[int, int]], where: Where, rank: int, alpha: float) -> dict[str, Placed]:
+    """The rank and α of each layer that is chosen among these of shape (d_out, d_in).
+
+    Raises ConfigError with every fault: patterns that fit no chosen layer, ranks that are larger than a matrix.
+    """
+    found = {
+        name: Placed(by_pattern(where.rank_pattern, name, rank), by_pattern(where.alpha_pattern, name, alpha))
+        for name in chosen(list(shapes), where)
+    }
+    patterns = {"rank_pattern": where.rank_pattern, "alpha_pattern": where.alpha_pattern}
+    faults = [
+        f"{setting}: {pattern} fits no layer that is adapted"
+        for setting, table in patterns.items()
+        for pattern in table
+        if not any(_ends_as(pattern, name) for name in found)
+    ]
+    _require(faults, list(found), where, "linear layer")
+    too_large = {name: p.rank for name, p in found.items() if p.rank > min(shapes[name])}
+    if too_large:
+        name = min(too_large, key=lambda name: min(shapes[name]))
+        raise ConfigError(
+            what=f"rank {too_large[name]}: {name} is only {shapes[name][0]} x {shapes[name][1]}"
+            + (f", and {len(too_large) - 1} layers beside it are too small" if len(too_large) > 1 else ""),
+            why=f"a change of such a matrix has no more than {min(shapes[name])} directions",
+            fix=f"take --rank {min(shapes[name])} or less, or --rank-pattern {name.rpartition('.')[2]}="
+            f"{min(shapes[name])}",
+        )
+    return found
+
 
 def by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:
-    """PEFT's rule: a pattern is a regular expression that matches the end of a module's path, after a dot."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    """The value of the first pattern that fits, PEFT's rule: it matches the end of a module's path, after a dot."""
+    return next((value for pattern, value in patterns.items() if _ends_as(pattern, module)), default)
 
 
 def target_modules(adapted: Collection[str], linears: Collection[str]) -> list[str]:
@@ -19,3 +89,81 @@ def target_modules(adapted: Collection[str], linears: Collection[str]) -> list[s
     ends = {name.rpartition(".")[2] for name in adapted}
     everywhere = all(name in adapted for name in linears if name.rpartition(".")[2] in ends)
     return sorted(ends if everywhere else adapted)
+
+
+def _ends_as(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _is_regex(names: Sequence[str]) -> bool:
+    """One text that is no name, as PEFT tells a text from a list."""
+    return len(names) == 1 and NAME.fullmatch(names[0]) is None
+
+
+def _fits(names: Sequence[str], module: str) -> bool:
+    if _is_regex(names):
+        return re.fullmatch(names[0], module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _targets(where: Where) -> tuple[str, ...]:
+    return () if [name.lower() for name in where.target_modules] == [ALL] else where.target_modules
+
+
+def _is_chosen(module: str, where: Where) -> bool:
+    if _fits(where.exclude_modules, module):
+        return False
+    if (targets := _targets(where)) and not _fits(targets, module):
+        return False
+    return not where.layers_to_transform or module in targets or _layer(module) in where.layers_to_transform
+
+
+def _layer(module: str) -> int | None:
+    found = LAYER.match(module)
+    return int(found[1]) if found else None
+
+
+def _faults(names: Collection[str], where: Where, what: str) -> Iterator[str]:
+    """What is wrong with the settings as they are, before anything is chosen by them."""
+    targets = _targets(where)
+    for setting, given in (("target_modules", targets), ("exclude_modules", where.exclude_modules)):
+        if _is_regex(given):
+            yield from _regex_faults(setting, given[0], names, what)
+            continue
+        unknown = [one for one in given if not any(_fits((one,), name) for name in names if NAME.fullmatch(one))]
+        if unknown:
+            yield f"{setting}: no {what} of this model is named {', '.join(unknown)}"
+    layers = {_layer(name) for name in names}
+    if strangers := [layer for layer in where.layers_to_transform if layer not in layers]:
+        last = max(layer for layer in layers if layer is not None)
+        yield f"layers_to_transform: {', '.join(map(str, strangers))}, and this model's are 0 to {last}"
+    if where.layers_to_transform and _is_regex(targets):
+        yield "layers_to_transform beside a regular expression in target_modules: say the layers in that"
+    for pattern in {**where.rank_pattern, **where.alpha_pattern}:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            yield f"rank_pattern, alpha_pattern: {pattern} is no regular expression ({e})"
+
+
+def _regex_faults(setting: str, pattern: str, names: Collection[str], what: str) -> Iterator[str]:
+    try:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            yield f"{setting}: {pattern} fits the whole name of no {what}"
+    except re.error as e:
+        yield f"{setting}: {pattern} is no regular expression ({e})"
+
+
+def _require(faults: Sequence[str], names: Collection[str], where: Where, what: str) -> None:
+    if not faults:
+        return
+    there = sorted({name.rpartition(".")[2] for name in names})
+    asked = [*where.target_modules, *where.exclude_modules, *where.rank_pattern, *where.alpha_pattern]
+    near = [
+        found for one in asked if one not in there for found in difflib.get_close_matches(one.split(".")[-1], there, 1)
+    ]
+    raise ConfigError(
+        what="; ".join(faults),
+        why=f"its {what}s are {', '.join(there)}",
+        fix=f"did you mean {', '.join(near)}?" if near else "name some of these, or none to adapt them all",
+    )
