@@ -9,6 +9,7 @@ import typer
 from edgelora.cli import adapters, data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.chat import chat
 from edgelora.cli.compare import compare
+from edgelora.cli.compose import compose
 from edgelora.cli.convert import convert
 from edgelora.cli.generate import generate
 from edgelora.cli.imatrix import imatrix
@@ -38,6 +39,7 @@ app.command()(convert)
 app.command()(export.export)
 app.command(name="import")(import_)
 app.command()(merge)
+app.command()(compose)
 app.command()(imatrix)
 app.command()(quantize)
 app.command(name="eval")(evaluate.evaluate)

@@ -1,0 +1,235 @@
+"""Several adapters over one base → one LoRA, module by module. Imports no torch.
+
+Each way is PEFT's `add_weighted_adapter` of the name that its row gives, and comes to the same ΔW. Of a whole model
+only the factors of the result are in memory; a ΔW is formed by the ways that need its entries, one layer at a time:
+at most one matrix for each adapter and WORKING_MATRICES more of the size of that layer, in float32.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from converters.task_tensors import Composed, Thinning, leading, stacked, thin, together, truncated
+from edgelora.errors import AdapterError, ConfigError
+from edgelora.peft.adapter import Adapter, LoraPair
+
+Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of linear layers
+MAX_FAULTS_SHOWN = 8
+WORKING_MATRICES = 5  # the result, the elected signs, how many agree, and two between one step and the next
+
+
+@dataclass(frozen=True)
+class How:
+    """A way to compose the task tensors of a layer: thin each of them, then add them up at their weights."""
+
+    peft: str
+    """PEFT's `combination_type`."""
+    paper: str
+    says: str
+    factors: bool = False
+    """Whether the tensors are A and B, each by itself, rather than ΔW: cheap, but B₁A₂ and B₂A₁ come in as well."""
+    thins: Thinning | None = None
+    elects: bool = False
+    """Whether each entry takes only the values of the sign that the sum of all has, and is their mean."""
+
+
+TASK_ARITHMETIC, TIES, DARE = "arXiv:2212.04089", "arXiv:2306.01708", "arXiv:2311.03099"
+
+HOWS: dict[str, How] = {
+    "sum": How("cat", TASK_ARITHMETIC, "the sum of all, exactly"),
+    "linear": How("linear", TASK_ARITHMETIC, "the sums of A and of B", factors=True),
+    "ties": How("ties_svd", TIES, "trim, elect signs, mean of what agrees", thins="largest", elects=True),
+    "ties_factors": How("ties", TIES, "the same of A and of B", factors=True, thins="largest", elects=True),
+    "dare": How("dare_linear_svd", DARE, "drop at random, rescale, sum", thins="random"),
+    "dare_factors": How("dare_linear", DARE, "the same of A and of B", factors=True, thins="random"),
+    "dare_ties": How("dare_ties_svd", DARE, "drop at random, rescale, then as ties", thins="random", elects=True),
+    "dare_ties_factors": How(
+        "dare_ties", DARE, "the same of A and of B", factors=True, thins="random", elects=True
+    ),
+    "magnitude": How("magnitude_prune_svd", TIES, "keep the largest entries, sum", thins="largest"),
+    "magnitude_factors": How("magnitude_prune", TIES, "the same of A and of B", factors=True, thins="largest"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter to compose and its weight: negative to take away what it learned. `name` is for messages."""
+
+    adapter: Adapter
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to compose."""
+
+    how: str = "sum"
+    """A name of HOWS."""
+    density: float = 0.5
+    """The share of entries that is kept, where any are dropped."""
+    rank: int | None = None
+    """Of the result, by its singular values. None: a sum keeps Σ r, and a thinned ΔW gets the largest rank put in."""
+    seed: int = 0
+    """Of the entries that are dropped at random."""
+
+    @property
+    def way(self) -> How:
+        return HOWS[self.how]
+
+
+def compose(parts: Sequence[Part], recipe: Recipe, linears: Shapes) -> Iterator[tuple[str, Composed]]:
+    """The LoRA of every layer that any of the adapters changes, in the base's order; nothing of the last one is kept.
+
+    linears: (d_out, d_in) of the base's layers. Raises ConfigError or AdapterError before the first, with all faults.
+    """
+    _require_sense(recipe)
+    rank = _require_composable(parts, recipe, linears)
+    for module in linears:
+        if any(module in part.adapter.tensors for part in parts):
+            yield module, _composed(parts, recipe, module, rank)
+
+
+def n_layers(parts: Sequence[Part]) -> int:
+    """How many layers `compose` will give."""
+    return len(set().union(*(part.adapter.tensors for part in parts)))
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What one adapter brings to a layer. scale: α/r, which `pair` has in its B; draw: what drops its entries."""
+
+    pair: LoraPair
+    weight: float
+    scale: float
+    draw: np.random.Generator
+
+
+def _composed(parts: Sequence[Part], recipe: Recipe, module: str, rank: int) -> Composed:
+    terms = [
+        _Term(pair, part.weight, _scale(part.adapter, module, pair), _draw(recipe.seed, number, module))
+        for number, part in enumerate(parts)
+        if module in part.adapter.tensors and (pair := part.adapter.pair(module))
+    ]
+    if recipe.how == "sum":
+        return truncated(stacked([t.pair for t in terms], [t.weight for t in terms]), recipe.rank)
+    if recipe.way.factors:
+        return truncated(_of_factors(terms, recipe), recipe.rank)
+    return leading(_of_changes(terms, recipe), rank)
+
+
+def _of_changes(terms: Sequence[_Term], recipe: Recipe) -> np.ndarray:
+    """The composed ΔW (d_out, d_in)."""
+    thinned = [_thin(t.pair.b @ t.pair.a, recipe, t) for t in terms]
+    return together(thinned, [t.weight for t in terms], elects=recipe.way.elects)
+
+
+def _of_factors(terms: Sequence[_Term], recipe: Recipe) -> LoraPair:
+    """A and B, each composed by itself; as in PEFT √|w α/r| goes to both and the sign to A."""
+    elects, roots = recipe.way.elects, [abs(t.weight * t.scale) ** 0.5 for t in terms]
+    signed = [root if t.weight * t.scale >= 0 else -root for root, t in zip(roots, terms, strict=True)]
+    a = together([_thin(t.pair.a, recipe, t) for t in terms], signed, elects=elects)
+    b = together([_thin(t.pair.b / np.float32(t.scale), recipe, t) for t in terms], roots, elects=elects)
+    return LoraPair(a, b)
+
+
+def _thin(tensor: np.ndarray, recipe: Recipe, term: _Term) -> np.ndarray:
+    return tensor if recipe.way.thins is None else thin(tensor, recipe.way.thins, recipe.density, term.draw)
+
+
+def _draw(seed: int, number: int, module: str) -> np.random.Generator:
+    """One for each adapter and layer: what is dropped of one does not hang on which others there are."""
+    return np.random.default_rng([seed, number, zlib.crc32(module.encode())])
+
+
+def _scale(adapter: Adapter, module: str, pair: LoraPair) -> float:
+    """α/r of a layer, as far as its file tells: 1 where that holds no B of which the pair's is a multiple."""
+    raw = adapter.tensors[module].get("lora_B")
+    if raw is None or raw.shape != pair.b.shape or not raw.any():
+        return 1.0
+    raw = raw.astype(np.float64)
+    return float(np.vdot(raw, pair.b) / np.vdot(raw, raw)) or 1.0
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def _require_sense(recipe: Recipe) -> None:
+    if recipe.how not in HOWS:
+        raise ConfigError(f"--how {recipe.how}", "no way to compose is called so", f"one of {', '.join(HOWS)}")
+    if not 0 < recipe.density <= 1:
+        raise ConfigError(
+            what=f"--density {recipe.density:g}",
+            why="it is the share of entries that is kept: more than 0, at most 1",
+            fix="pass one such as --density 0.5",
+        )
+    if recipe.rank is not None and recipe.rank < 1:
+        raise ConfigError(f"--rank {recipe.rank}", "a LoRA has a rank of at least 1", "pass one such as --rank 16")
+
+
+def _require_composable(parts: Sequence[Part], recipe: Recipe, linears: Shapes) -> int:
+    """Raise unless `parts` can be composed so. Returns the largest rank that is put in, or the one asked for."""
+    for part in parts:
+        if others := [module for module in part.adapter.tensors if module not in linears]:
+            raise _no_pair(part, f"it changes {_some(others)}, no linear layer")
+    ranks = {module: {p.name: _rank(p, module) for p in parts if module in p.adapter.tensors} for module in linears}
+    ranks = {module: found for module, found in ranks.items() if found}
+    largest = recipe.rank or max(rank for found in ranks.values() for rank in found.values())
+    small = [module for module in ranks if recipe.rank is not None and recipe.rank > min(linears[module])]
+    if small:
+        raise ConfigError(
+            what=f"--rank {recipe.rank}: {_some([f'{module} is {linears[module]}' for module in small])}",
+            why="no matrix has a rank above the smaller of its sides",
+            fix=f"pass at most --rank {min(min(linears[module]) for module in ranks)}",
+        )
+    if recipe.way.factors:
+        _require_equal_ranks(ranks, recipe)
+    if recipe.how != "sum" and len(parts) > 1 and all(len(found) == 1 for found in ranks.values()):
+        raise AdapterError(
+            what=f"{' and '.join(part.name for part in parts)}: they have no layer in common",
+            why=f"{recipe.how} settles what adapters do to the same weights, and these never meet",
+            fix="pass --how sum, which is exact for them",
+        )
+    return largest
+
+
+def _require_equal_ranks(ranks: Mapping[str, Mapping[str, int]], recipe: Recipe) -> None:
+    unequal = [
+        f"{module} has {', '.join(f'{rank} in {name}' for name, rank in found.items())}"
+        for module, found in ranks.items()
+        if len(set(found.values())) > 1
+    ]
+    if unequal:
+        other = "sum" if recipe.how == "linear" else recipe.how.removesuffix("_factors")
+        raise AdapterError(
+            what=f"unequal ranks: {_some(unequal)}",
+            why=f"{recipe.how} adds up A and B entry by entry",
+            fix=f"pass --how {other}, which works on B A and takes any ranks",
+        )
+
+
+def _rank(part: Part, module: str) -> int:
+    try:
+        pair = part.adapter.pair(module)
+    except AdapterError as e:
+        raise _no_pair(part, f"{e.what} ({e.why})") from e
+    if pair.magnitude is not None:
+        raise _no_pair(part, "a DoRA scales the rows of the base's weights as well")
+    return pair.rank
+
+
+def _no_pair(part: Part, why: str) -> AdapterError:
+    return AdapterError(
+        what=f"{part.name}: it cannot be composed",
+        why=f"{why}, and what is composed are changes B A",
+        fix="merge it into its base first (`edgelora merge`), and train or compose the others over that one",
+    )
+
+
+def _some(faults: Sequence[str]) -> str:
+    more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
+    return "; ".join(faults[:MAX_FAULTS_SHOWN]) + more
