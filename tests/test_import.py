@@ -24,9 +24,9 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, read_adapter, write_adapter
-from edgelora.peft.inject import attach
-from edgelora.pipeline.import_adapter import import_adapter
+from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.pipeline.import_adapter import export_as_lora, import_adapter
 from runtime.scorer import ScoringEngine
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -290,6 +290,35 @@ def test_a_name_is_taken_apart_or_left():
     assert plain_name(f"base_model.model.{Q}.lora_B.default.weight") == (Q, "lora_B")
     assert plain_name(f"base_model.model.{Q}.{MAGNITUDE}") == (Q, MAGNITUDE)
     assert plain_name(f"base_model.model.{Q}.lora_B.default.bias")[1] == ""
+
+
+# -- out to PEFT --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "pissa", "multilora", "vera", "adalora"])
+def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
+    decoder = build_decoder(base)
+    inject(decoder, method, 4, 6.0, seed=0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    before = Adapter(adapter_config(decoder, method, 4, 6.0, "b"), collect(decoder))
+    write_adapter(tmp_path / "mine", before)
+    words = ["export", str(base.path), str(tmp_path / "mine"), "--as-lora", "--out", str(tmp_path / "plain")]
+    assert run([*words, "--allow-unverified-base"]) == 0
+    after = read_adapter(tmp_path / "plain", base.linears)
+    assert after.config["peft_type"] == "LORA"
+    assert not after.config["use_rslora"]
+    assert set(after.tensors) == set(before.tensors)
+    for module in after.tensors:
+        np.testing.assert_array_equal(after.pair(module).a, before.pair(module).a)
+        np.testing.assert_array_equal(after.pair(module).b, before.pair(module).b)
+
+
+def test_a_dora_is_no_lora(base, plain, tmp_path):
+    with pytest.raises(AdapterError, match=r"DoRA is no plain LoRA: .*_proj changes as a whole; .* and 11 more"):
+        export_as_lora(base.path, plain, tmp_path / "plain", allow_unverified=True)
+    assert not (tmp_path / "plain").exists()
 
 
 # -- bad input, and the command -----------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ def export(
     data: CheckData = None,
     check_rows: CheckRows = CHECKED_ROWS,
     for_: For = None,
+    as_lora: Annotated[
+        bool, typer.Option("--as-lora", help="Write a plain LoRA of PEFT's instead, a folder, where that is exact.")
+    ] = False,
     allow_unverified_base: Unverified = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -36,6 +39,13 @@ def export(
     from edgelora.pipeline.export import export as run
     from edgelora.pipeline.runners import prepare_for
 
+    if as_lora:
+        if for_ is not None or data is not None:
+            raise ConfigError(
+                "--as-lora with --for or --data", "PEFT's files run nowhere in llama.cpp", "leave them out"
+            )
+        _as_lora(base, adapter, out, allow_unverified_base, overwrite, as_json)
+        return
     if type_.upper() not in ("F16", "F32"):
         raise ConfigError(f"--type {type_}", "an adapter file holds F16 or F32 numbers", "pass --type F16")
     delivery = prepare_for(for_, Reference(base, ((adapter, 1.0),)), out, live=True, overwrite=overwrite)
@@ -57,3 +67,14 @@ def export(
     if as_json:
         made = {"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate.as_dict()}
         print(json.dumps(made | ({"for": delivery.as_dict()} if delivery else {})))
+
+
+def _as_lora(base: Path, adapter: Path, out: Path, unverified: bool, overwrite: bool, as_json: bool) -> None:
+    from edgelora.cli.display import Display
+    from edgelora.pipeline.import_adapter import export_as_lora
+
+    made = export_as_lora(base, adapter, out, allow_unverified=unverified, overwrite=overwrite)
+    with Display() as display:
+        display.say(f"{out}: a LoRA on {made.layers} layers, rank {', '.join(map(str, made.ranks))}")
+    if as_json:
+        print(json.dumps(made.as_dict()))

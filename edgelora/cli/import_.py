@@ -28,8 +28,6 @@ def import_(
 
     Example: `edgelora import base.gguf mlx-adapters --out adapters/mine --allow-unverified-base`
     """
-    from dataclasses import asdict
-
     from edgelora.cli.display import Display
     from edgelora.cli.train import to_a_file
     from edgelora.pipeline.import_adapter import import_adapter as run
@@ -40,4 +38,4 @@ def import_(
         display.say(f"{out}: a {made.method} from {made.kind} on {made.layers} layers{ranks}")
         display.say(f"next: {to_a_file('dora' if made.method == 'DoRA' else 'lora', base, out)}")
     if as_json:
-        print(json.dumps(asdict(made) | {"path": str(made.path)}))
+        print(json.dumps(made.as_dict()))

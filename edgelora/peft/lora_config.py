@@ -1,14 +1,15 @@
-"""What PEFT's adapter_config.json says of LoRAs whose ranks and α may differ from layer to layer. Imports no torch."""
+"""LoRAs whose ranks and α may differ from layer to layer, as PEFT's adapter_config.json has them. Imports no torch."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from edgelora.errors import AdapterError
 from edgelora.peft.adapter import MAGNITUDE, Adapter
 from edgelora.peft.targets import target_modules
 
@@ -62,6 +63,28 @@ def adapter_of(
         "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
     }
     return Adapter(config, {module: pair.tensors() for module, pair in pairs.items()})
+
+
+def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
+    """The same function as a plain LoRA of PEFT's, where it is one: every scale goes into B, and α is r.
+
+    Raises AdapterError that names all that is no B A: norms, and layers whose rows, columns or biases change.
+    """
+    faults, pairs = [f"{norm} has another weight" for norm in adapter.norms], dict[str, StoredPair]()
+    for module in adapter.linears:
+        change = adapter.change(module)
+        if change.is_pair and change.pair is not None:
+            pairs[module] = StoredPair(change.pair.a, change.pair.b, change.pair.rank)
+        else:
+            faults.append(f"{module} changes as a whole")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise AdapterError(
+            what=f"this {adapter.kind.title} is no plain LoRA: {'; '.join(faults[:3])}{more}",
+            why="two small matrices cannot say it, and a part of it would be lost",
+            fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to hf --out FOLDER`",
+        )
+    return replace(adapter_of(pairs, linears, base), contract=adapter.contract)
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
@@ -16,6 +17,8 @@ from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME as CONTRACT
 from edgelora.files.contract import Contract, read_contract, require_its_base, sha256_file
 from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, read_adapter, refuse_pickle, refuse_to_write, write_adapter
+from edgelora.peft.lora_config import as_lora
+from edgelora.pipeline.export import read_checked
 from edgelora.versions import versions
 
 
@@ -29,6 +32,9 @@ class Imported:
     layers: int
     ranks: tuple[int, ...]
     """Of its A and B; none where it has no such matrices."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
 
 
 def import_adapter(
@@ -51,6 +57,22 @@ def import_adapter(
     method = "DoRA" if adapter.config.get("use_dora") else str(adapter.config["peft_type"])
     ranks = {len(parts["lora_A"]) for parts in adapter.tensors.values() if "lora_A" in parts}
     return Imported(out, kind, {"LORA": "LoRA"}.get(method, method), len(adapter.tensors), tuple(sorted(ranks)))
+
+
+def export_as_lora(
+    base_path: Path, source: Path, out: Path, *, allow_unverified: bool = False, overwrite: bool = False
+) -> Imported:
+    """Write the adapter in the folder `source` as a plain LoRA of PEFT's, which computes the same, bit for bit.
+
+    Raises AdapterError if it is no LoRA: what it makes of a layer has to be W + B A.
+    """
+    refuse_to_write(out, overwrite)
+    base = open_base(base_path)
+    adapter = read_checked(source, base, allow_unverified=allow_unverified)
+    folded = as_lora(adapter, base.linears, str(base.path))
+    write_adapter(out, folded, overwrite=overwrite)
+    ranks = {len(parts["lora_A"]) for parts in folded.tensors.values()}
+    return Imported(out, "PEFT", "LoRA", len(folded.tensors), tuple(sorted(ranks)))
 
 
 def recognised(source: Path) -> tuple[str, Path]:
@@ -79,7 +101,7 @@ def _from_gguf(path: Path, base: Base) -> Adapter:
 
 def _from_peft(path: Path, base: Base) -> Adapter:
     if read_json(path / CONFIG).get("peft_type") != "LORA":
-        return read_adapter(path, base.linears)
+        return read_adapter(path, base.linears, base.norms)
     beside = path / CONTRACT
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
     return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
