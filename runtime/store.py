@@ -228,7 +228,7 @@ def _about(path: Path, content: bytes) -> About:
         require_fit(file, file.architecture, own_shapes(file), n_vocab=ANY_TOKEN)
     contract = contract_of(file)
     made_as = file.get("adapter.type", str, "lora") if soft else "lora"
-    ranks = {info.shape[0] for name, info in file.tensors.items() if name.endswith(".lora_a")}
+    ranks = {info.shape[-2] for name, info in file.tensors.items() if name.endswith(".lora_a")}
     return About(
         digest=sha256_bytes(content), size_bytes=len(content), method=contract.method if contract else made_as,
         ranks=tuple(sorted(ranks)), base=contract.base.short if contract else None,

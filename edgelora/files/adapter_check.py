@@ -19,11 +19,13 @@ Type = GGMLQuantizationType
 ALLOWED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: None, Type.Q8_0: None}
 INVOCATION_KEY = "adapter.alora.invocation_tokens"
 MAX_INVOCATION = 256
+EXPERTS = "_exps.weight"  # the matrices of a mixture's experts, one upon the other
 MAX_FAULTS_SHOWN = 8
 
 
 def check_adapter(path: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> GGUFFile:
-    """Open the adapter at `path` and check it against a base: its architecture and tensor shapes (rows, columns).
+    """Open the adapter at `path` and check it against a base: its architecture and tensor shapes (rows, columns), or
+    (experts, rows, columns) where those of a mixture are stacked.
 
     Raises AdapterError with all its faults at once, FileFormatError if it is no GGUF file. One that waits for an
     invocation (aLoRA) is a fault here: it would answer from the first token on.
@@ -66,13 +68,14 @@ def _require_adapter(file: GGUFFile) -> None:
 
 
 def own_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
-    """The shapes (rows, columns) that a base must have for this adapter, by its pairs: to check it without one."""
+    """The shapes that a base must have for this adapter, by its pairs, to check it without one: (rows, columns), the
+    number of experts before them where there are several."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, a in file.tensors.items():
         target, _, half = name.rpartition(".")
         b = file.tensors.get(f"{target}.lora_b")
         if half == "lora_a" and b is not None:
-            shapes[target] = (b.shape[0], a.shape[-1])
+            shapes[target] = (*b.shape[:-1], a.shape[-1])
     return shapes
 
 
@@ -119,18 +122,21 @@ def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> lis
         base = shapes.get(target)
         if half not in ("lora_a", "lora_b") or base is None:
             faults.append(f"{name} has no counterpart in the base")
-        elif len(base) != 2 or target == "token_embd.weight":
+        elif target == "token_embd.weight" or len(base) != (3 if target.endswith(EXPERTS) else 2):
             faults.append(f"{name}: llama.cpp cannot adapt this tensor of the base")
         elif other not in file.tensors:
             faults.append(f"{name} stands without its other half")
-        elif len(info.shape) != 2 or len(file.tensors[other].shape) != 2:
-            faults.append(f"{name} has {len(info.shape)} dimensions, expected 2")
+        elif {len(info.shape), len(file.tensors[other].shape)} != {len(base)}:
+            faults.append(f"{name} has {len(info.shape)} dimensions, expected {len(base)}")
         elif info.type not in ALLOWED:
             faults.append(f"{name} is stored as {info.type.name}, expected F32, F16, BF16 or Q8_0")
-        elif half == "lora_a" and (info.shape[1] != base[1] or info.shape[0] != file.tensors[other].shape[1]):
-            faults.append(f"{name} is {info.shape}, expected (r, {base[1]}) with B's r {file.tensors[other].shape[1]}")
-        elif half == "lora_b" and info.shape[0] != base[0]:
-            faults.append(f"{name} is {info.shape}, expected ({base[0]}, r)")
+        elif info.shape[:-2] != base[:-2]:  # llama.cpp does not compare them, and would read beyond the end
+            faults.append(f"{name} is for {info.shape[0]} experts, and the base has {base[0]}")
+        elif half == "lora_a" and (info.shape[-1] != base[-1] or info.shape[-2] != file.tensors[other].shape[-1]):
+            rank = file.tensors[other].shape[-1]
+            faults.append(f"{name} is {info.shape}, expected (r, {base[-1]}) with B's r {rank}")
+        elif half == "lora_b" and info.shape[-2] != base[-2]:
+            faults.append(f"{name} is {info.shape}, expected ({base[-2]}, r)")
         elif not _finite(file, name, info.type):
             faults.append(f"{name} holds NaN or infinite values")
     return faults

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgelora.errors import AdapterError, EdgeloraError
-from edgelora.files.adapter_check import check_adapter, contract_of
+from edgelora.files.adapter_check import check_adapter, contract_of, own_shapes
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
@@ -99,7 +99,8 @@ def gguf_adapter(file: GGUFFile) -> AdapterFacts:
         if is_soft(file):
             require_sound(file)
         else:
-            check_adapter(file.path, file.architecture, linears)
+            stacked = {name: shape for name, shape in own_shapes(file).items() if len(shape) > 2}
+            check_adapter(file.path, file.architecture, linears | stacked)
         contract = contract_of(file)
     except EdgeloraError as e:
         faults.append(reason(e, file.path))
@@ -149,7 +150,7 @@ def _of_a_vera(shapes: Shapes) -> dict[str, tuple[int, int]]:
 
 
 def _ranks(shapes: Shapes, a: str) -> dict[int, int]:
-    return dict(Counter(shape[0] for name, shape in shapes.items() if name.endswith(f".{a}") and shape))
+    return dict(Counter(shape[-2:][0] for name, shape in shapes.items() if name.endswith(f".{a}") and shape))
 
 
 def _contract(path: Path) -> Contract | None:
