@@ -20,14 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf.constants import LlamaFileType
+from peers.padded import WIDTH, write_dithered
 
-from converters.metadata import copy_metadata
 from converters.plan import QuantizeOptions, plan_types
 from converters.quantize import write_planned
-from edgelora.base import ggml
 from edgelora.base.model import open_base
 from edgelora.child import run_in_child
 from edgelora.device import physical_cores, processor_name
@@ -38,7 +35,6 @@ from edgelora.pipeline.prepared import BudgetOptions, Prepared
 from edgelora.pipeline.repair import Repair, try_repair
 from edgelora.progress import silent
 
-WIDTH = 768
 STOCK, GEMMA_STOCK = ("Q4_K_M", "Q3_K_M", "Q2_K"), ("Q3_K_M", "Q2_K")
 PLAIN_TARGET, IMPORTANT_TARGET = 0.25, 0.10  # how much lower the KL is to be than the stock type's
 
@@ -71,60 +67,6 @@ class Row:
             "lower_than_plain": self.lower(self.plain), "lower_than_important": self.lower(self.important),
             "met": self.met,
         }  # fmt: skip
-
-
-def write_dithered(source: Path, out: Path, width: int | None) -> None:
-    """The GGUF at `source` as F16, matrices dithered, and a llama `width` wide: zeros at the end of rows and columns.
-
-    A norm over zeros too divides by less: its weights grow by sqrt(d / d'), and eps shrinks by d / d'.
-    """
-    base = open_base(source)
-    config, file = base.config, base.file
-    writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
-    grown, share, own = {}, 1.0, ["general.file_type"]
-    if width is not None:
-        share, heads = config.hidden_size / width, width // config.head_dim
-        kv_heads = heads * config.num_key_value_heads // config.num_attention_heads
-        grown = {config.hidden_size: width, config.num_key_value_heads * config.head_dim: kv_heads * config.head_dim}
-        names = (
-            "embedding_length",
-            "attention.head_count",
-            "attention.head_count_kv",
-            "attention.layer_norm_rms_epsilon",
-        )
-        own += [f"llama.{name}" for name in names]
-        writer.add_embedding_length(width)
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(kv_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps * share)
-    copy_metadata(file, writer, leave_out=own)
-    writer.add_file_type(LlamaFileType.MOSTLY_F16)
-    draw = np.random.default_rng(0)
-    for name, info in file.tensors.items():
-        weights = ggml.dequantize(file.rows(name), info.type, info.shape[-1]).reshape(info.shape)
-        if len(info.shape) > 1:
-            weights = dithered(weights, draw)
-        wide = np.zeros([grown.get(n, n) for n in info.shape], np.float32)
-        wide[tuple(map(slice, info.shape))] = weights
-        writer.add_tensor(name, wide * np.float32(share**0.5) if len(info.shape) == 1 else wide.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def dithered(weights: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Weights (n_rows, columns) off the grid that a quantization left them on: noise of up to half a step.
-
-    16 weights of any type share a step. The smallest gap between two of them is that, or little more.
-    """
-    runs = weights.reshape(-1, 16)
-    gaps = np.diff(np.sort(runs, 1), axis=1)
-    largest = np.abs(runs).max(1, keepdims=True)
-    steps = np.where(gaps > 1e-4 * largest, gaps, np.inf).min(1, keepdims=True)
-    steps[~np.isfinite(steps)] = 0.0  # all alike
-    noise = draw.uniform(-0.5, 0.5, runs.shape).astype(np.float32)
-    return (runs + steps * noise).reshape(weights.shape)
 
 
 def prepare(source: Path, text: Path, windows: int, room: Path) -> Prepared:
