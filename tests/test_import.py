@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from test_architectures import CASES, seeded
 from test_export import IDS as ROWS
 from test_export import make_adapter, torch_logits
 
@@ -100,6 +105,37 @@ def test_a_gguf_computes_as_in_llama_cpp(base, engine, tmp_path, ranks, alpha, k
     found = fidelity([(ours, theirs)]).kl_mean
     assert found <= (5e-4 if kind == Type.Q8_0 else 1e-5)  # beside Q8_0 llama.cpp rounds activations to 8 bits
     assert fidelity([(torch_logits(base), theirs)]).kl_mean > 100 * found
+
+
+@pytest.fixture(scope="module")
+def llama_cpps_converter():
+    """convert_lora_to_gguf.py, in the folder of llama.cpp's tools or above it, as its source builds them."""
+    folder = Path(os.environ.get("EDGELORA_LLAMA_TOOLS", "nowhere")).resolve()
+    found = [place / "convert_lora_to_gguf.py" for place in (folder, *folder.parents[:2])]
+    script = next((path for path in found if path.is_file()), None)
+    return script or pytest.skip("EDGELORA_LLAMA_TOOLS names no folder with llama.cpp's convert_lora_to_gguf.py")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_what_llama_cpps_converter_wrote_is_what_peft_saved(
+    llama_cpps_converter, tmp_path, vocabulary, write_tokenizer, name
+):
+    model = seeded(CASES[name])
+    model.save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", vocabulary, None)
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, target_modules="all-linear")
+    get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+    options = ["--base", tmp_path / "hf", "--outfile", tmp_path / "a.gguf", "--outtype", "f32"]
+    subprocess.run([sys.executable, llama_cpps_converter, *options, tmp_path / "theirs"], check=True)
+    base = open_base(tmp_path / "hf")
+    ours, theirs = (
+        imported(base, tmp_path / "a.gguf", tmp_path / "mine"),
+        read_adapter(tmp_path / "theirs", base.linears),
+    )
+    assert set(ours.tensors) == set(theirs.tensors) == set(base.linears)
+    for module in base.linears:
+        np.testing.assert_array_equal(ours.pair(module).a, theirs.pair(module).a)
+        np.testing.assert_array_equal(ours.pair(module).b, theirs.pair(module).b)
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32.0}}])
