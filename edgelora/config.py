@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
-    "adalora", "loftq",
+    "adalora", "loftq", "lorma", "replora",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]

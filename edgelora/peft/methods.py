@@ -8,7 +8,21 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import adalora, dora, dylora, loftq, lora, lora_xs, multilora, olora, pissa, rslora, vera
+from edgelora.peft import (
+    adalora,
+    dora,
+    dylora,
+    loftq,
+    lora,
+    lora_xs,
+    lorma,
+    multilora,
+    olora,
+    pissa,
+    replora,
+    rslora,
+    vera,
+)
 from edgelora.peft.around import NOTHING, Around
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -115,6 +129,24 @@ METHODS: dict[str, Method] = {
         fresh=lora_xs.fresh,
         shapes=lambda _d_out, _d_in, rank: ((rank, rank),),
         held=2,
+    ),
+    "lorma": Method(
+        name="lorma",
+        paper="arXiv:2506.07621",
+        trains="A (r, d_out) and B (d_out, r), whose product multiplies the weight",
+        exits=("adapter", "merged"),
+        fresh=lorma.fresh,
+        shapes=lambda d_out, _, rank: pair(d_out, d_out, rank),
+        held=1,
+    ),
+    "replora": Method(
+        name="replora",
+        paper="arXiv:2502.03044",
+        trains="P (r, r), and two networks of r hidden units that make A and B of it",
+        exits=("adapter", "merged"),
+        fresh=replora.fresh,
+        shapes=lambda d_out, d_in, rank: ((rank, d_in), (rank, d_out), *3 * ((rank, rank),), *2 * ((rank,),)),
+        held=1,
     ),
     "multilora": Method(
         name="multilora",

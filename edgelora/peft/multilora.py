@@ -41,7 +41,7 @@ def groups_of(rank: int, n: int) -> Tensor:
 
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> MultiLoraDelta:
-    """A and B as torch initialises a linear; the scaling is zero: it does nothing yet (section 3.2 of the paper).
+    """A and B as torch initialises a linear; the scaling is zero: it does nothing yet, as in the paper.
 
     The rank is that of all of them together, so that as many numbers are trained as with a LoRA, and n d_out more.
     """

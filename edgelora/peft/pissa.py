@@ -8,7 +8,7 @@ from torch import Tensor
 from edgelora.nn.linear import Weight
 from edgelora.peft.start import StartedDelta, require_rank
 
-OVERSAMPLED, ITERATIONS = 8, 4  # section 5.5 of the paper: from 4 iterations on the loss is that of the exact SVD's
+OVERSAMPLED, ITERATIONS = 8, 4  # test_methods.py: what is left of a matrix is within 0.1 % of the exact SVD's
 
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> StartedDelta:

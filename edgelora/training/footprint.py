@@ -261,7 +261,7 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     slice_of_head = min(vocabulary, VOCABULARY_ROWS) * d
     largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
     same = config.base_dtype == config.dtype
-    through_f32 = config.base_dtype == "nf4" or config.method == "dora"
+    through_f32 = config.base_dtype == "nf4" or config.method in ("dora", "lorma")
     wide = slice_of_head if kind != Type.F32 else 0
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
