@@ -18,38 +18,37 @@ from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.files.lazy import Lazy
-from edgelora.peft.adapter import Adapter, LoraPair
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.change import Change
 
 LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
 
 
-def gguf_pairs(adapter: Adapter, base: Base) -> Mapping[str, LoraPair]:
-    """The adapter's pairs by GGUF tensor name, B and a DoRA's lengths in GGUF's row order, every scale in B.
+def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
+    """What the adapter makes of each linear layer, by the GGUF tensor of its weight and in GGUF's order of rows.
 
     Each is made where it is asked for, and not kept.
     """
 
-    def pair_of(module: str) -> LoraPair:
-        pair, order = adapter.pair(module), gguf_row_order(base.architecture, base.config, module)
-        if order is None:
-            return pair
-        return LoraPair(pair.a, pair.b[order], None if pair.magnitude is None else pair.magnitude[order])
+    def change_of(module: str) -> Change:
+        change, order = adapter.change(module), gguf_row_order(base.architecture, base.config, module)
+        return change if order is None else change.of(order)
 
-    return Lazy({base.tensor_of(module): module for module in adapter.tensors}, pair_of)
+    return Lazy({base.tensor_of(module): module for module in adapter.linears}, change_of)
 
 
 def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:
     """Write the GGUF to `out` (a staged path), with a reserved place for the certificate.
 
-    Raises ExportError if a value does not fit into `dtype`, or if it is a DoRA.
+    Raises ExportError if a value does not fit into `dtype`, or if it is more than B A.
     """
-    pairs = dict(gguf_pairs(adapter, base))
-    if any(pair.magnitude is not None for pair in pairs.values()):
-        raise ExportError(
-            what=f"{name}: a DoRA cannot be an adapter of llama.cpp",
-            why="llama.cpp adds B A x to W x; a DoRA scales every row of the sum as well",
-            fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
-        )
+    pairs = {}
+    for tensor, change in gguf_changes(adapter, base).items():
+        if change.pair is None or not change.is_pair:
+            raise _not_a_lora(name, adapter)
+        pairs[tensor] = change.pair
+    if adapter.norms:
+        raise _not_a_lora(name, adapter)
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
     writer.add_type("adapter")
     writer.add_name(name)
@@ -62,6 +61,16 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
         writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
         writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))
     write_whole(writer)
+
+
+def _not_a_lora(name: str, adapter: Adapter) -> ExportError:
+    one = adapter.kind.one
+    more = "scales every row of the sum as well" if one == "a DoRA" else "changes something else"
+    return ExportError(
+        what=f"{name}: {one} cannot be an adapter of llama.cpp",
+        why=f"llama.cpp adds B A x to W x, and nothing else; {one} {more}",
+        fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
+    )
 
 
 def _cast(values: np.ndarray, dtype: str, tensor: str) -> np.ndarray:

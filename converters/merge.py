@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf.constants import GGMLQuantizationType, LlamaFileType
 
-from converters.adapter_to_gguf import gguf_pairs
+from converters.adapted import Deltas, added_biases, of_gguf, require_biases
 from converters.base_to_gguf import Slab, Target, plan, slabs
 from converters.in_range import in_range
 from converters.metadata import PARENTS, QUANTIZED_BY, copy_metadata, descent, put, write_metadata
@@ -23,7 +23,7 @@ from converters.stream import Entry, write_streamed
 from edgelora.base.model import Base
 from edgelora.files.certificate_keys import reserved
 from edgelora.files.contract import CONTRACT_KEY, LINEAGE_KEY, lineage_text
-from edgelora.peft.adapter import Adapter, LoraPair
+from edgelora.peft.adapter import Adapter
 from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
@@ -63,16 +63,22 @@ class Recipe:
 def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) -> None:
     """Write the merged model to `out` (a staged path), with a reserved place for the certificate.
 
-    Raises ExportError, naming the tensor, if a merged weight does not fit into its type, or needs importance.
+    Raises ExportError, naming the tensor, if a merged weight does not fit into its type, or needs importance; and for
+    a bias that llama.cpp does not load.
     """
-    base, types, targets = recipe.base, recipe.types, targets_of(recipe.base)
+    base, added = recipe.base, new_biases(recipe.base, recipe.parts)
+    targets, types = targets_of(base) | added, {**recipe.types, **{name: entry.kind for name, entry in added.items()}}
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
     _write_metadata(writer, recipe)
     for name in base.source.tensors:  # the fingerprint read some rows of each
         base.source.forget(name)
-    deltas = Deltas([(gguf_pairs(part.adapter, base), part.scale) for part in recipe.parts])
+    deltas = Deltas([(of_gguf(part.adapter, base), part.scale) for part in recipe.parts])
 
     def rows_of(name: str) -> Iterator[np.ndarray]:
+        if name in added:
+            zeros = Slab(0, 0, np.zeros((1, *added[name].shape), np.float32))
+            yield quantized(deltas.merged(name, zeros), types[name], name)
+            return
         if name not in deltas.touched and targets[name].kind == types[name] and base.is_gguf:
             yield base.file.rows(name)
             base.file.forget(name)
@@ -80,7 +86,18 @@ def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) ->
         for slab in slabs(base, name, targets[name]):
             yield quantized(deltas.merged(name, slab), types[name], name, _of_matrix(recipe, name, slab))
 
-    write_streamed(writer, entries_of(base, types), rows_of, "merge", on_progress)
+    write_streamed(writer, entries_of(base, types) | added, rows_of, "merge", on_progress)
+
+
+def new_biases(base: Base, parts: Sequence[Part]) -> dict[str, Target]:
+    """The biases that the result has and the base has not, by their GGUF names.
+
+    Raises ExportError if llama.cpp does not load one.
+    """
+    added = added_biases(base, [part.adapter for part in parts if part.scale])
+    require_biases(base, added)
+    names = {module: f"{base.tensor_of(module).removesuffix('.weight')}.bias" for module in added}
+    return {name: Target((base.linears[module][0],), Type.F32) for module, name in names.items()}
 
 
 def targets_of(base: Base) -> dict[str, Target]:
@@ -110,38 +127,6 @@ def quantized(weights: np.ndarray, kind: Type, name: str, importance: np.ndarray
     """Merged float32 (n, columns) as rows of `kind`. Raises ExportError if a weight does not fit into it."""
     fix = "merge at a smaller scale (--adapter FOLDER:0.5), or run the adapter live instead"
     return in_range(f"{name}: a merged weight", weights, kind, importance, fix=fix)
-
-
-class Deltas:
-    """What adapters add to the tensors of a base: the pairs of each by tensor name, and its scale.
-
-    Those of one tensor are in memory at a time.
-    """
-
-    def __init__(self, adapters: Sequence[tuple[Mapping[str, LoraPair], float]]) -> None:
-        self._adapters = [(pairs, scale) for pairs, scale in adapters if scale]
-        self.touched = {name for pairs, _ in self._adapters for name in pairs}
-        self._name, self._pairs = "", list[tuple[LoraPair, float]]()
-
-    def merged(self, name: str, slab: Slab) -> np.ndarray:
-        """The rows of a slab with every change added, float32."""
-        weight, rows = slab.floats, slice(slab.first, slab.first + len(slab.floats))
-        merged = weight.copy() if name in self.touched else weight
-        with np.errstate(over="ignore", invalid="ignore"):  # `quantized` names the tensor
-            for pair, scale in self._of(name):
-                change = _rows(pair, rows).change(weight)
-                change *= scale
-                merged += change
-        return merged
-
-    def _of(self, name: str) -> list[tuple[LoraPair, float]]:
-        if name != self._name:
-            self._name, self._pairs = name, [(pairs[name], scale) for pairs, scale in self._adapters if name in pairs]
-        return self._pairs
-
-
-def _rows(pair: LoraPair, rows: slice) -> LoraPair:
-    return LoraPair(pair.a, pair.b[rows], None if pair.magnitude is None else pair.magnitude[rows])
 
 
 def _of_matrix(recipe: Recipe, name: str, slab: Slab) -> np.ndarray | None:

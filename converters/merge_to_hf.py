@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from converters.adapted import Deltas, added_biases, of_checkpoint, settings_for
 from converters.base_to_gguf import ELEMENTS_AT_ONCE, Slab
-from converters.merge import Deltas, Part, lineage_of, quantized
+from converters.merge import Part, lineage_of, quantized
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.errors import ConfigError, ExportError
 from edgelora.files.checkpoint import CONFIG, INDEX, Checkpoint
 from edgelora.files.contract import CHECKPOINT_LINEAGE, FILE_NAME
-from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile, StoredTensor
-from edgelora.peft.adapter import Adapter, LoraPair
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 # What goes along beside the weights and config.json. The model card does not: it describes the base.
@@ -48,28 +47,37 @@ def write_merged_folder(
             why="it lacks the files that describe one, and quantized weights would pass for an original",
             fix="merge into the checkpoint that it was made from, or choose another --to, such as F16",
         )
-    deltas = Deltas([(_pairs(part.adapter), part.scale) for part in parts])
+    settings, added = _new_biases(base, parts)
+    deltas = Deltas([(of_checkpoint(part.adapter), part.scale) for part in parts])
     pace = Pace(len(source.tensors))
     for shard in source.shards:
-        for _ in _write_shard(out / shard.path.name, shard, deltas, dtype):
+        for _ in _write_shard(out / shard.path.name, shard, deltas, dtype, added):
             _, eta = pace.step(0)
             on_progress(Progress("merge", pace.done, pace.total, eta_s=eta))
-    _write_beside(out, base, parts, dtype)
+    _write_beside(out, base, parts, dtype, settings)
 
 
-def _pairs(adapter: Adapter) -> Mapping[str, LoraPair]:
-    return Lazy({f"{module}.weight": module for module in adapter.tensors}, adapter.pair)
+def _new_biases(base: Base, parts: Sequence[Part]) -> tuple[list[str], dict[str, str]]:
+    """The settings of config.json that have to be on, and for each weight whose layer then gets a bias, its name."""
+    settings = settings_for(base, added_biases(base, [part.adapter for part in parts if part.scale]))
+    layers = {layer for name in settings for layer in base.architecture.bias_settings[name]} - set(base.biased)
+    modules = [module for module in base.linears if module.split(".", 3)[3] in layers]
+    return settings, {f"{module}.weight": f"{module}.bias" for module in modules}
 
 
-def _write_shard(out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str | None) -> Iterator[None]:
-    """Write one file; yields after each tensor."""
+def _write_shard(
+    out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str | None, added: Mapping[str, str]
+) -> Iterator[None]:
+    """Write one file, a new bias behind its weight; yields after each of the tensors that the shard has."""
     tensors = sorted(shard.tensors.values(), key=lambda t: t.offset)
     kinds = {t.name: GGMLQuantizationType[dtype or t.dtype] for t in tensors}
     header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
     end = 0
     for t in tensors:
-        begin, end = end, end + _size_bytes(t, kinds[t.name])
-        header[t.name] = {"dtype": kinds[t.name].name, "shape": list(t.shape), "data_offsets": [begin, end]}
+        shapes = {t.name: t.shape} | ({added[t.name]: t.shape[:1]} if t.name in added else {})
+        for name, shape in shapes.items():
+            begin, end = end, end + _size_bytes(shape, kinds[t.name])
+            header[name] = {"dtype": kinds[t.name].name, "shape": list(shape), "data_offsets": [begin, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with out.open("wb") as f:
@@ -77,6 +85,11 @@ def _write_shard(out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str |
         for t in tensors:
             for rows in _merged(shard, t, deltas, kinds[t.name]):
                 f.write(np.ascontiguousarray(rows).data)
+            if t.name in added:
+                zeros = Slab(0, 0, np.zeros((1, t.shape[0]), np.float32))
+                f.write(
+                    np.ascontiguousarray(quantized(deltas.merged(added[t.name], zeros), kinds[t.name], t.name)).data
+                )
             shard.forget(t.name)
             yield
 
@@ -93,16 +106,17 @@ def _merged(
         yield quantized(deltas.merged(tensor.name, slab), kind, tensor.name)
 
 
-def _size_bytes(tensor: StoredTensor, kind: GGMLQuantizationType) -> int:
-    return int(np.prod(tensor.shape, dtype=np.int64)) * ggml.row_bytes(kind, 1)
+def _size_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * ggml.row_bytes(kind, 1)
 
 
-def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | None) -> None:
+def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | None, settings: Sequence[str]) -> None:
     """config.json with the lineage, the index, the contract, and the files that go along as they are."""
     source = base.source
     assert isinstance(source, Checkpoint)
     stated = {} if dtype is None else {"torch_dtype" if "torch_dtype" in source.config else "dtype": DTYPES[dtype]}
-    _write_json(out / CONFIG, {**source.config, **stated, CHECKPOINT_LINEAGE: lineage_of(base, parts)})
+    biased = dict.fromkeys(settings, True)
+    _write_json(out / CONFIG, {**source.config, **stated, **biased, CHECKPOINT_LINEAGE: lineage_of(base, parts)})
     if len(source.shards) > 1:
         shards = [SafetensorsFile(out / shard.path.name) for shard in source.shards]
         total = sum(t.size_bytes for shard in shards for t in shard.tensors.values())

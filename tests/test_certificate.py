@@ -14,7 +14,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 from test_export import make_adapter, make_dora
 
-from converters.adapter_to_gguf import gguf_pairs
+from converters.adapter_to_gguf import gguf_changes
 from converters.metadata import copy_metadata, put
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -141,7 +141,7 @@ def test_several_adapters_are_part_of_the_reference(tiny, tmp_path):
     for number, (adapter, scale) in enumerate(adapters):
         write_adapter(tmp_path / str(number), adapter)
         named.append((tmp_path / str(number), scale))
-    pairs = [(gguf_pairs(adapter, base), scale) for adapter, scale in adapters]
+    pairs = [(gguf_changes(adapter, base), scale) for adapter, scale in adapters]
     change = {name: sum(scale * of[name].b @ of[name].a for of, scale in pairs) for name in pairs[0][0]}
     edit(tiny.path, tmp_path / "merged.gguf", change=change)
     assert held(tmp_path / "merged.gguf", tiny.path, named).faults == []

@@ -425,7 +425,7 @@ def broken(folder: Path, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ("half", "lora_A is missing"), ("nan", "it holds NaN or infinite values"), ("rank", "expected (r, "),
+        ("half", "lora_A is missing"), ("nan", "it holds NaN or infinite values"), ("rank", "expected (256, 2)"),
         ("flat", "expected (r, "), ("stranger", "score.weight is no part of a plain LoRA"),
         ("dora", "lora_magnitude_vector is missing"),
         ("contract", "the contract cannot be read (base_file: "),

@@ -18,7 +18,7 @@ from edgelora.base.layerwise import hidden_states
 from edgelora.base.model import Base, open_base
 from edgelora.data.encode import Example
 from edgelora.data.pack import Batch, pack
-from edgelora.peft.blend import blend, blend_linears
+from edgelora.peft.blend import blend, blend_layers
 
 # every norm, gate, rotation, window and mixture that a layer can have
 KINDS = ("llama-biased", "gemma2", "gemma3_text", "phi3-long", "smollm3", "olmo2", "granite", "qwen3_moe")
@@ -68,7 +68,7 @@ def test_the_states_are_those_of_the_decoder(saved, name):
 def test_a_gguf_with_adapters(make_tiny, kind):
     base, (batch, _) = open_base(make_tiny(kind).path), batches()
     adapters = [(make_adapter(base, seed=1), 0.5), (make_dora(base), 1.0), (make_adapter(base, seed=2), -2.0)]
-    (found,) = hidden_states(base, [batch], partial(blend_linears, adapters=adapters))
+    (found,) = hidden_states(base, [batch], partial(blend_layers, adapters=adapters))
     hidden, logits = in_one_piece(base, batch, adapters)
     np.testing.assert_array_equal(found, hidden.numpy())
     np.testing.assert_allclose(Head(base).logits(found), logits.numpy(), atol=1e-4, rtol=1e-5)

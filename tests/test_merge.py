@@ -20,7 +20,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from safetensors.numpy import save_file
 from test_export import llama_logits, make_adapter, make_dora, torch_logits
 
-from converters.adapter_to_gguf import gguf_pairs
+from converters.adapter_to_gguf import gguf_changes
 from converters.base_to_gguf import write_base_gguf
 from converters.imatrix import Importance, write_importance
 from converters.merge import Part, Recipe, float_types, write_merged
@@ -115,7 +115,7 @@ def test_merged_weights_are_quantized_from_float32(make_tiny, tmp_path, kind, qu
     adapters = [(saved(tmp_path / "one", one), 1.0), (saved(tmp_path / "two", two), -0.5)]
     write(path, adapters, tmp_path / "out.gguf", quant)
     found, rounded = GGUFFile(tmp_path / "out.gguf"), 0
-    pairs = [(gguf_pairs(one, base), 1.0), (gguf_pairs(two, base), -0.5)]
+    pairs = [(gguf_changes(one, base), 1.0), (gguf_changes(two, base), -0.5)]
     for name, info in found.tensors.items():
         stored = base.file.tensors[name]
         weight = ggml.dequantize(base.file.rows(name), stored.type, stored.shape[-1])
@@ -483,7 +483,7 @@ def test_of_an_adapter_one_module_is_in_memory_at_a_time(tiny, tmp_path):
     largest = max(sum(x.nbytes for x in parts.values()) for parts in tensors.values())
     tracemalloc.start()
     try:
-        pairs = gguf_pairs(read_adapter(tmp_path / "large", base.linears), base)
+        pairs = gguf_changes(read_adapter(tmp_path / "large", base.linears), base)
         found = {name: pairs[name].b.shape for name in pairs}
         _, peak = tracemalloc.get_traced_memory()
     finally:

@@ -94,6 +94,11 @@ class Experts(NamedTuple):
     down: str
 
 
+QKV = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))
+ATTENTION_BIAS = {"attention_bias": (*QKV[:3], "self_attn.o_proj")}
+MLP_BIAS = {"mlp_bias": tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))}
+
+
 @dataclass(frozen=True)
 class LlamaCpp:
     """What llama.cpp makes of a family, and what a GGUF says of it, where that is not simply the model."""
@@ -112,6 +117,8 @@ class LlamaCpp:
     """Whether the width of a head is taken to be hidden_size / num_attention_heads."""
     scales_embeds: bool = False
     """Whether it multiplies by `embedding_multiplier` what is given as embeddings, as it does those it looks up."""
+    biases: tuple[str, ...] = QKV
+    """The linear layers whose bias it loads where the file has one; a file with another does not load."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Fields of `ModelConfig` that a GGUF states besides the common ones, by their keys."""
     otherwise: Callable[[ModelConfig], str | None] = lambda _: None
@@ -141,6 +148,8 @@ class Architecture:
     """HF multiplies by `embedding_multiplier` what is given as embeddings (`inputs_embeds`), as those it looks up."""
     pairs_rotary_rows: bool = False
     """GGUF moves the rows of q and k so that llama.cpp's "normal" rope, of adjacent pairs, fits."""
+    bias_settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Settings of config.json that give all of these linear layers a bias."""
     llama_cpp: LlamaCpp = LlamaCpp()
 
     def layer_matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import SANDWICH, Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, SANDWICH, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.gemma import OTHER_SCALE, has_that_scale, scale_in_llama_cpp, softcap
 from edgelora.architectures.reading import (
     every,
@@ -74,6 +74,7 @@ GEMMA2 = Architecture(
     read_gguf=read_gguf,
     norms=SANDWICH,
     norm_shift=1.0,
+    bias_settings=ATTENTION_BIAS,
     llama_cpp=LlamaCpp(
         applies_window=True,
         states_window=True,

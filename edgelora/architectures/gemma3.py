@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import FULL, SANDWICH, SLIDING, Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, FULL, SANDWICH, SLIDING, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.gemma import OTHER_SCALE, has_that_scale, scale_in_llama_cpp, softcap
 from edgelora.architectures.reading import (
     every,
@@ -98,6 +98,7 @@ GEMMA3 = Architecture(
     read_gguf=read_gguf,
     norms=SANDWICH,
     norm_shift=1.0,
+    bias_settings=ATTENTION_BIAS,
     qk_norm="head",
     llama_cpp=LlamaCpp(
         applies_window=True,

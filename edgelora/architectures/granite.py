@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, MLP_BIAS, QKV, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, number, require_act
 from edgelora.errors import BaseModelError
 from edgelora.files.gguf import GGUFFile
@@ -48,5 +48,12 @@ GRANITE = Architecture(
     read_gguf=read_gguf,
     scales_embeds=True,
     pairs_rotary_rows=True,
-    llama_cpp=LlamaCpp(reads_rope_factors=True, whole_heads=True, scales_embeds=True, keys=SCALES),
+    bias_settings=ATTENTION_BIAS | MLP_BIAS,
+    llama_cpp=LlamaCpp(
+        reads_rope_factors=True,
+        biases=(*QKV, "self_attn.o_proj", *MLP_BIAS["mlp_bias"]),
+        whole_heads=True,
+        scales_embeds=True,
+        keys=SCALES,
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, MLP_BIAS, QKV, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act
 from edgelora.files.gguf import GGUFFile
 
@@ -28,5 +28,8 @@ LLAMA = Architecture(
     read_hf=read_hf,
     read_gguf=read_gguf,
     pairs_rotary_rows=True,
-    llama_cpp=LlamaCpp(reads_rope_factors=True, states_window=True),
+    bias_settings=ATTENTION_BIAS | MLP_BIAS,
+    llama_cpp=LlamaCpp(
+        reads_rope_factors=True, biases=(*QKV, "self_attn.o_proj", *MLP_BIAS["mlp_bias"]), states_window=True
+    ),
 )

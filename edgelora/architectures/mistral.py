@@ -18,4 +18,4 @@ def read_hf(config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(model_type="mistral", **hf_dimensions(config), sliding_window=optional_window(config, 4096))
 
 
-MISTRAL = replace(LLAMA, model_type="mistral", read_hf=read_hf)
+MISTRAL = replace(LLAMA, model_type="mistral", read_hf=read_hf, bias_settings={})

@@ -43,5 +43,6 @@ MIXTRAL = replace(
     model_type="mixtral",
     read_hf=read_hf,
     read_gguf=read_gguf,
+    bias_settings={},
     experts=Experts("block_sparse_moe.gate", "block_sparse_moe.experts", gate="w1", up="w3", down="w2"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import POST_NORM, Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, POST_NORM, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act
 from edgelora.errors import BaseModelError
 from edgelora.files.gguf import GGUFFile
@@ -40,5 +40,6 @@ OLMO2 = Architecture(
     read_gguf=read_gguf,
     norms=POST_NORM,
     qk_norm="row",
+    bias_settings=ATTENTION_BIAS,
     llama_cpp=LlamaCpp(whole_heads=True, otherwise=otherwise_in_llama_cpp),
 )

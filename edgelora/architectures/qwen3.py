@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, Architecture, ModelConfig
 from edgelora.architectures.reading import gguf_dimensions, hf_dimensions, require_act, upper_window
 from edgelora.files.gguf import GGUFFile
 
@@ -22,4 +22,11 @@ def read_gguf(file: GGUFFile) -> ModelConfig:
     return ModelConfig(model_type="qwen3", **gguf_dimensions(file))
 
 
-QWEN3 = Architecture(model_type="qwen3", gguf_name="qwen3", read_hf=read_hf, read_gguf=read_gguf, qk_norm="head")
+QWEN3 = Architecture(
+    model_type="qwen3",
+    gguf_name="qwen3",
+    read_hf=read_hf,
+    read_gguf=read_gguf,
+    qk_norm="head",
+    bias_settings=ATTENTION_BIAS,
+)

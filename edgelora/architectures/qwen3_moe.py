@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import Architecture, Experts, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, Architecture, Experts, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import (
     gguf_dimensions,
     gguf_experts,
@@ -56,6 +56,7 @@ QWEN3_MOE = Architecture(
     read_hf=read_hf,
     read_gguf=read_gguf,
     qk_norm="head",
+    bias_settings=ATTENTION_BIAS,
     experts=Experts("mlp.gate", "mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"),
     llama_cpp=LlamaCpp(otherwise=otherwise_in_llama_cpp),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgelora.architectures.config import FULL, SLIDING, Architecture, LlamaCpp, ModelConfig
+from edgelora.architectures.config import ATTENTION_BIAS, FULL, MLP_BIAS, SLIDING, Architecture, LlamaCpp, ModelConfig
 from edgelora.architectures.reading import (
     gguf_dimensions,
     hf_dimensions,
@@ -69,5 +69,6 @@ SMOLLM3 = Architecture(
     read_hf=read_hf,
     read_gguf=read_gguf,
     pairs_rotary_rows=True,
+    bias_settings=ATTENTION_BIAS | MLP_BIAS,
     llama_cpp=LlamaCpp(otherwise=otherwise_in_llama_cpp),
 )

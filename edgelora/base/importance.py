@@ -19,7 +19,7 @@ from edgelora.architectures.names import EMBEDDING, HEAD, gguf_place
 from edgelora.base.activations import ActivationSums
 from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta, Factors, Linear, Weight, lora
+from edgelora.nn.linear import Delta, Factors, Linear, Weight, bias_of, lora
 from edgelora.nn.mixture import Mixture
 
 
@@ -36,6 +36,9 @@ class _Watched:
         if self.inner is None:
             return _times(x, weight)
         return self.inner(x, weight) if self.inner.factors is None else lora(x, weight, self.inner.factors)
+
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias_of(self.inner, bias)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.inner is None else self.inner.tensors()

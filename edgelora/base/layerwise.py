@@ -17,13 +17,12 @@ from edgelora.base.decoder import held
 from edgelora.base.hold import hold
 from edgelora.base.model import Base
 from edgelora.data.pack import Batch
-from edgelora.nn.decoder import Frozen, Layer, Norm, Tables
-from edgelora.nn.linear import Linear
+from edgelora.nn.decoder import Adaptable, Frozen, Layer, Tables, adaptable, final_norm
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.rotary import rotary_tables
 
-Adapt: TypeAlias = Callable[[Mapping[str, Linear]], None]
-"""Puts adapters on some linear layers, by their full HF names."""
+Adapt: TypeAlias = Callable[[Mapping[str, Adaptable]], None]
+"""Puts adapters on some linear layers and norms, by their full HF names."""
 
 
 @torch.no_grad()
@@ -47,7 +46,9 @@ def hidden_states(
         for name in _names(base, i):
             base.tensors.forget(name)
         on_layer()
-    norm = Norm(torch.from_numpy(base.tensors.vector(f"{FINAL_NORM}.weight").copy()), config.rms_norm_eps)
+    weight = torch.from_numpy(base.tensors.vector(f"{FINAL_NORM}.weight").copy())
+    norm = final_norm(base.architecture, config, weight)
+    adapt({FINAL_NORM: norm})
     return [(norm(x) / config.logits_scaling).numpy() for x in states]
 
 
@@ -71,8 +72,7 @@ def _layer(base: Base, number: int, adapt: Adapt) -> Layer:
     matrices, vectors = held(base, _names(base, number))
     unused = next(iter(matrices.values()))  # a layer has neither an embedding nor a head
     layer = Layer(base.architecture, base.config, Frozen(matrices, vectors, unused, unused), number)
-    prefix = f"model.layers.{number}"
-    adapt({f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, Linear)})
+    adapt(adaptable(layer, f"model.layers.{number}"))
     return layer
 
 

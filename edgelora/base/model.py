@@ -12,7 +12,7 @@ from gguf.constants import LlamaFileType
 
 from edgelora.architectures import ARCHITECTURES, Architecture, ModelConfig, family_of_gguf
 from edgelora.architectures.metadata import context_in_llama_cpp, unlike_llama_cpp
-from edgelora.architectures.names import gguf_place, linear_modules, tensor_shapes
+from edgelora.architectures.names import gguf_place, is_norm, linear_modules, tensor_shapes
 from edgelora.architectures.rope import FREQUENCIES, LONG, SHORT
 from edgelora.base import ggml
 from edgelora.base.fingerprint import fingerprint
@@ -73,6 +73,12 @@ class Base:
     def linears(self) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of every linear layer that adapters attach to, by its full HF name."""
         return linear_modules(self.architecture, self.config)
+
+    @cached_property
+    def norms(self) -> dict[str, int]:
+        """The width of every norm, by its full HF name."""
+        shapes = tensor_shapes(self.architecture, self.config)
+        return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if is_norm(name)}
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +50,43 @@ class Frozen:
         return Linear(self.matrices[module], self.vectors.get(f"{module}.bias"))
 
 
+class NewWeight(Protocol):
+    """What an adapter puts in the place of a norm's weight (d,)."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of it, by PEFT's names."""
+        ...
+
+
 class Norm(nn.Module):
+    """x / rms(x) · w, where w is `weight`, or its `delta`'s. shift: what HF's weight lacks of w."""
+
+    delta: NewWeight | None
     weight: Tensor
 
-    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32, shift: float = 0.0) -> None:
         super().__init__()
-        self.eps, self.dtype = eps, dtype
+        self.eps, self.dtype, self.shift = eps, dtype, shift
+        self.delta = None
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, self.weight, self.eps, self.dtype)
+        return RMSNorm.apply(x, self._weight, self.eps, self.dtype)
 
     def plain(self, x: Tensor) -> Tensor:
         """The same values without a place in the graph."""
-        return rms_norm(x, self.weight, self.eps, self.dtype)[0]
+        return rms_norm(x, self._weight.detach(), self.eps, self.dtype)[0]
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.weight if self.delta is None else self.delta.weight
+
+
+Adaptable: TypeAlias = Linear | Norm
+"""A layer that an adapter can change, by its `delta`."""
 
 
 class Attention(nn.Module):
@@ -85,7 +109,12 @@ class Attention(nn.Module):
         self.q_norm = self.k_norm = None
         if architecture.qk_norm is not None:
             self.q_norm, self.k_norm = (
-                Norm(frozen.vectors[f"{prefix}.{name}_norm.weight"], config.rms_norm_eps, frozen.compute)
+                Norm(
+                    frozen.vectors[f"{prefix}.{name}_norm.weight"],
+                    config.rms_norm_eps,
+                    frozen.compute,
+                    architecture.norm_shift,
+                )
                 for name in "qk"
             )
         self.norm_per_head = architecture.qk_norm == "head"
@@ -159,7 +188,8 @@ class Layer(nn.Module):
             if name is not None:
                 weight = frozen.vectors[f"model.layers.{layer}.{name}.weight"]
                 reads = name in (self.norms.before_attention, self.norms.before_mlp)
-                self.add_module(name, Norm(weight, config.rms_norm_eps, frozen.compute if reads else torch.float32))
+                compute = frozen.compute if reads else torch.float32
+                self.add_module(name, Norm(weight, config.rms_norm_eps, compute, architecture.norm_shift))
 
     def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
         norms = self.norms
@@ -184,15 +214,26 @@ class Layer(nn.Module):
             return x + y if self.multiplier == 1.0 else torch.add(x, y, alpha=self.multiplier)
 
 
+def final_norm(architecture: Architecture, config: ModelConfig, weight: Tensor) -> Norm:
+    """The one behind all layers."""
+    return Norm(weight, config.rms_norm_eps, shift=architecture.norm_shift)
+
+
 class Body(nn.Module):
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(architecture, config, frozen, i) for i in range(config.num_hidden_layers))
-        self.norm = Norm(frozen.vectors[f"{FINAL_NORM}.weight"], config.rms_norm_eps)
+        self.norm = final_norm(architecture, config, frozen.vectors[f"{FINAL_NORM}.weight"])
+
+
+def adaptable(part: nn.Module, prefix: str = "") -> dict[str, Adaptable]:
+    """The layers of a decoder, or of a part of it whose name is `prefix`, that an adapter can change."""
+    dot = "." if prefix else ""
+    return {f"{prefix}{dot}{n}": m for n, m in part.named_modules() if isinstance(m, Linear | Norm)}
 
 
 class Decoder(nn.Module):
-    """A causal language model over frozen weights. `linears` are the layers that adapters attach to."""
+    """A causal language model over frozen weights. `linears` and `norms` are the layers that adapters attach to."""
 
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
@@ -209,6 +250,15 @@ class Decoder(nn.Module):
     @property
     def linears(self) -> dict[str, Linear]:
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+
+    @property
+    def norms(self) -> dict[str, Norm]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, Norm)}
+
+    @property
+    def adaptable(self) -> dict[str, Adaptable]:
+        """Every layer that an adapter can change, by its HF name."""
+        return adaptable(self)
 
     def forward(self, input_ids: Tensor, positions: Tensor, segment_starts: list[int], prefix: int = 0) -> Tensor:
         """Final hidden states float32 (T, d) of a packed row: ids (T,), positions (T,), n + 1 segment borders.

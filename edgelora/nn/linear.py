@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,22 @@ class Delta(Protocol):
         ...
 
 
+@runtime_checkable
+class ChangesBias(Protocol):
+    """A delta that puts something in the place of the layer's bias, too."""
+
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        """What is added in the end, of the frozen bias (d_out,), where the layer has one."""
+        ...
+
+
+def bias_of(delta: Delta | None, bias: Tensor | None) -> Tensor | None:
+    """The bias of a layer under this delta."""
+    return delta.of_bias(bias) if isinstance(delta, ChangesBias) else bias
+
+
 class Linear(nn.Module):
-    """y = x Wᵀ + bias, or whatever its `delta` makes of x and W, + bias. x: (T, d_in) → (T, d_out)."""
+    """y = x Wᵀ + bias, or what its `delta` makes of x and W, + what it makes of bias. x: (T, d_in) → (T, d_out)."""
 
     delta: Delta | None
     bias: Tensor | None
@@ -74,7 +88,8 @@ class Linear(nn.Module):
         return together(x, (self,), read)[0]
 
     def finish(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = bias_of(self.delta, self.bias)
+        return y if bias is None else y + bias.to(y.dtype)
 
 
 class Unread(NamedTuple):
@@ -95,11 +110,12 @@ def together(x: Tensor, linears: Sequence[Linear], read: bool = True) -> tuple[T
         weights = [linear.weight if read else Unread(linear.weight) for linear in linears]
         ys = LoraLinears.apply(x, weights, [pair.scale for pair in pairs], *flat)
     else:
-        ys = tuple(_alone(x, linear.weight, linear.delta) for linear in linears)
+        ys = tuple(product(x, linear.weight, linear.delta) for linear in linears)
     return tuple(linear.finish(y) for linear, y in zip(linears, ys, strict=True))
 
 
-def _alone(x: Tensor, weight: Weight, delta: Delta | None) -> Tensor:
+def product(x: Tensor, weight: Weight, delta: Delta | None = None) -> Tensor:
+    """x Wᵀ, or what the delta puts in its place: (T, d_in) → (T, d_out)."""
     if delta is None:
         return FrozenLinear.apply(x, weight)
     return delta(x, weight) if delta.factors is None else lora(x, weight, delta.factors)

@@ -11,7 +11,7 @@ from edgelora.nn import compiled, gpu
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / rms(x) · w with w frozen (arXiv:1910.07467). x (…, d), w (d,). Saves x and one float per row."""
+    """x / rms(x) · w (arXiv:1910.07467). x (…, d), w (d,), frozen or trained. Saves x and one float per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -21,9 +21,10 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, w, inverse_rms = ctx.saved_tensors
-        return _backward(grads[0], x, w, inverse_rms), None, None, None
+        dw = _backward_of_weight(grads[0], x, inverse_rms) if ctx.needs_input_grad[1] else None
+        return _backward(grads[0], x, w, inverse_rms) if ctx.needs_input_grad[0] else None, dw, None, None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -59,3 +60,9 @@ def _backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
     dy = dy * w  # (…, d) float32
     mean = (dy * x).mean(-1, keepdim=True)  # (…, 1)
     return dy.addcmul_(x, mean * inverse_rms.square(), value=-1).mul_(inverse_rms).to(x.dtype)
+
+
+def _backward_of_weight(dy: Tensor, x: Tensor, inverse_rms: Tensor) -> Tensor:
+    """Σ dy ∘ x / rms(x) over all rows, in the type of 1 / rms(x)."""
+    normed = x.to(inverse_rms.dtype) * inverse_rms  # (…, d)
+    return normed.mul_(dy).flatten(0, -2).sum(0)

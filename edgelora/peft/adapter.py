@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from edgelora.architectures.names import is_norm
 from edgelora.errors import AdapterError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
@@ -20,48 +20,21 @@ from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
+from edgelora.peft.change import SHORTEST, Change, LoraPair
+from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, Kind, Parts, kind_of
 
-# Settings of PEFT under which neither a LoRA nor a DoRA is what the adapter computes.
+__all__ = [
+    "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
+    "read_adapter", "refuse_pickle", "refuse_to_write", "write_adapter",
+]  # fmt: skip
+
+# Settings of PEFT under which what the tensors say is not all that the adapter computes.
 BEYOND_LORA = (
     "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
-# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
-STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
-SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
-
-CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-MAGNITUDE, SINGULAR = "lora_magnitude_vector", "lora_E"
-OF_A_LORA, OF_AN_ADALORA = ("lora_A", "lora_B"), ("lora_A", "lora_B", SINGULAR)
-READ = ("LORA", "ADALORA", "VERA")  # by PEFT's names
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
-
-
-@dataclass(frozen=True)
-class LoraPair:
-    """`a` (r, d_in) and `b` (d_out, r) float32 with every scale already in `b`: ΔW = b @ a.
-
-    A DoRA has a `magnitude` (d_out,) float32 too: the rows of W + b @ a are brought to these lengths.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    magnitude: np.ndarray | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-    def change(self, weight: np.ndarray) -> np.ndarray:
-        """ΔW (d_out, d_in) float32: what makes of this `weight` the adapted one."""
-        change: np.ndarray = self.b @ self.a
-        if self.magnitude is not None:
-            change += weight
-            lengths = np.sqrt(np.einsum("ij,ij->i", change, change))
-            change *= (self.magnitude / np.maximum(lengths, SHORTEST))[:, None]
-            change -= weight
-        return change
 
 
 @dataclass(frozen=True)
@@ -69,44 +42,56 @@ class Adapter:
     """A trained adapter. `tensors` has, for each HF module, the method's own tensors by their PEFT names.
 
     Of one that was read from its folder they stay in the file, and are read module by module where they are asked for.
+    A module is a linear layer, or a norm with a new weight.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, np.ndarray]]
     contract: Contract | None = None
 
+    @property
+    def kind(self) -> Kind:
+        """Its row in the table of kinds."""
+        kind = kind_of(self.config)
+        assert kind is not None, self.config.get("peft_type")
+        return kind
+
+    @property
+    def linears(self) -> list[str]:
+        """The linear layers that it changes."""
+        return [module for module in self.tensors if not is_norm(f"{module}.{NORM}")]
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms that have new weights."""
+        return [module for module in self.tensors if is_norm(f"{module}.{NORM}")]
+
+    def change(self, module: str) -> Change:
+        """What it makes of a linear layer, every scale folded in; float32."""
+        parts = {part: value.astype(np.float32, copy=False) for part, value in self.tensors[module].items()}
+        return self.kind.change(parts, self.config, module)
+
+    def norm(self, module: str) -> np.ndarray:
+        """The new weight (d,) of a norm, float32, as HF stores it: before what a family adds to it."""
+        return self.tensors[module][NORM].astype(np.float32, copy=False)
+
     def pairs(self) -> dict[str, LoraPair]:
-        """The pair of every module, all in memory."""
-        return {module: self.pair(module) for module in self.tensors}
+        """The pair of every linear layer, all in memory."""
+        return {module: self.pair(module) for module in self.linears}
 
     def pair(self, module: str) -> LoraPair:
-        """A module's LoRA pair with α/r (α/√r for rsLoRA), patterns included, folded into B; a DoRA's lengths."""
-        parts = self.tensors[module]
-        if self.config.get("peft_type") == "VERA":
-            return LoraPair(*vera_file.factors_of(parts))
-        if SINGULAR in parts:
-            return self._adalora_pair(parts)
-        rank = len(parts["lora_A"])
-        alpha = _by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"])
-        scale = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-        a, b, magnitude = (
-            parts[name].astype(np.float32, copy=False) if name in parts else None
-            for name in ("lora_A", "lora_B", MAGNITUDE)
-        )
-        assert a is not None
-        assert b is not None
-        return LoraPair(a, b if scale == 1.0 else b * np.float32(scale), magnitude)
+        """A module's LoRA pair with every scale folded into B; a DoRA's lengths.
 
-    def _adalora_pair(self, parts: Mapping[str, np.ndarray]) -> LoraPair:
-        # as PEFT scales it: by the rank at the start, whatever is left of that
-        scale = self.config["lora_alpha"] / (self.config["init_r"] + 1e-5)
-        a, b, singular = (parts[name].astype(np.float32, copy=False) for name in OF_AN_ADALORA)
-        return LoraPair(a * singular, b * np.float32(scale))
-
-
-def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule: a pattern is a regular expression that matches the end of a module's path, after a dot."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), default)
+        Raises AdapterError if what it makes of the module is no pair.
+        """
+        change = self.change(module)
+        if change.pair is None or any(v is not None for v in (change.rows, change.columns, change.whole, change.bias)):
+            raise AdapterError(
+                what=f"{module}: what the {self.kind.title} makes of it is not B A",
+                why="it changes whole rows, columns or biases, which two small matrices cannot say",
+                fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --out FILE`",
+            )
+        return change.pair
 
 
 def refuse_to_write(path: Path, overwrite: bool) -> None:
@@ -123,11 +108,11 @@ def refuse_to_write(path: Path, overwrite: bool) -> None:
 def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
     """Write the folder `path` in one step."""
     refuse_to_write(path, overwrite)
-    if adapter.config["peft_type"] == "VERA":
+    if adapter.kind is KINDS["VERA"]:
         flat = vera_file.flat(adapter.tensors)
     else:
         flat = {
-            f"{PREFIX}{module}.{part}{'' if part == MAGNITUDE else '.weight'}": value
+            adapter.kind.name(module, part): value
             for module, parts in adapter.tensors.items()
             for part, value in parts.items()
         }
@@ -153,8 +138,9 @@ def refuse_pickle(path: Path) -> None:
         raise AdapterError(fault.what, fault.why, fault.fix)
 
 
-def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Read a LoRA, DoRA, AdaLoRA or VeRA of PEFT's and hold it to `linears` (d_out, d_in): every fault at once."""
+def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]], norms: Mapping[str, int] | None = None) -> Adapter:
+    """Read an adapter of any of KINDS and NATIVE and hold it to `linears` (d_out, d_in) and `norms` (their widths),
+    by their HF names: every fault at once."""
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -167,13 +153,11 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     except FileFormatError as e:
         raise AdapterError(e.what, e.why, "train or download the adapter again") from e
     file = SafetensorsFile(path / TENSORS)
-    faults = _settings_faults(settings)
-    tensors: Mapping[str, Mapping[str, np.ndarray]]
-    if isinstance(settings, dict) and settings.get("peft_type") == "VERA":
-        tensors, more_faults = vera_file.read(file, linears)
-    else:
-        tensors, more_faults = _read_pairs(file, settings, linears)
-    faults += more_faults
+    kind, faults = _kind(settings)
+    tensors: Mapping[str, Parts] = {}
+    if kind is not None:
+        tensors, more_faults = _read(file, kind, linears, norms or {})
+        faults += more_faults
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AdapterError(
@@ -188,89 +172,65 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]]) -> Adapter:
     return Adapter(settings, tensors, contract)
 
 
-def _read_pairs(
-    file: SafetensorsFile, settings: Any, linears: Mapping[str, tuple[int, int]]
-) -> tuple[Mapping[str, Mapping[str, np.ndarray]], list[str]]:
-    """The tensors of a LoRA, DoRA or AdaLoRA, which stay in the file until they are asked for; and every fault."""
-    places: dict[str, dict[str, str]] = {}
-    faults: list[str] = []
-    stated = settings if isinstance(settings, dict) else {}
-    kind = "plain LoRA"
-    wanted: tuple[str, ...] = OF_A_LORA
-    if stated.get("use_dora"):
-        kind, wanted = "DoRA", (*OF_A_LORA, MAGNITUDE)
-    elif stated.get("peft_type") == "ADALORA":
-        kind, wanted = "AdaLoRA", OF_AN_ADALORA
-    for name, tensor in file.tensors.items():
-        if kind == "AdaLoRA" and 0 in tensor.shape:
-            continue  # a layer that lost all its ranks
-        module, _, part = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if part not in wanted or not name.startswith(PREFIX):
-            faults.append(f"{name} is no part of a {kind}")
-        else:
-            places.setdefault(module, {})[part] = name
-    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
-    return tensors, faults + _tensor_faults(tensors, linears, wanted)
-
-
-def _settings_faults(settings: Any) -> list[str]:
-    if not isinstance(settings, dict) or settings.get("peft_type") not in READ:
-        return [f"{CONFIG} is not that of a LoRA"]
+def _kind(settings: Any) -> tuple[Kind | None, list[str]]:
+    """What an adapter_config.json says it is, and what is wrong with it."""
+    if not isinstance(settings, dict):
+        return None, [f"{CONFIG} is no table of settings"]
+    kind = kind_of(settings)
+    if kind is None:
+        found = f"{settings.get('peft_type')}"
+        found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
+        return None, [f"{CONFIG} is that of an adapter of the kind {found}, which is not read here"]
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
-    if settings["peft_type"] == "VERA":
-        return faults
-    start = settings.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
-        faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")
-    if settings["peft_type"] == "ADALORA" and not (isinstance(settings.get("init_r"), int) and settings["init_r"] > 0):
-        faults.append(f"init_r is {settings.get('init_r')}")
-    if not _is_number(settings.get("lora_alpha")):
-        faults.append(f"lora_alpha is {settings.get('lora_alpha')}")
-    return faults + _pattern_faults(settings.get("alpha_pattern") or {})
+    return kind, faults + kind.faults(settings)
 
 
-def _pattern_faults(patterns: Any) -> list[str]:
-    if not isinstance(patterns, dict):
-        return ["alpha_pattern is no table of names and numbers"]
-    faults = [f"alpha_pattern: {value} for {key}" for key, value in patterns.items() if not _is_number(value)]
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as e:
-            faults.append(f"alpha_pattern: {key} is no regular expression ({e})")
-    return faults
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
-
-
-def _tensor_faults(
-    tensors: Mapping[str, Mapping[str, np.ndarray]], linears: Mapping[str, tuple[int, int]], wanted: Sequence[str]
-) -> list[str]:
-    faults = [] if tensors else ["it holds no LoRA tensors"]
-    for module, parts in tensors.items():
-        if module not in linears:
-            faults.append(f"{module} is no linear layer of this model")
-        elif missing := [part for part in wanted if part not in parts]:
-            faults.append(f"{module}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+def _read(
+    file: SafetensorsFile, kind: Kind, linears: Mapping[str, tuple[int, int]], norms: Mapping[str, int]
+) -> tuple[Mapping[str, Parts], list[str]]:
+    """The tensors by their modules, which stay in the file until they are asked for; and every fault."""
+    if kind is KINDS["VERA"]:
+        return vera_file.read(file, linears)
+    places: dict[str, dict[str, str]] = {}
+    faults: list[str] = []
+    for name, tensor in file.tensors.items():
+        if kind is KINDS["ADALORA"] and 0 in tensor.shape:
+            continue  # a layer that lost all its ranks
+        place = kind.place(name)
+        if place is None:
+            faults.append(f"{name} is no part of {kind.one}")
         else:
-            faults += [f"{module}: {fault}" for fault in _shape_faults(parts, *linears[module])]
-            if not all(np.isfinite(part).all() for part in parts.values()):
-                faults.append(f"{module}: it holds NaN or infinite values")
-    return faults
+            places.setdefault(place[0], {})[place[1]] = name
+    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
+    if not tensors:
+        faults.append(f"it holds no {kind.title.removeprefix('plain ')} tensors")
+    for module, parts in tensors.items():
+        if module in norms or NORM in parts:
+            found = list(_norm_faults(parts, norms.get(module)))
+        elif module in linears:
+            found = list(_linear_faults(kind, parts, *linears[module]))
+        else:
+            faults.append(f"{module} is no linear layer of this model")
+            continue
+        if not found and not all(np.isfinite(part).all() for part in parts.values()):
+            found = ["it holds NaN or infinite values"]
+        faults += [f"{module}: {fault}" for fault in found]
+    return tensors, faults
 
 
-def _shape_faults(parts: Mapping[str, np.ndarray], d_out: int, d_in: int) -> list[str]:
-    a, b, magnitude, singular = parts["lora_A"], parts["lora_B"], parts.get(MAGNITUDE), parts.get(SINGULAR)
-    rank = a.shape[0] if a.ndim == 2 else 0
-    faults = []
-    if a.shape != (rank, d_in) or b.shape != (d_out, rank) or not rank:
-        faults.append(f"lora_A is {a.shape} and lora_B {b.shape}, expected (r, {d_in}) and ({d_out}, r)")
-    if singular is not None and singular.shape != (rank, 1):
-        faults.append(f"{SINGULAR} is {singular.shape}, expected ({rank}, 1)")
-    if magnitude is not None and magnitude.shape != (d_out,):
-        faults.append(f"{MAGNITUDE} is {magnitude.shape}, expected ({d_out},)")
-    return faults
+def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
+    if width is None:
+        yield "it is no norm of this model"
+    elif set(parts) != {NORM}:
+        yield f"{' and '.join(sorted(set(parts) - {NORM}))}: a norm has a weight alone"
+    elif parts[NORM].shape != (width,):
+        yield f"its weight is {parts[NORM].shape}, expected ({width},)"
+
+
+def _linear_faults(kind: Kind, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
+    if missing := [part for part in kind.parts if part not in parts]:
+        yield f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    else:
+        yield from kind.shape_faults(parts, d_out, d_in)

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta, Linear, Weight
+from edgelora.nn.decoder import Adaptable, Decoder, Norm
+from edgelora.nn.linear import Delta, Linear, Weight, bias_of
 from edgelora.peft.adapter import Adapter
-from edgelora.peft.inject import delta_of
+from edgelora.peft.attached import delta_of
+from edgelora.peft.layernorm import NormDelta
 
 
 class BlendDelta(nn.Module):
-    """x Wᵀ + Σ sᵢ (what the i-th delta makes of x and W, less x Wᵀ): each change is measured from the base's own W."""
+    """x Wᵀ + Σ sᵢ (what the i-th delta makes of x and W, less x Wᵀ): each change is measured from the base's own W.
+
+    So is each change of the bias from the base's own.
+    """
 
     factors = None
 
@@ -34,6 +38,12 @@ class BlendDelta(nn.Module):
                 blended += F.linear(F.linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype)) * (scale * pair.scale)
         return blended
 
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        changed = [(bias_of(delta, bias), scale) for delta, scale in self.parts]
+        own = 0.0 if bias is None else bias
+        changes = [scale * (one - own) for one, scale in changed if one is not None and one is not bias]
+        return own + torch.stack(changes).sum(0) if changes else bias
+
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: a blend is not one adapter, and is not saved."""
         return {}
@@ -41,15 +51,24 @@ class BlendDelta(nn.Module):
 
 def blend(decoder: Decoder, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Make the adapters at their scales what the decoder computes, in place of whatever was on it."""
-    blend_linears(decoder.linears, adapters)
+    blend_layers(decoder.adaptable, adapters)
 
 
 @torch.no_grad()
-def blend_linears(linears: Mapping[str, Linear], adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """The same of some linear layers, by their full HF names; nothing of the others' is read."""
-    for name, linear in linears.items():
-        parts = [
-            (delta_of(adapter.pair(name), linear.weight), scale) for adapter, scale in adapters
-            if name in adapter.tensors
-        ]  # fmt: skip
-        linear.delta = BlendDelta(parts) if parts else None
+def blend_layers(layers: Mapping[str, Adaptable], adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """The same of some linear layers and norms, by their full HF names; nothing of the others' is read."""
+    for name, layer in layers.items():
+        own = [(adapter, scale) for adapter, scale in adapters if name in adapter.tensors]
+        if not own:
+            layer.delta = None
+        elif isinstance(layer, Linear):
+            layer.delta = BlendDelta([(delta_of(adapter.change(name), layer.weight), scale) for adapter, scale in own])
+        else:
+            layer.delta = _blended_norm(layer, [(torch.from_numpy(a.norm(name)), scale) for a, scale in own])
+
+
+def _blended_norm(norm: Norm, weights: Sequence[tuple[Tensor, float]]) -> NormDelta:
+    blended = norm.weight.clone()
+    for weight, scale in weights:
+        blended += scale * (weight.to(blended.device) + norm.shift - norm.weight)
+    return NormDelta(blended, norm.shift)

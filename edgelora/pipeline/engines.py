@@ -52,5 +52,5 @@ def as_trained(model: Path, adapter: Path | None) -> Base:
         return base
     in_folder = adapter.is_dir()
     return base.as_trained(
-        read_adapter(adapter, base.linears).contract if in_folder else contract_of(GGUFFile(adapter))
+        read_adapter(adapter, base.linears, base.norms).contract if in_folder else contract_of(GGUFFile(adapter))
     )

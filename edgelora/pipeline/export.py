@@ -123,7 +123,7 @@ def export(
 
 def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`."""
-    adapter = read_adapter(path, base.linears)
+    adapter = read_adapter(path, base.linears, base.norms)
     _require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
     return adapter
 

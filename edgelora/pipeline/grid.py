@@ -173,7 +173,7 @@ def _places(asked: Asked) -> tuple[Place, ...]:
 def _require_own_levels(asked: Asked, base: Base) -> None:
     """An adapter that stands for a level must have been trained over it, where it says what it was trained over."""
     for quant, folder in asked.adapters_for.items():
-        contract = read_adapter(folder, base.linears).contract
+        contract = read_adapter(folder, base.linears, base.norms).contract
         if contract is not None and contract.base_file.quant != quant:
             raise ConfigError(
                 what=f"--adapter-for {quant}={folder}: it was trained over {contract.base_file.name}",
@@ -220,7 +220,8 @@ def _calibration(asked: Asked) -> Path:
     folder = asked.adapter[0]
     try:
         listed = read_json(RunFolder(folder).facts)["settled"]["data"]
-        adapter = read_adapter(folder, open_base(asked.base).linears)
+        base = open_base(asked.base)
+        adapter = read_adapter(folder, base.linears, base.norms)
         trained = {source["sha256"] for source in adapter.contract.training["data"]} if adapter.contract else set()
         paths = [Path(str(text)) for text in listed]
         if len(paths) == 1 and paths[0].is_file() and sha256_file(paths[0]) in trained:

@@ -129,8 +129,9 @@ def _not_in_llama_cpp(opened: Base | Foreign, adapters: Sequence[Scaled]) -> str
     folders = [path for path, _ in adapters if path.is_dir()]
     if folders and isinstance(opened, Foreign):
         return f"{folders[0]} is an adapter in PEFT's format for a family that edgelora does not know"
-    if isinstance(opened, Base) and any(_is_dora(path, opened) for path in folders):
-        return "a DoRA is no adapter of llama.cpp"
+    for path in folders:
+        if isinstance(opened, Base) and (title := _more_than_a_lora(path, opened)):
+            return f"{title} is no adapter of llama.cpp"
     return None
 
 
@@ -141,8 +142,12 @@ def _not_in_torch(opened: Base | Foreign, adapters: Sequence[Scaled]) -> str | N
     return f"{files[0]} is an adapter of llama.cpp, or none" if files else None
 
 
-def _is_dora(path: Path, base: Base) -> bool:
-    return any(pair.magnitude is not None for pair in read_adapter(path, base.linears).pairs().values())
+def _more_than_a_lora(path: Path, base: Base) -> str | None:
+    """What the adapter is, where llama.cpp cannot add it to the base; else None."""
+    adapter = read_adapter(path, base.linears, base.norms)
+    if not adapter.norms and all(adapter.change(module).is_pair for module in adapter.linears):
+        return None
+    return adapter.kind.one
 
 
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:
@@ -152,7 +157,9 @@ def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Sett
     if isinstance(opened, Base):
         for path, _ in adapters:
             folder = path.is_dir()
-            contract = read_adapter(path, opened.linears).contract if folder else contract_of(GGUFFile(path))
+            contract = (
+                read_adapter(path, opened.linears, opened.norms).contract if folder else contract_of(GGUFFile(path))
+            )
             opened = opened.as_trained(contract)
     return opened
 

@@ -29,7 +29,7 @@ class Reference:
 
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
         base = open_base(self.base)
-        adapters = [(read_adapter(path, base.linears), scale) for path, scale in self.adapters]
+        adapters = [(read_adapter(path, base.linears, base.norms), scale) for path, scale in self.adapters]
         for adapter, _ in adapters:
             base = base.as_trained(adapter.contract)
         return (base if self.template is None else base.with_template(self.template)), adapters
@@ -38,7 +38,7 @@ class Reference:
 def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_progress: OnProgress) -> list[np.ndarray]:
     """Of each model float32 (n, d): the states that predict the n learned tokens of the examples, in their order."""
     from edgelora.base.layerwise import hidden_states
-    from edgelora.peft.blend import blend_linears
+    from edgelora.peft.blend import blend_layers
 
     opened, batches = [model.open() for model in models], [pack(group) for group in _packed(examples)]
     pace = Pace(sum(base.config.num_hidden_layers for base, _ in opened))
@@ -50,7 +50,7 @@ def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_pr
 
     with computing(choose_products(), compute_threads()):
         found = [
-            hidden_states(base, batches, partial(blend_linears, adapters=adapters), step) for base, adapters in opened
+            hidden_states(base, batches, partial(blend_layers, adapters=adapters), step) for base, adapters in opened
         ]
     return [np.concatenate([_predicting(x, batch) for x, batch in zip(s, batches, strict=True)]) for s in found]
 

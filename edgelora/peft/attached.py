@@ -1,0 +1,65 @@
+"""A trained adapter on a linear layer: whatever change it is, as what the layer computes in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgelora.nn.linear import Delta, Weight, product
+from edgelora.peft.change import Change
+from edgelora.peft.dora import DoraDelta
+from edgelora.peft.lora import LoraDelta
+
+
+class ChangedDelta(nn.Module):
+    """y = rows ∘ (P + whole) (columns ∘ x), and of the bias rows ∘ c + bias: a `Change`, and nothing is trained of it.
+
+    `inner` computes P x, None W x. rows, bias (d_out,), columns (d_in,), whole (d_out, d_in), all float32.
+    """
+
+    factors = None
+    rows: Tensor | None
+    columns: Tensor | None
+    whole: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, inner: Delta | None, change: Change) -> None:
+        super().__init__()
+        self.inner = inner
+        for part in ("rows", "columns", "whole", "bias"):
+            self.register_buffer(part, _tensor(getattr(change, part)), persistent=False)
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        """x (T, d_in) → (T, d_out)."""
+        if self.columns is not None:
+            x = (x * self.columns).to(x.dtype)
+        y = product(x, weight, self.inner)
+        if self.whole is not None:
+            y = y + F.linear(x, self.whole.to(x.dtype))
+        return y if self.rows is None else (y * self.rows).to(x.dtype)
+
+    def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        if bias is not None and self.rows is not None:
+            bias = bias * self.rows
+        return bias if self.bias is None else self.bias if bias is None else bias + self.bias
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: it was read from its file, and is not saved again."""
+        return {}
+
+
+def delta_of(change: Change, weight: Weight) -> Delta:
+    """The change as what a linear layer over `weight` computes."""
+    inner: Delta | None = None
+    if change.pair is not None:
+        a, b = torch.from_numpy(change.pair.a), torch.from_numpy(change.pair.b)
+        magnitude = _tensor(change.pair.magnitude)
+        inner = LoraDelta(a, b, 1.0) if magnitude is None else DoraDelta(a, b, 1.0, magnitude, weight)
+    alone = all(part is None for part in (change.rows, change.columns, change.whole, change.bias))
+    return inner if alone and inner is not None else ChangedDelta(inner, change)
+
+
+def _tensor(values: np.ndarray | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(values)

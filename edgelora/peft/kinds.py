@@ -1,0 +1,201 @@
+"""THE TABLE of what adapters a folder may hold: their tensors, with shapes, and what these make of a layer. No torch.
+
+PEFT's kinds are read and written exactly as PEFT does. Methods that PEFT lacks are of the type EDGELORA and say in
+adapter_config.json which `method` they are; their tensors are called `base_model.model.MODULE.PART`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from edgelora.peft import vera_file
+from edgelora.peft.change import Change, LoraPair
+from edgelora.peft.targets import by_pattern
+
+Parts: TypeAlias = Mapping[str, np.ndarray]
+Settings: TypeAlias = Mapping[str, Any]
+Make: TypeAlias = Callable[[Parts, Settings, str], Change]
+
+NATIVE_TYPE = "EDGELORA"
+PREFIX = "base_model.model."
+MAGNITUDE, SINGULAR, NORM = "lora_magnitude_vector", "lora_E", "weight"
+LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
+# Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
+STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How adapters of one kind lie in a file, and what they make of a linear layer."""
+
+    title: str
+    parts: Mapping[str, str]
+    """The tensors of an adapted linear layer, with their shapes in words: `r in`, `out r`, `out`, or `out 1|1 in` for
+    one or the other. `out` and `in` are the weight's; any other letter is one number for all parts of a layer."""
+    change: Make
+    """change(parts, settings, module), the parts in float32."""
+    optional: Mapping[str, str] = field(default_factory=dict)
+    """Parts that a layer may have besides."""
+    norms: bool = False
+    """Whether norms may have new weights (d,), as the part `weight`: HF's values, before a family's shift."""
+    adds_bias: bool = False
+    """Whether a layer may get a bias that it had not."""
+    endings: Mapping[str, str] = field(default_factory=dict)
+    """What a part is called in the file, where that is not its own name."""
+    faults: Callable[[Settings], list[str]] = lambda _: []
+    """What is wrong with its adapter_config.json."""
+
+    @property
+    def one(self) -> str:
+        """`a DoRA`, `an IA3`."""
+        return f"{'an' if self.title[0] in 'AEI' else 'a'} {self.title}"
+
+    def name(self, module: str, part: str) -> str:
+        """What the file calls a tensor."""
+        return f"{PREFIX}{module}.{self.endings.get(part, part)}"
+
+    def place(self, name: str) -> tuple[str, str] | None:
+        """The module and the part that a tensor of the file is; None: no part of this kind."""
+        inside = name.removeprefix(PREFIX)
+        for part in (*self.parts, *self.optional, *([NORM] if self.norms else [])):
+            for ending in (self.endings.get(part, part), part, f"{part}.weight"):
+                if name.startswith(PREFIX) and inside.endswith(f".{ending}"):
+                    return inside.removesuffix(f".{ending}"), part
+        return None
+
+    def shape_faults(self, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
+        """What is wrong with the shapes of a linear layer's parts."""
+        sizes = {"out": d_out, "in": d_in}
+        for part, words in {**self.parts, **self.optional}.items():
+            if part not in parts:
+                continue
+            shape, expected = parts[part].shape, [shape_of(one, sizes) for one in words.split("|")]
+            fitting = next((one for one in expected if _fits(shape, one)), None)
+            if fitting is None:
+                yield f"{part} is {shape}, expected {' or '.join(map(_shown, expected))}"
+            else:
+                sizes |= {letter: n for letter, n in zip(fitting, shape, strict=True) if isinstance(letter, str)}
+
+
+def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
+    """`out r` → (256, "r"), or (256, 8) where `sizes` knows r."""
+    return tuple(int(word) if word.isdigit() else sizes.get(word, word) for word in words.split())
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        n > 0 and (isinstance(wanted, str) or n == wanted) for n, wanted in zip(shape, expected, strict=True)
+    )
+
+
+def _shown(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
+
+# -- LoRA and what PEFT makes of it -------------------------------------------------------------------------------
+
+
+def _lora(parts: Parts, settings: Settings, module: str) -> Change:
+    """α/r (α/√r for rsLoRA), patterns included, goes into B."""
+    rank = len(parts["lora_A"])
+    alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    b = parts["lora_B"]
+    return Change(LoraPair(parts["lora_A"], b if scale == 1.0 else b * np.float32(scale), parts.get(MAGNITUDE)))
+
+
+def _adalora(parts: Parts, settings: Settings, _: str) -> Change:
+    # as PEFT scales it: by the rank at the start, whatever is left of that
+    scale = settings["lora_alpha"] / (settings["init_r"] + 1e-5)
+    return Change(LoraPair(parts["lora_A"] * parts[SINGULAR], parts["lora_B"] * np.float32(scale)))
+
+
+def _vera(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(LoraPair(*vera_file.factors_of(parts)))
+
+
+def _lora_faults(settings: Settings) -> list[str]:
+    faults, start = [], settings.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
+        faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")
+    if not _is_number(settings.get("lora_alpha")):
+        faults.append(f"lora_alpha is {settings.get('lora_alpha')}")
+    return faults + _pattern_faults(settings.get("alpha_pattern") or {})
+
+
+def _adalora_faults(settings: Settings) -> list[str]:
+    r = settings.get("init_r")
+    return [*([] if isinstance(r, int) and r > 0 else [f"init_r is {r}"]), *_lora_faults(settings)]
+
+
+def _pattern_faults(patterns: Any) -> list[str]:
+    if not isinstance(patterns, dict):
+        return ["alpha_pattern is no table of names and numbers"]
+    faults = [f"alpha_pattern: {value} for {key}" for key, value in patterns.items() if not _is_number(value)]
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as e:
+            faults.append(f"alpha_pattern: {key} is no regular expression ({e})")
+    return faults
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+
+
+# -- vectors ------------------------------------------------------------------------------------------------------
+
+
+def _ia3(parts: Parts, _: Settings, __: str) -> Change:
+    """Its shape says whether it multiplies what comes out (d_out, 1) or what goes in (1, d_in)."""
+    factors = parts["ia3_l"]
+    return Change(rows=factors[:, 0]) if factors.shape[1] == 1 else Change(columns=factors[0])
+
+
+def _bias(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(bias=parts["bias"])
+
+
+def _no_linear(_: Parts, __: Settings, ___: str) -> Change:
+    return Change()
+
+
+PAIR = {"lora_A": "r in", "lora_B": "out r"}
+_PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
+DORA = Kind("DoRA", {**PAIR, MAGNITUDE: "out"}, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
+
+KINDS: dict[str, Kind] = {
+    "LORA": LORA,
+    "ADALORA": Kind(
+        "AdaLoRA", {**PAIR, SINGULAR: "r 1"}, _adalora,
+        endings={part: f"{part}.weight" for part in (*PAIR, SINGULAR)}, faults=_adalora_faults,
+    ),
+    "VERA": Kind(
+        "VeRA", {"vera_lambda_b": "out", "vera_lambda_d": "r", "vera_A": "r in", "vera_B": "out r"}, _vera
+    ),
+    "IA3": Kind("IA3", {"ia3_l": "out 1|1 in"}, _ia3),
+    "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
+}  # fmt: skip
+"""By PEFT's `peft_type`; a DoRA calls itself LORA."""
+
+NATIVE: dict[str, Kind] = {
+    "bitfit": Kind("BitFit", {"bias": "out"}, _bias, adds_bias=True),
+}
+"""By the `method` that an adapter_config.json of the type EDGELORA names."""
+
+
+def kind_of(settings: Settings) -> Kind | None:
+    """The kind that an adapter_config.json says it is; None: none that is read here."""
+    peft_type = settings.get("peft_type")
+    if peft_type == "LORA" and settings.get("use_dora"):
+        return DORA
+    if peft_type == NATIVE_TYPE:
+        return NATIVE.get(str(settings.get("method")))
+    return KINDS.get(str(peft_type))
