@@ -30,18 +30,20 @@ from edgelora.device import physical_cores, processor_name
 COLUMNS = 2048
 AT_LEAST = dict.fromkeys(ggml.DEQUANTIZE, 4.0) | {Type.Q4_K: 15.0, Type.Q8_0: 15.0}  # times gguf-py
 NF4_AT_LEAST = 0.5  # times bitsandbytes
+WARM_CALLS = 5
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds of each call, one after the other in every round.
 
-    A turn is two calls, and the second is timed: a training step calls hundreds of times in a row, with its threads
+    A turn is a few calls, and the last is timed: a training step calls hundreds of times in a row, with its threads
     awake and its buffer in the cache, and so does each of the two here.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            call()
+            for _ in range(WARM_CALLS):
+                call()
             start = time.perf_counter()
             call()
             taken[name].append(time.perf_counter() - start)

@@ -40,7 +40,7 @@ ACTIVATIONS = (Type.Q8_1, Type.Q8_K)
 # Fewer floats than this are dequantized faster by one thread: handing work to another takes some 50 microseconds.
 ELEMENTS_PER_THREAD = 1 << 18
 FAST_ELEMENTS_PER_THREAD = 1 << 20
-FAST = (Type.Q8_0, Type.Q4_K, Type.Q5_K)
+FAST = frozenset(kind for kind, name in DEQUANTIZE.items() if name in load.BLOCKS)
 POOL_FACTOR = 4  # without OpenMP's own threads a second one pays later still
 QUANTIZED_PER_THREAD = 1 << 16  # quantizing costs 1 to 100 times more per weight
 NARROWED_AT_ONCE = 1 << 16  # floats of a tile on its way to bfloat16: 256 KiB stay in a core's cache

@@ -51,11 +51,10 @@ void nf4_blocks(const uint8_t *codes, const float *scales, const float *levels, 
                 int64_t last) {
 #if LANES == 16 && defined(__GNUC__) && !defined(__clang__)
     const ivec even = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    typedef uint8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
     vec table = load(levels);
     for (int64_t block = first; block < last; block++)
         for (int64_t i = 0; i < 2; i++) {
-            ivec pair = __builtin_convertvector(*(const bytes *)(codes + block * 32 + i * 16), ivec);
+            ivec pair = unsigned_at(codes + block * 32 + i * 16);
             vec high = __builtin_shuffle(table, pair >> 4) * scales[block];
             vec low = __builtin_shuffle(table, pair & 15) * scales[block];
             write(to, block * 64 + i * 32, narrow, __builtin_shuffle(high, low, even));

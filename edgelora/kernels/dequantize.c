@@ -15,9 +15,6 @@
 #include <immintrin.h>
 #endif
 
-typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int8_t chars __attribute__((vector_size(LANES), aligned(1), may_alias));
-
 #if LANES == 16
 static const ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #elif LANES == 8
@@ -26,8 +23,6 @@ static const ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7};
 static const ivec LANE = {0, 1, 2, 3};
 #endif
 
-INLINE ivec unsigned_at(const uint8_t *p) { return __builtin_convertvector(*(const bytes *)p, ivec); }
-INLINE ivec signed_at(const uint8_t *p) { return __builtin_convertvector(*(const chars *)p, ivec); }
 INLINE vec floats(ivec x) { return __builtin_convertvector(x, vec); }
 
 INLINE float half_at(const uint8_t *p) {
