@@ -15,8 +15,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from study.room import Room
 
 ROOT = Path(__file__).resolve().parent.parent
+SUMMARY = ROOT / "benchmarks" / "results" / "which-way.json"
 
 
 def main() -> None:
@@ -26,6 +31,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, a core for each")
     parser.add_argument("--status", action="store_true", help="say how far it is, and do nothing")
+    parser.add_argument("--write", action="store_true", help="the summary and docs/which-way.md from what is there")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,7 +51,9 @@ def main() -> None:
         return
     from study.pool import Pool, state
 
-    if not args.status:
+    if args.write:
+        write(room, args.jobs)
+    elif not args.status:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(args.jobs))
         missing = Pool(room, Path(__file__).resolve(), cores[: args.jobs]).run()
         if missing:
@@ -56,6 +64,21 @@ def main() -> None:
         *found.failed,
         sep="\n",
     )
+
+
+def write(room: Room, jobs: int) -> None:
+    """The summary, the page and its plot."""
+    from study.page import PLOT, svg, written
+    from study.pool import state
+    from study.summary import summary
+    from study.ways import ways
+
+    text = json.dumps(summary(room.found(), ways(), state(room, jobs)), indent=1) + "\n"
+    SUMMARY.write_text(text, encoding="utf-8")
+    found = json.loads(text)
+    (ROOT / "docs" / "which-way.md").write_text(written(found), encoding="utf-8")
+    if found["levels"]:
+        (ROOT / "docs" / PLOT).write_text(svg(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
