@@ -156,7 +156,7 @@ def many_threads(request, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         monkeypatch.setattr(team, "threads", lambda: 4)
         monkeypatch.setattr(team, "_pool", lambda: pool)
-        for limit in ("ELEMENTS_PER_THREAD", "FAST_ELEMENTS_PER_THREAD", "QUANTIZED_PER_THREAD"):
+        for limit in ("ELEMENTS_PER_THREAD", "QUANTIZED_PER_THREAD"):
             monkeypatch.setattr(ggml, limit, 1)
         if request.param == "pool":
             monkeypatch.setattr(team, "shared_openmp", lambda: None)
