@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from edgelora.architectures import ARCHITECTURES
 from edgelora.architectures.names import linear_modules
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
 from edgelora.errors import ConfigError
-from edgelora.peft.targets import Placed, Where, by_pattern, chosen, placed, target_modules
+from edgelora.nn.dropped import Drop, dropped_lora
+from edgelora.nn.linear import Factors
+from edgelora.peft.adapter import TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.around import NOTHING
+from edgelora.peft.dropout import draw
+from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.methods import METHODS
+from edgelora.peft.strength import strengths
+from edgelora.peft.targets import NAME, Placed, Where, by_pattern, placed, require_ranks, select, target_modules
+
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SETTINGS = {
     "names": {"target_modules": ("q_proj", "down_proj")},
@@ -43,7 +62,7 @@ def test_peft_chooses_the_same_layers(shapes, case):
     config = LoraConfig(**as_peft(SETTINGS[case]))
     theirs = [name for name in shapes if check_target_module_exists(config, name) in (True,)
               or getattr(check_target_module_exists(config, name), "string", None)]  # fmt: skip
-    found = chosen(shapes, Where(**SETTINGS[case]))
+    found = select(shapes, Where(**SETTINGS[case]))
     assert found == theirs
     assert 0 < len(found) < len(shapes)
     again = LoraConfig(target_modules=target_modules(found, shapes))
@@ -51,13 +70,13 @@ def test_peft_chooses_the_same_layers(shapes, case):
 
 
 def test_no_target_and_all_linear_are_all(shapes):
-    assert chosen(shapes, Where()) == chosen(shapes, Where(("all-linear",))) == list(shapes)
+    assert select(shapes, Where()) == select(shapes, Where(("all-linear",))) == list(shapes)
 
 
 def test_patterns_give_each_layer_its_own(shapes):
     where = Where(("q_proj", "up_proj"), rank_pattern={"layers.0.self_attn.q_proj": 2, "q_proj": 8},
                   alpha_pattern={r"layers\.\d+\.mlp\.up_proj": 3.0})  # fmt: skip
-    assert placed(shapes, where, 4, 16.0) == {
+    assert placed(select(shapes, where), where, 4, 16.0) == {
         "model.layers.0.self_attn.q_proj": Placed(2, 16.0), "model.layers.0.mlp.up_proj": Placed(4, 3.0),
         "model.layers.1.self_attn.q_proj": Placed(8, 16.0), "model.layers.1.mlp.up_proj": Placed(4, 3.0),
     }  # fmt: skip
@@ -84,19 +103,186 @@ FAULTS = {
 def test_every_fault_is_told_with_the_nearest_name(shapes, case):
     settings, said, fix = FAULTS[case]
     with pytest.raises(ConfigError) as error:
-        placed(shapes, Where(**settings), 4, 8.0)
+        placed(select(shapes, Where(**settings)), Where(**settings), 4, 8.0)
     assert said in error.value.what
     assert fix in error.value.fix
 
 
 def test_a_rank_beyond_the_matrix_is_refused(shapes):
     with pytest.raises(ConfigError) as error:
-        placed(shapes, Where(), 200, 8.0)
+        require_ranks(placed(shapes, Where(), 200, 8.0), shapes)
     assert str(error.value).splitlines() == [
-        "rank 200: model.layers.0.self_attn.k_proj is only 128 x 256, and 3 layers beside it are too small",
+        "rank 200: model.layers.0.self_attn.k_proj is only 128 x 256, and so are 3 more",
         "  why: a change of such a matrix has no more than 128 directions",
         "  fix: take --rank 128 or less, or --rank-pattern k_proj=128",
     ]
-    assert (
-        placed(shapes, Where(rank_pattern={"[kv]_proj": 128}), 200, 8.0)["model.layers.0.self_attn.q_proj"].rank == 200
-    )
+    found = placed(shapes, Where(rank_pattern={"[kv]_proj": 128}), 200, 8.0)
+    require_ranks(found, shapes)
+    assert found["model.layers.0.self_attn.q_proj"].rank == 200
+
+
+# -- as PEFT computes it --------------------------------------------------------------------------------------------
+
+IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
+RANK, ALPHA = 4, 6.0
+AS_PEFT = {
+    "regex": {"target_modules": (r".*\.(q|v)_proj",)},
+    "layers": {"target_modules": ("q_proj", "down_proj"), "layers_to_transform": (1,)},
+    "ranks": {
+        "exclude_modules": ("layers.0.mlp.up_proj",), "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
+        "alpha_pattern": {r"layers\.\d+\.self_attn\.v_proj": 20.0},
+    },
+    "rslora": {"use_rslora": True, "rank_pattern": {"k_proj": 9}, "alpha_pattern": {"o_proj": 3.0}},
+}  # fmt: skip
+
+
+def config_of(settings):
+    """The same as a LoraConfig."""
+    settings = {"target_modules": ("all-linear",), **settings}
+    listed = {name: value for name, value in settings.items() if isinstance(value, tuple)}
+    texts = {name: value[0] for name, value in listed.items() if len(value) == 1 and not NAME.fullmatch(str(value[0]))}
+    texts |= {"target_modules": "all-linear"} if settings["target_modules"] == ("all-linear",) else {}
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, **settings | {n: list(v) for n, v in listed.items()} | texts)
+
+
+def stir(decoder):
+    """Move everything that is trained away from its start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_((torch.rand(parameter.shape, generator=generator) - 0.5) * 0.1)
+
+
+@pytest.mark.parametrize("case", AS_PEFT)
+def test_peft_with_the_same_settings_computes_the_same(tiny, transformers_model, tmp_path, case):
+    decoder, where = build_decoder(open_base(tiny.path)), Where(**AS_PEFT[case])
+    inject(decoder, "lora", RANK, ALPHA, 0, where)
+    stir(decoder)
+    config = adapter_config(decoder, "lora", RANK, ALPHA, str(tiny.path), where)
+    write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
+    ours = decoder.logits(IDS)
+    asked = get_peft_model(transformers_model(tiny), config_of(AS_PEFT[case])).eval()
+    state = load_file(tmp_path / "mine" / TENSORS)
+    assert {name: value.shape for name, value in get_peft_model_state_dict(asked).items()} == {
+        name: value.shape for name, value in state.items()
+    }
+    set_peft_model_state_dict(asked, state)
+    read = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine").eval()
+    with torch.no_grad():
+        for theirs in (asked, read):
+            torch.testing.assert_close(ours, theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
+    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.ranked and row.around is NOTHING
+                                    and row.peft_type == "LORA"])  # fmt: skip
+def test_every_method_that_takes_them_leaves_as_what_it_is(tiny, tmp_path, method):
+    """Whatever ranks, α and scales: the files compute what was trained."""
+    decoder = build_decoder(open_base(tiny.path))
+    where = Where(rank_pattern={"q_proj": 2, "down_proj": 8}, alpha_pattern={"q_proj": 30.0}, use_rslora=True)
+    inject(decoder, method, RANK, ALPHA, 0, where)
+    stir(decoder)
+    ours = decoder.logits(IDS)
+    config = adapter_config(decoder, method, RANK, ALPHA, "-", where)
+    write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
+    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-4, rtol=1e-5)
+
+
+def test_what_a_method_cannot_take_is_refused():
+    shapes = {"model.layers.0.self_attn.q_proj": (8, 8)}
+    for method, where, said in (
+        (
+            "vera",
+            Where(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 2}),
+            "rank_pattern, alpha_pattern: nothing",
+        ),
+        ("adalora", Where(use_rslora=True), "use_rslora: nothing that --method adalora could use"),
+        ("dora", Where(lora_dropout=0.1), "lora_dropout: nothing that --method dora"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            strengths(METHODS[method], shapes, where, 4, 8.0)
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+class Masked(torch.nn.Module):
+    """In the place of PEFT's dropout: the mask that our layer has."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x):
+        mask = self.drop(torch.ones(x.shape[1:]))
+        return x * mask
+
+
+def loss_of(decoder):
+    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
+    return decoder.nll(hidden[:-1], IDS[1:]).mean()
+
+
+@pytest.fixture
+def dropped(tiny):
+    decoder, where = build_decoder(open_base(tiny.path)), Where(lora_dropout=0.3)
+    inject(decoder, "lora", RANK, ALPHA, 0, where)
+    stir(decoder)
+    return decoder
+
+
+def test_peft_with_the_same_masks_computes_the_same(dropped, tiny, transformers_model, tmp_path):
+    config = adapter_config(dropped, "lora", RANK, ALPHA, "-", Where(lora_dropout=0.3))
+    write_adapter(tmp_path / "mine", Adapter(config, collect(dropped)))
+    theirs = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine", is_trainable=True)
+    draw([linear.delta for linear in dropped.linears.values()], torch.Generator().manual_seed(3))
+    for name, linear in dropped.linears.items():
+        module = theirs.get_submodule(f"base_model.model.{name}")
+        assert module.lora_dropout["default"].p == 0.3
+        module.lora_dropout["default"] = Masked(linear.delta.drop)
+    theirs.train()
+    found, loss = theirs(IDS[None], labels=IDS[None]), loss_of(dropped)
+    torch.testing.assert_close(loss, found.loss, atol=1e-5, rtol=0)
+    loss.backward()
+    found.loss.backward()
+    wanted = {name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
+              for name, p in theirs.named_parameters() if p.requires_grad}  # fmt: skip
+    for name, parameter in dropped.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name.replace(".delta.inner", "")], atol=1e-5, rtol=1e-4)
+
+
+def test_masks_are_each_layers_and_each_micro_batches_own(dropped):
+    deltas = [linear.delta for linear in dropped.linears.values()]
+    x, seen = torch.ones(40, 256), []
+    for seed in (1, 1, 2):
+        draw(deltas, torch.Generator().manual_seed(seed))
+        seen.append([delta.drop(x) for delta in deltas])
+    assert all(map(torch.equal, seen[0], seen[1]))
+    assert not any(map(torch.equal, seen[0], seen[2]))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen[0], 2))
+    share = float(torch.cat(seen[0]).eq(0).float().mean())
+    assert share == pytest.approx(0.3, abs=0.01)  # of 143,360 numbers: 8 deviations
+    assert float(torch.cat(seen[0]).max()) == pytest.approx(1 / 0.7)
+    draw(deltas, None)
+    assert all(delta.factors is not None for delta in deltas)
+
+
+def test_layers_that_are_computed_again_see_the_same(dropped):
+    draw([linear.delta for linear in dropped.linears.values()], torch.Generator().manual_seed(3))
+    gradients = []
+    for dropped.recompute in (False, True):
+        gradients.append(torch.autograd.grad(loss_of(dropped), list(dropped.parameters())))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_the_gradient_is_that_of_the_function():
+    weight = SimpleNamespace(dequantize=lambda dtype: torch.linspace(-1, 1, 35, dtype=dtype).view(7, 5))
+    inputs = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+              for shape in ((4, 5), (3, 5), (7, 3))]  # fmt: skip
+
+    def function(x, a, b):
+        return dropped_lora(x, weight, Factors(a, b, 1.5), Drop(0.4, 12))
+
+    assert torch.autograd.gradcheck(function, inputs)

@@ -19,10 +19,10 @@ LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # PEFT's: the first number in a modu
 
 @dataclass(frozen=True)
 class Where:
-    """Settings of PEFT's, by their names there. Patterns are regular expressions for the ends of module names.
+    """PEFT's settings of where an adapter is and how strong, by their names there.
 
     target_modules, exclude_modules: ends of names, or one regular expression for whole names; no target, or
-    `all-linear`, is all of them.
+    `all-linear`, is all of them. Patterns are regular expressions for the ends of names.
     """
 
     target_modules: tuple[str, ...] = ()
@@ -30,6 +30,13 @@ class Where:
     layers_to_transform: tuple[int, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    """α/√r in the place of α/r."""
+    lora_dropout: float = 0.0
+    """The share of its input that A does not see while something is learned."""
+
+
+EVERYWHERE = Where()
 
 
 class Placed(NamedTuple):
@@ -39,7 +46,7 @@ class Placed(NamedTuple):
     alpha: float
 
 
-def chosen(names: Collection[str], where: Where, what: str = "linear layer") -> list[str]:
+def select(names: Collection[str], where: Where, what: str = "linear layer") -> list[str]:
     """The names among these that `where` chooses, in their order. Raises ConfigError with every fault of it."""
     faults = list(_faults(names, where, what))
     found = [] if faults else [name for name in names if _is_chosen(name, where)]
@@ -49,34 +56,34 @@ def chosen(names: Collection[str], where: Where, what: str = "linear layer") -> 
     return found
 
 
-def placed(shapes: Mapping[str, tuple[int, int]], where: Where, rank: int, alpha: float) -> dict[str, Placed]:
-    """The rank and α of each layer that is chosen among these of shape (d_out, d_in).
-
-    Raises ConfigError with every fault: patterns that fit no chosen layer, ranks that are larger than a matrix.
-    """
-    found = {
-        name: Placed(by_pattern(where.rank_pattern, name, rank), by_pattern(where.alpha_pattern, name, alpha))
-        for name in chosen(list(shapes), where)
-    }
+def placed(names: Collection[str], where: Where, rank: int, alpha: float) -> dict[str, Placed]:
+    """The rank and α of each of these layers, all of them adapted. Raises ConfigError for a pattern that fits none."""
     patterns = {"rank_pattern": where.rank_pattern, "alpha_pattern": where.alpha_pattern}
     faults = [
         f"{setting}: {pattern} fits no layer that is adapted"
         for setting, table in patterns.items()
         for pattern in table
-        if not any(_ends_as(pattern, name) for name in found)
+        if not any(_ends_as(pattern, name) for name in names)
     ]
-    _require(faults, list(found), where, "linear layer")
-    too_large = {name: p.rank for name, p in found.items() if p.rank > min(shapes[name])}
-    if too_large:
-        name = min(too_large, key=lambda name: min(shapes[name]))
-        raise ConfigError(
-            what=f"rank {too_large[name]}: {name} is only {shapes[name][0]} x {shapes[name][1]}"
-            + (f", and {len(too_large) - 1} layers beside it are too small" if len(too_large) > 1 else ""),
-            why=f"a change of such a matrix has no more than {min(shapes[name])} directions",
-            fix=f"take --rank {min(shapes[name])} or less, or --rank-pattern {name.rpartition('.')[2]}="
-            f"{min(shapes[name])}",
-        )
-    return found
+    _require(faults, names, where, "adapted layer")
+    return {
+        name: Placed(by_pattern(where.rank_pattern, name, rank), by_pattern(where.alpha_pattern, name, alpha))
+        for name in names
+    }
+
+
+def require_ranks(found: Mapping[str, Placed], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise ConfigError for ranks that are larger than a matrix (d_out, d_in)."""
+    beyond = [name for name, place in found.items() if place.rank > min(shapes[name])]
+    if not beyond:
+        return
+    name = min(beyond, key=lambda name: min(shapes[name]))
+    most, others = min(shapes[name]), f", and so are {len(beyond) - 1} more" if len(beyond) > 1 else ""
+    raise ConfigError(
+        what=f"rank {found[name].rank}: {name} is only {shapes[name][0]} x {shapes[name][1]}{others}",
+        why=f"a change of such a matrix has no more than {most} directions",
+        fix=f"take --rank {most} or less, or --rank-pattern {name.rpartition('.')[2]}={most}",
+    )
 
 
 def by_pattern(patterns: Mapping[str, V], module: str, default: V) -> V:

@@ -1,0 +1,56 @@
+"""A LoRA that sees only a part of x: dropout before A, whose mask is made from a seed and never kept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgelora.nn.linear import Factors, Weight
+
+
+class Drop(NamedTuple):
+    """Each number is zero with probability `p`, the others grow by 1/(1 − p); decided by `seed`, on one device."""
+
+    p: float
+    seed: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A new tensor like x."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        kept = torch.empty_like(x).bernoulli_(1 - self.p, generator=generator)
+        return kept.mul_(x).div_(1 - self.p)
+
+
+class DroppedLora(torch.autograd.Function):
+    """y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ: x (T, d_in), W frozen (d_out, d_in), A (r, d_in) and B (d_out, r) float32.
+
+    Saves x and drop(x) Aᵀ (T, r), as a LoRA without dropout does; the mask is drawn again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, drop: Drop, scale: float, a: Tensor, b: Tensor) -> Tensor:
+        down = drop(x) @ a.to(x.dtype).T
+        y = F.linear(x, weight.dequantize(x.dtype))
+        ctx.save_for_backward(x, down, a, b)
+        ctx.weight, ctx.drop, ctx.scale = weight, drop, scale
+        return y.addmm_(down, b.to(x.dtype).T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, down, a, b) = grads, ctx.saved_tensors
+        d_b = (down.T @ dy).T.to(b.dtype).mul_(ctx.scale)
+        d_down = dy @ (b * ctx.scale).to(dy.dtype)
+        d_a = (d_down.T @ ctx.drop(x)).to(a.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.drop(d_down @ a.to(dy.dtype)).addmm_(dy, ctx.weight.dequantize(dy.dtype))
+        return dx, None, None, None, d_a, d_b
+
+
+def dropped_lora(x: Tensor, weight: Weight, factors: Factors, drop: Drop) -> Tensor:
+    """x Wᵀ + scale (drop(x) aᵀ) bᵀ."""
+    y: Tensor = DroppedLora.apply(x, weight, drop, factors.scale, factors.a, factors.b)
+    return y

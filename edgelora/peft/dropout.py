@@ -1,0 +1,49 @@
+"""PEFT's lora_dropout: while something is learned, A sees x with a part of its numbers at zero, each layer another.
+
+y = x Wᵀ + s (drop(x) Aᵀ) Bᵀ. Masks are drawn for each micro-batch and layer from one number, so that a layer that is
+computed again sees the same, and a run that goes on draws what it would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edgelora.nn.dropped import Drop, dropped_lora
+from edgelora.nn.linear import Delta, Factors, Weight
+
+SEEDS = 1 << 48  # of which a micro-batch gets one, and its layers those behind it
+
+
+class DroppedDelta(nn.Module):
+    """What `inner` computes; while `drop` is set, with A seeing what that leaves of x. `inner` has factors."""
+
+    def __init__(self, inner: Delta, p: float) -> None:
+        super().__init__()
+        self.inner, self.p = inner, p
+        self.drop: Drop | None = None
+
+    @property
+    def factors(self) -> Factors | None:
+        return self.inner.factors if self.drop is None else None
+
+    def forward(self, x: Tensor, weight: Weight) -> Tensor:
+        factors = self.inner.factors
+        assert factors is not None
+        assert self.drop is not None
+        return dropped_lora(x, weight, factors, self.drop)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.inner.tensors()
+
+
+def draw(deltas: Sequence[Delta], generator: torch.Generator | None) -> None:
+    """Before a micro-batch: what each layer leaves out. None: nothing, what follows is measured."""
+    dropped = [delta for delta in deltas if isinstance(delta, DroppedDelta)]
+    if not dropped:
+        return
+    first = None if generator is None else int(torch.randint(SEEDS, (), generator=generator))
+    for i, delta in enumerate(dropped):
+        delta.drop = None if first is None else Drop(delta.p, first + i)

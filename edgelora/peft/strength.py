@@ -1,0 +1,71 @@
+"""How strongly each layer is adapted: ranks, α and scales by layer, and what of PEFT's settings a method can take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from edgelora.errors import ConfigError
+from edgelora.peft.around import NOTHING
+from edgelora.peft.methods import Method
+from edgelora.peft.targets import Placed, Where, placed, require_ranks
+
+
+def strengths(
+    row: Method, shapes: Mapping[str, tuple[int, int]], where: Where, rank: int, alpha: float
+) -> dict[str, Placed]:
+    """What `row.fresh` is to be given for each of these layers of shape (d_out, d_in), all of them adapted.
+
+    Raises ConfigError for settings that the method cannot take, patterns that fit nothing, ranks beyond a matrix.
+    """
+    require_taken(row, where)
+    found = placed(shapes, where, rank, alpha)
+    if row.peft_type == "LORA":
+        require_ranks(found, shapes)
+    if _by_root(row, where):  # a row scales by α/r: (α √r)/r is α/√r
+        return {name: Placed(place.rank, place.alpha * math.sqrt(place.rank)) for name, place in found.items()}
+    return found
+
+
+def require_taken(row: Method, where: Where) -> None:
+    """Raise ConfigError that names every setting of `where` that means nothing to this method."""
+    lora, moves = row.peft_type == "LORA", row.around is not NOTHING
+    asked = {
+        "rank_pattern": (where.rank_pattern, lora and not moves, "its ranks are not each layer's own"),
+        "alpha_pattern": (where.alpha_pattern, lora, "it has no α"),
+        "use_rslora": (where.use_rslora, lora and not moves, "its scale is not α/r of a rank that stays"),
+        "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
+    }
+    faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}
+    if faults:
+        raise ConfigError(
+            what=f"{', '.join(faults)}: nothing that --method {row.name} could use",
+            why="; ".join(dict.fromkeys(faults.values())),
+            fix="leave it out, or take --method lora",
+        )
+
+
+def as_peft(row: Method, names: Collection[str], where: Where, rank: int, alpha: float) -> dict[str, Any]:
+    """r, lora_alpha, the patterns and the rest of a LoRA's adapter_config.json; `names`: of the adapted layers.
+
+    The file's ranks may be wider than those that were trained: α grows so that the scale stays.
+    """
+    wider, by_root, sizes = row.file_ranks, _by_root(row, where), placed(names, where, rank, alpha)
+    grown = math.sqrt(wider) if by_root else wider
+    ranks = {name: wider * place.rank for name, place in sizes.items() if place.rank != rank}
+    alphas = {name: grown * place.alpha for name, place in sizes.items() if place.alpha != alpha}
+    return {
+        "r": wider * rank,
+        "lora_alpha": grown * alpha,
+        "lora_dropout": where.lora_dropout,
+        "use_rslora": by_root,
+        "use_dora": False,
+        **({"rank_pattern": ranks} if ranks else {}),
+        **({"alpha_pattern": alphas} if alphas else {}),
+    }
+
+
+def _by_root(row: Method, where: Where) -> bool:
+    """Whether it is left to us to scale by α/√r: rsLoRA's row does it itself."""
+    return where.use_rslora and not row.settings.get("use_rslora")

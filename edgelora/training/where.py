@@ -1,0 +1,39 @@
+"""Where the adapter of a run goes and how strong it is there, out of its settings."""
+
+from __future__ import annotations
+
+from edgelora.base.model import Base
+from edgelora.config import TrainConfig
+from edgelora.errors import ConfigError
+from edgelora.peft.inject import chosen
+from edgelora.peft.methods import METHODS
+from edgelora.peft.strength import strengths
+from edgelora.peft.targets import Where
+
+
+def where_of(config: TrainConfig) -> Where:
+    """PEFT's settings among those of a run. Raises ConfigError for dropout where two log-probabilities are compared."""
+    if config.lora_dropout and config.objective != "sft":
+        raise ConfigError(
+            what=f"lora_dropout with --objective {config.objective}",
+            why="each of the log-probabilities that are compared would be of another adapter; TRL leaves it out, too",
+            fix="leave it out",
+        )
+    return Where(
+        config.target_modules,
+        config.exclude_modules,
+        config.layers_to_transform,
+        {one.layers: int(one.value) for one in config.rank_pattern},
+        {one.layers: one.value for one in config.alpha_pattern},
+        config.use_rslora,
+        config.lora_dropout,
+    )
+
+
+def require_place(config: TrainConfig, base: Base) -> None:
+    """Raise ConfigError if there is no such adapter on `base`: names that fit nothing, ranks beyond a matrix …"""
+    assert config.rank is not None
+    assert config.alpha is not None
+    where, row = where_of(config), METHODS[config.method]
+    names, _ = chosen(config.method, base.linears, base.norms, where)
+    strengths(row, {name: base.linears[name] for name in names}, where, config.rank, config.alpha)
