@@ -48,4 +48,4 @@ class Room:
         """Append a result at once; two processes may do so."""
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps({"key": key, **result}) + "\n")
+            file.write("\n" + json.dumps({"key": key, **result}) + "\n")  # apart from a line that a kill cut off

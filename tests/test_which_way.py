@@ -1,0 +1,120 @@
+"""The study of benchmarks/which_way.py: what there is to do follows from what is done, and its page from figures."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from conftest import ROOT
+
+SUMMARY = ROOT / "benchmarks" / "results" / "which-way.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def study():
+    """Lets `study.*` be imported, as it is when a benchmark runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield
+
+
+def run(loss, right=(1, 0), tokens=(2, 3)):
+    """A result whose rows all have this loss."""
+    return {"loss": loss, "nll": [loss * n for n in tokens], "tokens": list(tokens), "right": list(right)}
+
+
+def test_a_study_comes_to_its_end_from_wherever_it_was_stopped():
+    from study.jobs import Cell, plan, ready
+    from study.ways import ways
+
+    draw, found = random.Random(0), {}
+    while jobs := list(ready(plan(found, ways()), found, ())):
+        job = jobs[0]
+        assert all(key in found for key in job.needs)
+        assert not set(job.makes) & found.keys()
+        for key in job.makes[: draw.randint(1, len(job.makes))]:  # a kill leaves the rest to be done
+            rate = Cell.read(key).rate if job.kind == "score" else 0.0
+            found[key] = {"loss": abs(rate - 5e-4)}
+    assert found.keys() == {key for job in plan(found, ways(), guess=True) for key in job.makes}
+    assert {key.split("/")[-1] for key in found if key.startswith("test/")} == {"0.0005"}
+
+
+def test_what_is_being_made_is_not_begun_twice():
+    from study.jobs import plan, ready
+    from study.ways import ways
+
+    found = {key: {} for job in plan({}, ways()) if job.kind == "base" for key in job.makes}
+    first, second, *_ = ready(plan(found, ways()), found, ())
+    assert next(ready(plan(found, ways()), found, first.makes)) == second
+
+
+def test_a_rate_at_which_training_broke_down_is_not_taken():
+    from study.jobs import Cell, chosen_rate
+    from study.ways import CHECK_SEED, CHECK_TASK, RATES, WAYS
+
+    keys = [Cell(CHECK_TASK.name, 4, "Q3_K_M", CHECK_SEED, rate, "valid").key for rate in RATES]
+    found = dict(zip(keys, ({"loss": 2.0}, {"loss": 3.0}, {"failed": "not finite"}), strict=True))
+    assert chosen_rate(found, WAYS[3], "Q2_K") == RATES[0]
+    assert chosen_rate({keys[0]: {"loss": 2.0}}, WAYS[3], "Q2_K") is None
+
+
+def test_a_line_that_a_kill_cut_off_is_done_again(tmp_path):
+    from study.room import RESULTS, Room
+
+    room = Room(tmp_path, tmp_path, tmp_path)
+    room.keep("base/F16", {"bytes": 1})
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"key": "base/Q2')
+    room.keep("base/Q8_0", {"bytes": 2})
+    assert room.found() == {"base/F16": {"bytes": 1}, "base/Q8_0": {"bytes": 2}}
+
+
+def test_an_interval_of_three_seeds_is_students():
+    from study.reading import LOSS, difference
+
+    a = {"extract": {seed: run(1.0) for seed in range(3)}}
+    b = {"extract": {seed: run(loss) for seed, loss in enumerate((1.1, 1.2, 1.3))}}
+    found = difference(a, b, LOSS)
+    half = 4.303 * 0.1 / 3**0.5  # t of 2 degrees of freedom · standard deviation / √3; rows differ by nothing
+    assert found.value == pytest.approx(0.2)
+    assert found.interval_95 == pytest.approx((0.2 - half, 0.2 + half))
+    assert (found.runs, found.of_seeds, found.is_clear) == (3, True, False)
+
+
+def test_an_interval_of_one_seed_is_that_of_the_rows():
+    from study.reading import LOSS, difference
+
+    from edgelora.evaluate.paired import of_means
+
+    draw, tokens = random.Random(0), [3] * 40
+    nll = {side: [draw.uniform(1, 5) for _ in tokens] for side in "ab"}
+    a, b = ({"sql": {0: {"loss": sum(nll[side]) / 120, "nll": nll[side], "tokens": tokens}}} for side in "ab")
+    found, rows = difference(a, b, LOSS), of_means(nll["a"], nll["b"], tokens)
+    assert found.value == pytest.approx(rows.value)
+    assert found.interval_95 == pytest.approx(rows.interval_95, abs=0.01)
+    assert not found.of_seeds
+
+
+def test_ways_are_compared_on_what_all_of_them_did():
+    from study.summary import complete
+
+    one, two = run(1.0), run(2.0)
+    found = complete({1: {"sql": {0: one, 1: one}, "intent": {0: one}}, 4: {"sql": {1: two}}})
+    assert found == {1: {"sql": {1: one}}, 4: {"sql": {1: two}}}
+
+
+def test_nothing_is_called_better_whose_interval_holds_zero():
+    from study.page import verdict
+
+    assert verdict({"value": -0.1, "is_clear": False}) == "no difference"
+    assert verdict({"value": -0.1, "is_clear": True}) == "better"
+    assert verdict({"value": 0.1, "is_clear": True}) == "worse"
+
+
+@pytest.mark.skipif(not SUMMARY.exists(), reason="the study has not been summed up yet")
+def test_the_page_is_what_was_recorded():
+    from study.page import written
+
+    text = (ROOT / "docs" / "which-way.md").read_text(encoding="utf-8")
+    assert written(json.loads(SUMMARY.read_text(encoding="utf-8"))) == text, "run: which_way.py --room FOLDER --write"
