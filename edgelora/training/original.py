@@ -1,4 +1,7 @@
-"""The 16-bit original of a quantized base, from which LoftQ takes its start: found, checked, and read by matrices."""
+"""The 16-bit original of a quantized base, from which LoftQ takes its start: found, checked, and read by matrices.
+
+The base may be a *residual* (`pipeline/residual.py`): what was quantized of the original without some of its ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
-from edgelora.files.contract import SKETCH_TOLERANCE, differences
+from edgelora.files.adapter_check import contract_of
+from edgelora.files.contract import SKETCH_TOLERANCE, Contract, differences
 from edgelora.peft.methods import METHODS
 
 # Row norms of the same weights, stored as F16 instead of blocks, differ by 1e-4 (root mean square); those of an
 # original and its quantization to 4 bits by 1e-3 and more (pipeline/snap_back.py).
 SAME_WEIGHTS = 5e-4
+
+RESIDUAL = "residual"  # the method that the contract of such a base names
 
 
 def original_of(config: TrainConfig, base: Base) -> Base | None:
@@ -23,6 +29,7 @@ def original_of(config: TrainConfig, base: Base) -> Base | None:
     None for a method that needs none. `config` is settled. Raises ConfigError if there is none, or it is no original of
     this base.
     """
+    _require_ranks(config, base)
     if METHODS[config.method].from_original is None:
         if config.original is not None:
             raise ConfigError(
@@ -40,7 +47,7 @@ def original_of(config: TrainConfig, base: Base) -> Base | None:
         )
     if config.original is not None:
         original = open_base(config.original)
-        _require_original(original, base)
+        require_original(original, base)
         return original
     if base.quant in FLOAT_QUANTS:
         return base
@@ -72,20 +79,44 @@ class Originals:
         return weight
 
 
-def _require_original(original: Base, base: Base) -> None:
+def _residual(base: Base) -> Contract | None:
+    """What a base says of the model that it is the rest of; None for one that is whole."""
+    contract = contract_of(base.file) if base.is_gguf else None
+    return contract if contract is not None and contract.method == RESIDUAL else None
+
+
+def _require_ranks(config: TrainConfig, base: Base) -> None:
+    """Raise ConfigError for a residual whose missing ranks the adapter of this run would not bring back."""
+    rest = _residual(base)
+    if rest is None:
+        return
+    missing, method = rest.training.get("rank", 0), METHODS[config.method]
+    if method.from_original is None or config.target_modules or (config.rank or 0) < missing:
+        raise ConfigError(
+            what=f"{base.path}: {missing} ranks were taken out of each of its linear layers",
+            why="an adapter over it must bring them back: it is no model by itself",
+            fix=f"pass --method loftq --rank {missing} with the original, {rest.base_file.name}, as --original, and no "
+            "--target-modules",
+        )
+
+
+def require_original(original: Base, base: Base) -> None:
+    """Raise ConfigError unless `base` is `original` quantized, or what is left of it without some ranks."""
+    rest = _residual(base)
     if original.quant not in FLOAT_QUANTS:
         raise ConfigError(
             what=f"--original {original.path}: it is {original.quant}",
             why="what quantization took away is the difference to weights that are not quantized themselves",
             fix="pass the F16, BF16 or F32 model that the base was made from",
         )
-    if faults := differences(base.fingerprint, original.fingerprint, base.quant):
+    wanted, quant = (base.fingerprint, base.quant) if rest is None else (rest.base, original.quant)
+    if faults := differences(wanted, original.fingerprint, quant):
         raise ConfigError(
             what=f"--original {original.path} is not the original of {base.path}: " + "; ".join(faults),
             why="the adapter would start at the difference between two models",
             fix="pass the F16, BF16 or F32 model that the base was made from",
         )
-    distance = base.fingerprint.distance(original.fingerprint)
+    distance = base.fingerprint.distance(original.fingerprint)  # None or far, of a residual
     if distance is not None and distance <= SAME_WEIGHTS and base.quant not in SKETCH_TOLERANCE:
         raise ConfigError(
             what=f"--original {original.path}: its weights are those of {base.path}",

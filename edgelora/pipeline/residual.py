@@ -1,0 +1,119 @@
+"""A quantized base without what its adapter will bring: Q(W − B A), over which QPiSSA and LoftQ's later rounds train.
+
+B A is the best of its rank that can be made of W (QPiSSA, arXiv:2404.02948: the principal part is spared the rounding),
+or of what another quantized file of W lost (LoftQ, arXiv:2310.08659: one round of its turns for each file). The file is
+no model by itself: its contract says what it is the rest of, and `--method loftq --original W` over it starts at the
+best of W − Q(W − B A): B A, and what it can of the second rounding's loss. What was learned is exact over that file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from converters.merge import Part
+from edgelora.base.hold import hold
+from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.base.weights import Dense
+from edgelora.errors import ConfigError
+from edgelora.files.contract import Contract, sha256_file
+from edgelora.peft.adapter import TENSORS, Adapter, write_adapter
+from edgelora.peft.pissa import leading
+from edgelora.peft.start import require_rank
+from edgelora.pipeline.certificate import ModelCertificate, Output, Reference, certify_model, stamp, write_certified
+from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
+from edgelora.progress import OnProgress, Pace, Progress, silent
+from edgelora.training.original import RESIDUAL, Originals, require_original
+from edgelora.versions import versions
+
+FOLDER = "principal"  # beside the draft, for the time of the check
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The file that was written, and how many ranks were taken out of its weights."""
+
+    path: Path
+    kind: str
+    rank: int
+    size_bytes: int
+    certificate: ModelCertificate
+
+
+def write_residual(
+    original: Path, out: Output, quant: str, rank: int, over: Path | None = None, on_progress: OnProgress = silent
+) -> Residual:
+    """Take `rank` ranks out of the weights of `original` (16 bits, GGUF or checkpoint) and write the rest as `quant`.
+
+    over: a quantized file of it, this command's own or any other, what it lost being taken out instead of the principal
+    part. Raises ConfigError if `original` is quantized, or not the original of `over`; CertificateError, the file kept
+    aside, if llama.cpp does not compute with it what torch does.
+    """
+    base, lossy = open_base(original), None if over is None else open_base(over)
+    if base.quant not in FLOAT_QUANTS:
+        raise ConfigError(
+            what=f"{original}: it is {base.quant}",
+            why="what is taken out of its weights must be spared the rounding, and this is rounded already",
+            fix="start from the F16, BF16 or F32 model",
+        )
+    if lossy is not None:
+        require_original(base, lossy)
+    wanted = Wanted.read(quant, MergeOptions())
+
+    def write(draft: Path) -> None:
+        adapter = principal(base, rank, lossy, on_progress)
+        folder = draft.with_name(FOLDER)
+        write_adapter(folder, adapter)  # to be read by the check, and dropped with its draft
+        part = Part(adapter, -1.0, sha256_file(folder / TENSORS), f"{rank} ranks of {base.path.stem}")
+        write_gguf(draft, base, [part], wanted, on_progress)
+
+    def check(draft: Path) -> ModelCertificate:
+        taken_out = Reference(original, ((draft.with_name(FOLDER), -1.0),))
+        return certify_model(draft, taken_out, None, on_progress)
+
+    made_from = stamp(original, *([] if over is None else [over]))
+    certificate = write_certified(out, made_from, write, check)
+    return Residual(out.path, wanted.kind, rank, out.path.stat().st_size, certificate)
+
+
+def principal(base: Base, rank: int, lossy: Base | None, on_progress: OnProgress = silent) -> Adapter:
+    """The `rank` leading directions of every linear layer's weight, or of what it lost in `lossy`, as a LoRA."""
+    weights, generator = Originals(base), torch.Generator().manual_seed(0)
+    pairs: dict[str, Mapping[str, np.ndarray]] = {}
+    pace = Pace(len(base.linears))
+    for module in base.linears:
+        weight = weights(module)
+        require_rank(Dense(weight), rank, "a residual")
+        if lossy is not None:
+            weight -= hold(lossy.tensors.matrix(f"{module}.weight"), "blocks").dequantize()
+        u, s, vt = leading(weight, rank, generator)
+        root = s.sqrt()
+        pairs[module] = {"lora_A": (root[:, None] * vt).numpy(), "lora_B": (u * root).numpy()}
+        _, eta = pace.step(0)
+        on_progress(Progress("residual", pace.done, pace.total, eta_s=eta))
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.path.name, "r": rank,
+        "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({module.rpartition(".")[2] for module in base.linears}),
+    }  # fmt: skip
+    return Adapter(config, pairs, _contract(base, rank))
+
+
+def _contract(base: Base, rank: int) -> Contract:
+    """It belongs to the original, whose rest the file will be."""
+    held_to = base.identity
+    return Contract(
+        version=versions()["edgelora"],
+        base=held_to.fingerprint,
+        base_file=base.base_file,
+        tokenizer_sha256=held_to.tokenizer_sha256,
+        chat_template_sha256=held_to.chat_template_sha256,
+        eog_ids=held_to.eog_ids,
+        method=RESIDUAL,
+        training={"rank": rank},
+        versions=versions(),
+    )
