@@ -52,28 +52,26 @@ def main() -> None:
     from study.pool import Pool, state
 
     if args.write:
-        write(room, args.jobs)
+        write(room)
     elif not args.status:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(args.jobs))
         missing = Pool(room, Path(__file__).resolve(), cores[: args.jobs]).run()
         if missing:
             sys.exit(f"not made: {', '.join(missing)}")
-    found = state(room, args.jobs)
-    print(
-        f"{found.done} of {found.total} results, about {found.seconds_left / 60:.0f} minutes left",
-        *found.failed,
-        sep="\n",
-    )
+    found = state(room)
+    left = found.cpu_seconds_left / 60 / args.jobs
+    print(f"{found.done} of {found.total} results; about {left:.0f} minutes left of {args.jobs} free cores")
+    print(*found.failed, sep="\n", end="\n" * bool(found.failed))
 
 
-def write(room: Room, jobs: int) -> None:
+def write(room: Room) -> None:
     """The summary, the page and its plot."""
     from study.page import PLOT, svg, written
     from study.pool import state
     from study.summary import summary
     from study.ways import ways
 
-    text = json.dumps(summary(room.found(), ways(), state(room, jobs)), indent=1) + "\n"
+    text = json.dumps(summary(room.found(), ways(), state(room)), indent=1) + "\n"
     SUMMARY.write_text(text, encoding="utf-8")
     found = json.loads(text)
     (ROOT / "docs" / "which-way.md").write_text(written(found), encoding="utf-8")

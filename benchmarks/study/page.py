@@ -49,8 +49,8 @@ Each way took its best; (1), (2) and (6) share trainings where they took the sam
 
     .venv/bin/python benchmarks/which_way.py --room FOLDER --jobs 2
 
-goes on where it was stopped. Its jobs took {hours:.1f} hours in all, each on one core of {processor} beside other
-work.
+goes on where it was stopped; a whole study is about two and a half hours of CPU time, and this one has taken
+{hours:.1f} on {processor}.
 """
 
 QUESTIONS = """
@@ -165,7 +165,7 @@ def _how(found: Mapping[str, Any]) -> str:
         batch_rows=found["batch_rows"], comparisons=comparisons, certainty=_certainty(found),
         check_task=found["check"]["task"], imatrix=f"{found['check']['imatrix_tokens']:,}",
         checked=f"at {checked[0]} for the levels below 4 bits, at {checked[-1]} for the others",
-        hours=found["seconds"] / 3600, processor=found["processor"],
+        hours=found["cpu_seconds"] / 3600, processor=found["processor"],
     )  # fmt: skip
 
 

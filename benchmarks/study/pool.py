@@ -75,23 +75,25 @@ class Pool:
 
 @dataclass(frozen=True)
 class State:
-    """How far a study is: results made and all that are foreseen, and the seconds left for so many jobs at a time."""
+    """How far a study is: results made and all that are foreseen; CPU seconds that they took and that are left."""
 
     done: int
     total: int
     failed: list[str]
-    seconds_left: float
+    cpu_seconds: float
+    cpu_seconds_left: float
 
 
-def state(room: Room, jobs: int) -> State:
-    """What is left costs what results of the same kind took in the mean."""
+def state(room: Room) -> State:
+    """What is left, or was not timed, costs what results of the same kind took in the mean."""
     found = room.found()
     keys = {key: job.kind for job in plan(found, ways(), guess=True) for key in job.makes}
     took: dict[str, list[float]] = {}
     for key, kind in keys.items():
-        if key in found:
-            took.setdefault(kind, []).append(found[key]["seconds"])
+        if "cpu_seconds" in found.get(key, {}):
+            took.setdefault(kind, []).append(found[key]["cpu_seconds"])
     mean = {kind: sum(some) / len(some) for kind, some in took.items()}
+    spent = sum(found[key].get("cpu_seconds", mean.get(kind, 0.0)) for key, kind in keys.items() if key in found)
     left = sum(mean.get(kind, 0.0) for key, kind in keys.items() if key not in found)
     failed = [f"{key}: {result['failed']}" for key, result in found.items() if "failed" in result]
-    return State(sum(key in found for key in keys), len(keys), failed, left / jobs)
+    return State(sum(key in found for key in keys), len(keys), failed, spent, left)

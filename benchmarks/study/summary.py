@@ -51,7 +51,7 @@ def summary(found: Results, ways: Sequence[Way], state: State) -> dict[str, Any]
             measured[quant] = level(of_ways, found[base(quant)]["bytes"])
     return {
         "done": state.done, "total": state.total, "failed": state.failed, "processor": processor_name(),
-        "seconds": round(sum(result["seconds"] for result in found.values())), "seeds": SEEDS, "rank": RANK,
+        "cpu_seconds": round(state.cpu_seconds), "seeds": SEEDS, "rank": RANK,
         "batch_rows": BATCH_ROWS, "tasks": [asdict(task) for task in TASKS],
         "ways": {way.number: way.title for way in WAYS}, "rates": rates(found, ways),
         "check": {"task": CHECK_TASK.name, "imatrix_tokens": 512 * IMATRIX_WINDOWS},
