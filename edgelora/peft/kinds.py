@@ -68,6 +68,13 @@ class Kind:
                     return inside.removesuffix(f".{ending}"), part
         return None
 
+    def sizes(self, part: str, shape: tuple[int, ...]) -> dict[str, int]:
+        """What a tensor tells of the numbers in its shape's words: `out`, `in`, `r` …; nothing if it has another."""
+        for words in {**self.parts, **self.optional}[part].split("|"):
+            if _fits(shape, expected := shape_of(words, {})):
+                return {word: n for word, n in zip(expected, shape, strict=True) if isinstance(word, str)}
+        return {}
+
     def shape_faults(self, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
         """What is wrong with the shapes of a linear layer's parts."""
         sizes = {"out": d_out, "in": d_in}

@@ -16,10 +16,11 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, refuse_pickle
+from edgelora.peft.kinds import NORM, Kind, kind_of
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
 CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
-NOT_OF_A_DORA = Ability("no", "a DoRA cannot be an adapter of llama.cpp: merge it into its base with `edgelora merge`")
+MERGE_IT = "merge it into its base with `edgelora merge`"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -61,10 +62,13 @@ def peft_adapter(path: Path) -> AdapterFacts:
     refuse_pickle(path)
     config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
-    linears = _linears(shapes, "lora_A", "lora_B") or _of_a_vera(shapes)
-    faults = []
+    kind = kind_of(config) if isinstance(config, dict) else None
+    linears, norms = _layers(kind, {name: t.shape for name, t in file.tensors.items()})
+    linears = _of_a_vera(shapes) or linears
+    faults, more_than_a_lora = [], False
     try:
-        read_adapter(path, linears)
+        adapter = read_adapter(path, linears, norms)
+        more_than_a_lora = bool(norms) or not all(adapter.change(module).is_pair for module in adapter.linears)
     except EdgeloraError as e:
         faults.append(reason(e, path))
     try:
@@ -75,7 +79,9 @@ def peft_adapter(path: Path) -> AdapterFacts:
     alpha = config.get("lora_alpha")
     types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
     merge = _ability(contract, faults)
-    export, chat = (NOT_OF_A_DORA,) * 2 if config.get("use_dora") else (merge, CHAT_OF_A_FOLDER)
+    export, chat = merge, CHAT_OF_A_FOLDER
+    if more_than_a_lora and kind is not None:
+        export = chat = Ability("no", f"{kind.one} cannot be an adapter of llama.cpp: {MERGE_IT}")
     if faults:
         export = chat = merge
     return AdapterFacts(
@@ -83,7 +89,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
         contract.base_file.name if contract else str(base) if base else None,
         float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else None,
         _ranks(shapes, "lora_A") or _ranks(shapes, "vera_lambda_d"),
-        dict(Counter(name.rpartition(".")[2] for name in linears)),
+        dict(Counter(name.rpartition(".")[2] for name in (*linears, *norms))),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
         export=export, merge=merge, chat=chat,
@@ -126,6 +132,24 @@ def _ability(contract: Contract | None, faults: list[str]) -> Ability:
     if contract is None:
         return Ability("yes", "with --allow-unverified-base, over the base it was trained on")
     return Ability("yes", f"over {contract.base_file.name} ({contract.base_file.quant}) or another quantization of it")
+
+
+def _layers(kind: Kind | None, tensors: Shapes) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """(d_out, d_in) of the linear layers that these tensors were made for, 0 where none tells it; and norms' widths."""
+    linears: dict[str, tuple[int, int]] = {}
+    norms: dict[str, int] = {}
+    for name, shape in tensors.items():
+        place = None if kind is None else kind.place(name)
+        if kind is None or place is None:
+            continue
+        module, part = place
+        if part == NORM:
+            norms[module] = shape[0] if shape else 0
+        else:
+            d_out, d_in = linears.get(module, (0, 0))
+            found = kind.sizes(part, shape)
+            linears[module] = (found.get("out", d_out), found.get("in", d_in))
+    return linears, norms
 
 
 def _linears(shapes: Shapes, a: str, b: str) -> dict[str, tuple[int, int]]:
