@@ -20,6 +20,7 @@ from edgelora.base.tensors import Stored
 from edgelora.base.weights import Dense, GGUFBlocks
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.kernels import load
 from edgelora.training.run import run_training
 
 # relative error of a matrix of normal numbers, a little above what was measured
@@ -143,8 +144,14 @@ def test_auto_counts_the_experts(mixture):
 # -- auto ---------------------------------------------------------------------------------------------------------
 
 
-def test_auto_dequantizes_slow_blocks_once_where_memory_allows(make_tiny):
+@pytest.mark.skipif(load.library() is None, reason="no compiler was here at installation")
+def test_auto_keeps_all_blocks_that_our_kernels_read(make_tiny):
+    assert choose_base_dtype("auto", open_base(make_tiny(Type.Q6_K).path), 64 << 30).value == "blocks"
+
+
+def test_auto_dequantizes_slow_blocks_once_where_ggml_alone_reads_them(make_tiny, monkeypatch):
     base = open_base(make_tiny(Type.Q6_K).path)
+    monkeypatch.setattr(load, "library", lambda: None)
     assert choose_base_dtype("auto", base, 64 << 30).value == "f32"
     assert choose_base_dtype("auto", base, 1 << 20).value == "blocks"
     assert choose_base_dtype("auto", base, None).value == "blocks"

@@ -16,6 +16,7 @@ from edgelora.base.tensors import Stored
 from edgelora.base.weights import Dense, GGUFBlocks, from_rows
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
+from edgelora.kernels import load
 from edgelora.nn.linear import Weight
 
 Type = GGMLQuantizationType
@@ -36,8 +37,8 @@ FALLBACK = {
 BASE_FORMATS = ("blocks", "nf4", *FLOATS, *BLOCKS)
 
 
-# Types whose blocks cost a training step a tenth more than dense floats (Q6_K, benchmarks/step.py), and those that ggml
-# reads no faster (benchmarks/dequantize.py). Q4_0, Q8_0, Q4_K and bfloat16 cost 2 to 7 %.
+# Types whose blocks cost a training step a tenth more than dense floats where ggml alone reads them. By edgelora's own
+# kernels none of them costs more than a fiftieth (benchmarks/step.py).
 SLOW = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
 
@@ -54,7 +55,8 @@ def choose_base_dtype(asked: str, base: Base, free_bytes: int | None, compute: s
         if len(shape) == 2 and name.startswith("model.layers."):
             kind = base.tensors.kind(name)
             sizes[kind] = sizes.get(kind, 0) + shape[0] * shape[1]
-    weights, slow = sum(sizes.values()), sum(n for kind, n in sizes.items() if kind.name in SLOW)
+    weights = sum(sizes.values())
+    slow = 0 if load.library() is not None else sum(n for kind, n in sizes.items() if kind.name in SLOW)
     dense, free = FLOATS[compute].itemsize * weights, free_bytes or 0
     if 2 * slow > weights and dense <= DENSE_SHARE * free:
         return Choice(
