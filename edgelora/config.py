@@ -86,6 +86,8 @@ class TrainConfig(BaseModel):
     """How the base is adapted; `edgelora methods` lists what each of them trains and where its adapter can go."""
     original: Path | None = None
     """LoftQ: the 16-bit model that the base was quantized from, a .gguf file or a Hugging Face folder."""
+    orthogonal_to: tuple[Path, ...] = ()
+    """Earlier adapters of this base: the rows of A begin orthogonal to theirs (O-LoRA)."""
     rank: int | None = Field(None, ge=1, le=1024)
     """Rank r of the adapter."""
     alpha: float | None = Field(None, gt=0)

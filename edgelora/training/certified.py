@@ -13,7 +13,10 @@ from edgelora.files.contract import Contract
 from edgelora.training.rows import Rows
 from edgelora.versions import versions
 
-ELSEWHERE = {"base", "data", "valid", "original", "out", "overwrite", "resume", "method", "chat_template", "samples"}
+ELSEWHERE = {
+    "base", "data", "valid", "original", "orthogonal_to", "out", "overwrite", "resume", "method", "chat_template",
+    "samples",
+}  # fmt: skip
 
 
 def contract_of(

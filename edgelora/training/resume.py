@@ -16,7 +16,7 @@ from edgelora.training.folder import RunFolder
 # what may be said otherwise when a run goes on: it changes no number
 FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
-PATHS = {"base", "data", "valid", "original"}
+PATHS = {"base", "data", "valid", "original", "orthogonal_to"}
 ALONE = {"processes": "1"}  # where no choice says how many
 
 

@@ -19,7 +19,9 @@ from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import adapter_config, collect, inject, kept_beside, targeted
+from edgelora.peft.orthogonal import start_orthogonally
 from edgelora.progress import OnProgress, Progress, silent
+from edgelora.training.avoided import avoided, avoided_sha256
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.distributed import Processes, choose_threads, joined
@@ -194,6 +196,8 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
     if (original := original_of(settled, base)) is not None:
         digests["original"] = original.base_file.sha256
+    if settled.orthogonal_to:
+        digests["adapters of --orthogonal-to"] = avoided_sha256(settled)
     if earlier is not None:
         earlier.require_same(digests)
     if world.any(world.first(lambda: digests) != digests):  # here all have come so far before one writes
@@ -244,6 +248,8 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     # what a run that goes on began from stands in its checkpoint
     original = None if ready.original is None or ready.earlier is not None else Originals(ready.original)
     inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules, original)
+    if ready.earlier is None:
+        start_orthogonally(decoder, avoided(c, ready.base))
     decoder.to(c.device)
     asks = bool(c.samples) and world.rank == 0
     sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None

@@ -12,6 +12,7 @@ from edgelora.device import Choice, choose_device, choose_dtype, choose_products
 from edgelora.kernels import load
 from edgelora.nn import compiled
 from edgelora.nn.gpu_attention import WIDEST_HEAD
+from edgelora.training.avoided import avoided, why_avoided
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
@@ -38,6 +39,8 @@ def settle(
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
     if (original := original_of(settled, base)) is not None:
         chosen["original"] = why_original(original, base, held.value)
+    if avoided(settled, base):
+        chosen["start"] = why_avoided(settled)
     found = plan(model, settled, machine, base.config.max_position_embeddings)
     choices = {
         "device": device,
