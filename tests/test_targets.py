@@ -16,6 +16,8 @@ from edgelora.architectures import ARCHITECTURES
 from edgelora.architectures.names import linear_modules
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.cli import run
+from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.nn.dropped import Drop, dropped_lora
 from edgelora.nn.linear import Factors
@@ -26,6 +28,7 @@ from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import NAME, Placed, Where, by_pattern, placed, require_ranks, select, target_modules
+from edgelora.training.footprint import Model, adapter_numbers
 
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -286,3 +289,51 @@ def test_the_gradient_is_that_of_the_function():
         return dropped_lora(x, weight, Factors(a, b, 1.5), Drop(0.4, 12))
 
     assert torch.autograd.gradcheck(function, inputs)
+
+
+# -- in a run -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n')
+    return path
+
+
+def test_a_run_takes_them_as_options(tiny, rows, tmp_path, capsys):
+    settings = {
+        "rank": 4, "alpha": 6, "target_modules": r".*\.(q|v)_proj", "exclude_modules": "layers.0.self_attn.q_proj",
+        "rank_pattern": "v_proj=2", "alpha_pattern": "q_proj=3", "lora_dropout": 0.25,
+    }  # fmt: skip
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    words = ["train", str(tiny.path), str(rows), "--out", str(tmp_path / "mine"), "--max-steps=2", "--use-rslora"]
+    assert run([*words, *options]) == 0, capsys.readouterr().err
+    adapter = read_adapter(tmp_path / "mine", tiny.linears)
+    ranks = {module: len(parts["lora_A"]) for module, parts in adapter.tensors.items()}
+    q, v = "model.layers.1.self_attn.q_proj", [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+    assert ranks == {q: 4, v[0]: 2, v[1]: 2}
+    wanted = {"r": 4, "lora_alpha": 6, "use_rslora": True, "lora_dropout": 0.25, "alpha_pattern": {q: 3.0}}
+    assert {name: adapter.config[name] for name in wanted} == wanted
+    assert adapter.contract.training["rank_pattern"] == ["v_proj=2"]
+    config = TrainConfig(base=tiny.path, data=rows, out="-", **settings)
+    numbers = sum(part.size for parts in adapter.tensors.values() for part in parts.values())
+    assert adapter_numbers(Model.of(open_base(tiny.path)), config) == numbers
+
+
+REFUSED = {
+    ("--target-modules", "q_prj"): "did you mean q_proj?",
+    ("--rank-pattern", "q_proj=2.5"): "q_proj=2.5: a rank is a whole number",
+    ("--rank-pattern", "q_proj"): "q_proj is no NAME=NUMBER, such as q_proj=4",
+    ("--rank", "200"): "k_proj is only 128 x 256",
+    ("--lora-dropout", "0.1", "--method", "dora"): "lora_dropout: nothing that --method dora could use",
+    ("--lora-dropout", "0.1", "--objective", "dpo"): "lora_dropout with --objective dpo",
+    ("--modules-to-save", "lm_head"): "nothing is trained beside A and B yet",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_a_run_refuses_what_cannot_be(tiny, rows, tmp_path, capsys, words):
+    assert run(["train", str(tiny.path), str(rows), "--out", str(tmp_path / "mine"), *words]) == 1
+    assert REFUSED[words] in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()

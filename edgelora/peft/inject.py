@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from edgelora.errors import ConfigError
-from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta, Weight
-from edgelora.peft import vera_file
+from edgelora.nn.decoder import Adaptable, Decoder
+from edgelora.nn.linear import Delta, Linear
+from edgelora.peft import ia3, layernorm, vera_file
 from edgelora.peft.adalora import AdaloraDelta
-from edgelora.peft.adapter import Adapter, LoraPair
-from edgelora.peft.dora import DoraDelta
-from edgelora.peft.lora import LoraDelta
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.attached import delta_of
+from edgelora.peft.dropout import DroppedDelta
+from edgelora.peft.kinds import NATIVE_TYPE
+from edgelora.peft.layernorm import NormDelta
 from edgelora.peft.methods import METHODS
+from edgelora.peft.strength import as_peft, strengths
+from edgelora.peft.targets import EVERYWHERE, Where, select, target_modules
 
 
 def inject(
@@ -26,126 +29,136 @@ def inject(
     rank: int,
     alpha: float,
     seed: int,
-    targets: Iterable[str] = (),
+    targets: Iterable[str] | Where = (),
     original: Callable[[str], torch.Tensor] | None = None,
 ) -> list[torch.nn.Parameter]:
-    """Give the linear layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
+    """Give the layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
 
-    `targets`: the layers to adapt, by the ends of their names; none for all. Raises ConfigError if one fits no layer.
+    `targets`: the layers to adapt, by the ends of their names or all that `Where` can say; none for all that the method
+    adapts (see `chosen`). Raises ConfigError for what fits no layer, or not this method.
     `original`: a layer's weight before it was quantized, float32 (d_out, d_in), to be overwritten; without it a base is
     taken for its own.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = targeted(list(decoder.linears), tuple(targets))
-    row = METHODS[method]
-    adapted = {name: linear for name, linear in decoder.linears.items() if name in chosen}
+    linears, norms, row = decoder.linears, decoder.norms, METHODS[method]
+    where = _where(targets)
+    names, norm_names = chosen(method, linears, norms, where)
+    adapted = {name: linears[name] for name in names}
+    sizes = strengths(row, {name: linear.weight.shape for name, linear in adapted.items()}, where, rank, alpha)
     weights = [linear.weight for linear in adapted.values()]
-    for linear in decoder.linears.values():
-        linear.delta = None
+    attach(decoder, None)
+    deltas: Sequence[Delta]
     if row.together is not None:
         deltas = row.together(weights, rank, alpha, generator)
     elif row.from_original is not None and original is not None:
         deltas = [
-            row.from_original(linear.weight, original(name), rank, alpha, generator) for name, linear in adapted.items()
+            row.from_original(linear.weight, original(name), *sizes[name], generator)
+            for name, linear in adapted.items()
         ]
+    elif row.of_layer is not None:
+        deltas = [row.of_layer(name, linear) for name, linear in adapted.items()]
     else:
-        deltas = [row.fresh(weight, rank, alpha, generator) for weight in weights]
+        deltas = [row.fresh(linear.weight, *sizes[name], generator) for name, linear in adapted.items()]
     for linear, delta in zip(adapted.values(), deltas, strict=True):
-        linear.delta = delta
+        linear.delta = DroppedDelta(delta, where.lora_dropout) if where.lora_dropout else delta
+    for name in norm_names:
+        norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
     return list(decoder.parameters())
 
 
-def targeted(names: list[str], targets: tuple[str, ...]) -> set[str]:
-    """The names that end in one of `targets` after a dot (PEFT's rule); all of them where there are no targets.
-
-    Raises ConfigError if one fits no name.
-    """
-    fitting = {target: {n for n in names if n == target or n.endswith(f".{target}")} for target in targets}
-    if unknown := [target for target, found in fitting.items() if not found]:
-        there = sorted({name.rpartition(".")[2] for name in names})
-        near = [n for target in unknown for n in difflib.get_close_matches(target, there, 1)]
-        raise ConfigError(
-            what=f"target_modules: no linear layer of this model is named {', '.join(unknown)}",
-            why=f"its linear layers are {', '.join(there)}",
-            fix=f"did you mean {', '.join(near)}?" if near else "name some of these, or none to adapt them all",
-        )
-    return set().union(*fitting.values()) if targets else set(names)
+def chosen(
+    method: str, linears: Iterable[str], norms: Iterable[str], targets: Iterable[str] | Where = ()
+) -> tuple[list[str], list[str]]:
+    """Which linear layers and norms the method adapts. `targets` choose among the linear layers, and among the norms
+    where a method adapts nothing else. Raises ConfigError for what fits no name."""
+    row, where = METHODS[method], _where(targets)
+    linears, norms = list(linears) if row.linears else [], list(norms) if row.norms else []
+    names = linears or norms
+    if not where.target_modules and row.targets:
+        own = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in names))
+        where = replace(where, target_modules=own)
+    among = select(names, where, "linear layer" if linears else "norm")
+    return (among, norms) if linears else ([], among)
 
 
-def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base: str) -> dict[str, object]:
-    """What PEFT's adapter_config.json says of the adapter on `decoder`."""
-    adapted = [name for name, linear in decoder.linears.items() if linear.delta is not None]
-    ends = {name.rpartition(".")[2] for name in adapted}
-    row = METHODS[method]
-    wider = row.file_ranks  # r and α by as much: α/r stays
-    everywhere = all(name in adapted for name in decoder.linears if name.rpartition(".")[2] in ends)
-    of_a_lora = {"lora_alpha": wider * alpha, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
-    deltas = {name: decoder.linears[name].delta for name in adapted}
+def _where(targets: Iterable[str] | Where) -> Where:
+    return targets if isinstance(targets, Where) else Where(tuple(targets))
+
+
+def adapter_config(
+    decoder: Decoder, method: str, rank: int, alpha: float, base: str, where: Where = EVERYWHERE
+) -> dict[str, object]:
+    """What PEFT's adapter_config.json says of the adapter on `decoder`, which `inject` put there with the same."""
+    row, layers = METHODS[method], decoder.adaptable
+    deltas = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
+    targets = target_modules(deltas, layers)
     ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
+    own: dict[str, object] = {}
+    if row.peft_type in ("LORA", "VERA"):
+        own |= {"r": rank, "bias": "none"}
+    if row.peft_type == "LORA":
+        own |= as_peft(row, deltas, where, rank, alpha)
+    if row.peft_type == "IA3":
+        own["feedforward_modules"] = [name for name in targets if name.endswith(ia3.FEED_FORWARD)]
+    if row.peft_type == NATIVE_TYPE:
+        own["method"] = method
     return {
         "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": wider * rank,
-        "target_modules": sorted(ends if everywhere else adapted),
-        "bias": "none",
+        "target_modules": targets,
         "inference_mode": True,
-        **(of_a_lora if row.peft_type == "LORA" else {}),
+        **own,
         **({"rank_pattern": ranks} if ranks else {}),
         **row.settings,
     }
 
 
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
-    """What is saved of every linear layer, as numpy; what a VeRA's layers share is not copied for each."""
+    """What is saved of every adapted layer, as numpy; what a VeRA's layers share is not copied for each."""
     return {
         name: {
             part: tensor.cpu().numpy() if part in vera_file.SHARED else tensor.cpu().numpy().copy()
-            for part, tensor in linear.delta.tensors().items()
+            for part, tensor in layer.delta.tensors().items()
         }
-        for name, linear in decoder.linears.items()
-        if linear.delta is not None
+        for name, layer in decoder.adaptable.items()
+        if layer.delta is not None
     }
 
 
 def kept_beside(decoder: Decoder) -> dict[str, torch.Tensor]:
     """What the adapter on `decoder` computes with beside its parameters, and a run must find again to go on with."""
     kept: dict[str, torch.Tensor] = {}
-    for name, linear in decoder.linears.items():
-        if isinstance(linear.delta, torch.nn.Module):
-            trained = dict(linear.delta.named_parameters())
-            state = linear.delta.state_dict()
+    for name, layer in decoder.adaptable.items():
+        if isinstance(layer.delta, torch.nn.Module):
+            trained = dict(layer.delta.named_parameters())
+            state = layer.delta.state_dict()
             kept |= {f"{name}.delta.{key}": tensor for key, tensor in state.items() if key not in trained}
     return kept
 
 
 def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     """Make `adapter` what the decoder computes, in place of whatever was on it. None takes it off."""
-    for name, linear in decoder.linears.items():
-        linear.delta = None
+    for name, layer in decoder.adaptable.items():
+        layer.delta = None
         if adapter is not None and name in adapter.tensors:
-            linear.delta = delta_of(adapter.pair(name), linear.weight)
-
-
-def delta_of(pair: LoraPair, weight: Weight) -> Delta:
-    """The pair as what a linear layer over `weight` computes."""
-    a, b = torch.from_numpy(pair.a), torch.from_numpy(pair.b)
-    if pair.magnitude is None:
-        return LoraDelta(a, b, 1.0)
-    return DoraDelta(a, b, 1.0, torch.from_numpy(pair.magnitude), weight)
+            if isinstance(layer, Linear):
+                layer.delta = delta_of(adapter.change(name), layer.weight)
+            else:
+                layer.delta = NormDelta(torch.from_numpy(adapter.norm(name)) + layer.shift, layer.shift)
 
 
 @contextmanager
 def without_adapter(decoder: Decoder) -> Iterator[None]:
-    """In here every linear layer is the frozen one: the reference of a preference loss needs no second model."""
-    linears = list(decoder.linears.values())
-    deltas, noise = [linear.delta for linear in linears], decoder.noise
+    """In here every layer is the frozen one: the reference of a preference loss needs no second model."""
+    layers: list[Adaptable] = list(decoder.adaptable.values())
+    deltas, noise = [layer.delta for layer in layers], decoder.noise
     try:
         decoder.noise = None
-        for linear in linears:
-            linear.delta = None
+        for layer in layers:
+            layer.delta = None
         yield
     finally:
         decoder.noise = noise
-        for linear, delta in zip(linears, deltas, strict=True):
-            linear.delta = delta
+        for layer, delta in zip(layers, deltas, strict=True):
+            layer.delta = delta

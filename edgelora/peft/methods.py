@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from edgelora.nn.linear import Delta, Weight
+from edgelora.nn.linear import Delta, Linear, Weight
 from edgelora.peft import (
     adalora,
+    bitfit,
     dora,
     dylora,
+    ia3,
+    layernorm,
     loftq,
     lora,
     lora_xs,
@@ -24,6 +27,7 @@ from edgelora.peft import (
     vera,
 )
 from edgelora.peft.around import NOTHING, Around
+from edgelora.peft.kinds import NATIVE_TYPE
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -35,7 +39,8 @@ def pair(d_out: int, d_in: int, rank: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a linear layer. `fresh(weight, rank, alpha, generator)` makes its trainable half."""
+    """A way to adapt linear layers, norms or both. `fresh(weight, rank, alpha, generator)` makes the trainable half of
+    a linear layer; of a norm it is the new weight."""
 
     name: str
     paper: str
@@ -56,10 +61,28 @@ class Method:
     """In the place of `fresh` for all layers at once, where they share something."""
     from_original: Callable[[Weight, torch.Tensor, int, float, torch.Generator], Delta] | None = None
     """In the place of `fresh` where the weight (d_out, d_in) stands beside it that the base's was quantized from."""
+    of_layer: Callable[[str, Linear], Delta] | None = None
+    """In the place of `fresh` where it matters which layer it is: its HF name, and the layer."""
+    shapes_of: Callable[[str, int, int], Shapes] | None = None
+    """In the place of `shapes` where it matters which layer it is."""
+    linears: bool = True
+    """Whether it adapts linear layers."""
+    norms: bool = False
+    """Whether it trains the weights of norms."""
+    targets: tuple[str, ...] = ()
+    """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
+    ranked: bool = True
+    """Whether it has a rank and an α."""
+    drops: bool = False
+    """Whether PEFT's lora_dropout can stand before its A."""
     peft_type: str = "LORA"
-    """What PEFT calls it."""
+    """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
     file_ranks: int = 1
     """The rank of the LoRA that it leaves as, in ranks of what was trained."""
+
+    def trained(self, module: str, d_out: int, d_in: int, rank: int) -> Shapes:
+        """The shapes of what is trained for the linear layer of this name."""
+        return self.shapes(d_out, d_in, rank) if self.shapes_of is None else self.shapes_of(module, d_out, d_in)
 
 
 METHODS: dict[str, Method] = {
@@ -69,6 +92,7 @@ METHODS: dict[str, Method] = {
         trains="A (r, d_in) and B (d_out, r) for each linear layer",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
+        drops=True,
     ),
     "rslora": Method(
         name="rslora",
@@ -76,6 +100,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, scaled by α/√r",
         exits=("adapter", "merged"),
         fresh=rslora.fresh,
+        drops=True,
         settings={"use_rslora": True},
     ),
     "loraplus": Method(
@@ -84,6 +109,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, B with a higher learning rate",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
+        drops=True,
         faster=("lora_B",),
     ),
     "dora": Method(
@@ -119,6 +145,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, from what quantization took away of the weight; the base stays quantized as it is",
         exits=("adapter", "merged"),
         fresh=lora.fresh,  # of a base that is not quantized nothing was taken away
+        drops=True,
         from_original=loftq.from_original,
     ),
     "lora_xs": Method(
@@ -194,5 +221,40 @@ METHODS: dict[str, Method] = {
             (adalora.ranks_at_first(rank), 1),
         ),
         held=5,
+    ),
+    "ia3": Method(
+        name="ia3",
+        paper="arXiv:2205.05638",
+        trains="a factor for each row of k and v (d_out,), and for each column of down (d_in,)",
+        exits=("merged",),
+        fresh=ia3.fresh,
+        of_layer=ia3.of_layer,
+        peft_type="IA3",
+        shapes=lambda d_out, _d_in, _rank: ((d_out, 1),),
+        shapes_of=ia3.shapes,
+        targets=ia3.TARGETS,
+        ranked=False,
+    ),
+    "bitfit": Method(
+        name="bitfit",
+        paper="arXiv:2106.10199",
+        trains="a bias (d_out,) of each linear layer, beside its own",
+        exits=("merged",),
+        fresh=bitfit.fresh,
+        peft_type=NATIVE_TYPE,
+        shapes=lambda d_out, _d_in, _rank: ((d_out,),),
+        ranked=False,
+    ),
+    "layernorm": Method(
+        name="layernorm",
+        paper="arXiv:2312.11420",
+        trains="the weights (d,) of all norms",
+        exits=("merged",),
+        fresh=layernorm.no_linear,
+        linears=False,
+        norms=True,
+        peft_type="LN_TUNING",
+        shapes=lambda *_: (),
+        ranked=False,
     ),
 }

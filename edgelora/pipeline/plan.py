@@ -27,6 +27,7 @@ from edgelora.training.optim import build_optimizer
 from edgelora.training.rows import load_rows
 from edgelora.training.sample import MAX_TOKENS, Sampler
 from edgelora.training.settle import settle
+from edgelora.training.where import where_of
 
 MEASURED_STEPS = 3
 MEASURED_ROWS = 64  # of those held out
@@ -85,7 +86,7 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
     seconds, tokens = [], 0
     with computing(choose_products(config.device), compute_threads()):
         decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype], config.device)
-        inject(decoder, config.method, config.rank, config.alpha, config.seed, config.target_modules)
+        inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
         decoder.to(config.device)
         decoder.recompute, decoder.offload = config.recompute == "full", config.offload
         optimizer = build_optimizer(decoder.named_parameters(), config)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
+from typing import NamedTuple
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgelora.architectures import Architecture, ModelConfig
-from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
+from edgelora.architectures.names import EMBEDDING, HEAD, is_norm, linear_modules, tensor_shapes
 from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
@@ -21,7 +22,10 @@ from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
 from edgelora.nn.compiled import LANES
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
+from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
+from edgelora.peft.targets import by_pattern
+from edgelora.training.where import where_of
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -163,46 +167,67 @@ def base_bytes(model: Model, how: str, device: str = "cpu") -> int:
     return total + sum(-(-n // model.shares) for n in layers.values()) + max(layers.values())
 
 
-def adapted(model: Model, config: TrainConfig) -> dict[str, Shape]:
-    """The linear layers of one layer that get an adapter, by their names in it."""
-    shapes = model.architecture.layer_matrices(model.config)
-    targets = tuple(target.rpartition(".")[2] for target in config.target_modules)
-    return {n: s for n, s in shapes.items() if not targets or n.rpartition(".")[2] in targets}
+def norm_widths(model: Model) -> dict[str, int]:
+    """Of every norm, by its HF name."""
+    shapes = tensor_shapes(model.architecture, model.config)
+    return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if is_norm(name)}
+
+
+class Adapted(NamedTuple):
+    """A linear layer with an adapter: (d_out, d_in), and the adapter's rank."""
+
+    shape: Shape
+    rank: int
+
+
+def adapted(model: Model, config: TrainConfig) -> dict[str, Adapted]:
+    """Every linear layer that gets an adapter, by its HF name."""
+    assert config.rank is not None
+    shapes, where = linear_modules(model.architecture, model.config), where_of(config)
+    names, _ = chosen(config.method, shapes, norm_widths(model), where)
+    return {name: Adapted(shapes[name], by_pattern(where.rank_pattern, name, config.rank)) for name in names}
+
+
+def most_adapted(model: Model, config: TrainConfig) -> list[Adapted]:
+    """Those of the decoder layer whose adapters have the most ranks."""
+    layers: dict[str, list[Adapted]] = {}
+    for name, one in adapted(model, config).items():
+        layers.setdefault(name.partition(".layers.")[2].partition(".")[0], []).append(one)
+    return max(layers.values(), key=lambda of_one: sum(one.rank for one in of_one), default=[])
 
 
 def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
-    """Of every tensor that is trained in one layer."""
-    assert config.rank is not None
-    shapes = METHODS[config.method].shapes
-    return [one for d_out, d_in in adapted(model, config).values() for one in shapes(d_out, d_in, config.rank)]
+    """Of every tensor that is trained."""
+    row, widths = METHODS[config.method], norm_widths(model)
+    _, norms = chosen(config.method, linear_modules(model.architecture, model.config), widths, where_of(config))
+    of_linears = [
+        shape for name, one in adapted(model, config).items() for shape in row.trained(name, *one.shape, one.rank)
+    ]
+    return of_linears + [(widths[name],) for name in norms]
 
 
 def adapter_numbers(model: Model, config: TrainConfig) -> int:
     """How many numbers are trained."""
-    return sum(map(prod, trained_shapes(model, config))) * model.config.num_hidden_layers
+    return sum(map(prod, trained_shapes(model, config)))
 
 
 def held_beside(model: Model, config: TrainConfig) -> int:
     """How many numbers the adapter holds beside those."""
-    assert config.rank is not None
-    sides = sum(d_out + d_in for d_out, d_in in adapted(model, config).values())
-    return METHODS[config.method].held * config.rank * sides * model.config.num_hidden_layers
+    return METHODS[config.method].held * sum(one.rank * sum(one.shape) for one in adapted(model, config).values())
 
 
 def optimizer_bytes(model: Model, config: TrainConfig) -> int:
     """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
     if config.optimizer != "adafactor":
         return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
-    sides = sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one
-    return 4 * sides * model.config.num_hidden_layers
+    return 4 * sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one side
 
 
 def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     """Bytes that the graph of one layer holds for each token until its backward pass, its float32 input included."""
-    assert config.rank is not None
     c, a, wide = model.config, model.architecture, 4 if config.dtype == "f32" else 2
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    linears = adapted(model, config)
+    linears = most_adapted(model, config)
     norms = a.norms
     kept = 0
     for before, after in ((norms.before_attention, norms.after_attention), (norms.before_mlp, norms.after_mlp)):
@@ -212,9 +237,10 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     if a.qk_norm is not None or a.fused:
         kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
     kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
-    kept += wide * config.rank * METHODS[config.method].file_ranks * len(linears)  # x Aᵀ
+    if (row := METHODS[config.method]).ranked:
+        kept += wide * row.file_ranks * sum(one.rank for one in linears)  # x Aᵀ
     if config.method == "dora":
-        kept += wide * sum(d_out for d_out, _ in linears.values())
+        kept += wide * sum(one.shape[0] for one in linears)
     if a.experts is None:
         return kept + 2 * wide * c.intermediate_size
     chosen = c.num_experts_per_tok

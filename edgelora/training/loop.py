@@ -19,6 +19,7 @@ from edgelora.data.pack import Batch
 from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta
+from edgelora.peft import dropout
 from edgelora.peft.methods import METHODS, Method
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
@@ -219,7 +220,7 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
 
 @contextmanager
 def _chance(job: Job, state: State) -> Iterator[None]:
-    """What a method draws, and NEFTune's noise on the embeddings, while something is learned and only then.
+    """What a method draws, dropout, and NEFTune's noise on the embeddings, while something is learned and only then.
 
     Drawn for the number of the micro-batch in the run, whichever process has it and whatever was drawn before: there is
     no state to keep.
@@ -228,12 +229,14 @@ def _chance(job: Job, state: State) -> Iterator[None]:
     seeds = np.random.SeedSequence((job.config.seed, state.step, number))
     generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
     job.method.around.draw(job.deltas, generator)
+    dropout.draw(job.deltas, generator)
     job.decoder.noise = partial(neftune, alpha=alpha, generator=generator) if alpha else None
     try:
         yield
     finally:
         job.decoder.noise = None
         job.method.around.draw(job.deltas, None)
+        dropout.draw(job.deltas, None)
 
 
 def _update(job: Job, state: State) -> tuple[float, float, float]:

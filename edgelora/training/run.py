@@ -18,7 +18,7 @@ from edgelora.device import Choice, choose_products, computing, peak_memory_byte
 from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
-from edgelora.peft.inject import adapter_config, collect, inject, kept_beside, targeted
+from edgelora.peft.inject import adapter_config, chosen, collect, inject, kept_beside
 from edgelora.peft.orthogonal import start_orthogonally
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.avoided import avoided, avoided_sha256
@@ -40,6 +40,7 @@ from edgelora.training.sample import Sampler
 from edgelora.training.settle import choose_attention, settle
 from edgelora.training.sharding import shard
 from edgelora.training.state import State
+from edgelora.training.where import require_place, where_of
 from edgelora.training.world import World
 from edgelora.versions import revision, versions
 
@@ -177,7 +178,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
     base = open_base(asked.base)
     if asked.chat_template is not None:
         base = base.with_template(asked.chat_template)
-    targeted(list(base.linears), asked.target_modules)
+    chosen(asked.method, base.linears, base.norms, where_of(asked))
     if earlier is None:
         # by the memory that is free there
         planned = world.first(lambda: settle(asked, base, None, world.size, world.local_size))
@@ -191,6 +192,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
     for difference in changed:
         heard.on_note(difference)
     choices = choices | here
+    require_place(settled, base)
     world.use(settled.device)
     rows = load_rows(settled, base, heard.on_note)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
@@ -247,7 +249,7 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     decoder.recompute, decoder.offload = c.recompute == "full", c.offload
     # what a run that goes on began from stands in its checkpoint
     original = None if ready.original is None or ready.earlier is not None else Originals(ready.original)
-    inject(decoder, c.method, c.rank, c.alpha, c.seed, c.target_modules, original)
+    inject(decoder, c.method, c.rank, c.alpha, c.seed, where_of(c), original)
     if ready.earlier is None:
         start_orthogonally(decoder, avoided(c, ready.base))
     decoder.to(c.device)
@@ -298,7 +300,7 @@ def _keep(
     assert c.alpha is not None
     with averaged(state):
         tensors = collect(job.decoder)
-    described = adapter_config(job.decoder, c.method, c.rank, c.alpha, str(ready.base.path))
+    described = adapter_config(job.decoder, c.method, c.rank, c.alpha, str(ready.base.path), where_of(c))
     contract = contract_of(c, ready.base, ready.rows, ready.choices, _result(run))
     write_adapter(c.out, Adapter(described, tensors, contract), overwrite=c.overwrite or c.resume)
     return run

@@ -12,12 +12,21 @@ from edgelora.peft.targets import Where
 
 
 def where_of(config: TrainConfig) -> Where:
-    """PEFT's settings among those of a run. Raises ConfigError for dropout where two log-probabilities are compared."""
+    """PEFT's settings among those of a run.
+
+    Raises ConfigError for dropout where two log-probabilities are compared, and for what cannot be trained yet.
+    """
     if config.lora_dropout and config.objective != "sft":
         raise ConfigError(
             what=f"lora_dropout with --objective {config.objective}",
             why="each of the log-probabilities that are compared would be of another adapter; TRL leaves it out, too",
             fix="leave it out",
+        )
+    if config.bias != "none" or config.modules_to_save:
+        raise ConfigError(
+            what="bias, modules_to_save: nothing is trained beside A and B yet",
+            why="PEFT saves such tensors whole, and what a LoRA makes of a layer here is known without the base's own",
+            fix="leave them out; --method bitfit trains biases, --method layernorm norms, each alone",
         )
     return Where(
         config.target_modules,
