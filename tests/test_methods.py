@@ -31,14 +31,16 @@ from edgelora.peft.adapter import (
     write_adapter,
 )
 from edgelora.peft.dora import DoraDelta, row_lengths
-from edgelora.peft.inject import adapter_config, attach, collect, inject, kept_beside
+from edgelora.peft.inject import adapter_config, attach, chosen, collect, inject, kept_beside
 from edgelora.peft.methods import METHODS
 from edgelora.pipeline.merge import merge
 from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
+DRAW_NOTHING = ["olora", "ia3", "bitfit", "layernorm"]
 AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
+LORAS = [name for name, method in METHODS.items() if method.peft_type == "LORA"]  # of others see test_vectors.py
 OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
 TARGETS = {"all": (), "two kinds": ("q_proj", "down_proj"), "one layer's": tuple(LAYER1)}
@@ -66,6 +68,8 @@ def stir(decoder, seed=1):
                 parameter.mul_(1 + 0.4 * noise)
             elif name.endswith("lora_E"):
                 parameter.add_(8 * noise)
+            elif name.endswith(("ia3_l", "norm.delta.weight", "delta.bias")):
+                parameter.add_(0.8 * noise)
             elif name.endswith("vera_lambda_b"):  # beside d and the random matrices, 0.1 would not be seen
                 parameter.add_(4 * noise)
             else:
@@ -124,7 +128,7 @@ def test_peft_computes_the_same_outputs_and_gradients(
         torch.testing.assert_close(gradient, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in AS_PEFT])
+@pytest.mark.parametrize("method", [name for name in LORAS if name not in AS_PEFT])
 def test_peft_computes_the_same_from_the_files(base, decoder, tiny, transformers_model, tmp_path, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     stir(decoder)
@@ -184,7 +188,7 @@ def test_what_peft_saved_computes_the_same_here(decoder, tiny, transformers_mode
     torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "adalora"])  # whose ranks differ
+@pytest.mark.parametrize("method", [name for name in [*LORAS, "vera"] if name != "adalora"])  # whose ranks differ
 def test_the_files_have_the_names_and_settings_of_pefts(base, decoder, tiny, transformers_model, tmp_path, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     written(decoder, base, method, tmp_path / "mine")
@@ -216,7 +220,8 @@ def test_only_the_methods_own_parameters_are_trained(decoder, method):
     names = [name for name, _ in decoder.named_parameters()]
     assert len(parameters) == len(names)
     assert all(".delta." in name for name in names)
-    assert {name.split(".delta.")[0] for name in names} == set(decoder.linears)
+    linears, norms = chosen(method, decoder.linears, decoder.norms)
+    assert {name.split(".delta.")[0] for name in names} == {*linears, *norms}
     loss_of(decoder).backward()
     assert all(parameter.grad is not None for parameter in parameters)
     assert any(parameter.grad.any() for parameter in parameters)
@@ -224,7 +229,7 @@ def test_only_the_methods_own_parameters_are_trained(decoder, method):
     assert not decoder.embedding.values.requires_grad
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "olora"])  # which draws nothing
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAW_NOTHING])
 def test_a_seed_decides_the_start(decoder, method):
     starts = []
     for seed in (0, 0, 1):
@@ -239,12 +244,18 @@ def test_a_seed_decides_the_start(decoder, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_as_many_numbers_are_trained_as_the_paper_says(decoder, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
-    for linear in decoder.linears.values():
+    linears, norms = chosen(method, decoder.linears, decoder.norms)
+    for name in linears:
+        linear = decoder.linears[name]
         shapes = [tuple(parameter.shape) for parameter in linear.delta.parameters()]
-        assert sorted(shapes) == sorted(METHODS[method].shapes(*linear.weight.shape, RANK))
+        assert sorted(shapes) == sorted(METHODS[method].trained(name, *linear.weight.shape, RANK))
+    for name in norms:
+        assert [parameter.shape for parameter in decoder.norms[name].parameters()] == [(256,)]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "dora"])  # whose lengths are constants: below
+@pytest.mark.parametrize(
+    "method", [name for name, row in METHODS.items() if row.linears and name != "dora"]  # whose lengths are constants
+)
 def test_the_gradient_is_that_of_the_function(method):
     linear = Linear(Exact(draw(7, 5)))
     linear.delta = METHODS[method].fresh(linear.weight, 3, 4.0, torch.Generator().manual_seed(1)).double()
@@ -275,7 +286,7 @@ def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_p
     stir(decoder)
     live = decoder.logits(IDS)
     written(decoder, base, method, tmp_path / "mine")
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears, base.norms))
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
 
 
@@ -286,9 +297,13 @@ def test_merged_is_unmerged(decoder, method):
     live = decoder.logits(IDS)
     adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, "-"), collect(decoder))
     attach(decoder, None)
-    for name, pair in adapter.pairs().items():
-        weight = decoder.linears[name].weight.dequantize()
-        decoder.linears[name].weight = Dense(weight + torch.from_numpy(pair.change(weight.numpy())))
+    for name in adapter.linears:
+        linear, change = decoder.linears[name], adapter.change(name)
+        weight = linear.weight.dequantize()
+        linear.weight = Dense(weight + torch.from_numpy(change.change(weight.numpy())))
+        linear.bias = torch.from_numpy(change.change_of_bias(np.zeros(weight.shape[0], np.float32)))
+    for name in adapter.norms:
+        decoder.norms[name].weight = torch.from_numpy(adapter.norm(name))
     torch.testing.assert_close(decoder.logits(IDS), live, atol=2e-5, rtol=1e-5)
 
 
