@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
@@ -55,6 +56,56 @@ Sources = Annotated[
 ]
 
 
+class Pattern(NamedTuple):
+    """A rank or α for the layers whose names end as the regular expression `layers` says: `q_proj=4`."""
+
+    layers: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.layers}={int(self.value) if self.value.is_integer() else self.value}"
+
+
+def _pattern(value: Any) -> Pattern:
+    if isinstance(value, Pattern):
+        return value
+    layers, _, number = str(value).rpartition("=")
+    try:
+        pattern = Pattern(layers, float(number))
+    except ValueError as e:
+        raise ValueError(f"{value} is no NAME=NUMBER, such as q_proj=4") from e
+    if not layers or not 0 < pattern.value <= 1e6:
+        raise ValueError(f"{value} is no NAME=NUMBER with a number above 0")
+    return pattern
+
+
+def _patterns(value: Any) -> Any:
+    """One pattern or several, or a table of them."""
+    if isinstance(value, Mapping):
+        return tuple(_pattern(f"{layers}={number}") for layers, number in value.items())
+    several = isinstance(value, list | tuple) and not isinstance(value, Pattern)
+    return tuple(_pattern(one) for one in (value if several else [value]))
+
+
+Patterns = Annotated[
+    tuple[Pattern, ...], BeforeValidator(_patterns), PlainSerializer(lambda several: [str(one) for one in several])
+]
+
+
+def _ranks(patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    if odd := [str(one) for one in patterns if not (one.value.is_integer() and one.value <= 1024)]:
+        raise ValueError(f"{', '.join(odd)}: a rank is a whole number from 1 to 1024")
+    return patterns
+
+
+def _names(value: Any) -> Any:
+    """One name or several."""
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+
 class TrainConfig(BaseModel):
     """What `edgelora train` does. Unknown settings are refused."""
 
@@ -86,12 +137,31 @@ class TrainConfig(BaseModel):
     """How the base is adapted; `edgelora methods` lists what each of them trains and where its adapter can go."""
     original: Path | None = None
     """LoftQ: the 16-bit model that the base was quantized from, a .gguf file or a Hugging Face folder."""
+    orthogonal_to: tuple[Path, ...] = ()
+    """Earlier adapters of this base: the rows of A begin orthogonal to theirs (O-LoRA)."""
     rank: int | None = Field(None, ge=1, le=1024)
     """Rank r of the adapter."""
     alpha: float | None = Field(None, gt=0)
     """α: the adapter is scaled by α/r (rsLoRA: α/√r)."""
-    target_modules: tuple[str, ...] = ()
-    """The linear layers that are adapted, by the ends of their names (`q_proj`, `down_proj` …). Empty: all of them."""
+    target_modules: Names = ()
+    """The layers that are adapted, by the ends of their names (`q_proj`, `down_proj` …), or one regular expression for
+    whole names. Empty, or `all-linear`: all that the method adapts."""
+    exclude_modules: Names = ()
+    """Layers that are not adapted, said in the same way."""
+    layers_to_transform: tuple[int, ...] = ()
+    """The numbers of the decoder layers that are adapted, from 0. Empty: all of them."""
+    rank_pattern: Annotated[Patterns, AfterValidator(_ranks)] = ()
+    """Other ranks for some layers: `q_proj=4`, or a regular expression for the end of a name in front of the `=`."""
+    alpha_pattern: Patterns = ()
+    """Other α for some layers, said in the same way."""
+    use_rslora: bool = False
+    """Scale by α/√r instead of α/r, whatever the method (`--method rslora` is a LoRA with this)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """While it is trained, the share of each adapted layer's input that its A does not see."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """PEFT's: biases trained beside A and B. Only `none` yet; `--method bitfit` trains biases alone."""
+    modules_to_save: Names = ()
+    """PEFT's: modules trained as a whole beside A and B. None yet; `--method layernorm` trains norms alone."""
     objective: Objective = "sft"
     """What is minimised: SFT on answers, DPO, IPO or ORPO on pairs of them, KTO on rated ones."""
     beta: float = Field(0.1, gt=0)

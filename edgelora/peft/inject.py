@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear
 from edgelora.peft import ia3, layernorm, vera_file
 from edgelora.peft.adalora import AdaloraDelta
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.attached import delta_of
+from edgelora.peft.dropout import DroppedDelta
 from edgelora.peft.kinds import NATIVE_TYPE
 from edgelora.peft.layernorm import NormDelta
 from edgelora.peft.methods import METHODS
-from edgelora.peft.targets import target_modules
+from edgelora.peft.strength import as_peft, strengths
+from edgelora.peft.targets import EVERYWHERE, Where, select, target_modules
 
 
 def inject(
@@ -28,20 +29,22 @@ def inject(
     rank: int,
     alpha: float,
     seed: int,
-    targets: Iterable[str] = (),
+    targets: Iterable[str] | Where = (),
     original: Callable[[str], torch.Tensor] | None = None,
 ) -> list[torch.nn.Parameter]:
     """Give the layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
 
-    `targets`: the layers to adapt, by the ends of their names; none for all that the method adapts (see `chosen`).
-    Raises ConfigError if one fits no layer.
+    `targets`: the layers to adapt, by the ends of their names or all that `Where` can say; none for all that the method
+    adapts (see `chosen`). Raises ConfigError for what fits no layer, or not this method.
     `original`: a layer's weight before it was quantized, float32 (d_out, d_in), to be overwritten; without it a base is
     taken for its own.
     """
     generator = torch.Generator().manual_seed(seed)
     linears, norms, row = decoder.linears, decoder.norms, METHODS[method]
-    names, norm_names = chosen(method, linears, norms, targets)
+    where = _where(targets)
+    names, norm_names = chosen(method, linears, norms, where)
     adapted = {name: linears[name] for name in names}
+    sizes = strengths(row, {name: linear.weight.shape for name, linear in adapted.items()}, where, rank, alpha)
     weights = [linear.weight for linear in adapted.values()]
     attach(decoder, None)
     deltas: Sequence[Delta]
@@ -49,62 +52,52 @@ def inject(
         deltas = row.together(weights, rank, alpha, generator)
     elif row.from_original is not None and original is not None:
         deltas = [
-            row.from_original(linear.weight, original(name), rank, alpha, generator) for name, linear in adapted.items()
+            row.from_original(linear.weight, original(name), *sizes[name], generator)
+            for name, linear in adapted.items()
         ]
     elif row.of_layer is not None:
         deltas = [row.of_layer(name, linear) for name, linear in adapted.items()]
     else:
-        deltas = [row.fresh(weight, rank, alpha, generator) for weight in weights]
+        deltas = [row.fresh(linear.weight, *sizes[name], generator) for name, linear in adapted.items()]
     for linear, delta in zip(adapted.values(), deltas, strict=True):
-        linear.delta = delta
+        linear.delta = DroppedDelta(delta, where.lora_dropout) if where.lora_dropout else delta
     for name in norm_names:
         norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
     return list(decoder.parameters())
 
 
 def chosen(
-    method: str, linears: Iterable[str], norms: Iterable[str], targets: Iterable[str] = ()
+    method: str, linears: Iterable[str], norms: Iterable[str], targets: Iterable[str] | Where = ()
 ) -> tuple[list[str], list[str]]:
     """Which linear layers and norms the method adapts. `targets` choose among the linear layers, and among the norms
-    where a method adapts nothing else. Raises ConfigError if one fits no name."""
-    row, asked = METHODS[method], tuple(targets)
+    where a method adapts nothing else. Raises ConfigError for what fits no name."""
+    row, where = METHODS[method], _where(targets)
     linears, norms = list(linears) if row.linears else [], list(norms) if row.norms else []
     names = linears or norms
-    if not asked and row.targets:
-        asked = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in names))
-    among = targeted(names, asked, "linear layer" if linears else "norm")
-    return [name for name in linears if name in among], [name for name in norms if linears or name in among]
+    if not where.target_modules and row.targets:
+        own = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in names))
+        where = replace(where, target_modules=own)
+    among = select(names, where, "linear layer" if linears else "norm")
+    return (among, norms) if linears else ([], among)
 
 
-def targeted(names: list[str], targets: tuple[str, ...], what: str = "linear layer") -> set[str]:
-    """The names that end in one of `targets` after a dot (PEFT's rule); all of them where there are no targets.
-
-    Raises ConfigError if one fits no name.
-    """
-    fitting = {target: {n for n in names if n == target or n.endswith(f".{target}")} for target in targets}
-    if unknown := [target for target, found in fitting.items() if not found]:
-        there = sorted({name.rpartition(".")[2] for name in names})
-        near = [n for target in unknown for n in difflib.get_close_matches(target, there, 1)]
-        raise ConfigError(
-            what=f"target_modules: no {what} of this model is named {', '.join(unknown)}",
-            why=f"its {what}s are {', '.join(there)}",
-            fix=f"did you mean {', '.join(near)}?" if near else "name some of these, or none to adapt them all",
-        )
-    return set().union(*fitting.values()) if targets else set(names)
+def _where(targets: Iterable[str] | Where) -> Where:
+    return targets if isinstance(targets, Where) else Where(tuple(targets))
 
 
-def adapter_config(decoder: Decoder, method: str, rank: int, alpha: float, base: str) -> dict[str, object]:
-    """What PEFT's adapter_config.json says of the adapter on `decoder`."""
+def adapter_config(
+    decoder: Decoder, method: str, rank: int, alpha: float, base: str, where: Where = EVERYWHERE
+) -> dict[str, object]:
+    """What PEFT's adapter_config.json says of the adapter on `decoder`, which `inject` put there with the same."""
     row, layers = METHODS[method], decoder.adaptable
     deltas = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
     targets = target_modules(deltas, layers)
-    wider = row.file_ranks  # r and α by as much: α/r stays
     ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
     own: dict[str, object] = {}
     if row.peft_type in ("LORA", "VERA"):
-        own |= {"r": wider * rank, "bias": "none"}
+        own |= {"r": rank, "bias": "none"}
     if row.peft_type == "LORA":
-        own |= {"lora_alpha": wider * alpha, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+        own |= as_peft(row, deltas, where, rank, alpha)
     if row.peft_type == "IA3":
         own["feedforward_modules"] = [name for name in targets if name.endswith(ia3.FEED_FORWARD)]
     if row.peft_type == NATIVE_TYPE:

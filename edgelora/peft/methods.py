@@ -73,6 +73,8 @@ class Method:
     """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
     ranked: bool = True
     """Whether it has a rank and an α."""
+    drops: bool = False
+    """Whether PEFT's lora_dropout can stand before its A."""
     peft_type: str = "LORA"
     """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
     file_ranks: int = 1
@@ -90,6 +92,7 @@ METHODS: dict[str, Method] = {
         trains="A (r, d_in) and B (d_out, r) for each linear layer",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
+        drops=True,
     ),
     "rslora": Method(
         name="rslora",
@@ -97,6 +100,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, scaled by α/√r",
         exits=("adapter", "merged"),
         fresh=rslora.fresh,
+        drops=True,
         settings={"use_rslora": True},
     ),
     "loraplus": Method(
@@ -105,6 +109,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, B with a higher learning rate",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
+        drops=True,
         faster=("lora_B",),
     ),
     "dora": Method(
@@ -140,6 +145,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, from what quantization took away of the weight; the base stays quantized as it is",
         exits=("adapter", "merged"),
         fresh=lora.fresh,  # of a base that is not quantized nothing was taken away
+        drops=True,
         from_original=loftq.from_original,
     ),
     "lora_xs": Method(
