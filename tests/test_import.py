@@ -333,6 +333,7 @@ def test_a_name_is_taken_apart_or_left():
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "pissa", "multilora", "vera", "adalora"])
 def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
+    """And is imported as what it is."""
     decoder = build_decoder(base)
     inject(decoder, method, 4, 6.0, seed=0)
     with torch.no_grad():
@@ -345,10 +346,13 @@ def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
     after = read_adapter(tmp_path / "plain", base.linears)
     assert after.config["peft_type"] == "LORA"
     assert not after.config["use_rslora"]
-    assert set(after.tensors) == set(before.tensors)
-    for module in after.tensors:
-        np.testing.assert_array_equal(after.pair(module).a, before.pair(module).a)
-        np.testing.assert_array_equal(after.pair(module).b, before.pair(module).b)
+    again = imported(base, tmp_path / "mine", tmp_path / "again")
+    assert again.config["peft_type"] == before.config["peft_type"]
+    for found in (after, again):
+        assert set(found.tensors) == set(before.tensors)
+        for module in found.tensors:
+            np.testing.assert_array_equal(found.pair(module).a, before.pair(module).a)
+            np.testing.assert_array_equal(found.pair(module).b, before.pair(module).b)
 
 
 def test_a_dora_is_no_lora(base, plain, tmp_path):

@@ -142,11 +142,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "dora, adafactor and smoothing": {"method": "dora", "optimizer": "adafactor", "label_smoothing": 0.1},
     "loraplus and a cosine, cut": {"method": "loraplus", "schedule": "cosine", "max_steps": 8, "recompute": "full"},
     "dylora and noise": {"method": "dylora", "neftune_alpha": 5.0, "max_steps": 8},
+    "dropout, a pattern and layers computed again": {
+        "lora_dropout": 0.2, "rank_pattern": ["q_proj=2"], "recompute": "full", "max_steps": 4,
+    },
     "adalora": {"method": "adalora", "max_steps": 8},
     "vera": {"method": "vera", "max_steps": 8},
     "pissa and a moving average": {"method": "pissa", "ema_decay": 0.9, "max_steps": 8},
     "patience": {"patience": 1, "eval_every": 1, "learning_rate": 0.5},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -182,8 +185,7 @@ def test_a_run_goes_on_within_a_step(settings, pairs, tmp_path, monkeypatch, obj
     """Behind the first and the last micro-batch of the second step: gradients that are summed are not summed again."""
     out, kept = tmp_path / "mine", tmp_path / "kept"
     changes = {"max_steps": 3, "neftune_alpha": 5.0}  # its noise is another in each micro-batch
-    if objective == "dpo":
-        changes |= {"objective": "dpo", "data": pairs, "valid": pairs}
+    changes |= {"lora_dropout": 0.2} if objective == "sft" else {"objective": "dpo", "data": pairs, "valid": pairs}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "SAVE_EVERY_S", 0.0)  # a checkpoint after each micro-batch
         run_training(settings(out, **changes))

@@ -29,6 +29,8 @@ from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import NAME, Placed, Where, by_pattern, placed, require_ranks, select, target_modules
 from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.loop import _chance
+from edgelora.training.world import Alone
 
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -278,6 +280,18 @@ def test_layers_that_are_computed_again_see_the_same(dropped):
     for dropped.recompute in (False, True):
         gradients.append(torch.autograd.grad(loss_of(dropped), list(dropped.parameters())))
     assert all(map(torch.equal, *gradients))
+
+
+def test_something_is_left_out_while_it_is_learned_and_only_then(dropped):
+    deltas = [linear.delta for linear in dropped.linears.values()]
+    seen = []
+    for state in ({"step": 0, "micro": 0}, {"step": 0, "micro": 1}, {"step": 1, "micro": 0}):
+        job = SimpleNamespace(config=SimpleNamespace(neftune_alpha=0.0, seed=0), world=Alone(), decoder=dropped,
+                              method=METHODS["lora"], deltas=deltas)  # fmt: skip
+        with _chance(job, SimpleNamespace(**state)):
+            seen.append(deltas[0].drop)
+        assert all(delta.drop is None for delta in deltas)
+    assert len({drop.seed for drop in seen}) == 3
 
 
 def test_the_gradient_is_that_of_the_function():
