@@ -253,6 +253,13 @@ def test_the_limits_of_a_file_are_those_of_its_widest_type():
     assert quantized.kl_mean > limits_of([Type.Q8_0]).kl_mean > floats.kl_mean
 
 
+@pytest.mark.parametrize(("found", "passes"), [(same(0.45, top=0.609, flip=3.6), True),
+                                              (same(2.4, top=0.234, flip=14.0), False)])  # fmt: skip
+def test_two_bits_may_be_near_chaos_and_wrong_rows_are_seen_all_the_same(found, passes):
+    """Both measured over SmolLM2-135M at Q2_K, the second with rotary rows in a wrong order."""
+    assert (limits_of([Type.F32, Type.Q2_K, Type.Q3_K, Type.Q6_K]).faults(found) == []) is passes
+
+
 @pytest.mark.parametrize(
     ("found", "faults"),
     [
