@@ -63,7 +63,7 @@ def made_up_report() -> Report:
     data = (UsedFile("task", "home.jsonl", "a" * 64, 9000), UsedFile("text", "wiki.txt", "b" * 64, 1_290_000))
     provenance = Provenance(
         'edgelora report base.gguf --adapter "my home" --quants Q2_K,Q4_K_M', "2026-01-02T03:04:05Z", "a CPU", 1, (0,),
-        {"edgelora": "0.1.0"}, data, settings={"metric": "JSON equality", "flash attention": True, "windows": 16},
+        {"edgelora": "0.1.0"}, data, settings={"metric": "json", "flash attention": True, "windows": 16},
     )  # fmt: skip
     samples = (Sample("Turn the light on.", "light on"), Sample(NASTY, "lamp: on"))
     return Report("Made-up figures", (*cells, failed), provenance, samples)

@@ -124,6 +124,8 @@ def test_a_task_is_scored_by_the_metric_that_fits_it(tiny, task, capsys):
     assert found["exact_match"] == 0.0
     assert found["first_token_s"] > 0
     assert found["switch_s"] is None
+    assert run(["eval", str(tiny.path), "--data", str(task)]) == 0
+    assert "equality" in capsys.readouterr().out  # the metric is named, not only "right"
     assert run(["eval", str(tiny.path), "--data", str(task), "--metric", "number"]) == 1
     assert "cannot be scored by number after ####" in capsys.readouterr().err
 

@@ -272,7 +272,7 @@ def test_what_is_not_whole_is_never_the_best(made_up):
     report, choice = made_up
     cells = [replace(c, status="partial", why="stopped") if c.quant == "F16" else c for c in report.cells]
     titles, rows = view.table(replace(report, cells=tuple(cells)), choice)
-    best = [row.name for row in rows if row.values[titles.index("right answers")].is_best]
+    best = [row.name for row in rows if row.values[titles.index("JSON equality")].is_best]
     assert best == ["Q8_0 adapter live", "Q8_0 merged"]
     assert [row.note for row in rows if row.name == "F16 merged"] == ["partial: stopped"]
     (section, *_) = view.sections(replace(report, cells=tuple(cells)))

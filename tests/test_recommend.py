@@ -210,6 +210,18 @@ def test_the_base_alone_is_never_advised_beside_an_adapter_but_warns_where_it_do
     assert recommend([base]).cell == "Q4_K_M base alone"
 
 
+def test_what_the_adapter_cost_elsewhere_is_said():
+    text, worse, near = ({"perplexity": Measure(math.exp(x), None, (x * N,), (float(N),))} for x in (3.0, 3.3, 3.01))
+    bases = [replace(cell(quant, size, "base", right=right(20)), measures=text) for quant, size in
+             (("Q4_K_M", 105), ("F16", 270))]  # fmt: skip
+    dear = replace(Q4, measures=Q4.measures | worse)
+    assert "What it cost beside your task, against Q4_K_M base alone: perplexity" in recommend([*bases, F16, dear]).why
+    assert "against F16 base alone" in recommend([bases[1], F16, dear]).why
+    cheap = replace(Q4, measures=Q4.measures | near)
+    assert "What it cost" not in recommend([*bases, F16, cheap]).why
+    assert "What it cost" not in recommend([F16, dear]).why
+
+
 def test_the_frontier_has_what_nothing_smaller_beats():
     bad = replace(Q8, quant="Q6_K", size_bytes=200_000_000)
     nan = cell("Q3_K_S", 80, right=Measure(math.nan))

@@ -404,6 +404,7 @@ def test_the_command_prints_what_to_ship(asked, made, again, room, capsys):
     assert run(words) == 0
     shown = capsys.readouterr()
     assert made.choice.why in shown.out
+    assert "right: by " in shown.out
     assert f"the page: {again / 'report.html'}" in shown.out
     assert all(" ".join(name.split()[:2]) in shown.out for name in NAMES)  # a long one has two lines
     assert max(map(len, shown.out.splitlines()[:12])) <= 80

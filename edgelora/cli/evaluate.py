@@ -61,7 +61,7 @@ def evaluate(
             **to_json([row])[0], "metric": row.scored.metric, "answers": row.scored.answers, "engine": where.value,
         }, ensure_ascii=False))  # fmt: skip
     else:
-        draw([row])
+        draw([row], metric=row.scored.metric)
 
 
 def _show(found: Chosen, as_json: bool) -> None:

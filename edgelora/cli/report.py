@@ -141,6 +141,9 @@ def _draw(made: Made, page: Path) -> None:
     from edgelora.cli.display import output
     from edgelora.cli.table import draw
     from edgelora.evaluate.cells import in_order
+    from edgelora.evaluate.metrics import title_of_metric
 
     draw(in_order([cell for cell in made.report.cells if cell.measures]), SHOWN)
-    output().print(f"\n{made.choice.why}\n\nthe page: {page}", markup=False, soft_wrap=True)
+    metric = made.report.provenance.settings.get("metric")
+    right = f"right: by {title_of_metric(str(metric))}\n\n" if metric else ""
+    output().print(f"{right}{made.choice.why}\n\nthe page: {page}", markup=False, soft_wrap=True)

@@ -11,9 +11,9 @@ from rich.table import Table
 from edgelora.evaluate.report import Measured, cells
 
 
-def draw(rows: Sequence[Measured], only: Sequence[str] = ()) -> None:
+def draw(rows: Sequence[Measured], only: Sequence[str] = (), metric: str | None = None) -> None:
     """Print the report's table on stdout, with the short titles; `only` some columns, by their keys."""
-    titles, body = cells(rows, short=True, only=only)
+    titles, body = cells(rows, short=True, only=only, metric=metric)
     table = Table(
         *(t.replace(" ", "\n") for t in titles), header_style="bold", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
     )

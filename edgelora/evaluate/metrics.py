@@ -98,6 +98,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def title_of_metric(name: str) -> str:
+    """Of a name of METRICS, or `pattern`."""
+    return METRICS[name].title if name in METRICS else "match of the pattern"
+
+
 def choose_metric(references: Sequence[str], asked: str = AUTO, regex: str | None = None) -> tuple[str, Metric]:
     """The metric asked for, or the first of the table that fits every reference.
 

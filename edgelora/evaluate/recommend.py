@@ -71,7 +71,7 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
         *_others(chosen, best, fitting, keys),
         *_limited(usable, fitting, limits),
     ]
-    lines += [*_is_adapter_worth_it(chosen, cells, keys), *_left_out(asked, keys)]
+    lines += [*_is_adapter_worth_it(chosen, cells, keys), *_cost(chosen, cells), *_left_out(asked, keys)]
     return Choice(chosen.path, "\n".join(lines), chosen.name)
 
 
@@ -147,6 +147,28 @@ def _is_adapter_worth_it(chosen: CellResult, cells: Sequence[CellResult], keys: 
     if any(found.is_worse for found in against(chosen, base, keys)):
         return []
     return [f"But {base.name} does as well: these rows do not show that the adapter helps."]
+
+
+def before(cell: CellResult, bases: Sequence[CellResult]) -> CellResult:
+    """What `cell` was before its adapter: the base alone of the same quantization if that was measured, else the
+    largest."""
+    return max(bases, key=lambda base: (base.quant == cell.quant, base.size_bytes))
+
+
+def _cost(chosen: CellResult, cells: Sequence[CellResult]) -> list[str]:
+    """What the adapter has clearly cost elsewhere: a general text, multiple choice."""
+    bases = [cell for cell in cells if cell.way == "base" and cell.status == "ok"]
+    if chosen.way == "base" or not bases:
+        return []
+    base = before(chosen, bases)
+    general = [
+        key for key in base.measures if kind_of(key).about == "general" and key != "bits_per_byte"
+    ]  # says no more
+    found = [change for change in against(base, chosen, general) if chosen.measure(change.key) and change.is_worse]
+    if not found:
+        return []
+    said = "; ".join(_beside(base, chosen, change) for change in found)
+    return [f"What it cost beside your task, against {base.name}: {said}."]
 
 
 def _nothing_fits(usable: Sequence[CellResult], keys: Sequence[str], limits: Limits) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from edgelora.evaluate.cells import Measure
+from edgelora.evaluate.metrics import title_of_metric
 from edgelora.evaluate.protocols import Speed
 from edgelora.evaluate.score import Score, Scored
 from edgelora.evaluate.taken import task_measures
@@ -127,24 +128,40 @@ def best(column: Column, rows: Sequence[Measured]) -> float | None:
     return max(values) if column.better > 0 else min(values)
 
 
+def title_by(column: Column, metric: str | None, *, short: bool = False) -> str:
+    """A column's title; that of right answers says by which metric (a name of METRICS, or `pattern`) they are right."""
+    if column.key == "right" and metric is not None:
+        return title_of_metric(metric)
+    return column.short if short else column.title
+
+
 def cells(
-    rows: Sequence[Measured], *, short: bool = False, only: Sequence[str] = ()
+    rows: Sequence[Measured], *, short: bool = False, only: Sequence[str] = (), metric: str | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Titles and text of the table, of all columns or `only` some; one that has no value in any row is left out."""
+    """Titles and text of the table, of all columns or `only` some; one that has no value in any row is left out.
+
+    `metric`: by which answers are right, where it is the same of all.
+    """
     shown = [column for column in shown_columns(rows) if not only or column.key in only]
 
     def text(column: Column, row: Measured) -> str:
         value = column.of(row)
         return "–" if value is None else column.write(value)
 
-    return ["", *(c.short if short else c.title for c in shown)], [
+    return ["", *(title_by(c, metric, short=short) for c in shown)], [
         [row.name, *(text(c, row) for c in shown)] for row in rows
     ]
 
 
-def markdown(rows: Sequence[Measured]) -> str:
+def metric_of(rows: Sequence[Row]) -> str | None:
+    """The metric that says which answers are right; None where rows have several."""
+    found = {row.scored.metric for row in rows}
+    return found.pop() if len(found) == 1 else None
+
+
+def markdown(rows: Sequence[Row]) -> str:
     """The table with the full titles."""
-    titles, body = cells(rows)
+    titles, body = cells(rows, metric=metric_of(rows))
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 

@@ -10,8 +10,8 @@ from edgelora.evaluate.against import against
 from edgelora.evaluate.cells import CellResult, Measure, Report, in_order
 from edgelora.evaluate.measures import MEASURES, kind_of, title_of
 from edgelora.evaluate.pareto import frontier, goodness, ranked_by
-from edgelora.evaluate.recommend import Choice
-from edgelora.evaluate.report import best, shown_columns
+from edgelora.evaluate.recommend import Choice, before
+from edgelora.evaluate.report import best, shown_columns, title_by
 
 NONE = "–"
 
@@ -118,7 +118,8 @@ def table(report: Report, choice: Choice) -> tuple[list[str], list[TableRow]]:
             for column, value in found
         )
 
-    return [column.title for column in columns], [
+    metric = report.provenance.settings.get("metric")
+    return [title_by(column, metric and str(metric)) for column in columns], [
         TableRow(
             cell.name, cell.way, values(cell), "" if cell.status == "ok" else f"{cell.status}: {cell.why}",
             cell.name == choice.cell, bool(keys) and cell not in undominated,
@@ -181,12 +182,8 @@ def forgetting(report: Report) -> list[tuple[str, list[Change]]]:
         measured = [base for base in bases if base.measure(key)]
         after = [cell for cell in whole if cell.way != "base" and cell.measure(key)]
         if measured and after:
-            found.append((title_of(key), [_change(_before(cell, measured), cell, key) for cell in after]))
+            found.append((title_of(key), [_change(before(cell, measured), cell, key) for cell in after]))
     return found
-
-
-def _before(cell: CellResult, bases: Sequence[CellResult]) -> CellResult:
-    return max(bases, key=lambda base: (base.quant == cell.quant, base.size_bytes))
 
 
 def _is_general(key: str) -> bool:
