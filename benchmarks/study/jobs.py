@@ -12,6 +12,7 @@ from typing import Any
 
 from study.ways import (
     BEFORE,
+    BEYOND,
     CHECK_SEED,
     CHECK_TASK,
     CHECKED_AT,
@@ -82,7 +83,7 @@ def plan(found: Results, ways: Iterable[Way], *, guess: bool = False) -> list[Jo
     """
     ways = tuple(ways)
     jobs = [Job("base", (base(F16),)), *(Job("base", (base(quant),), (base(F16),)) for quant in QUANTS)]
-    checks = [cell for quant in sorted(set(CHECKED_AT.values())) for cell in _checks(ways, quant)]
+    checks = [cell for quant in sorted(set(CHECKED_AT.values())) for cell in _checks(found, ways, quant)]
     jobs += _jobs_of(checks, ways)
     for seed in SEEDS:
         for task in TASKS:
@@ -96,21 +97,32 @@ def plan(found: Results, ways: Iterable[Way], *, guess: bool = False) -> list[Jo
     return list({job.makes: job for job in reversed(jobs)}.values())[::-1]
 
 
-def _checks(ways: Iterable[Way], quant: str) -> list[Cell]:
-    return [
-        Cell(CHECK_TASK.name, way.number, quant, CHECK_SEED, rate, "valid") for rate in RATES for way in ways
-    ]  # fmt: skip
+def _checks(found: Results, ways: Iterable[Way], at: str) -> list[Cell]:
+    cells = [check(way, at, rate) for way in ways for rate in rates_tried(found, way, at)]
+    return sorted(cells, key=lambda cell: cell.rate)
+
+
+def check(way: Way, at: str, rate: float) -> Cell:
+    """Where a learning rate is tried. What nothing was quantized of takes that of the same adapter, live."""
+    number = 2 if way is BEFORE else way.number
+    return Cell(CHECK_TASK.name, number, at, CHECK_SEED, rate, "valid")
+
+
+def rates_tried(found: Results, way: Way, at: str) -> tuple[float, ...]:
+    """RATES, and the one beyond where the best of them is at the edge."""
+    best = _best(found, way, at, RATES)
+    return RATES if best is None else (*RATES, *BEYOND.get(best, ()))
 
 
 def chosen_rate(found: Results, way: Way, quant: str) -> float | None:
     """The learning rate of the lowest validation loss, of those that could be trained; None before all were tried."""
     at = CHECKED_AT.get(quant, "Q4_K_M")
-    # what nothing was quantized of takes the rate of the same adapter, live at the upper level
-    number = 2 if way is BEFORE else way.number
-    keys = {rate: Cell(CHECK_TASK.name, number, at, CHECK_SEED, rate, "valid").key for rate in RATES}
-    if not all(key in found for key in keys.values()):
-        return None
-    return min(RATES, key=lambda rate: found[keys[rate]].get("loss", math.inf))
+    return _best(found, way, at, rates_tried(found, way, at))
+
+
+def _best(found: Results, way: Way, at: str, rates: Iterable[float]) -> float | None:
+    losses = {rate: found[key].get("loss", math.inf) for rate in rates if (key := check(way, at, rate).key) in found}
+    return min(losses, key=losses.__getitem__) if set(losses) == set(rates) else None
 
 
 def _jobs_of(cells: Iterable[Cell], ways: Iterable[Way]) -> Iterator[Job]:

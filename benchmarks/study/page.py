@@ -45,7 +45,8 @@ them one in twenty shows one by chance.
 
 The importance matrix is of {imatrix} tokens of the task's own rows with the adapter on. Learning rates were tried for
 each way on {check_task} with one seed, by the loss on its validation rows: {checked}.
-Each way took its best; (1), (2) and (6) share trainings where they took the same one.
+Where the best of three was at the edge, one beyond was tried. Each way took its best; (1), (2) and (6) share trainings
+where they took the same one.
 
     .venv/bin/python benchmarks/which_way.py --room FOLDER --jobs 2
 
@@ -189,13 +190,14 @@ def _half(figure: Mapping[str, Any]) -> float:
 
 
 def _rates(found: Mapping[str, Any]) -> str:
-    tried = list(found["rates"][0]["losses"])
+    tried = sorted({rate for row in found["rates"] for rate in row["losses"]}, key=float)
     rows = []
     for row in found["rates"]:
-        losses = [f"{loss:.3f}" if loss is not None else "–" for loss in row["losses"].values()]
+        losses, own = row["losses"], sorted(row["losses"], key=float)
         chosen = "–" if row["chosen"] is None else f"{row['chosen']:g}"
-        edge = " (the edge of what was tried)" if chosen in (tried[0], tried[-1]) else ""
-        rows.append([f"({row['way']})", row["at"], *losses, chosen + edge])
+        edge = " (the edge of what was tried)" if chosen in (own[0], own[-1]) else ""
+        told = [f"{losses[rate]:.3f}" if losses.get(rate) is not None else "–" for rate in tried]
+        rows.append([f"({row['way']})", row["at"], *told, chosen + edge])
     return "\n" + markdown(["way", "at", *(f"loss at {rate}" for rate in tried), "taken"], rows) + "\n"
 
 

@@ -7,20 +7,18 @@ from dataclasses import asdict
 from typing import Any
 
 from edgelora.device import processor_name
-from study.jobs import Cell, Results, base, chosen_rate
+from study.jobs import Results, base, check, chosen_rate, rates_tried
 from study.pool import State
 from study.reading import LOSS, RIGHT, Figure, Runs, cells, difference, mean
 from study.ways import (
     BATCH_ROWS,
     BEFORE,
-    CHECK_SEED,
     CHECK_TASK,
     CHECKED_AT,
     F16,
     IMATRIX_WINDOWS,
     QUANTS,
     RANK,
-    RATES,
     SEEDS,
     TASKS,
     WAYS,
@@ -107,8 +105,8 @@ def rates(found: Results, ways: Sequence[Way]) -> list[dict[str, Any]]:
     """Each way's validation loss by learning rate, at the level of each group; null where training broke down."""
 
     def losses(way: Way, at: str) -> dict[str, float | None]:
-        cells = {rate: Cell(CHECK_TASK.name, way.number, at, CHECK_SEED, rate, "valid") for rate in RATES}
-        return {f"{rate:g}": found.get(cell.key, {}).get("loss") for rate, cell in cells.items()}
+        tried = rates_tried(found, way, at)
+        return {f"{rate:g}": found.get(check(way, at, rate).key, {}).get("loss") for rate in sorted(tried)}
 
     return [
         {"way": way.number, "at": at, "chosen": chosen_rate(found, way, at), "losses": losses(way, at)}

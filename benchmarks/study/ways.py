@@ -55,7 +55,9 @@ BATCH_ROWS, WARMUP, RANK = 8, 4, 16
 SEEDS = (0, 1, 2)
 
 # Learning rates are tried on one task and seed at a level of each group, by the loss on its validation rows.
+# A best one at the edge is no optimum: one beyond it is tried too.
 RATES = (5e-4, 1.5e-3, 4.5e-3)
+BEYOND = {RATES[0]: (1.5e-4,), RATES[-1]: (1.35e-2,)}
 CHECKED_AT = {"Q2_K": "Q3_K_M", "Q3_K_M": "Q3_K_M", "Q4_K_M": "Q4_K_M", "Q5_K_M": "Q4_K_M", "Q8_0": "Q4_K_M"}
 QUANTS = tuple(CHECKED_AT)
 CHECK_TASK, CHECK_SEED = TASKS[0], SEEDS[0]
