@@ -28,8 +28,6 @@ class How:
 
     peft: str
     """PEFT's `combination_type`."""
-    paper: str
-    says: str
     factors: bool = False
     """Whether the tensors are A and B, each by itself, rather than ΔW: cheap, but B₁A₂ and B₂A₁ come in as well."""
     thins: Thinning | None = None
@@ -37,22 +35,22 @@ class How:
     """Whether each entry takes only the values of the sign that the sum of all has, and is their mean."""
 
 
-TASK_ARITHMETIC, TIES, DARE = "arXiv:2212.04089", "arXiv:2306.01708", "arXiv:2311.03099"
-
 HOWS: dict[str, How] = {
-    "sum": How("cat", TASK_ARITHMETIC, "the sum of all, exactly"),
-    "linear": How("linear", TASK_ARITHMETIC, "the sums of A and of B", factors=True),
-    "ties": How("ties_svd", TIES, "trim, elect signs, mean of what agrees", thins="largest", elects=True),
-    "ties_factors": How("ties", TIES, "the same of A and of B", factors=True, thins="largest", elects=True),
-    "dare": How("dare_linear_svd", DARE, "drop at random, rescale, sum", thins="random"),
-    "dare_factors": How("dare_linear", DARE, "the same of A and of B", factors=True, thins="random"),
-    "dare_ties": How("dare_ties_svd", DARE, "drop at random, rescale, then as ties", thins="random", elects=True),
-    "dare_ties_factors": How(
-        "dare_ties", DARE, "the same of A and of B", factors=True, thins="random", elects=True
-    ),
-    "magnitude": How("magnitude_prune_svd", TIES, "keep the largest entries, sum", thins="largest"),
-    "magnitude_factors": How("magnitude_prune", TIES, "the same of A and of B", factors=True, thins="largest"),
-}  # fmt: skip
+    # task arithmetic (arXiv:2212.04089): of all adapters exactly, or of A and of B
+    "sum": How("cat"),
+    "linear": How("linear", factors=True),
+    # arXiv:2306.01708: keep the largest entries, elect a sign for each, and take the mean of what agrees
+    "ties": How("ties_svd", thins="largest", elects=True),
+    "ties_factors": How("ties", factors=True, thins="largest", elects=True),
+    # arXiv:2311.03099: drop entries at random and rescale the others, then add up, or go on as TIES does
+    "dare": How("dare_linear_svd", thins="random"),
+    "dare_factors": How("dare_linear", factors=True, thins="random"),
+    "dare_ties": How("dare_ties_svd", thins="random", elects=True),
+    "dare_ties_factors": How("dare_ties", factors=True, thins="random", elects=True),
+    # keep the largest entries, and add up
+    "magnitude": How("magnitude_prune_svd", thins="largest"),
+    "magnitude_factors": How("magnitude_prune", factors=True, thins="largest"),
+}
 
 
 @dataclass(frozen=True)
