@@ -17,9 +17,10 @@ from converters.metadata import put_contract, write_whole
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
+from edgelora.files.contract import Contract
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter
-from edgelora.peft.change import Change
+from edgelora.peft.change import Change, LoraPair
 
 LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
 
@@ -49,14 +50,22 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
         pairs[tensor] = change.pair
     if adapter.norms:
         raise _not_a_lora(name, adapter)
-    writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
+    write_pairs(out, pairs, base.architecture.gguf_name, name, dtype, adapter.contract)
+
+
+def write_pairs(
+    out: Path, pairs: Mapping[str, LoraPair], architecture: str, name: str, dtype: str, contract: Contract | None
+) -> None:
+    """Write LoRA pairs, by GGUF tensor name and in its order of rows, to `out` (a staged path)."""
+    pairs = dict(pairs)
+    writer = gguf.GGUFWriter(out, architecture)
     writer.add_type("adapter")
     writer.add_name(name)
     writer.add_string("adapter.type", "lora")
     ranks = {pair.rank for pair in pairs.values()}
     # b is (α/r)·B already: α = r gives llama.cpp the factor 1, and where ranks differ α = 0 means "as it is"
     writer.add_float32("adapter.lora.alpha", float(ranks.pop()) if len(ranks) == 1 else 0.0)
-    put_contract(writer, adapter.contract)
+    put_contract(writer, contract)
     for tensor, pair in pairs.items():
         writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
         writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))

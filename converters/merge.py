@@ -53,11 +53,13 @@ class Recipe:
     parts: Sequence[Part]
     types: Mapping[str, Type]
     """Of every tensor of the file."""
-    file_type: LlamaFileType
+    file_type: LlamaFileType | int | None
     keys: Mapping[str, str | float] = field(default_factory=dict)
     """Metadata to add."""
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By tensor, float32 (n_matrices * columns,): the mean squared activation of each column."""
+    patched: bool = False
+    """Whether it is a patched base, over which a part of the adapter may yet have to lie."""
 
 
 def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) -> None:
@@ -69,7 +71,7 @@ def write_merged(out: Path, recipe: Recipe, on_progress: OnProgress = silent) ->
     base, added = recipe.base, new_biases(recipe.base, recipe.parts)
     targets, types = targets_of(base) | added, {**recipe.types, **{name: entry.kind for name, entry in added.items()}}
     writer = gguf.GGUFWriter(out, base.architecture.gguf_name)
-    _write_metadata(writer, recipe)
+    describe(writer, recipe)
     for name in base.source.tensors:  # the fingerprint read some rows of each
         base.source.forget(name)
     deltas = Deltas([(of_gguf(part.adapter, base), part.scale) for part in recipe.parts])
@@ -135,23 +137,27 @@ def _of_matrix(recipe: Recipe, name: str, slab: Slab) -> np.ndarray | None:
     return None if known is None else known.reshape(-1, slab.floats.shape[1])[slab.matrix]
 
 
-def lineage_of(base: Base, parts: Sequence[Part]) -> list[str]:
-    """What was merged into these weights, in order: digests and scales."""
-    return [*base.lineage, *(f"{part.digest}:{part.scale:g}" for part in parts if part.scale)]
+def lineage_of(base: Base, parts: Sequence[Part], patched: bool = False) -> list[str]:
+    """What was merged into these weights, in order: digests and scales, and whether it was a patch."""
+    how = ":patched" if patched else ""
+    return [*base.lineage, *(f"{part.digest}:{part.scale:g}{how}" for part in parts if part.scale)]
 
 
-def _write_metadata(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
+def describe(writer: gguf.GGUFWriter, recipe: Recipe) -> None:
+    """Tell what the result is, whose child, and what went into it, with a reserved place for the certificate."""
     base, parts = recipe.base, [part for part in recipe.parts if part.scale]
     if base.is_gguf:
         stays = {key for key in base.file.metadata if not key.startswith(NOT_COPIED)}
         copy_metadata(base.file, writer, leave_out=base.file.metadata.keys() - stays)
-        put(writer, {"general.file_type": recipe.file_type, **reserved()})
+        put(writer, {**({} if recipe.file_type is None else {"general.file_type": recipe.file_type}), **reserved()})
         if base.chosen_template is not None:
             writer.add_chat_template(base.chosen_template)
     else:
+        assert isinstance(recipe.file_type, LlamaFileType)
         write_metadata(writer, base, recipe.file_type)
     put(writer, {
-        **descent(base, [part.name for part in parts]), LINEAGE_KEY: lineage_text(lineage_of(base, parts)),
+        **descent(base, [part.name for part in parts]),
+        LINEAGE_KEY: lineage_text(lineage_of(base, parts, recipe.patched)),
         **recipe.keys,
     })  # fmt: skip
     contract = next((p.adapter.contract for p in parts if p.adapter.contract is not None), None)

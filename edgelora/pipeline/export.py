@@ -104,7 +104,7 @@ def export(
             result,
             made_from,
             lambda draft: write_soft_prompt_gguf(draft, prompt, base, out.stem, states.reference),
-            lambda draft: _certificate(base, len(rows), *check.compare(draft, states, on_progress)),
+            lambda draft: judged(base, len(rows), *check.compare(draft, states, on_progress)),
         )
     else:
         adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
@@ -147,10 +147,10 @@ def certify_adapter(
     models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
     states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
     work = _InLlamaCpp(adapted, gguf, rows, groups)
-    return _certificate(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
+    return judged(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
 
 
-def _certificate(base: Base, n_prompts: int, equal_ids: int, floor: Fidelity, adapter: Fidelity) -> Certificate:
+def judged(base: Base, n_prompts: int, equal_ids: int, floor: Fidelity, adapter: Fidelity) -> Certificate:
     """What was found, and the limits for this base: `floor` is torch against llama.cpp without the adapter."""
     exact = base.quant in FLOAT_QUANTS
     return Certificate(

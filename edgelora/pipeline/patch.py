@@ -1,0 +1,165 @@
+"""An adapter that is more than a LoRA → a patched base, checked, and beside it what is left of the adapter as a LoRA.
+
+Both are compared as they will run: llama.cpp over the patched file, first bare and then with the LoRA, against torch
+over that file and over the base with the whole adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.merge import Part
+from converters.patch import plan_patch, write_patched, write_rest
+from edgelora.base.head import Head
+from edgelora.base.model import Base, open_base
+from edgelora.child import run_in_child
+from edgelora.data.conversation import Conversation
+from edgelora.data.encode import encode_conversation
+from edgelora.errors import ExportError
+from edgelora.evaluate.fidelity import Fidelity, fidelity
+from edgelora.files.atomic import refuse_existing, require_space, staged
+from edgelora.files.certificate_keys import fill
+from edgelora.files.contract import Contract, sha256_file
+from edgelora.peft.adapter import TENSORS, Adapter
+from edgelora.pipeline.certificate import Output, stamp, write_certified
+from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
+from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
+from edgelora.pipeline.export import Certificate, judged, read_checked
+from edgelora.pipeline.said import Group, groups_of
+from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
+from edgelora.pipeline.torch_states import Reference, torch_states
+from edgelora.progress import OnProgress, silent
+from edgelora.versions import versions
+
+
+@dataclass(frozen=True)
+class PatchedBase:
+    """What was written: the patched base, the LoRA that has to lie over it (None: nothing is left of the adapter), the
+    largest rounding error of a weight, and what its user should know."""
+
+    path: Path
+    rest: Path | None
+    error: float
+    notes: list[str]
+    certificate: Certificate
+
+    def as_dict(self) -> dict[str, Any]:
+        made = {"out": str(self.path), "size_bytes": self.path.stat().st_size, "lora": self.rest and str(self.rest)}
+        return {**made, "error": self.error, "notes": self.notes, "certificate": self.certificate.as_dict()}
+
+
+def patch(
+    base_path: Path,
+    adapter_path: Path,
+    out: Path,
+    *,
+    dtype: str = "F16",
+    data: Path | None = None,
+    n_rows: int = CHECKED_ROWS,
+    allow_unverified: bool = False,
+    overwrite: bool = False,
+    on_progress: OnProgress = silent,
+) -> PatchedBase:
+    """Write `out`, the patched base, and where something of the adapter is left OUT.lora.gguf, a LoRA over it.
+
+    Raises BaseModelError if the base is a checkpoint, ExportError if the adapter is a LoRA, and CertificateError, the
+    patched base kept aside, if llama.cpp does not compute with both what torch does.
+    """
+    rest = out.with_name(f"{out.name.removesuffix('.gguf')}.lora.gguf")
+    refuse_existing(out, overwrite)
+    made_from, base = stamp(base_path, adapter_path), open_base(base_path)
+    require_space(out.parent, base.file.path.stat().st_size, "the patched base")
+    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
+    base = base.as_trained(adapter.contract)
+    plan, rows = plan_patch(base, adapter), rows_to_check(data, n_rows)
+    if not plan.patches and not adapter.norms and not adapter.kind.adds_bias:
+        raise _is_a_lora(adapter_path)
+    part = Part(adapter, 1.0, sha256_file(adapter_path / TENSORS), adapter_path.resolve().name)
+    reference = Reference(base_path, ((adapter_path, 1.0),))
+    with ExitStack() as stack:
+        lora = stack.enter_context(staged(rest, overwrite=overwrite)) if plan.rest else None
+
+        def check(draft: Path) -> Certificate:
+            if lora is not None:
+                write_rest(lora, base, plan, rest.stem, None, dtype)
+            return _certify(reference, draft, lora, rows, on_progress)
+
+        certificate = write_certified(
+            Output(out, overwrite), made_from, lambda draft: write_patched(draft, base, plan, part, on_progress), check
+        )
+        if lora is not None:  # again, now that the file it belongs to has its name and its certificate
+            write_rest(lora, base, plan, rest.stem, _contract(adapter, open_base(out)), dtype)
+            fill(lora, certificate.as_dict())
+    return PatchedBase(out, rest if plan.rest else None, plan.error, plan.notes, certificate)
+
+
+def _is_a_lora(adapter_path: Path) -> ExportError:
+    return ExportError(
+        what=f"{adapter_path}: there is nothing to patch",
+        why="it adds B A to each weight, which llama.cpp can do over the base as it is",
+        fix="export it as an adapter (leave --door out)",
+    )
+
+
+def _contract(adapter: Adapter, patched: Base) -> Contract:
+    """The adapter's own, with the patched file in the place of its base; of a foreign one what its files tell."""
+    held_to, own = patched.identity, adapter.contract
+    if own is not None:
+        return own.model_copy(update={"base": held_to.fingerprint, "base_file": patched.base_file, "certificate": None})
+    return Contract(
+        version=versions()["edgelora"],
+        base=held_to.fingerprint,
+        base_file=patched.base_file,
+        tokenizer_sha256=held_to.tokenizer_sha256,
+        chat_template_sha256=held_to.chat_template_sha256,
+        eog_ids=held_to.eog_ids,
+        method=adapter.kind.title.lower(),
+        versions=versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _InLlamaCpp:
+    """What llama.cpp has to do: the patched base, the LoRA over it, and what both must say."""
+
+    reference: Reference
+    draft: Path
+    lora: Path | None
+    rows: Sequence[Conversation]
+    groups: Sequence[Group]
+
+
+def _certify(
+    reference: Reference, draft: Path, lora: Path | None, rows: Sequence[Conversation], on_progress: OnProgress
+) -> Certificate:
+    """torch and llama.cpp on the same tokens, in child processes: the bare patched base, then all of it."""
+    base, _ = reference.open()
+    groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
+    models, examples = (Reference(draft), reference), [example for group in groups for example in group]
+    states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
+    work = _InLlamaCpp(reference, draft, lora, rows, groups)
+    return judged(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
+
+
+def _compare(
+    work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
+) -> tuple[int, Fidelity, Fidelity]:
+    """How many rows have the same ids, and how far llama.cpp is from torch over the bare file and with all of it."""
+    (base, _), written, found = work.reference.open(), open_base(work.draft), []
+    step, whole = stepper(2 * len(work.groups), on_progress), {} if work.lora is None else {"rest": 1.0}
+    with in_llama_cpp(written, work.groups) as engine:
+        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
+        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
+        if work.lora is not None:
+            engine.load("rest", work.lora, allow_unverified=True)
+        for model, own, active in zip((written, base), states, ({}, whole), strict=True):
+            engine.use(active)
+            sides = logits(InLlamaCpp(engine).logits, [(Head(model), own)], work.groups, step)
+            found.append(fidelity((here, there) for there, (here,) in sides if there is not None))
+    return equal, found[0], found[1]
