@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.from_elsewhere import fitting, no_linear, require_none
+from converters.from_elsewhere import fitting, require_none
 from edgelora.architectures.names import hf_row_order
 from edgelora.base import ggml
 from edgelora.base.model import Base
@@ -19,6 +19,7 @@ from edgelora.files.contract import Contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.lora_config import StoredPair, adapter_of
+from edgelora.peft.strangers import no_linear
 
 ALPHA = "adapter.lora.alpha"
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.from_elsewhere import fitting, no_linear, part_faults, require_none
+from converters.from_elsewhere import fitting, part_faults, require_none
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft.adapter import CONFIG, Adapter
 from edgelora.peft.lora_config import StoredPair, adapter_of
+from edgelora.peft.strangers import no_linear
 
 TENSORS = "adapters.safetensors"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}

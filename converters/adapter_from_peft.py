@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from converters.from_elsewhere import fitting, no_linear, part_faults, require_none
+from converters.from_elsewhere import fitting, part_faults, require_none
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft.adapter import BEYOND_LORA, CONFIG, MAGNITUDE, TENSORS, Adapter, refuse_pickle
 from edgelora.peft.kinds import kind_of
 from edgelora.peft.lora_config import StoredPair, adapter_of
+from edgelora.peft.strangers import no_linear
 from edgelora.peft.targets import by_pattern
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -26,7 +27,6 @@ PREFIX = re.compile(
     r"^(module\.)?(base_model\.model\.)?(model\.language_model\.(model\.)?|language_model\.model\.)?(model\.)?"
 )
 PART = re.compile(rf"^(?P<module>.+)\.(?P<part>lora_A|lora_B|{MAGNITUDE})(\.(?!(weight|bias)$)\w+)?(\.weight)?$")
-BEYOND = (*BEYOND_LORA, "target_parameters", "layer_replication", "lora_bias")
 
 
 def read_peft(path: Path, base: Base) -> Adapter:
@@ -70,7 +70,7 @@ def _settings_faults(settings: dict[str, Any]) -> list[str]:
     kind = kind_of(settings)
     if kind is None:
         return [f"{CONFIG} is that of the kind {settings.get('peft_type')}"]
-    faults = [f"{key} is set" for key in BEYOND if settings.get(key)]
+    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append(f"it has biases (bias: {settings['bias']})")
     return faults + kind.faults(settings)

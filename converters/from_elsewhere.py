@@ -1,8 +1,7 @@
-"""Adapters that other programs wrote: which of their tensors can be a LoRA here, and what is said of the others."""
+"""Adapters that other programs wrote: whether their tensors are LoRAs of the linear layers of a base."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,27 +10,10 @@ import numpy as np
 from edgelora.base.model import Base
 from edgelora.errors import AdapterError
 from edgelora.peft.lora_config import StoredPair
+from edgelora.peft.strangers import no_linear
 
 SHOWN = 8
 LARGEST_ALPHA = 1e30  # beyond any that float32 could still multiply by
-
-# What a tensor is that belongs to no linear layer of the decoder, by a part of its name. The first that fits.
-NO_LINEAR = (
-    (r"experts|_exps\b|switch_mlp|shared_expert", "of the experts of a mixture, which stay as they are here"),
-    (r"block_sparse_moe\.gate|mlp\.gate(\.|$)|ffn_gate_inp", "of a mixture's router, which stays as it is here"),
-    (r"embed_tokens|embedding|token_embd|\bwte\b", "of the token embeddings"),
-    (r"lm_head|^output\.", "of the head"),
-    (r"norm", "of a norm"),
-    (r"modules_to_save|original_module|base_layer", "a module that was trained as a whole"),
-    (r"vision|visual|audio|multi_modal", "of the part of the model that sees or hears"),
-    (r"bias", "a bias"),
-)
-
-
-def no_linear(name: str) -> str:
-    """What is said of a tensor or module that is no linear layer's."""
-    found = next((what for pattern, what in NO_LINEAR if re.search(pattern, name)), None)
-    return f"{name} is {found}" if found else f"{name} belongs to no linear layer of this model"
 
 
 def part_faults(places: Mapping[str, Mapping[str, str]], wanted: Sequence[str], base: Base) -> list[str]:

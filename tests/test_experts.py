@@ -14,6 +14,8 @@ from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.adapter_check import check_adapter, own_shapes
 from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import Adapter, read_adapter
+from edgelora.peft.adapter import write_adapter as write_folder
 from edgelora.pipeline.inspect_adapter import gguf_adapter
 from runtime.scorer import ScoringEngine
 
@@ -98,3 +100,14 @@ def test_what_is_known_of_it_without_a_base(mixture, tmp_path):
     facts = gguf_adapter(file)
     assert facts.faults == []
     assert facts.ranks == {RANK: 2}
+
+
+def test_an_adapter_folder_with_experts_says_so(mixture, tmp_path):
+    """As PEFT has them: one by one, or all of a layer as one parameter."""
+    for name, said in (("block_sparse_moe.experts.3.w1", r"experts\.3\.w1 is of the experts of a mixture"),
+                       ("mlp.experts", r"mlp\.experts is of the experts of a mixture")):  # fmt: skip
+        pair = {"lora_A": np.ones((2, 64), np.float32), "lora_B": np.ones((96, 2), np.float32)}
+        adapter = Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2}, {f"model.layers.0.{name}": pair})
+        write_folder(tmp_path / name, adapter)
+        with pytest.raises(AdapterError, match=said):
+            read_adapter(tmp_path / name, mixture.linears)

@@ -306,7 +306,7 @@ PEFT_FAULTS = {
     "vision": (SEEN, {}, "of the part of the model that sees"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "changing the base's own weights"),
     "repeated": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is set"),
-    "another model": ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", {}, "9.*belongs to no linear layer"),
+    "another model": ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", {}, "9.*is no linear layer"),
     "no DoRA": (f"base_model.model.{Q}.{MAGNITUDE}", {}, f"{MAGNITUDE} is not said of it"),
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
 from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, Kind, Parts, kind_of
+from edgelora.peft.strangers import no_linear
 
 __all__ = [
     "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
@@ -31,7 +32,8 @@ __all__ = [
 # Settings of PEFT under which what the tensors say is not all that the adapter computes.
 BEYOND_LORA = (
     "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "target_parameters", "layer_replication",
+    "lora_bias",
 )  # fmt: skip
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
@@ -212,7 +214,7 @@ def _read(
         elif module in linears:
             found = list(_linear_faults(kind, parts, *linears[module]))
         else:
-            faults.append(f"{module} is no linear layer of this model")
+            faults.append(no_linear(module))
             continue
         if not found and not all(np.isfinite(part).all() for part in parts.values()):
             found = ["it holds NaN or infinite values"]

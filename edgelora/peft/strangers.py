@@ -1,0 +1,23 @@
+"""What is said of a tensor that no adapter here can have. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+
+# What a tensor is that belongs to no linear layer of the decoder, by a part of its name. The first that fits.
+NO_LINEAR = (
+    (r"experts|_exps\b|switch_mlp|shared_expert", "of the experts of a mixture, which stay as they are here"),
+    (r"block_sparse_moe\.gate|mlp\.gate(\.|$)|ffn_gate_inp", "of a mixture's router, which stays as it is here"),
+    (r"embed_tokens|embedding|token_embd|\bwte\b", "of the token embeddings"),
+    (r"lm_head|^output\.", "of the head"),
+    (r"norm", "of a norm"),
+    (r"modules_to_save|original_module|base_layer", "a module that was trained as a whole"),
+    (r"vision|visual|audio|multi_modal", "of the part of the model that sees or hears"),
+    (r"bias", "a bias"),
+)
+
+
+def no_linear(name: str) -> str:
+    """What is said of a tensor or module that is no linear layer's."""
+    found = next((what for pattern, what in NO_LINEAR if re.search(pattern, name)), None)
+    return f"{name} is {found}" if found else f"{name} is no linear layer of this model"
