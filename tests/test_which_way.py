@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.evaluate.paired import of_means
 
 SUMMARY = ROOT / "benchmarks" / "results" / "which-way.json"
 
@@ -24,10 +30,12 @@ def run(loss, right=(1, 0), tokens=(2, 3)):
     return {"loss": loss, "nll": [loss * n for n in tokens], "tokens": list(tokens), "right": list(right)}
 
 
-def test_a_study_comes_to_its_end_from_wherever_it_was_stopped():
+def test_a_study_comes_to_its_end_from_wherever_it_was_stopped(monkeypatch):
+    from study import jobs as module
     from study.jobs import Cell, plan, ready
     from study.ways import ways
 
+    monkeypatch.setattr(module, "SEEDS", (0,))
     draw, found = random.Random(0), {}
     while jobs := list(ready(plan(found, ways()), found, ())):
         job = jobs[0]
@@ -85,8 +93,6 @@ def test_an_interval_of_three_seeds_is_students():
 def test_an_interval_of_one_seed_is_that_of_the_rows():
     from study.reading import LOSS, difference
 
-    from edgelora.evaluate.paired import of_means
-
     draw, tokens = random.Random(0), [3] * 40
     nll = {side: [draw.uniform(1, 5) for _ in tokens] for side in "ab"}
     a, b = ({"sql": {0: {"loss": sum(nll[side]) / 120, "nll": nll[side], "tokens": tokens}}} for side in "ab")
@@ -102,6 +108,28 @@ def test_ways_are_compared_on_what_all_of_them_did():
     one, two = run(1.0), run(2.0)
     found = complete({1: {"sql": {0: one, 1: one}, "intent": {0: one}}, 4: {"sql": {1: two}}})
     assert found == {1: {"sql": {1: one}}, 4: {"sql": {1: two}}}
+
+
+def test_a_padded_model_is_the_same_function(tiny, tmp_path):
+    """Twice as wide, with the same dithering: the same hidden states, and zeros behind them."""
+    from peers.padded import write_dithered
+
+    ids, found = torch.arange(12), {}
+    for name, width in (("narrow", None), ("wide", 512)):
+        write_dithered(tiny.path, tmp_path / name, width)
+        with torch.no_grad():
+            found[name] = build_decoder(open_base(tmp_path / name))(ids, ids, [0, 12])  # (T, d)
+    torch.testing.assert_close(found["wide"][:, :256], found["narrow"], atol=1e-5, rtol=0)
+    assert not found["wide"][:, 256:].any()
+
+
+def test_dithering_leaves_the_grid_by_half_a_step_at_most():
+    from peers.padded import dithered
+
+    grid = np.random.default_rng(0).integers(-8, 8, (4, 64)).astype(np.float32) / 4
+    moved = dithered(grid, np.random.default_rng(1)) - grid
+    assert 0.1 < np.abs(moved).max() <= 0.125
+    assert len(np.unique(moved)) > 200
 
 
 def test_nothing_is_called_better_whose_interval_holds_zero():
