@@ -1,4 +1,7 @@
-"""An adapter as a person names it: `home`, `home:0.7`. What cannot be is refused with what was probably meant."""
+"""An adapter as a person names it: `home`, `home:0.7`. What cannot be is refused with what was probably meant.
+
+Two rules: a name that is typed in a chat, and one in the store, which a file may have on every system.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from edgelora.errors import AdapterError, ConfigError, EngineError
 from runtime.service import MAX_SCALE
 
 BASE = "base"  # what the model without any adapter is called
+TYPED = re.compile(r"\w[\w.-]*")
+STORED = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
 def unknown_adapter(name: str, known: Iterable[str]) -> AdapterError:
@@ -42,13 +47,28 @@ def name_of(path: Path) -> str:
 
 def require_name(name: str) -> str:
     """`name`, if one can type it in a chat. Raises ConfigError."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name == BASE:
+    if not TYPED.fullmatch(name) or name == BASE:
         raise ConfigError(
             what=f"{name or 'an empty text'} is no name for an adapter",
             why=f"you type it in chat: letters, digits, '-', '_' and '.' are allowed, and {BASE} is the model itself",
             fix="choose another name",
         )
     return name
+
+
+def stored_name_of(path: Path) -> str:
+    """What an adapter's file is stored as where nobody gave it a name: `My Home.gguf` → my-home."""
+    return re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).lstrip("._-")[:64]
+
+
+def require_stored_name(name: str) -> None:
+    """Raise ConfigError unless an adapter may be stored under this name."""
+    if not STORED.fullmatch(name):
+        raise ConfigError(
+            what=f"{name!r} is no name for an adapter",
+            why="it begins with a small letter or a digit, goes on with these and '.', '_', '-', and has at most 64",
+            fix="choose another one, such as home or poet-2",
+        )
 
 
 def scaled_name(word: str) -> tuple[str, float | None]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edgelora.errors import AdapterError, ConfigError, OutputError
+from edgelora.errors import AdapterError, OutputError
 from edgelora.files.adapter_check import contract_of, own_shapes, require_fit
 from edgelora.files.atomic import require_space, staged, sweep
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, Contract, sha256_bytes, sha256_file
@@ -27,8 +26,8 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.files.whole import read_whole
 from edgelora.home import models_folder
+from runtime.names import STORED, require_stored_name
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MOST_BYTES = 8 << 30
 ANY_TOKEN = 1 << 31  # the base, which knows how many it has, is asked when the adapter is loaded
 VERSION = 1
@@ -99,7 +98,7 @@ class Store:
         It is checked as far as that needs no base. Raises ConfigError for an impossible name, FileFormatError or
         AdapterError for a file that is no adapter, OutputError if the name is taken or nothing can be written.
         """
-        require_name(name)
+        require_stored_name(name)
         if path.is_dir():
             raise AdapterError(
                 what=f"{path}: a folder, and what is stored is what llama.cpp loads",
@@ -132,7 +131,7 @@ class Store:
         Raises AdapterError if it is neither; what cannot be a name is taken for a path, whether or not it exists.
         """
         path = Path(name_or_path)
-        if path.is_file() or not NAME.fullmatch(name_or_path):
+        if path.is_file() or not STORED.fullmatch(name_or_path):
             return path
         if found := self._find("WHERE name = ?", name_or_path):
             return found[0].path
@@ -207,16 +206,6 @@ class Store:
 
     def _blob(self, digest: str) -> Path:
         return self._blobs / f"{digest}.gguf"
-
-
-def require_name(name: str) -> None:
-    """Raise ConfigError unless an adapter may have this name."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            what=f"{name!r} is no name for an adapter",
-            why="it begins with a small letter or a digit, goes on with these and '.', '_', '-', and has at most 64",
-            fix="choose another one, such as home or poet-2",
-        )
 
 
 def _about(path: Path, content: bytes) -> About:

@@ -11,7 +11,7 @@ from test_preflight import pair, write_foreign
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.cli import run
-from edgelora.cli.adapters import _name_of
+from runtime.names import stored_name_of
 from runtime.store import Store
 
 
@@ -100,4 +100,4 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(capsys, at_home, tiny
     ],
 )
 def test_the_name_is_made_of_the_files(file, name, tmp_path):
-    assert _name_of(tmp_path / file) == name
+    assert stored_name_of(tmp_path / file) == name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,9 +50,10 @@ def add(
 
     Example: `edgelora adapters add home.gguf --name home`
     """
+    from runtime.names import stored_name_of
     from runtime.store import Store
 
-    _show(Store().add(name or _name_of(file), file, overwrite=overwrite), as_json)
+    _show(Store().add(name or stored_name_of(file), file, overwrite=overwrite), as_json)
 
 
 @app.command()
@@ -80,11 +80,6 @@ def remove(name: Name, as_json: Json = False) -> None:
         print(json.dumps({"removed": name}))
     else:
         print(f"{name} is no longer stored")
-
-
-def _name_of(file: Path) -> str:
-    """`My Home.gguf` → my-home."""
-    return re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).lstrip("._-")[:64]
 
 
 def _draw(stored: list[Stored]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -64,10 +63,12 @@ def scaled(text: str) -> tuple[Path, float]:
 
 def named(text: str) -> tuple[str, Path]:
     """`home=home.gguf` → (home, path); without a name the file's own is taken, blanks and signs replaced by `-`."""
+    from runtime.names import TYPED, name_of
+
     name, equals, path = text.partition("=")
     if not equals or Path(text).is_file():
-        name, path = re.sub(r"[^\w.-]", "-", Path(text).stem), text
-    if not re.fullmatch(r"\w[\w.-]*", name):
+        name, path = name_of(Path(text)), text
+    if not TYPED.fullmatch(name):
         raise ConfigError(
             what=f"--adapter {text}: {name or 'an empty text'} is no name for an adapter",
             why="you type it in chat: letters, digits, '-', '_' and '.' are allowed",

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from edgelora.cli.arguments import Base, Unverified
+from edgelora.cli.arguments import GGUFBase, Unverified
 from edgelora.cli.running import Attach, Worker, attached, engine_config, sampling_of, with_runtime_options
 
 
 @with_runtime_options
 def chat(
-    base: Base,
+    base: GGUFBase,
     adapter: Attach = None,
     system: Annotated[str | None, typer.Option(help="A system message; the active adapter's own without it.")] = None,
     max_tokens: Annotated[int, typer.Option(help="The longest answer.", min=1)] = 512,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgelora.cli.arguments import Base, Json, Unverified
+from edgelora.cli.arguments import GGUFBase, Json, Unverified
 from edgelora.cli.running import Attach, Worker, attached, engine_config, sampling_of, with_runtime_options
 from edgelora.errors import ConfigError
 
@@ -22,7 +22,7 @@ STOPPED = 130  # the exit code of Ctrl-C
 
 @with_runtime_options
 def generate(
-    base: Base,
+    base: GGUFBase,
     prompt: Annotated[
         str | None, typer.Argument(help="What is asked; standard input without it, or for -.", show_default=False)
     ] = None,

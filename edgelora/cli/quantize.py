@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from edgelora.cli import budget
 from edgelora.cli.arguments import CHECKED_ROWS, CheckRows, Imatrix, Json, Overwrite, PlanFile
 
 if TYPE_CHECKING:
-    from edgelora.pipeline.quantize import Quantized
+    from edgelora.pipeline.quantize import Quantized, QuantizeSettings
 
 
 Source = Annotated[Path, typer.Argument(help="A whole GGUF model: F16, BF16 or F32.", show_default=False)]
@@ -104,15 +105,37 @@ def quantize(
         budget.run(asked, as_json=as_json)
         return
 
-    from edgelora.cli.display import Display
-    from edgelora.pipeline.quantize import QuantizeSettings, dry_run_of
-    from edgelora.pipeline.quantize import quantize as run
+    from edgelora.pipeline.quantize import QuantizeSettings
 
     settings = QuantizeSettings(
         tuple(map(_override, tensor_type or ())), output_type, embedding_type, pure, keep_split, imatrix, plan,
         allow_requantize, plain, data, check_rows,
     )  # fmt: skip
     target, quant = _places(out, kind, dry_run=dry_run, planned=plan is not None)
+    done = _done(_Places(source, target, save_plan, overwrite), quant, settings)
+    if as_json:
+        print(json.dumps(_as_json(done, target)))
+    elif target is None:
+        _draw(done)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where is read and written. `target`: None writes nothing but the plan."""
+
+    source: Path
+    target: Path | None
+    save_plan: Path | None
+    overwrite: bool
+
+
+def _done(places: _Places, quant: str | None, settings: QuantizeSettings) -> Quantized:
+    """Quantize, or plan it, and say what came of it."""
+    from edgelora.cli.display import Display
+    from edgelora.pipeline.quantize import dry_run_of
+    from edgelora.pipeline.quantize import quantize as run
+
+    source, target, save_plan, overwrite = places.source, places.target, places.save_plan, places.overwrite
     with Display() as display:
         if target is None:
             done = dry_run_of(source, quant, settings, save_plan=save_plan, overwrite=overwrite)
@@ -125,10 +148,7 @@ def quantize(
                 display.say(done.certificate.sentence)
         for note in done.notes:
             display.note(note)
-    if as_json:
-        print(json.dumps(_as_json(done, target)))
-    elif target is None:
-        _draw(done)
+    return done
 
 
 def _places(out: Path | None, kind: str | None, *, dry_run: bool, planned: bool) -> tuple[Path | None, str | None]:
