@@ -248,6 +248,25 @@ def live(result: Mapping[str, Any]) -> str:
     return about + "\n" + markdown(["", "target", "found"], lines) + "\n"
 
 
+REPORT = """## What the text of a report costs against llama-perplexity
+
+    python benchmarks/report.py --base F16.gguf --text wiki.txt --tools BIN --room FOLDER
+
+Seconds of a process that scores {chunks} windows of {context} tokens, {threads} threads of {processor}, medians of
+{rounds} rounds in turns. A report's cell has perplexity, bits per byte, KL and same top. Target: all levels in at most
+{target} times llama-perplexity's own time.
+"""
+
+
+def report(result: Mapping[str, Any]) -> str:
+    sides, whole = result["levels"], result["whole"]
+    rows = [[quant, *(f"{by_level[quant]:.2f}" for by_level in sides.values())] for quant in next(iter(sides.values()))]
+    rows.append(["**all levels**", *(f"**{whole[side]:.1f}**" for side in sides)])
+    over, plain = result["over_with_kl"], result["over_plain"]
+    found = f"In all {over:.2f} times llama-perplexity with KL, {plain:.2f} times without."
+    return REPORT.format(**result) + "\n" + markdown(["level", *sides], rows) + f"\n\n{found}\n"
+
+
 def gpu(result: Mapping[str, Any]) -> str:
     def row(r: Mapping[str, Any]) -> list[object]:
         if not r["fits"]:
@@ -282,7 +301,7 @@ def written() -> str:
     """The whole text."""
     parts = {
         "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live,
+        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand

@@ -119,7 +119,7 @@ def table(report: Report, choice: Choice) -> tuple[list[str], list[TableRow]]:
         )
 
     metric = report.provenance.settings.get("metric")
-    return [title_by(column, metric and str(metric)) for column in columns], [
+    return [title_by(column, str(metric) if metric else None) for column in columns], [
         TableRow(
             cell.name, cell.way, values(cell), "" if cell.status == "ok" else f"{cell.status}: {cell.why}",
             cell.name == choice.cell, bool(keys) and cell not in undominated,
