@@ -15,6 +15,7 @@ import pytest
 
 from converters.plan import QuantizeOptions
 from converters.quantize import write_quantized
+from edgelora.cli import run
 from edgelora.errors import ConfigError, DataError, EngineError, FileFormatError
 from edgelora.evaluate.divergence import Candidate, Compared, Exact, compare, divergence
 from edgelora.evaluate.perplexity import windows
@@ -295,3 +296,11 @@ def test_the_command_prints_figures_or_json(files, tmp_path):
     shown = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert f"perplexity     {found['perplexity']:.4f} ± {found['error']:.5f}" in shown
     assert f"KL (nats)      {found['divergence']['kl']['value']:.6f}" in shown
+
+
+def test_what_a_compact_reference_leaves_out_is_said(files, tmp_path, capsys):
+    words = ["perplexity", str(files / "F16.gguf"), "--context", "64", "--chunks", "1"]
+    kept = ["--save-reference", str(tmp_path / "likeliest.ref"), "--top", "5"]
+    assert run([*words, "--text", str(files / "text.txt"), *kept]) == 0
+    assert run([*words, "--against", str(tmp_path / "likeliest.ref")]) == 0
+    assert "its 5 likeliest tokens and the mass of the rest, so KL is never above the true" in capsys.readouterr().out

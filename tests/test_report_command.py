@@ -377,7 +377,9 @@ def test_a_full_disk_is_noticed_before_anything_is_built(small, tmp_path, monkey
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_to_ship(asked, made, again, room, capsys):
+def test_the_command_prints_what_to_ship(asked, made, again, room, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("typer.launch", opened.append)
     words = [
         "report",
         str(asked.base),
@@ -401,7 +403,8 @@ def test_the_command_prints_what_to_ship(asked, made, again, room, capsys):
         "64",
     ]
     words += ["--adapter-for", f"Q4_K_M={room / 'other'}"]  # fmt: skip
-    assert run(words) == 0
+    assert run([*words, "--open"]) == 0
+    assert opened == [str((again / "report.html").resolve())]
     shown = capsys.readouterr()
     assert made.choice.why in shown.out
     assert "right: by " in shown.out

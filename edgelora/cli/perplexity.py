@@ -74,7 +74,9 @@ def _draw(found: Measured) -> None:
         f"{found.tokens_per_s:.0f} tokens/s, {found.peak_bytes / 1e6:.0f} MB",
     ]
     if found.divergence is not None:
-        lines += ["", f"against {found.against}", *_against(found.divergence)]
+        top = found.against_top
+        kept = f": its {top} likeliest tokens and the mass of the rest, so KL is never above the true" if top else ""
+        lines += ["", f"against {found.against}{kept}", *_against(found.divergence)]
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 

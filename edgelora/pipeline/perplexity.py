@@ -65,13 +65,16 @@ class Measured:
     tokens_per_s: float
     peak_bytes: int
     by_window: tuple[WindowSums, ...]
+    against_top: int | None = None
+    """How many tokens the reference file keeps of each position: KL is then never above the true; None: all."""
 
     def as_dict(self) -> dict[str, Any]:
         value, error, n_tokens = self.perplexity.value, self.perplexity.error, self.perplexity.n_tokens
         return {
             "model": self.model, "perplexity": value, "error": error, "scored_tokens": n_tokens,
             "bits_per_byte": self.bits_per_byte, "windows": self.n_windows, "context": self.context,
-            "against": self.against, "divergence": None if self.divergence is None else self.divergence.as_dict(),
+            "against": self.against, "against_top": self.against_top,
+            "divergence": None if self.divergence is None else self.divergence.as_dict(),
             "tokens_per_s": self.tokens_per_s, "peak_bytes": self.peak_bytes,
         }  # fmt: skip
 
@@ -111,7 +114,7 @@ def _measure(run: Run, on_progress: OnProgress) -> Measured:
         model=run.model.name, perplexity=found, bits_per_byte=nats / math.log(2) / sum(sizes), n_windows=len(parts),
         context=size, against=run.against.name if run.against else None,
         divergence=divergence(compared) if run.against else None, tokens_per_s=speed, peak_bytes=peak_memory_bytes(),
-        by_window=sums,
+        by_window=sums, against_top=None if stored is None else stored.about.top,
     )  # fmt: skip
 
 
