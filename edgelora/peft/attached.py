@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,11 @@ from torch.nn import functional as F
 from edgelora.nn.linear import Delta, Weight, product
 from edgelora.peft.change import Change
 from edgelora.peft.dora import DoraDelta
+from edgelora.peft.full import FullDelta
+from edgelora.peft.glora import GloraDelta, Path
 from edgelora.peft.lora import LoraDelta
+from edgelora.peft.lors import LorsDelta
+from edgelora.peft.of_weight import OfWeight, TimesAndPlus, WhereNotZero
 
 
 class ChangedDelta(nn.Module):
@@ -57,8 +63,19 @@ def delta_of(change: Change, weight: Weight) -> Delta:
         a, b = torch.from_numpy(change.pair.a), torch.from_numpy(change.pair.b)
         magnitude = _tensor(change.pair.magnitude)
         inner = LoraDelta(a, b, 1.0) if magnitude is None else DoraDelta(a, b, 1.0, magnitude, weight)
+    elif change.whole is not None:
+        inner, change = _of_whole(change.whole), replace(change, whole=None)
     alone = all(part is None for part in (change.rows, change.columns, change.whole, change.bias))
     return inner if alone and inner is not None else ChangedDelta(inner, change)
+
+
+def _of_whole(whole: np.ndarray | OfWeight) -> Delta:
+    if isinstance(whole, np.ndarray):
+        return FullDelta(torch.from_numpy(whole))
+    if isinstance(whole, WhereNotZero):
+        return LorsDelta(torch.from_numpy(whole.pair.a), torch.from_numpy(whole.pair.b), 1.0)
+    assert isinstance(whole, TimesAndPlus)
+    return GloraDelta(*(Path(torch.from_numpy(p.b), torch.from_numpy(p.a)) for p in (whole.times, whole.plus)))
 
 
 def _tensor(values: np.ndarray | None) -> Tensor | None:

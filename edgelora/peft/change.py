@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from edgelora.peft.of_weight import OfWeight
+
 SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
 
 Chosen: TypeAlias = "slice | np.ndarray"
@@ -59,13 +61,14 @@ class Change:
         W' = diag(rows) (P(W) + whole) diag(columns)        c' = rows ∘ c + bias
 
     P(W) = W + b a is the pair's, its rows brought to their lengths where it has them. rows, bias (d_out,);
-    columns (d_in,); whole (d_out, d_in). Everything of it that has a row for each row of W can be cut or permuted.
+    columns (d_in,); whole (d_out, d_in), or what makes one of W. Everything of it that has a row for each row of W can
+    be cut or permuted.
     """
 
     pair: LoraPair | None = None
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
-    whole: np.ndarray | None = None
+    whole: np.ndarray | OfWeight | None = None
     bias: np.ndarray | None = None
 
     @property
@@ -81,13 +84,12 @@ class Change:
             return None if part is None else part[rows]
 
         pair = None if self.pair is None else self.pair.of(rows)
-        return Change(pair, cut(self.rows), self.columns, cut(self.whole), cut(self.bias))
+        whole = None if self.whole is None else self.whole[rows]
+        return Change(pair, cut(self.rows), self.columns, whole, cut(self.bias))
 
     def change(self, weight: np.ndarray) -> np.ndarray:
         """ΔW float32 of the shape of `weight` (d_out, d_in), which stays as it is."""
-        change = np.zeros_like(weight) if self.pair is None else self.pair.change(weight)
-        if self.whole is not None:
-            change += self.whole
+        change = self._added(weight)
         if self.rows is None and self.columns is None:
             return change
         change += weight
@@ -97,6 +99,15 @@ class Change:
             change *= self.columns
         change -= weight
         return change
+
+    def _added(self, weight: np.ndarray) -> np.ndarray:
+        """P(W) + whole − W, in memory of its own."""
+        if self.whole is None:
+            return np.zeros_like(weight) if self.pair is None else self.pair.change(weight)
+        whole = self.whole.copy() if isinstance(self.whole, np.ndarray) else self.whole.of(weight)
+        if self.pair is not None:
+            whole += self.pair.change(weight)
+        return whole
 
     def change_of_bias(self, bias: np.ndarray) -> np.ndarray:
         """c' − c (d_out,) float32 of this c."""

@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from edgelora.errors import AdapterError
 from edgelora.peft import vera_file
 from edgelora.peft.change import Change, LoraPair
+from edgelora.peft.of_weight import TimesAndPlus, WhereNotZero
 from edgelora.peft.targets import by_pattern
 
 Parts: TypeAlias = Mapping[str, np.ndarray]
@@ -173,6 +175,35 @@ def _no_linear(_: Parts, __: Settings, ___: str) -> Change:
     return Change()
 
 
+# -- whole weights ------------------------------------------------------------------------------------------------
+
+
+def _whole(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(whole=parts["delta"])
+
+
+def _lors(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(whole=WhereNotZero(LoraPair(parts["lora_A"], parts["lora_B"])))
+
+
+def _glora(parts: Parts, _: Settings, module: str) -> Change:
+    """Of a bias c it makes c + E: what D ∘ c and W C would be, nothing here knows."""
+    if any(parts[part].any() for part in ("glora_C.X", "glora_C.Xd", "glora_D.X") if part in parts):
+        raise AdapterError(
+            what=f"{module}: glora_C or glora_D is not zero",
+            why="what they make of a bias depends on the base's weights, and on the bias it has",
+            fix="train it with --method glora, which saves the same as glora_E",
+        )
+    d_out, shift = len(parts["glora_A.Xd"]), parts.get("glora_E.X")
+    times, plus = (LoraPair(parts[f"glora_{path}.Xu"], parts[f"glora_{path}.Xd"]) for path in "AB")
+    return Change(whole=TimesAndPlus(times, plus), bias=None if shift is None else np.resize(shift, d_out))
+
+
+def _glora_faults(settings: Settings) -> list[str]:
+    paths = settings.get("config_A_B", "lora")
+    return [] if paths == "lora" else [f"config_A_B is {paths}, and lora is all that is read here"]
+
+
 PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
@@ -188,12 +219,22 @@ KINDS: dict[str, Kind] = {
         "VeRA", {"vera_lambda_b": "out", "vera_lambda_d": "r", "vera_A": "r in", "vera_B": "out r"}, _vera
     ),
     "IA3": Kind("IA3", {"ia3_l": "out 1|1 in"}, _ia3),
+    "GLORA": Kind(
+        "GLoRA", {"glora_A.Xd": "out r", "glora_A.Xu": "r in", "glora_B.Xd": "out r", "glora_B.Xu": "r in"}, _glora,
+        optional={
+            "glora_C.X": "in 1", "glora_C.Xd": "in k", "glora_C.Xu": "k 1", "glora_D.X": "out|1", "glora_E.X": "out|1",
+        },
+        faults=_glora_faults,
+    ),
     "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
 }  # fmt: skip
 """By PEFT's `peft_type`; a DoRA calls itself LORA."""
 
 NATIVE: dict[str, Kind] = {
     "bitfit": Kind("BitFit", {"bias": "out"}, _bias, adds_bias=True),
+    "full": Kind("full fine-tuning", {"delta": "out in"}, _whole, norms=True),
+    "galore": Kind("GaLore", {"delta": "out in"}, _whole, norms=True),
+    "lors": Kind("LoRS", PAIR, _lors),
 }
 """By the `method` that an adapter_config.json of the type EDGELORA names."""
 

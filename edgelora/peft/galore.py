@@ -1,0 +1,19 @@
+"""GaLore (arXiv:2403.03507): full fine-tuning whose gradients are projected to r of their directions before Adam.
+
+What it trains and leaves is `full.py`'s: ΔW (d_out, d_in) of every linear layer, of full rank, and the weights of the
+norms. The projection is the optimizer's (`training/galore.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgelora.nn.linear import Weight
+from edgelora.peft import remade
+from edgelora.peft.full import FullDelta
+
+
+def fresh(weight: Weight, *_: object) -> FullDelta:
+    """Zero: it does nothing yet. Raises ConfigError over a quantized weight."""
+    remade.require_floats(weight, "galore")
+    return FullDelta(torch.zeros(weight.shape))
