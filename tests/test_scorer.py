@@ -276,7 +276,7 @@ def test_files_that_crash_llama_cpp_never_reach_it(engine, tmp_path, tensors, op
 
 def test_what_only_a_trial_can_tell_is_told(engine, tmp_path):
     write_foreign(tmp_path / "bad.gguf", pair(Q, value=1e30))  # finite, and its product is not
-    with pytest.raises(AdapterError, match="llama.cpp cannot run it"):
+    with pytest.raises(AdapterError, match=r"llama\.cpp cannot run it"):
         engine.load("bad", tmp_path / "bad.gguf", allow_unverified=True)
     assert "bad" not in engine.active
 
@@ -284,7 +284,7 @@ def test_what_only_a_trial_can_tell_is_told(engine, tmp_path):
 def test_what_is_not_active_from_the_first_token_on_is_not_scored(engine, tmp_path):
     waits = {"adapter.alora.invocation_tokens": ([7, 8], GGUFValueType.ARRAY, GGUFValueType.UINT32)}
     write_foreign_adapter(tmp_path / "alora.gguf", pair(Q), **waits)
-    with pytest.raises(AdapterError, match="waits for an invocation.*not scored"):
+    with pytest.raises(AdapterError, match=r"waits for an invocation.*not scored"):
         engine.load("alora", tmp_path / "alora.gguf", allow_unverified=True)
     soft = TrainedPrompt(embeddings=np.full((3, 256), 0.01, np.float32))
     write_soft_prompt_gguf(tmp_path / "soft.gguf", soft, engine.base, "soft")
