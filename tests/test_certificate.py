@@ -142,7 +142,7 @@ def test_several_adapters_are_part_of_the_reference(tiny, tmp_path):
         write_adapter(tmp_path / str(number), adapter)
         named.append((tmp_path / str(number), scale))
     pairs = [(gguf_changes(adapter, base), scale) for adapter, scale in adapters]
-    change = {name: sum(scale * of[name].b @ of[name].a for of, scale in pairs) for name in pairs[0][0]}
+    change = {name: sum(scale * of[name].pair.b @ of[name].pair.a for of, scale in pairs) for name in pairs[0][0]}
     edit(tiny.path, tmp_path / "merged.gguf", change=change)
     assert held(tmp_path / "merged.gguf", tiny.path, named).faults == []
     assert held(tmp_path / "merged.gguf", tiny.path, named[:1]).faults

@@ -460,7 +460,7 @@ def test_no_tensor_is_ever_whole_in_memory(tmp_path, monkeypatch):
     base = open_base(tmp_path / "bf16")
     part = Part(make_unnamed(base), 1.0, "0", "mine")
     recipe = Recipe(base, [part], float_types(base, Type.F32), gguf.LlamaFileType.ALL_F32)
-    monkeypatch.setattr("converters.merge._write_metadata", lambda *_: None)  # no tokenizer here
+    monkeypatch.setattr("converters.merge.describe", lambda *_: None)  # no tokenizer here
     tracemalloc.start()
     try:
         write_merged(tmp_path / "out.gguf", recipe)
@@ -484,7 +484,7 @@ def test_of_an_adapter_one_module_is_in_memory_at_a_time(tiny, tmp_path):
     tracemalloc.start()
     try:
         pairs = gguf_changes(read_adapter(tmp_path / "large", base.linears), base)
-        found = {name: pairs[name].b.shape for name in pairs}
+        found = {name: pairs[name].pair.b.shape for name in pairs}
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
