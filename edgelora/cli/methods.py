@@ -27,5 +27,5 @@ def methods(as_json: Json = False) -> None:
         table.add_row(row["name"], row["trains"], ", ".join(row["leaves_as"]), row["paper"])
     output().print(table)
     print("adapter: llama.cpp loads it over any quantization of its base (`export`)")
-    print("patched: a base with it in its own numbers, not quantized again (`export --door patched`)")
+    print("patched: a base with it in its own numbers (`export --door patched`)")
     print("merged: it becomes part of a model (`merge`)")
