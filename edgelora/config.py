@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
-    "adalora", "loftq", "lorma", "replora", "ia3", "bitfit", "layernorm",
+    "adalora", "loftq", "lorma", "replora", "ia3", "bitfit", "layernorm", "prompt_tuning",
+    "p_tuning", "prefix_tuning",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion"]
@@ -162,6 +163,21 @@ class TrainConfig(BaseModel):
     """PEFT's: biases trained beside A and B. Only `none` yet; `--method bitfit` trains biases alone."""
     modules_to_save: Names = ()
     """PEFT's: modules trained as a whole beside A and B. None yet; `--method layernorm` trains norms alone."""
+    num_virtual_tokens: int = Field(20, ge=1, le=1024)
+    """Prompt, P- and prefix tuning: how many virtual tokens stand before every prompt. Beyond 20 they gain little
+    (arXiv:2104.08691, section 3.2)."""
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] | None = None
+    """As what they begin: as tokens drawn from the vocabulary, as those of prompt_tuning_init_text, or at random. None:
+    as the text or drawn tokens where a method can begin as real ones, which learns faster."""
+    prompt_tuning_init_text: str | None = Field(None, min_length=1)
+    """The text as which they begin, its tokens repeated or cut to num_virtual_tokens."""
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    """P-tuning: what makes the embeddings while they are trained."""
+    encoder_hidden_size: int | None = Field(None, ge=1)
+    """P-tuning, and prefix tuning with a projection: hidden units of what makes them. None: the width of what is made.
+    """
+    prefix_projection: bool = False
+    """Prefix tuning: train an MLP that makes the keys and values, instead of these themselves."""
     objective: Objective = "sft"
     """What is minimised: SFT on answers, DPO, IPO or ORPO on pairs of them, KTO on rated ones."""
     beta: float = Field(0.1, gt=0)

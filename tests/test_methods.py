@@ -40,6 +40,7 @@ IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
 DRAW_NOTHING = ["olora", "ia3", "bitfit", "layernorm"]
 AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
+LAYERED = [name for name, row in METHODS.items() if row.before is None]  # of the others see test_soft_training.py
 LORAS = [name for name, method in METHODS.items() if method.peft_type == "LORA"]  # of others see test_vectors.py
 OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
@@ -207,14 +208,14 @@ def test_the_files_have_the_names_and_settings_of_pefts(base, decoder, tiny, tra
 # -- what holds for every method ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_training_starts_at_the_bases_function(decoder, method):
     before = decoder.logits(IDS)
     inject(decoder, method, rank=4, alpha=8, seed=0)
     assert torch.equal(decoder.logits(IDS), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_only_the_methods_own_parameters_are_trained(decoder, method):
     parameters = inject(decoder, method, rank=4, alpha=8, seed=0)
     names = [name for name, _ in decoder.named_parameters()]
@@ -229,7 +230,7 @@ def test_only_the_methods_own_parameters_are_trained(decoder, method):
     assert not decoder.embedding.values.requires_grad
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in DRAW_NOTHING])
+@pytest.mark.parametrize("method", [name for name in LAYERED if name not in DRAW_NOTHING])
 def test_a_seed_decides_the_start(decoder, method):
     starts = []
     for seed in (0, 0, 1):
@@ -241,7 +242,7 @@ def test_a_seed_decides_the_start(decoder, method):
     assert not all(same[1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_as_many_numbers_are_trained_as_the_paper_says(decoder, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     linears, norms = chosen(method, decoder.linears, decoder.norms)
@@ -254,7 +255,8 @@ def test_as_many_numbers_are_trained_as_the_paper_says(decoder, method):
 
 
 @pytest.mark.parametrize(
-    "method", [name for name, row in METHODS.items() if row.linears and name != "dora"]  # whose lengths are constants
+    "method",
+    [name for name, row in METHODS.items() if row.linears and name != "dora"],  # whose lengths are constants
 )
 def test_the_gradient_is_that_of_the_function(method):
     linear = Linear(Exact(draw(7, 5)))
@@ -268,7 +270,7 @@ def test_the_gradient_is_that_of_the_function(method):
     assert torch.autograd.gradcheck(function, [one.requires_grad_() for one in inputs], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_a_step_down_the_gradient_lowers_the_loss(decoder, method):
     parameters = inject(decoder, method, 4, 8, seed=0)
     stir(decoder)
@@ -280,7 +282,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(decoder, method):
         assert loss_of(decoder) < before - 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_path, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     stir(decoder)
@@ -307,7 +309,7 @@ def test_merged_is_unmerged(decoder, method):
     torch.testing.assert_close(decoder.logits(IDS), live, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERED)
 def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny, tmp_path, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     stir(decoder)

@@ -29,3 +29,4 @@ def methods(as_json: Json = False) -> None:
     print("adapter: llama.cpp loads it over any quantization of its base (`export`)")
     print("patched: a base with it in its own numbers (`export --door patched`)")
     print("merged: it becomes part of a model (`merge`)")
+    print("soft prompt: our engine puts it before prompts, in llama.cpp (`export`)")

@@ -13,6 +13,7 @@ from edgelora.nn.scores import Scores
 
 class KeyValues:
     """Keys and values of one attention layer, (m, KV, d) for each sequence of a packed row; no more than its window.
+    What all of them begin with stands in each.
 
     The first row fills it with whole sequences; every later one has the next token of each, in the same order. Keys
     lie here rotated.
@@ -22,12 +23,16 @@ class KeyValues:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
+    @property
+    def begun(self) -> bool:
+        """Whether it has seen its first row."""
+        return bool(self._keys)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
         """`SegmentAttention.apply`, over what is here too. q (T, H, d), k and v (T, KV, d) → (T, H, d)."""
-        parts = [slice(max(a, b - how.window) if how.window else a, b) for a, b in itertools.pairwise(starts)]
-        if not self._keys:
-            # clones: a slice would keep the whole row of a layer alive
-            self._keys, self._values = [k[part].clone() for part in parts], [v[part].clone() for part in parts]
+        if not self.begun:
+            parts = [[*range(prefix), *range(a, b)][-(how.window or 0) :] for a, b in itertools.pairwise(starts)]
+            self._keys, self._values = [k[part] for part in parts], [v[part] for part in parts]  # copies, no views
             out: Tensor = SegmentAttention.apply(q, k, v, starts, prefix, how)
             return out
         self._keys, self._values = _grown(self._keys, k, how.window), _grown(self._values, v, how.window)

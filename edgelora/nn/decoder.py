@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
@@ -31,6 +31,7 @@ from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.recompute import is_replay, recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
+from edgelora.nn.virtual import NOTHING, Before, KeysValues, Row, Virtual, behind_past
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
 
@@ -121,15 +122,21 @@ class Attention(nn.Module):
         self.cache: KeyValues | None = None
         """While sequences grow (`nn/generate.py`): their keys and values so far. None: a row is all there is."""
 
-    def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: Tables, starts: list[int], prefix: int, past: KeysValues | None = None
+    ) -> Tensor:
         if self.fused:
             sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
             q, k, v = self.qkv_proj(x).split(sizes, dim=-1)  # (T, H·d), (T, KV·d), (T, KV·d)
         else:
             q, k, v = together(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k = self._ready(q, self.q_norm, tables), self._ready(k, self.k_norm, tables)
+        v = v.unflatten(-1, (-1, self.head_dim))
         attend = SegmentAttention.apply if self.cache is None else self.cache.attend
-        out = attend(q, k, v.unflatten(-1, (-1, self.head_dim)), starts, prefix, self.scores)
+        if past is None:
+            out = attend(q, k, v, starts, prefix, self.scores)
+        else:
+            out = attend(*behind_past(q, k, v, past, starts, prefix), self.scores)[len(past[0]) :]
         return self.o_proj(out.flatten(1))
 
     def _ready(self, x: Tensor, norm: Norm | None, tables: Tables) -> Tensor:
@@ -191,9 +198,11 @@ class Layer(nn.Module):
                 compute = frozen.compute if reads else torch.float32
                 self.add_module(name, Norm(weight, config.rms_norm_eps, compute, architecture.norm_shift))
 
-    def forward(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: Tables, starts: list[int], prefix: int, past: KeysValues | None = None
+    ) -> Tensor:
         norms = self.norms
-        attend = partial(self.self_attn, tables=tables, starts=starts, prefix=prefix)
+        attend = partial(self.self_attn, tables=tables, starts=starts, prefix=prefix, past=past)
         x = self._around(x, norms.before_attention, attend, norms.after_attention)
         mlp: nn.Module | partial[Tensor] = self.mlp
         if is_replay() and norms.after_mlp is None and isinstance(mlp, MLP):
@@ -246,6 +255,10 @@ class Decoder(nn.Module):
         """CUDA, with `recompute`: these inputs wait for the backward pass in the machine's memory."""
         self.noise: Callable[[Tensor, list[int]], Tensor] | None = None
         """While training, what is done to embeddings (T, d) of segments of these lengths (NEFTune)."""
+        self.before: Before | None = None
+        """Virtual tokens before every sequence, whose embeddings are what HF calls `inputs_embeds`."""
+        self.embeds_scale = config.embedding_multiplier if architecture.scales_embeds else 1.0
+        """What such embeddings are multiplied by."""
 
     @property
     def linears(self) -> dict[str, Linear]:
@@ -260,10 +273,16 @@ class Decoder(nn.Module):
         """Every layer that an adapter can change, by its HF name."""
         return adaptable(self)
 
+    @property
+    def n_before(self) -> int:
+        """How many virtual tokens stand before every sequence."""
+        return 0 if self.before is None else self.before.length
+
     def forward(self, input_ids: Tensor, positions: Tensor, segment_starts: list[int], prefix: int = 0) -> Tensor:
         """Final hidden states float32 (T, d) of a packed row: ids (T,), positions (T,), n + 1 segment borders.
 
-        The first `prefix` tokens are what every segment begins with (see `data/pack.py`).
+        The first `prefix` tokens are what every segment begins with (see `data/pack.py`). All are behind the virtual
+        tokens of `before`, which are in neither ids nor positions nor hidden states.
         """
         c = self.config
         x = self.embedding.gather(input_ids)
@@ -271,14 +290,29 @@ class Decoder(nn.Module):
             x = x * c.embedding_multiplier
         if self.noise is not None:
             x = self.noise(x, [b - a for a, b in itertools.pairwise([0, *segment_starts]) if b > a])
+        virtual = self._virtual()
+        row = virtual.before(Row(x, positions, segment_starts, prefix))
         ropes = {rope for i in range(c.num_hidden_layers) if (rope := c.rope_of(i)) is not None}
-        tables = {rope: rotary_tables(positions, rope, segment_starts, prefix) for rope in ropes}
+        tables = {rope: rotary_tables(row.positions, rope, row.starts, row.prefix) for rope in ropes}
+        x = row.x
         with Offload() if self.offload else nullcontext():
-            for layer in self.model.layers:
-                run = partial(layer, tables=tables, starts=segment_starts, prefix=prefix)
-                x = run_again(run, x, layer.parameters()) if self.recompute else run(x)
-        x = self.model.norm(x)
+            for layer, past in zip(self.model.layers, virtual.of_layers(c.num_hidden_layers), strict=True):
+                run = partial(layer, tables=tables, starts=row.starts, prefix=row.prefix, past=past)
+                x = run_again(run, x, [*layer.parameters(), *(past or ())]) if self.recompute else run(x)
+        x = self.model.norm(x[virtual.rows :] if virtual.rows else x)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling
+
+    def _virtual(self) -> Virtual:
+        """What stands before this row; where sequences grow, it is in their keys and values already."""
+        if self.before is None:
+            return NOTHING
+        cache = next(module.cache for module in self.modules() if isinstance(module, Attention))
+        if cache is not None and cache.begun:
+            return Virtual(self.before.length)
+        virtual: Virtual = self.before()
+        if virtual.embeddings is None or self.embeds_scale == 1.0:
+            return virtual
+        return replace(virtual, embeddings=virtual.embeddings * self.embeds_scale)
 
     def nll(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""

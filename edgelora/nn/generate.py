@@ -53,7 +53,7 @@ def generate(
     draws = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
 
     def goes_on(i: int) -> bool:
-        answer, length = answers[i], len(prompts[i]) + len(answers[i])
+        answer, length = answers[i], decoder.n_before + len(prompts[i]) + len(answers[i])
         room = len(answer) < until.max_tokens and (until.max_length is None or length < until.max_length)
         return room and not (answer and answer[-1] in until.stop)
 
@@ -122,9 +122,12 @@ class Growing:
     def _turns(self, seen: int, length: int) -> bool:
         """Whether a sequence of this length rotates by other angles than those of the keys that were kept: dynamic
         scaling turns with every token beyond the original context, LongRoPE once."""
-        ropes = (self._decoder.config.rope, self._decoder.config.rope_local)
+        ropes, n = (self._decoder.config.rope, self._decoder.config.rope_local), self._decoder.n_before
         by_length = [rope for rope in ropes if rope is not None and rope.scaling in ("dynamic", "longrope")]
-        return not all(torch.equal(inverse_frequencies(r, seen), inverse_frequencies(r, length)) for r in by_length)
+        return not all(
+            torch.equal(inverse_frequencies(rope, n + seen), inverse_frequencies(rope, n + length))
+            for rope in by_length
+        )
 
     def _forget(self) -> None:
         self._seen = [0] * len(self._sequences)

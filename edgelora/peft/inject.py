@@ -19,8 +19,9 @@ from edgelora.peft.dropout import DroppedDelta
 from edgelora.peft.kinds import NATIVE_TYPE
 from edgelora.peft.layernorm import NormDelta
 from edgelora.peft.methods import METHODS
-from edgelora.peft.strength import as_peft, strengths
+from edgelora.peft.strength import as_peft, require_taken, strengths
 from edgelora.peft.targets import EVERYWHERE, Where, select, target_modules
+from edgelora.peft.virtual_tokens import prompt_config, put_before
 
 
 def inject(
@@ -32,7 +33,8 @@ def inject(
     targets: Iterable[str] | Where = (),
     original: Callable[[str], torch.Tensor] | None = None,
 ) -> list[torch.nn.Parameter]:
-    """Give the layers a fresh delta; returns the parameters to train. Deterministic under `seed`.
+    """Give the layers a fresh delta, or the decoder fresh virtual tokens; returns the parameters to train.
+    Deterministic under `seed`.
 
     `targets`: the layers to adapt, by the ends of their names or all that `Where` can say; none for all that the method
     adapts (see `chosen`). Raises ConfigError for what fits no layer, or not this method.
@@ -47,6 +49,9 @@ def inject(
     sizes = strengths(row, {name: linear.weight.shape for name, linear in adapted.items()}, where, rank, alpha)
     weights = [linear.weight for linear in adapted.values()]
     attach(decoder, None)
+    if row.before is not None:
+        put_before(decoder, row, where.virtual, seed)
+        return list(decoder.parameters())
     deltas: Sequence[Delta]
     if row.together is not None:
         deltas = row.together(weights, rank, alpha, generator)
@@ -72,6 +77,9 @@ def chosen(
     """Which linear layers and norms the method adapts. `targets` choose among the linear layers, and among the norms
     where a method adapts nothing else. Raises ConfigError for what fits no name."""
     row, where = METHODS[method], _where(targets)
+    if row.before is not None:
+        require_taken(row, where)
+        return [], []
     linears, norms = list(linears) if row.linears else [], list(norms) if row.norms else []
     names = linears or norms
     if not where.target_modules and row.targets:
@@ -90,6 +98,8 @@ def adapter_config(
 ) -> dict[str, object]:
     """What PEFT's adapter_config.json says of the adapter on `decoder`, which `inject` put there with the same."""
     row, layers = METHODS[method], decoder.adaptable
+    if row.before is not None:
+        return prompt_config(decoder.config, row, where.virtual, base)
     deltas = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
     targets = target_modules(deltas, layers)
     ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
@@ -139,6 +149,7 @@ def kept_beside(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     """Make `adapter` what the decoder computes, in place of whatever was on it. None takes it off."""
+    decoder.before = None
     for name, layer in decoder.adaptable.items():
         layer.delta = None
         if adapter is not None and name in adapter.tensors:
@@ -152,13 +163,13 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
 def without_adapter(decoder: Decoder) -> Iterator[None]:
     """In here every layer is the frozen one: the reference of a preference loss needs no second model."""
     layers: list[Adaptable] = list(decoder.adaptable.values())
-    deltas, noise = [layer.delta for layer in layers], decoder.noise
+    deltas, noise, before = [layer.delta for layer in layers], decoder.noise, decoder.before
     try:
-        decoder.noise = None
+        decoder.noise = decoder.before = None
         for layer in layers:
             layer.delta = None
         yield
     finally:
-        decoder.noise = noise
+        decoder.noise, decoder.before = noise, before
         for layer, delta in zip(layers, deltas, strict=True):
             layer.delta = delta

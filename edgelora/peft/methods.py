@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from edgelora.architectures.config import ModelConfig
 from edgelora.nn.linear import Delta, Linear, Weight
+from edgelora.nn.virtual import Before
 from edgelora.peft import (
     adalora,
     bitfit,
@@ -21,15 +23,24 @@ from edgelora.peft import (
     lorma,
     multilora,
     olora,
+    p_tuning,
     pissa,
+    prefix_tuning,
+    prompt_tuning,
     replora,
     rslora,
     vera,
 )
 from edgelora.peft.around import NOTHING, Around
 from edgelora.peft.kinds import NATIVE_TYPE
+from edgelora.peft.virtual_settings import VirtualTokens
 
 Shapes = tuple[tuple[int, ...], ...]
+
+
+def no_layer(*_: object) -> Delta:
+    """What a method that changes none makes of a linear layer."""
+    raise NotImplementedError("it changes no layer")
 
 
 def pair(d_out: int, d_in: int, rank: int) -> Shapes:
@@ -39,8 +50,10 @@ def pair(d_out: int, d_in: int, rank: int) -> Shapes:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt linear layers, norms or both. `fresh(weight, rank, alpha, generator)` makes the trainable half of
-    a linear layer; of a norm it is the new weight."""
+    """A way to adapt linear layers, norms or both, or to put something before every sequence.
+
+    `fresh(weight, rank, alpha, generator)` makes the trainable half of a linear layer; of a norm it is the new weight.
+    """
 
     name: str
     paper: str
@@ -77,6 +90,10 @@ class Method:
     """Whether PEFT's lora_dropout can stand before its A."""
     peft_type: str = "LORA"
     """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
+    before: Callable[[ModelConfig, VirtualTokens], Before] | None = None
+    """In the place of all that: the virtual tokens that it trains."""
+    virtual: tuple[str, ...] = ()
+    """The settings of `VirtualTokens` that it has a use for."""
     file_ranks: int = 1
     """The rank of the LoRA that it leaves as, in ranks of what was trained."""
 
@@ -255,6 +272,42 @@ METHODS: dict[str, Method] = {
         norms=True,
         peft_type="LN_TUNING",
         shapes=lambda *_: (),
+        ranked=False,
+    ),
+    "prompt_tuning": Method(
+        name="prompt_tuning",
+        paper="arXiv:2104.08691",
+        trains="n embeddings (n, d), which stand before every prompt",
+        exits=("soft prompt",),
+        fresh=no_layer,
+        before=prompt_tuning.PromptEmbedding,
+        virtual=("num_virtual_tokens", "prompt_tuning_init"),
+        peft_type="PROMPT_TUNING",
+        linears=False,
+        ranked=False,
+    ),
+    "p_tuning": Method(
+        name="p_tuning",
+        paper="arXiv:2103.10385",
+        trains="n embeddings, and an MLP or LSTM that makes of them what stands before every prompt",
+        exits=("soft prompt",),
+        fresh=no_layer,
+        before=p_tuning.PromptEncoder,
+        virtual=("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size"),
+        peft_type="P_TUNING",
+        linears=False,
+        ranked=False,
+    ),
+    "prefix_tuning": Method(
+        name="prefix_tuning",
+        paper="arXiv:2101.00190",
+        trains="n keys and values (n, layers, 2, KV, d_head) before every prompt",
+        exits=("soft prompt",),
+        fresh=no_layer,
+        before=prefix_tuning.PrefixEncoder,
+        virtual=("num_virtual_tokens", "prompt_tuning_init", "encoder_hidden_size", "prefix_projection"),
+        peft_type="PREFIX_TUNING",
+        linears=False,
         ranked=False,
     ),
 }

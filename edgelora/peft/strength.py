@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from edgelora.errors import ConfigError
@@ -38,12 +39,31 @@ def require_taken(row: Method, where: Where) -> None:
         "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}
+    faults |= dict(_virtual_faults(row, where))
     if faults:
         raise ConfigError(
             what=f"{', '.join(faults)}: nothing that --method {row.name} could use",
             why="; ".join(dict.fromkeys(faults.values())),
             fix="leave it out, or take --method lora",
         )
+
+
+def _virtual_faults(row: Method, where: Where) -> Iterator[tuple[str, str]]:
+    """Settings of virtual tokens, or of layers beside them, for which the method has no use; and why."""
+    for name, given in {
+        "target_modules": where.target_modules, "exclude_modules": where.exclude_modules,
+        "layers_to_transform": where.layers_to_transform,
+    }.items():  # fmt: skip
+        if given and row.before is not None:
+            yield name, "it changes no layer"
+    for one in fields(where.virtual):
+        if getattr(where.virtual, one.name) != one.default and one.name not in row.virtual:
+            yield one.name, "it trains no such thing"
+    if "prefix_projection" in row.virtual:
+        if where.virtual.prefix_projection and where.virtual.prompt_tuning_init not in (None, "random"):
+            yield "prompt_tuning_init", "what a projection makes is no real token's"
+        if where.virtual.encoder_hidden_size is not None and not where.virtual.prefix_projection:
+            yield "encoder_hidden_size", "without --prefix-projection there is no encoder"
 
 
 def as_peft(row: Method, names: Collection[str], where: Where, rank: int, alpha: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from edgelora.errors import ConfigError
+from edgelora.peft.virtual_settings import VirtualTokens
 
 V = TypeVar("V")
 
@@ -34,6 +35,8 @@ class Where:
     """α/√r in the place of α/r."""
     lora_dropout: float = 0.0
     """The share of its input that A does not see while something is learned."""
+    virtual: VirtualTokens = field(default_factory=VirtualTokens)
+    """In the place of all that, where a method puts virtual tokens before every sequence."""
 
 
 EVERYWHERE = Where()

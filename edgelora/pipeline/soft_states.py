@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from edgelora.base.model import open_base
 from edgelora.data.encode import Example
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.files.soft_prompt import Reference
-from edgelora.peft.soft_prompt import TrainedPrompt, read_trained_prompt
+from edgelora.peft.soft_prompt import read_trained_prompt
 from edgelora.progress import OnProgress, Pace, Progress
 
 if TYPE_CHECKING:
@@ -38,43 +38,28 @@ def soft_states(
     import torch
 
     from edgelora.base.decoder import build_decoder
+    from edgelora.peft.virtual_tokens import given
 
     base = open_base(base_path)
     decoder = build_decoder(base)
-    scale = base.config.embedding_multiplier if base.architecture.scales_embeds else 1.0
-    behind = _behind(decoder, read_trained_prompt(folder, base.config), scale)
-    sides: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (lambda ids: _bare(decoder, ids), behind)
+    behind = given(read_trained_prompt(folder, base.config))
     states, logits, pace = [], [], Pace(2 * len(examples))
     with torch.no_grad(), computing(choose_products(), compute_threads()):
-        for run in sides:
+        for decoder.before in (None, behind):
             own = []
             for example in examples:
-                hidden = run(torch.from_numpy(example.input_ids))
+                hidden = _hidden(decoder, torch.from_numpy(example.input_ids))
                 own.append(hidden[:-1][torch.from_numpy(example.loss_mask[1:])].numpy())
                 speed, eta = pace.step(len(example))
                 on_progress(Progress("check", pace.done, pace.total, tokens_per_s=speed, eta_s=eta))
             states.append(np.concatenate(own))
-            last = torch.cat([run(torch.from_numpy(ids.astype(np.int64)))[-1:] for ids in prompts])
+            last = torch.cat([_hidden(decoder, torch.from_numpy(ids.astype(np.int64)))[-1:] for ids in prompts])
             logits.append(decoder.logits_of(last).numpy())
     return SoftStates(states[0], states[1], Reference(prompts, logits[1], logits[0]))
 
 
-def _bare(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+def _hidden(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     import torch
 
     hidden: torch.Tensor = decoder(ids, torch.arange(len(ids)), [0, len(ids)])
     return hidden
-
-
-def _behind(decoder: Decoder, prompt: TrainedPrompt, scale: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    import torch
-
-    from edgelora.nn.behind import hidden_behind_embeddings, hidden_behind_past
-
-    if prompt.embeddings is not None:
-        embeddings = torch.from_numpy(prompt.embeddings) * scale
-        return lambda ids: hidden_behind_embeddings(decoder, embeddings, ids)
-    assert prompt.keys is not None
-    assert prompt.values is not None
-    keys, values = ([torch.from_numpy(layer) for layer in part] for part in (prompt.keys, prompt.values))
-    return lambda ids: hidden_behind_past(decoder, keys, values, ids)

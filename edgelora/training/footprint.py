@@ -6,7 +6,7 @@ What a layer keeps is counted as `nn/` saves it (its docstrings say what); the l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from edgelora.nn.loss import VOCABULARY_ROWS, positions
 from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
 from edgelora.peft.targets import by_pattern
+from edgelora.peft.virtual_tokens import shapes
 from edgelora.training.where import where_of
 
 Type = GGMLQuantizationType
@@ -199,11 +200,18 @@ def most_adapted(model: Model, config: TrainConfig) -> list[Adapted]:
 def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
     """Of every tensor that is trained."""
     row, widths = METHODS[config.method], norm_widths(model)
+    if row.before is not None:
+        return shapes(row, model.config, where_of(config).virtual)
     _, norms = chosen(config.method, linear_modules(model.architecture, model.config), widths, where_of(config))
     of_linears = [
         shape for name, one in adapted(model, config).items() for shape in row.trained(name, *one.shape, one.rank)
     ]
     return of_linears + [(widths[name],) for name in norms]
+
+
+def virtual_tokens(config: TrainConfig) -> int:
+    """How many of them stand before every row."""
+    return config.num_virtual_tokens if METHODS[config.method].before is not None else 0
 
 
 def adapter_numbers(model: Model, config: TrainConfig) -> int:
@@ -316,6 +324,8 @@ def footprint(
     model: Model, config: TrainConfig, load: Load, device: str = "cpu", process: int | None = None
 ) -> Footprint:
     """Bytes of each part. `config` must be settled: dtype, base_dtype, rank. `process`: measured, if it is known."""
+    n = virtual_tokens(config)
+    load = replace(load, tokens=load.tokens + n, longest=load.longest + n)
     if device == "cuda":
         from edgelora.training.card_footprint import on_a_card  # which counts with what stands here
 

@@ -20,6 +20,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta
 from edgelora.peft import dropout
+from edgelora.peft.inject import without_adapter
 from edgelora.peft.methods import METHODS, Method
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
@@ -304,6 +305,8 @@ def _is_best(state: State, step: int, loss: float) -> bool:
 
 
 def _tell_of_the_base(job: Job, state: State, watch: Watch, clock: _Clock) -> None:
-    """Before the first step: what there is to improve on."""
-    if measured := _measure(job, state, 0):
+    """Before the first step: what there is to improve on. A prompt that nothing has learned yet would be in its way."""
+    with without_adapter(job.decoder):
+        measured = _measure(job, state, 0)
+    if measured:
         watch.stepped(Progress("train", 0, job.total, epoch=0.0, **measured), 0, clock.now())

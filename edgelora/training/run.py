@@ -20,6 +20,8 @@ from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
 from edgelora.peft.inject import adapter_config, chosen, collect, inject, kept_beside
 from edgelora.peft.orthogonal import start_orthogonally
+from edgelora.peft.soft_prompt import write_trained_prompt
+from edgelora.peft.virtual_tokens import begin_as, saved
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.avoided import avoided, avoided_sha256
 from edgelora.training.certified import contract_of
@@ -252,6 +254,8 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     inject(decoder, c.method, c.rank, c.alpha, c.seed, where_of(c), original)
     if ready.earlier is None:
         start_orthogonally(decoder, avoided(c, ready.base))
+        if c.prompt_tuning_init_text is not None:
+            begin_as(decoder, _text_ids(c.prompt_tuning_init_text, ready.base))
     decoder.to(c.device)
     asks = bool(c.samples) and world.rank == 0
     sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None
@@ -263,6 +267,13 @@ def _build(ready: Ready, world: World) -> tuple[Job, State]:
     for name, computed in world.first(lambda: {key: tensor.cpu() for key, tensor in start.items()}).items():
         start[name].copy_(computed)
     return job, State(decoder.named_parameters(), c, beside)
+
+
+def _text_ids(text: str, base: Base) -> list[int]:
+    """As PEFT's tokenizer gives them: what the base puts before every text is in front."""
+    ids: list[int] = base.tokenizer.encode(text).ids
+    bos = base.tokenizer.bos_id if base.tokenizer.add_bos else None
+    return ids if bos is None else [bos, *ids]
 
 
 def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None:
@@ -298,11 +309,14 @@ def _keep(
     )  # fmt: skip
     assert c.rank is not None
     assert c.alpha is not None
-    with averaged(state):
-        tensors = collect(job.decoder)
     described = adapter_config(job.decoder, c.method, c.rank, c.alpha, str(ready.base.path), where_of(c))
     contract = contract_of(c, ready.base, ready.rows, ready.choices, _result(run))
-    write_adapter(c.out, Adapter(described, tensors, contract), overwrite=c.overwrite or c.resume)
+    replaces = c.overwrite or c.resume
+    with averaged(state):
+        if job.decoder.before is not None:
+            write_trained_prompt(c.out, described, saved(job.decoder), contract, overwrite=replaces)
+        else:
+            write_adapter(c.out, Adapter(described, collect(job.decoder), contract), overwrite=replaces)
     return run
 
 

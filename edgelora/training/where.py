@@ -9,6 +9,7 @@ from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import Where
+from edgelora.peft.virtual_settings import VirtualTokens
 
 
 def where_of(config: TrainConfig) -> Where:
@@ -36,6 +37,25 @@ def where_of(config: TrainConfig) -> Where:
         {one.layers: one.value for one in config.alpha_pattern},
         config.use_rslora,
         config.lora_dropout,
+        _virtual(config),
+    )
+
+
+def _virtual(config: TrainConfig) -> VirtualTokens:
+    """Raises ConfigError for a text that contradicts what is said of the start."""
+    text, start = config.prompt_tuning_init_text, config.prompt_tuning_init
+    if (start == "text") if text is None else (start not in (None, "text")):
+        raise ConfigError(
+            what=f"--prompt-tuning-init {start} {'without' if text is None else 'with'} --prompt-tuning-init-text",
+            why="a text is what virtual tokens begin as, or they begin as something else",
+            fix="pass --prompt-tuning-init-text alone, or leave it out",
+        )
+    return VirtualTokens(
+        config.num_virtual_tokens,
+        "text" if text is not None else start,
+        config.encoder_reparameterization_type,
+        config.encoder_hidden_size,
+        config.prefix_projection,
     )
 
 
