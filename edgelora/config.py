@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
-    "adalora", "loftq", "lorma", "replora", "ia3", "bitfit", "layernorm", "prompt_tuning",
+    "adalora", "loftq", "lorma", "replora", "full", "galore", "lors", "glora",
+    "ia3", "bitfit", "layernorm", "prompt_tuning",
     "p_tuning", "prefix_tuning",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]

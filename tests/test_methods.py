@@ -38,7 +38,7 @@ from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
-DRAW_NOTHING = ["olora", "ia3", "bitfit", "layernorm"]
+DRAW_NOTHING = ["olora", "full", "galore", "ia3", "bitfit", "layernorm"]
 AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
 LAYERED = [name for name, row in METHODS.items() if row.before is None]  # of the others see test_soft_training.py
 LORAS = [name for name, method in METHODS.items() if method.peft_type == "LORA"]  # of others see test_vectors.py

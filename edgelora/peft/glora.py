@@ -64,15 +64,15 @@ class GloraDelta(nn.Module):
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """By PEFT's names. C, D and E as one vector E that does the same to this very layer."""
+        """By PEFT's names. C, D and E as one vector E that does the same here, or none."""
         saved = {f"glora_{n}.{key}": p.detach() for n in "AB" for key, p in getattr(self, n).named_parameters()}
-        if self.bias is not None and self.linear is not None:
-            (linear,) = self.linear
-            assert linear.bias is not None
-            moved = self.bias(linear.bias, linear.weight) - linear.bias
-            saved |= {"glora_C.X": torch.zeros_like(self.bias.C)[:, None], "glora_D.X": torch.zeros_like(moved)}
-            saved["glora_E.X"] = moved
-        return saved
+        column, bias = torch.zeros(self.A.Xu.shape[1], 1), torch.zeros(len(self.A.Xd))
+        if self.bias is None or self.linear is None:
+            return saved | {"glora_C.zeros": column, "glora_D.zeros": bias, "glora_E.zeros": bias.clone()}
+        (linear,) = self.linear
+        assert linear.bias is not None
+        moved = self.bias(linear.bias, linear.weight) - linear.bias
+        return saved | {"glora_C.X": column, "glora_D.X": bias, "glora_E.X": moved}
 
 
 class TimesPlus:

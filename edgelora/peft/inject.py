@@ -65,6 +65,8 @@ def inject(
     else:
         deltas = [row.fresh(linear.weight, *sizes[name], generator) for name, linear in adapted.items()]
     for linear, delta in zip(adapted.values(), deltas, strict=True):
+        if row.with_bias is not None and linear.bias is not None:
+            row.with_bias(delta, linear)
         linear.delta = DroppedDelta(delta, where.lora_dropout) if where.lora_dropout else delta
     for name in norm_names:
         norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
@@ -104,7 +106,7 @@ def adapter_config(
     targets = target_modules(deltas, layers)
     ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
     own: dict[str, object] = {}
-    if row.peft_type in ("LORA", "VERA"):
+    if row.peft_type in ("LORA", "VERA", "GLORA"):
         own |= {"r": rank, "bias": "none"}
     if row.peft_type == "LORA":
         own |= as_peft(row, deltas, where, rank, alpha)

@@ -188,7 +188,7 @@ def _lors(parts: Parts, _: Settings, __: str) -> Change:
 
 def _glora(parts: Parts, _: Settings, module: str) -> Change:
     """Of a bias c it makes c + E: what D ∘ c and W C would be, nothing here knows."""
-    if any(parts[part].any() for part in ("glora_C.X", "glora_C.Xd", "glora_D.X") if part in parts):
+    if any(parts[part].any() for part in ("glora_C.X", "glora_C.Xd", "glora_D.X", *GLORA_ZEROS) if part in parts):
         raise AdapterError(
             what=f"{module}: glora_C or glora_D is not zero",
             why="what they make of a bias depends on the base's weights, and on the bias it has",
@@ -204,6 +204,7 @@ def _glora_faults(settings: Settings) -> list[str]:
     return [] if paths == "lora" else [f"config_A_B is {paths}, and lora is all that is read here"]
 
 
+GLORA_ZEROS = {"glora_C.zeros": "in 1", "glora_D.zeros": "out", "glora_E.zeros": "out"}  # of a layer without a bias
 PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
@@ -223,6 +224,7 @@ KINDS: dict[str, Kind] = {
         "GLoRA", {"glora_A.Xd": "out r", "glora_A.Xu": "r in", "glora_B.Xd": "out r", "glora_B.Xu": "r in"}, _glora,
         optional={
             "glora_C.X": "in 1", "glora_C.Xd": "in k", "glora_C.Xu": "k 1", "glora_D.X": "out|1", "glora_E.X": "out|1",
+            **GLORA_ZEROS,
         },
         faults=_glora_faults,
     ),

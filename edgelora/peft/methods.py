@@ -15,12 +15,16 @@ from edgelora.peft import (
     bitfit,
     dora,
     dylora,
+    full,
+    galore,
+    glora,
     ia3,
     layernorm,
     loftq,
     lora,
     lora_xs,
     lorma,
+    lors,
     multilora,
     olora,
     p_tuning,
@@ -46,6 +50,11 @@ def no_layer(*_: object) -> Delta:
 def pair(d_out: int, d_in: int, rank: int) -> Shapes:
     """A and B of a LoRA."""
     return (rank, d_in), (d_out, rank)
+
+
+def whole(d_out: int, d_in: int, _: int) -> Shapes:
+    """A weight."""
+    return ((d_out, d_in),)
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,12 @@ class Method:
     """In the place of `fresh` where the weight (d_out, d_in) stands beside it that the base's was quantized from."""
     of_layer: Callable[[str, Linear], Delta] | None = None
     """In the place of `fresh` where it matters which layer it is: its HF name, and the layer."""
+    with_bias: Callable[[Delta, Linear], None] | None = None
+    """What a fresh delta gets besides where its layer has a bias."""
     shapes_of: Callable[[str, int, int], Shapes] | None = None
     """In the place of `shapes` where it matters which layer it is."""
+    dense: bool = False
+    """Whether the base's weights must be floats."""
     linears: bool = True
     """Whether it adapts linear layers."""
     norms: bool = False
@@ -238,6 +251,52 @@ METHODS: dict[str, Method] = {
             (adalora.ranks_at_first(rank), 1),
         ),
         held=5,
+    ),
+    "full": Method(
+        name="full",
+        paper="arXiv:1801.06146",
+        trains="W (d_out, d_in) of every linear layer and the norms, as what is added to them; not the embeddings",
+        exits=("merged",),
+        fresh=full.fresh,
+        shapes=whole,
+        dense=True,
+        norms=True,
+        peft_type=NATIVE_TYPE,
+        ranked=False,
+    ),
+    "galore": Method(
+        name="galore",
+        paper="arXiv:2403.03507",
+        trains="what full fine-tuning does, with Adam's moments of r directions of each gradient",
+        exits=("merged",),
+        fresh=galore.fresh,
+        shapes=whole,
+        dense=True,
+        norms=True,
+        peft_type=NATIVE_TYPE,
+        file_ranks=0,  # it is no LoRA: its rank is the optimizer's
+    ),
+    "lors": Method(
+        name="lors",
+        paper="arXiv:2501.08582",
+        trains="A and B, whose product is added where the weight is not zero: a pruned model stays one",
+        exits=("merged",),
+        fresh=lors.fresh,
+        dense=True,
+        peft_type=NATIVE_TYPE,
+        file_ranks=0,
+    ),
+    "glora": Method(
+        name="glora",
+        paper="arXiv:2306.07967",
+        trains="two LoRAs, one added to the weight and one that multiplies its elements; biases where there are any",
+        exits=("merged",),
+        fresh=glora.fresh,
+        with_bias=glora.and_bias,
+        shapes=lambda d_out, d_in, rank: 2 * pair(d_out, d_in, rank),
+        peft_type="GLORA",
+        settings={"config_A_B": "lora", "config_C": "vector", "config_D_E": "vector", "init_weights": True},
+        file_ranks=0,
     ),
     "ia3": Method(
         name="ia3",

@@ -17,6 +17,7 @@ from edgelora.training.footprint import (
     held_beside,
     kept_by_a_layer,
     optimizer_bytes,
+    remade_bytes,
     tile_bytes,
 )  # fmt: skip
 
@@ -38,7 +39,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     logits, head = 4 * rows * model.head[0][0], wide * min(model.head[0][0], VOCABULARY_ROWS_CUDA) * c.hidden_size
     at_the_loss = logits + head + tokens * (3 * inputs + wide * c.hidden_size) - (tokens * one if load.recompute else 0)
     moments = optimizer_bytes(model, config)
-    away = config.offload and config.optimizer == "adamw"
+    away = config.offload and config.optimizer == "adamw" and config.method != "galore"
     lossy = at_the_loss > passing + dense
     activations = int((kept + (at_the_loss - logits - head if lossy else passing)) * (1 + LOST["cuda"]))
     return Footprint(
@@ -47,7 +48,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
         adapter=4 * (numbers * (2 if config.ema_decay else 1) + held_beside(model, config)),
         gradients=4 * numbers,
         optimizer=max(0, moments - activations) if away else moments,
-        scratch=head if lossy else dense,
+        scratch=(head if lossy else dense) + remade_bytes(model, config),
         logits=logits if lossy else 0,
         activations=activations,
         offloaded=tokens * inputs * c.num_hidden_layers + (moments if away else 0) if config.offload else 0,

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from edgelora.config import Method, Objective, TrainConfig
 from edgelora.device import Choice
+from edgelora.training import galore
 
 RANK, SCALE_AT_RANK = 16, 2.0  # α/r at this rank, whatever the method; what it is at others differs
-VERA_RANK = 256
+RANKS: dict[Method, int] = {"vera": 256, "galore": galore.RANK}
 SMALL, LARGE = 1e9, 14e9  # weights; QLoRA's border is "larger than 13B", and models of that class have up to 14
 
 
@@ -47,6 +48,8 @@ LION_SHARE = Rate(
     1 / 5, "a fifth for Lion, whose steps are larger: 3 to 10 times lower than AdamW's (arXiv:2302.06675)"
 )
 
+WHOLE_SHARE = Rate(1 / 10, "a tenth for all weights: what full fine-tuning takes of a LoRA's (LoRA Without Regret)")
+
 
 def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, Choice]]:
     """`config` with rank, alpha and learning rate filled in where they are None, and why each was chosen.
@@ -58,7 +61,7 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
     choices: dict[str, Choice] = {}
     rank = config.rank
     if rank is None:
-        values["rank"] = rank = VERA_RANK if config.method == "vera" else RANK
+        values["rank"] = rank = RANKS.get(config.method, RANK)
         choices["rank"] = Choice(str(rank), _why_rank(config.method))
     if config.alpha is None:
         values["alpha"], why = _alpha(config.method, rank)
@@ -72,6 +75,11 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
 def _why_rank(method: Method) -> str:
     if method == "dora":
         return "as good as 32 for LLaMA2-7B and LLaMA3-8B (tables of DoRA's repository, github.com/NVlabs/DoRA)"
+    if method == "galore":
+        return (
+            "the authors' example: Adam's moments are those of as many directions of each gradient (arXiv:2403.03507, "
+            "github.com/jiaweizzhao/GaLore)"
+        )
     if method == "vera":
         return "PEFT's default: a VeRA trains one number for each rank, not a row and a column (arXiv:2310.11454)"
     return (
@@ -89,8 +97,12 @@ def _alpha(method: Method, rank: int) -> tuple[float, str]:
         )
     if method == "dora":
         return SCALE_AT_RANK * rank, "twice the rank, as in DoRA's own runs (arXiv:2402.09353, github.com/NVlabs/DoRA)"
+    if method == "galore":
+        return galore.SCALE, "GaLore's α, which multiplies each step: the authors' (arXiv:2403.03507, section 5)"
     if method == "vera":
         return 1.0, "a VeRA has none: its vectors are the scale"
+    if method == "glora":
+        return 1.0, "a GLoRA has none: its paths are the scale"
     return SCALE_AT_RANK * RANK, "one α for all ranks: the best learning rate then stays the same (LoRA Without Regret)"
 
 
@@ -99,6 +111,11 @@ def _learning_rate(config: TrainConfig, n_weights: int) -> tuple[float, str]:
     shares = [OBJECTIVE_SHARE[config.objective]]
     if config.optimizer == "lion":
         shares.append(LION_SHARE)
+    if config.method in ("full", "galore"):
+        shares.append(WHOLE_SHARE)
+    if config.method == "galore":
+        scale = config.alpha or galore.SCALE
+        shares.append(Rate(1 / scale, f"over α {scale:g}, by which GaLore multiplies it again"))
     if config.method == "loraplus":
         share = config.loraplus_ratio**-0.5
         shares.append(

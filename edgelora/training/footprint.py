@@ -26,6 +26,7 @@ from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
 from edgelora.peft.targets import by_pattern
 from edgelora.peft.virtual_tokens import shapes
+from edgelora.training import galore
 from edgelora.training.where import where_of
 
 Type = GGMLQuantizationType
@@ -33,6 +34,7 @@ Shape = tuple[int, int]
 
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
 NF4_BITS = 4.127
+REMADE = ("full", "galore", "lors", "glora")
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
@@ -226,6 +228,8 @@ def held_beside(model: Model, config: TrainConfig) -> int:
 
 def optimizer_bytes(model: Model, config: TrainConfig) -> int:
     """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
+    if config.method == "galore":
+        return 4 * sum(galore.moments_of(shape, config.rank or galore.RANK) for shape in trained_shapes(model, config))
     if config.optimizer != "adafactor":
         return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
     return 4 * sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one side
@@ -302,6 +306,15 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     return 4 * wide + 2 * narrow
 
 
+def remade_bytes(model: Model, config: TrainConfig) -> int:
+    """Of the largest weight W, where a method makes all of it anew (`peft/remade.py`): W′ in float32 and in the dtype
+    of products, its gradient, and what the method's own are made of that with."""
+    if config.method not in REMADE:
+        return 0
+    largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
+    return (12 if config.dtype == "f32" else 16) * largest
+
+
 def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
     """Of the logits of as many rows as the fused loss has at once (`nn/loss.py`), whatever the micro-batch."""
     vocabulary = model.head[0][0]
@@ -339,7 +352,7 @@ def footprint(
         adapter=numbers * (2 if config.ema_decay else 1) + 4 * held_beside(model, config),
         gradients=numbers,
         optimizer=optimizer_bytes(model, config),
-        scratch=scratch_bytes(model, config) + attention_buffers(model, load, device),
+        scratch=scratch_bytes(model, config) + remade_bytes(model, config) + attention_buffers(model, load, device),
         logits=logits_bytes(model, config, load.tokens),
         activations=activations,
         offloaded=offloaded,

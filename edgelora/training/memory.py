@@ -11,6 +11,7 @@ from typing import Literal
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
+from edgelora.peft.methods import METHODS
 from edgelora.training.footprint import Footprint, Load, Model, footprint
 
 # Sizes of a micro-batch, the best first. Every frozen weight is dequantized for each, and products of more rows are
@@ -178,8 +179,12 @@ def what_would_fit(model: Model, config: TrainConfig, settled: TrainConfig, load
     four_bit = "nf4" if machine.kind == "cuda" else "q4_k"
     small = {"max_length": min(load.tokens, 512), "micro_batch_tokens": min(load.tokens, 256)}
     changes: list[dict[str, object]] = [{"recompute": "full"}, {"recompute": "full", **small}]
-    changes.append({"recompute": "full", "base_dtype": four_bit, **small})
-    changes.append({**changes[-1], "rank": min(settled.rank or 8, 8)})
+    if METHODS[settled.method].dense:
+        lighter = [{"optimizer": "adafactor"}] if settled.method == "full" else []
+        changes += [{**changes[-1], **change} for change in (*lighter, {"method": "lora"})]
+    else:
+        changes.append({"recompute": "full", "base_dtype": four_bit, **small})
+        changes.append({**changes[-1], "rank": min(settled.rank or 8, 8)})
     for change in changes:
         other = settled.model_copy(update=change)
         tokens = max(other.micro_batch_tokens or 0, min(load.longest, other.max_length or load.longest))

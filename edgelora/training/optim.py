@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.methods import METHODS
+from edgelora.training import galore
 from edgelora.training.adafactor import Adafactor
 from edgelora.training.lion import Lion
 from edgelora.training.offloaded_adamw import OffloadedAdamW
@@ -40,6 +41,9 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
         rate = config.learning_rate * ratio
         group = groups.setdefault((ratio, decay), {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay})
         group["params"].append((name, parameter))
+    if config.method == "galore":
+        rank, scale = config.rank or galore.RANK, config.alpha or galore.SCALE
+        return galore.GaLore(groups.values(), rank, scale, _betas(config, "adamw"))
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
 
 
@@ -49,8 +53,8 @@ def set_share(optimizer: Optimizer, share: float) -> None:
         group["lr"] = share * group["initial_lr"]
 
 
-def _betas(config: TrainConfig) -> tuple[float, float]:
-    return config.beta1, BETA2[config.optimizer] if config.beta2 is None else config.beta2
+def _betas(config: TrainConfig, optimizer: str) -> tuple[float, float]:
+    return config.beta1, BETA2[optimizer] if config.beta2 is None else config.beta2
 
 
 # -- one function for each optimizer ------------------------------------------------------------------------------
@@ -74,8 +78,8 @@ def _without_the_compiler() -> None:
 def _adamw(groups: list[Group], config: TrainConfig) -> Optimizer:
     # fused: one pass over each tensor. foreach writes temporaries the size of all parameters between its passes.
     if config.offload:
-        return OffloadedAdamW(groups, betas=_betas(config), fused=True)
-    return AdamW(groups, betas=_betas(config), fused=True)
+        return OffloadedAdamW(groups, betas=_betas(config, "adamw"), fused=True)
+    return AdamW(groups, betas=_betas(config, "adamw"), fused=True)
 
 
 def _adamw8bit(groups: list[Group], config: TrainConfig) -> Optimizer:
@@ -93,7 +97,7 @@ def _adamw8bit(groups: list[Group], config: TrainConfig) -> Optimizer:
             fix="pip install 'edgelora[cuda]', or take --optimizer adamw",
         )
     bitsandbytes = importlib.import_module("bitsandbytes.optim")  # where it is installed; it bears no types
-    optimizer: Optimizer = bitsandbytes.PagedAdamW8bit(groups, betas=_betas(config))
+    optimizer: Optimizer = bitsandbytes.PagedAdamW8bit(groups, betas=_betas(config, "adamw8bit"))
     return optimizer
 
 
@@ -104,7 +108,7 @@ def _adafactor(groups: list[Group], config: TrainConfig) -> Optimizer:
 
 def _lion(groups: list[Group], config: TrainConfig) -> Optimizer:
     assert config.learning_rate is not None
-    return Lion(groups, config.learning_rate, _betas(config))
+    return Lion(groups, config.learning_rate, _betas(config, "lion"))
 
 
 OPTIMIZERS: dict[str, Callable[[list[Group], TrainConfig], Optimizer]] = {

@@ -17,6 +17,7 @@ from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model, virtual_tokens
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
+from edgelora.training.whole import optimizer_of, require_whole, size_of
 
 
 def settle(
@@ -37,6 +38,9 @@ def settle(
     held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
     settled, chosen = choose(config, model.n_weights)
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
+    require_whole(settled, base)
+    settled, of_optimizer = optimizer_of(settled, model, machine.budget)
+    chosen |= of_optimizer | size_of(settled, model)
     if (original := original_of(settled, base)) is not None:
         chosen["original"] = why_original(original, base, held.value)
     if avoided(settled, base):

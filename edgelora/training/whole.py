@@ -1,0 +1,55 @@
+"""What training whole weights asks for: floats, memory for their moments, and a word on the size of what it leaves."""
+
+from __future__ import annotations
+
+from edgelora.base.model import Base
+from edgelora.config import TrainConfig
+from edgelora.device import Choice
+from edgelora.errors import ConfigError
+from edgelora.peft.methods import METHODS
+from edgelora.peft.remade import no_floats
+from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes
+
+MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
+
+
+def require_whole(config: TrainConfig, base: Base) -> None:
+    """Raise ConfigError for a method that changes weights over any that are not held as floats, and for GaLore around
+    another optimizer than Adam. `config` is settled."""
+    if config.method == "galore" and config.optimizer != "adamw":
+        raise ConfigError(
+            what=f"--optimizer {config.optimizer} with --method galore",
+            why="GaLore is an optimizer itself: AdamW over projected gradients",
+            fix="leave it out; --method full trains the same weights with any optimizer",
+        )
+    if not METHODS[config.method].dense:
+        return
+    model = Model.of(base)
+    for module in adapted(model, config):
+        (d_out, d_in), kind = model.matrices[f"{module}.weight"]
+        if held_bytes((d_out, d_in), kind, config.base_dtype) < 2 * d_out * d_in:
+            how = f"is {base.quant}" if config.base_dtype == "blocks" else f"is held as {config.base_dtype}"
+            raise no_floats(config.method, f"{base.path} {how}")
+
+
+def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple[TrainConfig, dict[str, Choice]]:
+    """The optimizer of full fine-tuning where none was asked for, by the bytes there are, and why; of others theirs."""
+    if config.method != "full" or "optimizer" in config.model_fields_set or budget is None:
+        return config, {}
+    moments = 8 * adapter_numbers(model, config)
+    if moments <= MOMENTS_SHARE * budget:
+        return config, {}
+    why = (
+        f"AdamW's moments of all weights would take {moments / 1e9:.2f} GB of {budget / 1e9:.1f} GB; Adafactor keeps "
+        "those of rows and columns, and trained T5 so (arXiv:1804.04235, arXiv:1910.10683)"
+    )
+    return config.model_copy(update={"optimizer": "adafactor"}), {"optimizer": Choice("adafactor", why)}
+
+
+def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
+    """How large the file will be that whole weights leave as, said before they are trained; of others nothing."""
+    if config.method not in ("full", "galore"):
+        return {}
+    numbers = adapter_numbers(model, config)
+    why = f"what is added to {numbers / 1e6:.0f} million weights, float32; `edgelora merge` makes a model of it"
+    return {"size": Choice(f"{4 * numbers / 1e6:.0f} MB", why)}

@@ -1,0 +1,168 @@
+"""GLoRA against PEFT's, with biases and without; its bias terms as one vector; merged, through llama.cpp."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from peft import GloraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from test_vectors import family  # noqa: F401
+
+from converters.merge import Part
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.errors import AdapterError
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
+from runtime.scorer import ScoringEngine
+
+IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
+PARTS = {"A.Xd", "A.Xu", "B.Xd", "B.Xu", "bias.C", "bias.D", "bias.E"}
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def trained(base, folder=None):
+    """A decoder with a stirred GLoRA on it, and the adapter."""
+    decoder = build_decoder(base)
+    inject(decoder, "glora", 4, 1.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter += 0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5)
+    adapter = Adapter(adapter_config(decoder, "glora", 4, 1.0, str(base.path)), collect(decoder))
+    if folder is not None:
+        write_adapter(folder, adapter)
+    return decoder, adapter
+
+
+def loss_of(decoder):
+    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
+    return decoder.nll(hidden[:-1], IDS[1:]).mean()
+
+
+def pefts(model, **settings):
+    given = {"r": 4, "target_modules": "all-linear", "config_C": "vector", "config_D_E": "vector", **settings}
+    return get_peft_model(model, GloraConfig(**given)).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # with a bias everywhere, and on q, k and v
+def test_peft_computes_the_same_outputs_and_gradients(family, name):  # noqa: F811
+    made = family(name)
+    decoder, _ = trained(open_base(made.folder))
+    theirs = pefts(copy.deepcopy(made.theirs))
+    named = {
+        key.removeprefix(PREFIX).replace(".default", ""): p for key, p in theirs.named_parameters() if p.requires_grad
+    }
+    ours = {}
+    for key, parameter in decoder.named_parameters():
+        module, _, part = key.partition(".delta.")
+        path, value = part.replace("bias.", "").partition(".")[::2]
+        ours[f"{module}.glora_{path}.{value or 'X'}"] = parameter
+    assert set(ours) == set(named)
+    for key, parameter in ours.items():
+        named[key].data.copy_(parameter.detach().view(named[key].shape))
+    found = theirs(IDS[None], labels=IDS[None])
+    torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
+    loss_of(decoder).backward()
+    found.loss.backward()
+    for key, parameter in ours.items():
+        assert parameter.grad.any(), key
+        wanted = named[key].grad.view(parameter.shape)
+        torch.testing.assert_close(parameter.grad, wanted, atol=2e-5, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_peft_computes_the_same_from_the_files(family, tmp_path, name):  # noqa: F811
+    """D ∘ c + E + W C is saved as E: to this model it is the same."""
+    made = family(name)
+    decoder, _ = trained(open_base(made.folder), tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(made.theirs), tmp_path / "mine").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gemma3", {}), ("gemma3", {"config_C": "lora", "config_D_E": "constant"}),
+     ("llama", {"config_C": "none", "config_D_E": "none"})],
+)  # fmt: skip
+def test_what_peft_saved_computes_the_same_here(family, tmp_path, name, settings):  # noqa: F811
+    made = family(name)
+    base = open_base(made.folder)
+    torch.manual_seed(0)
+    theirs = pefts(copy.deepcopy(made.theirs), init_weights=False, **settings)
+    theirs.save_pretrained(tmp_path)
+    decoder = build_decoder(base)
+    before = decoder.logits(IDS)
+    attach(decoder, read_adapter(tmp_path, base.linears, base.norms))
+    assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
+    torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_shift_of_a_bias_is_one_number_or_one_for_each_row(family, tmp_path):  # noqa: F811
+    """PEFT's config_D_E = constant, with D at zero."""
+    base = open_base(family("llama").folder)
+    _, adapter = trained(base, tmp_path / "mine")
+    module = base_module(adapter)
+    tensors = load_file(tmp_path / "mine" / TENSORS)
+    for part in ("D", "E"):
+        tensors[f"{PREFIX}{module}.glora_{part}.X"] = np.full(1, 0.25 if part == "E" else 0, np.float32)
+    save_file(tensors, tmp_path / "mine" / TENSORS)
+    change = read_adapter(tmp_path / "mine", base.linears).change(module)
+    assert np.array_equal(change.bias, np.full(base.linears[module][0], 0.25, np.float32))
+
+
+def base_module(adapter):
+    return next(name for name in adapter.linears if name.endswith("q_proj"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+def test_llama_cpp_computes_the_same_once_it_is_merged(family, tmp_path, name):  # noqa: F811
+    base = open_base(family(name).gguf)
+    decoder, _ = trained(base, tmp_path / "mine")
+    live = decoder.logits(IDS)
+    parts = [Part(read_adapter(tmp_path / "mine", base.linears, base.norms), 1.0, "0" * 64, "mine")]
+    write_gguf(tmp_path / "merged.gguf", base, parts, Wanted.read("F32", MergeOptions()))
+    merged = open_base(tmp_path / "merged.gguf")
+    torch.testing.assert_close(build_decoder(merged).logits(IDS), live, atol=1e-4, rtol=1e-5)
+    with ScoringEngine(merged, n_ctx=64, threads=1) as engine:
+        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
+    found = fidelity([(live.numpy(), theirs)])
+    assert found.kl_mean <= 1e-5
+
+
+def test_a_layer_without_a_bias_gets_none(family):  # noqa: F811
+    decoder, _ = trained(open_base(family("qwen2").folder))
+    parts = {name: {key for key, _ in linear.delta.named_parameters()} for name, linear in decoder.linears.items()}
+    assert {name for name, found in parts.items() if found == PARTS} == {
+        name for name in parts if name.endswith(("q_proj", "k_proj", "v_proj"))
+    }
+    assert all(len(found) in (4, 7) for found in parts.values())
+
+
+def test_bias_terms_that_only_the_base_could_tell_are_refused(family, tmp_path):  # noqa: F811
+    made = family("llama")
+    base = open_base(made.folder)
+    torch.manual_seed(0)
+    pefts(copy.deepcopy(made.theirs), init_weights=False).save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path, base.linears)
+    with pytest.raises(AdapterError) as e:
+        adapter.change(base_module(adapter))
+    assert str(e.value).splitlines() == [
+        "model.layers.0.self_attn.q_proj: glora_C or glora_D is not zero",
+        "  why: what they make of a bias depends on the base's weights, and on the bias it has",
+        "  fix: train it with --method glora, which saves the same as glora_E",
+    ]
+
+
+def test_other_supports_of_its_paths_are_refused(family, tmp_path):  # noqa: F811
+    made = family("gemma3")
+    pefts(copy.deepcopy(made.theirs), config_A_B="vector").save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="config_A_B is vector, and lora is all that is read here"):
+        read_adapter(tmp_path, open_base(made.folder).linears)
