@@ -15,7 +15,7 @@ from converters.base_to_gguf import Slab
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.files.lazy import Lazy
-from edgelora.peft.adapter import Adapter
+from edgelora.peft.adapter import Adapter, only_in_torch
 from edgelora.peft.change import Change
 
 Delta = Callable[[np.ndarray, slice], np.ndarray]
@@ -56,7 +56,9 @@ def of_gguf(adapter: Adapter, base: Base) -> Adapted:
 
 
 def of_checkpoint(adapter: Adapter) -> Adapted:
-    """By HF's names."""
+    """By HF's names. Raises ExportError for what no weight can hold."""
+    if adapter.kind.of_input:
+        raise only_in_torch(adapter, "merge")
     return Adapted(
         Lazy({f"{module}.weight": module for module in adapter.linears}, adapter.change),
         Lazy({f"{module}.bias": module for module in adapter.linears}, adapter.change),

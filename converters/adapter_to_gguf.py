@@ -19,7 +19,7 @@ from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.files.contract import Contract
 from edgelora.files.lazy import Lazy
-from edgelora.peft.adapter import Adapter
+from edgelora.peft.adapter import Adapter, only_in_torch
 from edgelora.peft.change import Change, LoraPair
 
 LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
@@ -28,8 +28,10 @@ LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.floa
 def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
     """What the adapter makes of each linear layer, by the GGUF tensor of its weight and in GGUF's order of rows.
 
-    Each is made where it is asked for, and not kept.
+    Each is made where it is asked for, and not kept. Raises ExportError for what no weight can hold.
     """
+    if adapter.kind.of_input:
+        raise only_in_torch(adapter, base.path.name)
 
     def change_of(module: str) -> Change:
         change, order = adapter.change(module), gguf_row_order(base.architecture, base.config, module)

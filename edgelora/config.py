@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
     "adalora", "loftq", "lorma", "replora", "full", "galore", "lors", "glora",
-    "ia3", "bitfit", "layernorm", "prompt_tuning",
+    "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
     "p_tuning", "prefix_tuning",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]

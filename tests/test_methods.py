@@ -235,7 +235,8 @@ def test_a_seed_decides_the_start(decoder, method):
     starts = []
     for seed in (0, 0, 1):
         parameters = inject(decoder, method, 4, 8, seed)
-        saved = [tensor for linear in decoder.linears.values() for tensor in linear.delta.tensors().values()]
+        deltas = [linear.delta for linear in decoder.linears.values() if linear.delta is not None]
+        saved = [tensor for delta in deltas for tensor in delta.tensors().values()]
         starts.append([tensor.detach().clone() for tensor in [*parameters, *kept_beside(decoder).values(), *saved]])
     same = [[torch.equal(a, b) for a, b in zip(starts[0], other, strict=True)] for other in starts[1:]]
     assert all(same[0])
@@ -315,11 +316,18 @@ def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny,
     stir(decoder)
     adapter = written(decoder, base, method, tmp_path / "mine")
     live = decoder.logits(IDS)
+    assert float((live - build_decoder(base).logits(IDS)).abs().max()) > 0.2
+    if not METHODS[method].exits:
+        with pytest.raises(ExportError, match="runs in torch alone"):
+            merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", allow_unverified=True)
+        with pytest.raises(ExportError, match="runs in torch alone"):
+            write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine")
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+        return
 
     merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", quant="F16", allow_unverified=True)
     merged = build_decoder(open_base(tmp_path / "merged.gguf")).logits(IDS)
     torch.testing.assert_close(merged, live, atol=2e-2, rtol=0)  # every weight rounded to F16 once
-    assert float((live - build_decoder(base).logits(IDS)).abs().max()) > 0.2
 
     if "adapter" in METHODS[method].exits:
         write_adapter_gguf(tmp_path / "mine.gguf", adapter, base, "mine", "F32")

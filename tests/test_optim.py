@@ -26,7 +26,7 @@ from edgelora.training.neftune import neftune
 from edgelora.training.optim import OPTIMIZERS, build_optimizer, flatten_state, load_state, set_share
 from edgelora.training.schedule import share_at
 
-OWN_SCALE = ["vera", "glora", "galore"]  # the first two have none
+OWN_SCALE = ["vera", "glora", "houlsby", "galore"]  # of which galore alone has one
 HERE = [name for name in OPTIMIZERS if name != "adamw8bit"]  # those that run without a graphics card
 
 

@@ -147,6 +147,8 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "adalora": {"method": "adalora", "max_steps": 8},
     "vera": {"method": "vera", "max_steps": 8},
+    "houlsby": {"method": "houlsby", "max_steps": 2},
+    "molora": {"method": "molora", "max_steps": 2},
     "galore": {"method": "galore", "rank": 4, "alpha": 0.25, "base_dtype": "f32", "max_steps": 8},
     "pissa and a moving average": {"method": "pissa", "ema_decay": 0.9, "max_steps": 8},
     "patience": {"patience": 1, "eval_every": 1, "learning_rate": 0.5},

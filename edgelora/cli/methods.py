@@ -24,9 +24,10 @@ def methods(as_json: Json = False) -> None:
         return
     table = Table("--method", "trains", "leaves as", "paper", box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(row["name"], row["trains"], ", ".join(row["leaves_as"]), row["paper"])
+        table.add_row(row["name"], row["trains"], ", ".join(row["leaves_as"]) or "-", row["paper"])
     output().print(table)
     print("adapter: llama.cpp loads it over any quantization of its base (`export`)")
     print("patched: a base with it in its own numbers (`export --door patched`)")
     print("merged: it becomes part of a model (`merge`)")
     print("soft prompt: our engine puts it before prompts, in llama.cpp (`export`)")
+    print("-: it runs in torch alone (`eval --in torch`)")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from edgelora.architectures.names import is_norm
-from edgelora.errors import AdapterError, FileFormatError, OutputError
+from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
@@ -26,7 +26,7 @@ from edgelora.peft.strangers import no_linear
 
 __all__ = [
     "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
-    "read_adapter", "refuse_pickle", "refuse_to_write", "write_adapter",
+    "only_in_torch", "read_adapter", "refuse_pickle", "refuse_to_write", "write_adapter",
 ]  # fmt: skip
 
 # Settings of PEFT under which what the tensors say is not all that the adapter computes.
@@ -36,6 +36,7 @@ BEYOND_LORA = (
     "lora_bias",
 )  # fmt: skip
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
 
@@ -90,10 +91,21 @@ class Adapter:
         if change.pair is None or any(v is not None for v in (change.rows, change.columns, change.whole, change.bias)):
             raise AdapterError(
                 what=f"{module}: what the {self.kind.title} makes of it is not B A",
-                why="it changes whole rows, columns or biases, which two small matrices cannot say",
-                fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --out FILE`",
+                why=self.kind.of_input or "it changes whole rows, columns or biases, which two small matrices cannot say",
+                fix=IN_TORCH
+                if self.kind.of_input
+                else "merge it into its base: `edgelora merge BASE --adapter FOLDER --out FILE`",
             )
         return change.pair
+
+
+def only_in_torch(adapter: Adapter, name: str) -> ExportError:
+    """The error for an adapter that no weight can hold, of the name `name`: it can leave torch by no door."""
+    return ExportError(
+        what=f"{name}: {adapter.kind.one} runs in torch alone",
+        why=adapter.kind.of_input,
+        fix=IN_TORCH,
+    )
 
 
 def refuse_to_write(path: Path, overwrite: bool) -> None:

@@ -14,8 +14,11 @@ from edgelora.peft.change import Change
 from edgelora.peft.dora import DoraDelta
 from edgelora.peft.full import FullDelta
 from edgelora.peft.glora import GloraDelta, Path
+from edgelora.peft.houlsby import HoulsbyDelta
 from edgelora.peft.lora import LoraDelta
 from edgelora.peft.lors import LorsDelta
+from edgelora.peft.molora import MoLoraDelta
+from edgelora.peft.of_input import Bottleneck, OfInput
 from edgelora.peft.of_weight import OfWeight, TimesAndPlus, WhereNotZero
 
 
@@ -58,6 +61,8 @@ class ChangedDelta(nn.Module):
 
 def delta_of(change: Change, weight: Weight) -> Delta:
     """The change as what a linear layer over `weight` computes."""
+    if change.of_input is not None:
+        return _of_input(change.of_input)
     inner: Delta | None = None
     if change.pair is not None:
         a, b = torch.from_numpy(change.pair.a), torch.from_numpy(change.pair.b)
@@ -76,6 +81,14 @@ def _of_whole(whole: np.ndarray | OfWeight) -> Delta:
         return LorsDelta(torch.from_numpy(whole.pair.a), torch.from_numpy(whole.pair.b), 1.0)
     assert isinstance(whole, TimesAndPlus)
     return GloraDelta(*(Path(torch.from_numpy(p.b), torch.from_numpy(p.a)) for p in (whole.times, whole.plus)))
+
+
+def _of_input(found: OfInput) -> Delta:
+    if isinstance(found, Bottleneck):
+        parts = found.down, found.down_bias, found.up, found.up_bias
+        return HoulsbyDelta(*(torch.from_numpy(part) for part in parts))
+    a, b, router = (torch.from_numpy(part) for part in (found.pair.a, found.pair.b, found.router))
+    return MoLoraDelta(a, b, router, 1.0)
 
 
 def _tensor(values: np.ndarray | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from edgelora.peft.of_input import OfInput
 from edgelora.peft.of_weight import OfWeight
 
 SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
@@ -62,7 +63,7 @@ class Change:
 
     P(W) = W + b a is the pair's, its rows brought to their lengths where it has them. rows, bias (d_out,);
     columns (d_in,); whole (d_out, d_in), or what makes one of W. Everything of it that has a row for each row of W can
-    be cut or permuted.
+    be cut or permuted. What hangs on x in another way than this, `of_input`, stands alone, and is computed in torch.
     """
 
     pair: LoraPair | None = None
@@ -70,11 +71,12 @@ class Change:
     columns: np.ndarray | None = None
     whole: np.ndarray | OfWeight | None = None
     bias: np.ndarray | None = None
+    of_input: OfInput | None = None
 
     @property
     def is_pair(self) -> bool:
         """Whether it is b a and nothing else: what llama.cpp can add to W x."""
-        others = (self.rows, self.columns, self.whole, self.bias)
+        others = (self.rows, self.columns, self.whole, self.bias, self.of_input)
         return self.pair is not None and self.pair.magnitude is None and all(part is None for part in others)
 
     def of(self, rows: Chosen) -> Change:
@@ -83,6 +85,7 @@ class Change:
         def cut(part: np.ndarray | None) -> np.ndarray | None:
             return None if part is None else part[rows]
 
+        assert self.of_input is None
         pair = None if self.pair is None else self.pair.of(rows)
         whole = None if self.whole is None else self.whole[rows]
         return Change(pair, cut(self.rows), self.columns, whole, cut(self.bias))

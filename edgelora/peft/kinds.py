@@ -16,6 +16,7 @@ import numpy as np
 from edgelora.errors import AdapterError
 from edgelora.peft import vera_file
 from edgelora.peft.change import Change, LoraPair
+from edgelora.peft.of_input import Bottleneck, Mixture
 from edgelora.peft.of_weight import TimesAndPlus, WhereNotZero
 from edgelora.peft.targets import by_pattern
 
@@ -51,6 +52,8 @@ class Kind:
     """What a part is called in the file, where that is not its own name."""
     faults: Callable[[Settings], list[str]] = lambda _: []
     """What is wrong with its adapter_config.json."""
+    of_input: str = ""
+    """Why no weight can hold it; empty where one can."""
 
     @property
     def one(self) -> str:
@@ -204,6 +207,17 @@ def _glora_faults(settings: Settings) -> list[str]:
     return [] if paths == "lora" else [f"config_A_B is {paths}, and lora is all that is read here"]
 
 
+# -- what torch alone computes ------------------------------------------------------------------------------------
+
+
+def _houlsby(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(of_input=Bottleneck(*(parts[f"adapter_{part}"] for part in "DdUu")))
+
+
+def _molora(parts: Parts, _: Settings, __: str) -> Change:
+    return Change(of_input=Mixture(LoraPair(parts["lora_A"], parts["lora_B"]), parts["router"]))
+
+
 GLORA_ZEROS = {"glora_C.zeros": "in 1", "glora_D.zeros": "out", "glora_E.zeros": "out"}  # of a layer without a bias
 PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -237,7 +251,15 @@ NATIVE: dict[str, Kind] = {
     "full": Kind("full fine-tuning", {"delta": "out in"}, _whole, norms=True),
     "galore": Kind("GaLore", {"delta": "out in"}, _whole, norms=True),
     "lors": Kind("LoRS", PAIR, _lors),
-}
+    "houlsby": Kind(
+        "Houlsby adapter", {"adapter_D": "r out", "adapter_d": "r", "adapter_U": "out r", "adapter_u": "out"}, _houlsby,
+        of_input="it bends what a layer answers by a gelu, and a weight multiplies alone",
+    ),
+    "molora": Kind(
+        "MoLoRA", {**PAIR, "router": "e in"}, _molora,
+        of_input="its router weighs the experts anew for every token, and an adapter of llama.cpp has one weight",
+    ),
+}  # fmt: skip
 """By the `method` that an adapter_config.json of the type EDGELORA names."""
 
 

@@ -18,6 +18,7 @@ from edgelora.peft import (
     full,
     galore,
     glora,
+    houlsby,
     ia3,
     layernorm,
     loftq,
@@ -25,6 +26,7 @@ from edgelora.peft import (
     lora_xs,
     lorma,
     lors,
+    molora,
     multilora,
     olora,
     p_tuning,
@@ -332,6 +334,25 @@ METHODS: dict[str, Method] = {
         peft_type="LN_TUNING",
         shapes=lambda *_: (),
         ranked=False,
+    ),
+    "houlsby": Method(
+        name="houlsby",
+        paper="arXiv:1902.00751",
+        trains="D (r, d_out) and U (d_out, r) with a gelu between them, and their biases, behind o and down",
+        exits=(),  # a gelu of what a layer answers is in no weight
+        fresh=houlsby.fresh,
+        peft_type=NATIVE_TYPE,
+        shapes=houlsby.shapes,
+        targets=houlsby.TARGETS,
+    ),
+    "molora": Method(
+        name="molora",
+        paper="arXiv:2309.05444",
+        trains=f"A and B, as {molora.EXPERTS} LoRAs that share the rank, and a router that weighs them for each token",
+        exits=(),  # llama.cpp adds an adapter with one weight for all tokens
+        fresh=molora.fresh,
+        peft_type=NATIVE_TYPE,
+        shapes=molora.shapes,
     ),
     "prompt_tuning": Method(
         name="prompt_tuning",

@@ -15,7 +15,7 @@ from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
-from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, refuse_pickle
+from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, read_adapter, refuse_pickle
 from edgelora.peft.kinds import NORM, Kind, kind_of
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
@@ -82,8 +82,10 @@ def peft_adapter(path: Path) -> AdapterFacts:
     export, chat = merge, CHAT_OF_A_FOLDER
     if more_than_a_lora and kind is not None:
         export = chat = Ability("no", f"{kind.one} cannot be an adapter of llama.cpp: {MERGE_IT}")
+    if kind is not None and kind.of_input:
+        export = chat = merge = Ability("no", f"{kind.of_input}: {IN_TORCH}")
     if faults:
-        export = chat = merge
+        export = chat = merge = _ability(contract, faults)
     return AdapterFacts(
         "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
         contract.base_file.name if contract else str(base) if base else None,

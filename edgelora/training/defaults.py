@@ -101,6 +101,8 @@ def _alpha(method: Method, rank: int) -> tuple[float, str]:
         return galore.SCALE, "GaLore's α, which multiplies each step: the authors' (arXiv:2403.03507, section 5)"
     if method == "vera":
         return 1.0, "a VeRA has none: its vectors are the scale"
+    if method == "houlsby":
+        return 1.0, "Houlsby's adapters have none: what they add is not scaled"
     if method == "glora":
         return 1.0, "a GLoRA has none: its paths are the scale"
     return SCALE_AT_RANK * RANK, "one α for all ranks: the best learning rate then stays the same (LoRA Without Regret)"

@@ -35,6 +35,8 @@ Shape = tuple[int, int]
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
 NF4_BITS = 4.127
 REMADE = ("full", "galore", "lors", "glora")
+# For each rank and token: x Aᵀ, once for each pair of the file; before and behind a gelu; with its gate, and that.
+RANKS_KEPT = {"houlsby": 2, "molora": 3}
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
@@ -250,8 +252,8 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
         kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
     kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
     if (row := METHODS[config.method]).ranked:
-        kept += wide * row.file_ranks * sum(one.rank for one in linears)  # x Aᵀ
-    if config.method == "dora":
+        kept += wide * RANKS_KEPT.get(config.method, row.file_ranks) * sum(one.rank for one in linears)
+    if config.method in ("dora", "houlsby"):
         kept += wide * sum(one.shape[0] for one in linears)
     if a.experts is None:
         return kept + 2 * wide * c.intermediate_size
