@@ -211,6 +211,8 @@ class TrainConfig(BaseModel):
     """None: each optimizer's own, 0.999 for AdamW and 0.99 for Lion."""
     loraplus_ratio: float = Field(16.0, ge=1)
     """LoRA+: how much higher the learning rate of B is than that of A."""
+    update_proj_gap: int = Field(200, ge=1)
+    """GaLore: steps after which the directions are found anew in which gradients are seen."""
     schedule: Schedule = "linear"
     """How the learning rate falls behind the warm-up."""
     warmup_steps: int = Field(10, ge=0)

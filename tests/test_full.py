@@ -18,7 +18,8 @@ from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
-from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
+from edgelora.training.memory import SHARE, Machine, what_would_fit
 from edgelora.training.optim import build_optimizer
 from edgelora.training.settle import settle
 from edgelora.training.whole import optimizer_of
@@ -160,3 +161,15 @@ def test_the_size_of_its_file_is_said_before_it_is_trained(tiny):
     numbers = sum(d_out * d_in for d_out, d_in in base.linears.values()) + sum(base.norms.values())
     assert plan.choices["size"].value == f"{4 * numbers / 1e6:.0f} MB"
     assert plan.config.learning_rate == 1e-4  # a tenth of a LoRA's
+
+
+def test_what_would_fit_is_no_quantized_base(tiny):
+    base = open_base(tiny.path)
+    model, load = Model.of(base), Load(64, 64, True)
+    config = config_of(base.path, rank=1, dtype="f32", base_dtype="f32", optimizer="adamw", recompute="full")
+    config = config.model_copy(update={"max_length": 64, "micro_batch_tokens": 64})
+    fixes = []
+    for change in ({"optimizer": "adafactor"}, {"method": "lora"}):
+        room = footprint(model, config.model_copy(update=change), load, process=1).total
+        fixes.append(what_would_fit(model, config, config, load, Machine("cpu", int(room / SHARE) + 2, 1)))
+    assert fixes == ["pass --optimizer adafactor", "pass --method lora"]

@@ -66,18 +66,18 @@ def by_the_paper(name, n, gap, rank=3, scale=0.25):
     return w
 
 
-def test_it_takes_the_papers_steps(monkeypatch):
-    monkeypatch.setattr(galore, "GAP", 3)
+def test_it_takes_the_papers_steps():
     parameters = named()
-    steps(build_optimizer(parameters, config_of()), parameters, 8)  # two changes of the subspace, one of them in use
+    steps(
+        build_optimizer(parameters, config_of(update_proj_gap=3)), parameters, 8
+    )  # directions found anew behind 3 and 6
     for name, parameter in parameters:
         np.testing.assert_allclose(parameter.detach(), by_the_paper(name, 8, gap=3), rtol=1e-4, atol=1e-5)
 
 
-def test_a_subspace_has_r_directions_and_the_result_has_them_all(monkeypatch):
-    monkeypatch.setattr(galore, "GAP", 4)
+def test_a_subspace_has_r_directions_and_the_result_has_them_all():
     (_, weight), *_ = parameters = named()
-    optimizer = build_optimizer(parameters, config_of())
+    optimizer = build_optimizer(parameters, config_of(update_proj_gap=4))
     steps(optimizer, parameters, 4)
     assert torch.linalg.matrix_rank(weight.detach()) == 3
     steps(optimizer, parameters, 16)
@@ -98,15 +98,14 @@ def test_it_keeps_moments_of_r_directions_and_these(rank):
 
 
 @pytest.mark.parametrize("at", [2, 4, 5])
-def test_it_goes_on_bit_for_bit(monkeypatch, at):
+def test_it_goes_on_bit_for_bit(at):
     """In the midst of a subspace, at its end, and behind its change: the projection is kept, too."""
-    monkeypatch.setattr(galore, "GAP", 4)
-    whole = named()
-    optimizer = build_optimizer(whole, config_of())
+    whole, config = named(), config_of(update_proj_gap=4)
+    optimizer = build_optimizer(whole, config)
     steps(optimizer, whole, at)
     kept = {key: tensor.clone() for key, tensor in flatten_state(optimizer).items()}
     again = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in whole]
-    resumed = build_optimizer(again, config_of())
+    resumed = build_optimizer(again, config)
     load_state(resumed, kept)
     for one, parameters in ((optimizer, whole), (resumed, again)):
         set_share(one, 0.5)
@@ -119,7 +118,7 @@ def test_it_goes_on_bit_for_bit(monkeypatch, at):
 
 def test_what_is_left_open_is_the_authors():
     optimizer = build_optimizer(named(), config_of(rank=None))
-    assert (optimizer.rank, optimizer.scale, galore.GAP) == (128, 0.25, 200)
+    assert (optimizer.rank, optimizer.scale, optimizer.gap) == (128, 0.25, 200)
 
 
 def test_around_another_optimizer_it_is_refused(tiny):

@@ -98,7 +98,7 @@ def _alpha(method: Method, rank: int) -> tuple[float, str]:
     if method == "dora":
         return SCALE_AT_RANK * rank, "twice the rank, as in DoRA's own runs (arXiv:2402.09353, github.com/NVlabs/DoRA)"
     if method == "galore":
-        return galore.SCALE, "GaLore's α, which multiplies each step: the authors' (arXiv:2403.03507, section 5)"
+        return galore.SCALE, "GaLore's α, which multiplies each step: the authors' (arXiv:2403.03507)"
     if method == "vera":
         return 1.0, "a VeRA has none: its vectors are the scale"
     if method == "houlsby":

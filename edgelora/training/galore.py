@@ -1,7 +1,7 @@
 """GaLore (arXiv:2403.03507): AdamW over the r largest directions of each matrix's gradient, and moments of that size.
 
 Of G (n, m) with n ≥ m: R = G P (n, r), P (m, r) the right singular vectors of the r largest singular values, found anew
-every GAP steps; W ← W − η α N Pᵀ, N (n, r) what Adam makes of R. Where n < m, P (n, r) is to the left. Moments stay as
+every T steps; W ← W − η α N Pᵀ, N (n, r) what Adam makes of R. Where n < m, P (n, r) is to the left. Moments stay as
 they are when P changes, as in the authors' code. Vectors learn by plain AdamW.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RANK, SCALE, GAP = 128, 0.25, 200  # r, α and T of the authors' example (github.com/jiaweizzhao/GaLore)
+RANK, SCALE = 128, 0.25  # r and α of the authors' example, where T is 200 (github.com/jiaweizzhao/GaLore)
 EPS = 1e-8
 
 
 class GaLore(torch.optim.Optimizer):
-    """Keeps 2 n r + m r numbers of an (n, m) matrix, n ≥ m, and 2 n of a vector. `rank` is cut to m."""
+    """Keeps 2 n r + m r numbers of an (n, m) matrix, n ≥ m, and 2 n of a vector. `rank` is cut to m; `gap` is T."""
 
-    def __init__(self, params: Iterable[Any], rank: int, scale: float, betas: tuple[float, float]) -> None:
+    def __init__(self, params: Iterable[Any], rank: int, scale: float, gap: int, betas: tuple[float, float]) -> None:
         super().__init__(params, {"betas": betas})
-        self.rank, self.scale = rank, scale
+        self.rank, self.scale, self.gap = rank, scale, gap
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -39,7 +39,7 @@ class GaLore(torch.optim.Optimizer):
         if gradient.dim() == 1:
             parameter.sub_(_adam(gradient, state, group["betas"]), alpha=group["lr"])
             return
-        if int(state["step"]) % GAP == 0:
+        if int(state["step"]) % self.gap == 0:
             state["projection"] = leading(gradient, self.rank)
         p, tall = state["projection"], gradient.shape[0] >= gradient.shape[1]
         moved = _adam(gradient @ p if tall else p.T @ gradient, state, group["betas"])

@@ -43,7 +43,7 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
         group["params"].append((name, parameter))
     if config.method == "galore":
         rank, scale = config.rank or galore.RANK, config.alpha or galore.SCALE
-        return galore.GaLore(groups.values(), rank, scale, _betas(config, "adamw"))
+        return galore.GaLore(groups.values(), rank, scale, config.update_proj_gap, _betas(config, "adamw"))
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
 
 
