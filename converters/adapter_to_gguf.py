@@ -8,15 +8,18 @@ those of W do (DESIGN section 3).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf.constants import GGUFValueType
 
 from converters.metadata import put_contract, write_whole
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
+from edgelora.files.adapter_check import INVOCATION_KEY
 from edgelora.files.contract import Contract
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter, only_in_torch
@@ -52,22 +55,40 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
         pairs[tensor] = change.pair
     if adapter.norms:
         raise _not_a_lora(name, adapter)
-    write_pairs(out, pairs, base.architecture.gguf_name, name, dtype, adapter.contract)
+    _write(out, pairs, _Header(base.architecture.gguf_name, name, adapter.contract, adapter.invocation), dtype)
 
 
 def write_pairs(
     out: Path, pairs: Mapping[str, LoraPair], architecture: str, name: str, dtype: str, contract: Contract | None
 ) -> None:
     """Write LoRA pairs, by GGUF tensor name and in its order of rows, to `out` (a staged path)."""
+    _write(out, pairs, _Header(architecture, name, contract), dtype)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the file says of itself; `invocation`: the tokens from which on it acts (aLoRA)."""
+
+    architecture: str
+    name: str
+    contract: Contract | None
+    invocation: tuple[int, ...] = ()
+
+
+def _write(out: Path, pairs: Mapping[str, LoraPair], header: _Header, dtype: str) -> None:
     pairs = dict(pairs)
-    writer = gguf.GGUFWriter(out, architecture)
+    writer = gguf.GGUFWriter(out, header.architecture)
     writer.add_type("adapter")
-    writer.add_name(name)
+    writer.add_name(header.name)
     writer.add_string("adapter.type", "lora")
     ranks = {pair.rank for pair in pairs.values()}
     # b is (α/r)·B already: α = r gives llama.cpp the factor 1, and where ranks differ α = 0 means "as it is"
     writer.add_float32("adapter.lora.alpha", float(ranks.pop()) if len(ranks) == 1 else 0.0)
-    put_contract(writer, contract)
+    if header.invocation:
+        writer.add_key_value(
+            INVOCATION_KEY, list(header.invocation), GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT32
+        )
+    put_contract(writer, header.contract)
     for tensor, pair in pairs.items():
         writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
         writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))

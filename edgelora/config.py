@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
     "adalora", "loftq", "lorma", "replora", "full", "galore", "lors", "glora",
-    "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
+    "alora", "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
     "p_tuning", "prefix_tuning",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
@@ -164,6 +164,11 @@ class TrainConfig(BaseModel):
     """PEFT's: biases trained beside A and B. Only `none` yet; `--method bitfit` trains biases alone."""
     modules_to_save: Names = ()
     """PEFT's: modules trained as a whole beside A and B. None yet; `--method layernorm` trains norms alone."""
+    invocation: str | None = Field(None, min_length=1)
+    """aLoRA: the text from whose last place in a prompt on the adapter acts. None: what the chat template writes before
+    an answer."""
+    alora_invocation_tokens: tuple[int, ...] = ()
+    """PEFT's: the same as token ids."""
     num_virtual_tokens: int = Field(20, ge=1, le=1024)
     """Prompt, P- and prefix tuning: how many virtual tokens stand before every prompt. Beyond 20 they gain little
     (arXiv:2104.08691, section 3.2)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,20 @@ def pack(examples: Sequence[Example]) -> Batch:
         n_tokens=sum(len(e) for e in examples),
         weights=None if all(e.weights is None for e in examples) else _weights(examples, prefix),
     )
+
+
+def unshared(batch: Batch) -> Batch:
+    """The same, with what its segments begin with before each of them."""
+    segments = [slice(first, last) for first, last in itertools.pairwise(batch.segment_starts)]
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([part for own in segments for part in (values[: batch.prefix], values[own])])
+
+    starts = np.cumsum([0, *(batch.prefix + own.stop - own.start for own in segments)])
+    return Batch(
+        spread(batch.input_ids), spread(batch.positions), 0, tuple(map(int, starts)), spread(batch.labels),
+        batch.n_tokens, None if batch.weights is None else spread(batch.weights),
+    )  # fmt: skip
 
 
 def _weights(examples: Sequence[Example], prefix: int) -> np.ndarray:

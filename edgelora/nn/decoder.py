@@ -21,6 +21,7 @@ from edgelora.architectures.names import FINAL_NORM
 from edgelora.architectures.rope import Rope
 from edgelora.nn.activations import GATES
 from edgelora.nn.attention import SegmentAttention
+from edgelora.nn.awake import Awake
 from edgelora.nn.cache import KeyValues
 from edgelora.nn.linear import Linear, Weight, together
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits
@@ -255,6 +256,8 @@ class Decoder(nn.Module):
         """CUDA, with `recompute`: these inputs wait for the backward pass in the machine's memory."""
         self.noise: Callable[[Tensor, list[int]], Tensor] | None = None
         """While training, what is done to embeddings (T, d) of segments of these lengths (NEFTune)."""
+        self.awake: Awake | None = None
+        """Hears of each row before the layers do, where an aLoRA waits for its invocation."""
         self.before: Before | None = None
         """Virtual tokens before every sequence, whose embeddings are what HF calls `inputs_embeds`."""
         self.embeds_scale = config.embedding_multiplier if architecture.scales_embeds else 1.0
@@ -285,6 +288,8 @@ class Decoder(nn.Module):
         tokens of `before`, which are in neither ids nor positions nor hidden states.
         """
         c = self.config
+        if self.awake is not None:
+            self.awake.see(input_ids, positions, segment_starts, prefix)
         x = self.embedding.gather(input_ids)
         if c.embedding_multiplier != 1.0:
             x = x * c.embedding_multiplier
@@ -297,7 +302,11 @@ class Decoder(nn.Module):
         x = row.x
         with Offload() if self.offload else nullcontext():
             for layer, past in zip(self.model.layers, virtual.of_layers(c.num_hidden_layers), strict=True):
-                run = partial(layer, tables=tables, starts=row.starts, prefix=row.prefix, past=past)
+                run: Callable[[Tensor], Tensor] = partial(
+                    layer, tables=tables, starts=row.starts, prefix=row.prefix, past=past
+                )
+                if self.awake is not None and self.recompute:
+                    run = self.awake.remembered(run)
                 x = run_again(run, x, [*layer.parameters(), *(past or ())]) if self.recompute else run(x)
         x = self.model.norm(x[virtual.rows :] if virtual.rows else x)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling

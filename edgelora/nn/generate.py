@@ -10,9 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from edgelora.nn.awake import last_place
 from edgelora.nn.cache import KeyValues
 from edgelora.nn.decoder import Attention, Decoder
 from edgelora.nn.rotary import inverse_frequencies
@@ -87,6 +89,8 @@ def growing(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Iterator[Gr
     finally:
         for layer in layers:
             layer.cache = None
+        if decoder.awake is not None:
+            decoder.awake.begins = None
 
 
 class Growing:
@@ -96,6 +100,9 @@ class Growing:
         self._decoder, self._layers = decoder, layers
         self._sequences = [list(ids) for ids in sequences]
         self._seen: list[int] = []
+        if decoder.awake is not None:
+            places = [last_place(decoder.awake.invocation, np.array(ids)) for ids in self._sequences]
+            decoder.awake.begins = places
         self._forget()
 
     def next_logits(self) -> Tensor:
@@ -115,6 +122,8 @@ class Growing:
         """Go on with the sequences at these places, each with one more token; the others have ended."""
         self._sequences = [[*self._sequences[i], token] for i, token in zip(places, tokens, strict=True)]
         self._seen = [self._seen[i] for i in places]
+        if (awake := self._decoder.awake) is not None and awake.begins is not None:
+            awake.begins = [awake.begins[i] for i in places]
         for layer in self._layers:
             if layer.cache is not None:
                 layer.cache.keep(places)

@@ -31,11 +31,13 @@ __all__ = [
 
 # Settings of PEFT under which what the tensors say is not all that the adapter computes.
 BEYOND_LORA = (
-    "modules_to_save", "trainable_token_indices", "megatron_config", "alora_invocation_tokens", "use_qalora",
+    "modules_to_save", "trainable_token_indices", "megatron_config", "use_qalora",
     "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "target_parameters", "layer_replication",
     "lora_bias",
 )  # fmt: skip
+INVOCATION = "alora_invocation_tokens"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # read by `soft_prompt.py`
 IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
 PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
@@ -58,6 +60,11 @@ class Adapter:
         kind = kind_of(self.config)
         assert kind is not None, self.config.get("peft_type")
         return kind
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The tokens from whose last place in a sequence on it acts (aLoRA); none for one that always does."""
+        return tuple(self.config.get(INVOCATION) or ())
 
     @property
     def linears(self) -> list[str]:
@@ -91,7 +98,8 @@ class Adapter:
         if change.pair is None or any(v is not None for v in (change.rows, change.columns, change.whole, change.bias)):
             raise AdapterError(
                 what=f"{module}: what the {self.kind.title} makes of it is not B A",
-                why=self.kind.of_input or "it changes whole rows, columns or biases, which two small matrices cannot say",
+                why=self.kind.of_input
+                or "it changes whole rows, columns or biases, which two small matrices cannot say",
                 fix=IN_TORCH
                 if self.kind.of_input
                 else "merge it into its base: `edgelora merge BASE --adapter FOLDER --out FILE`",
@@ -121,7 +129,6 @@ def refuse_to_write(path: Path, overwrite: bool) -> None:
 
 def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> None:
     """Write the folder `path` in one step."""
-    refuse_to_write(path, overwrite)
     if adapter.kind is KINDS["VERA"]:
         flat = vera_file.flat(adapter.tensors)
     else:
@@ -130,7 +137,15 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
             for module, parts in adapter.tensors.items()
             for part, value in parts.items()
         }
-    flat = {name: np.ascontiguousarray(value) for name, value in flat.items()}
+    write_folder(path, adapter.config, flat, adapter.contract, overwrite=overwrite)
+
+
+def write_folder(
+    path: Path, config: Mapping[str, Any], tensors: Parts, contract: Contract | None, *, overwrite: bool = False
+) -> None:
+    """PEFT's two files and the contract, in one step."""
+    refuse_to_write(path, overwrite)
+    flat = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with staged(path, folder=True, overwrite=overwrite) as draft:
         try:
             save_file(flat, draft / TENSORS, metadata={"format": "pt"})
@@ -140,9 +155,9 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
                 why=f"{e}; nothing stands there that was not there before",
                 fix="free some space or choose another disk, then run the command again",
             ) from e
-        (draft / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
-        if adapter.contract is not None:
-            (draft / FILE_NAME).write_text(adapter.contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if contract is not None:
+            (draft / FILE_NAME).write_text(contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_pickle(path: Path) -> None:
@@ -152,9 +167,18 @@ def refuse_pickle(path: Path) -> None:
         raise AdapterError(fault.what, fault.why, fault.fix)
 
 
-def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]], norms: Mapping[str, int] | None = None) -> Adapter:
+def read_adapter(
+    path: Path,
+    linears: Mapping[str, tuple[int, int]],
+    norms: Mapping[str, int] | None = None,
+    *,
+    may_wait: bool = False,
+) -> Adapter:
     """Read an adapter of any of KINDS and NATIVE and hold it to `linears` (d_out, d_in) and `norms` (their widths),
-    by their HF names: every fault at once."""
+    by their HF names: every fault at once.
+
+    may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold.
+    """
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -167,7 +191,7 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]], norms: Mapp
     except FileFormatError as e:
         raise AdapterError(e.what, e.why, "train or download the adapter again") from e
     file = SafetensorsFile(path / TENSORS)
-    kind, faults = _kind(settings)
+    kind, faults = _kind(settings, may_wait)
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
         tensors, more_faults = _read(file, kind, linears, norms or {})
@@ -186,7 +210,7 @@ def read_adapter(path: Path, linears: Mapping[str, tuple[int, int]], norms: Mapp
     return Adapter(settings, tensors, contract)
 
 
-def _kind(settings: Any) -> tuple[Kind | None, list[str]]:
+def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
     """What an adapter_config.json says it is, and what is wrong with it."""
     if not isinstance(settings, dict):
         return None, [f"{CONFIG} is no table of settings"]
@@ -194,11 +218,23 @@ def _kind(settings: Any) -> tuple[Kind | None, list[str]]:
     if kind is None:
         found = f"{settings.get('peft_type')}"
         found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
-        return None, [f"{CONFIG} is that of an adapter of the kind {found}, which is not read here"]
+        why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
+        return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
+    if settings.get(INVOCATION):
+        faults += _invocation_faults(settings, kind, may_wait)
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
     return kind, faults + kind.faults(settings)
+
+
+def _invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -> list[str]:
+    tokens = settings[INVOCATION]
+    if not isinstance(tokens, list) or not all(isinstance(one, int) and one >= 0 for one in tokens):
+        return [f"{INVOCATION} is {tokens}, expected token ids"]
+    if kind is not KINDS["LORA"]:
+        return [f"{INVOCATION} is set in {kind.one}"]
+    return [] if may_wait else [f"{INVOCATION} is set: it acts from there on, which `edgelora export` alone can keep"]
 
 
 def _read(

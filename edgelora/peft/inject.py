@@ -11,9 +11,9 @@ import torch
 
 from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear
-from edgelora.peft import ia3, layernorm, vera_file
+from edgelora.peft import alora, ia3, layernorm, vera_file
 from edgelora.peft.adalora import AdaloraDelta
-from edgelora.peft.adapter import Adapter
+from edgelora.peft.adapter import INVOCATION, Adapter
 from edgelora.peft.attached import delta_of
 from edgelora.peft.dropout import DroppedDelta
 from edgelora.peft.kinds import NATIVE_TYPE
@@ -68,6 +68,8 @@ def inject(
         if row.with_bias is not None and linear.bias is not None:
             row.with_bias(delta, linear)
         linear.delta = DroppedDelta(delta, where.lora_dropout) if where.lora_dropout else delta
+    if where.alora_invocation_tokens:
+        alora.wait(decoder, where.alora_invocation_tokens)
     for name in norm_names:
         norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
     return list(decoder.parameters())
@@ -110,6 +112,8 @@ def adapter_config(
         own |= {"r": rank, "bias": "none"}
     if row.peft_type == "LORA":
         own |= as_peft(row, deltas, where, rank, alpha)
+    if where.alora_invocation_tokens:
+        own[INVOCATION] = list(where.alora_invocation_tokens)
     if row.peft_type == "IA3":
         own["feedforward_modules"] = [name for name in targets if name.endswith(ia3.FEED_FORWARD)]
     if row.peft_type == NATIVE_TYPE:
@@ -151,14 +155,18 @@ def kept_beside(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 def attach(decoder: Decoder, adapter: Adapter | None) -> None:
     """Make `adapter` what the decoder computes, in place of whatever was on it. None takes it off."""
-    decoder.before = None
+    decoder.before = decoder.awake = None
     for name, layer in decoder.adaptable.items():
         layer.delta = None
         if adapter is not None and name in adapter.tensors:
             if isinstance(layer, Linear):
                 layer.delta = delta_of(adapter.change(name), layer.weight)
+                if adapter.invocation:
+                    layer.delta = alora.waiting(layer.delta)
             else:
                 layer.delta = NormDelta(torch.from_numpy(adapter.norm(name)) + layer.shift, layer.shift)
+    if adapter is not None and adapter.invocation:
+        alora.wait(decoder, adapter.invocation)
 
 
 @contextmanager

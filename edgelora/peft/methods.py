@@ -12,6 +12,7 @@ from edgelora.nn.linear import Delta, Linear, Weight
 from edgelora.nn.virtual import Before
 from edgelora.peft import (
     adalora,
+    alora,
     bitfit,
     dora,
     dylora,
@@ -101,6 +102,8 @@ class Method:
     """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
     ranked: bool = True
     """Whether it has a rank and an α."""
+    waits: bool = False
+    """Whether it acts from an invocation on, not from the first token."""
     drops: bool = False
     """Whether PEFT's lora_dropout can stand before its A."""
     peft_type: str = "LORA"
@@ -253,6 +256,14 @@ METHODS: dict[str, Method] = {
             (adalora.ranks_at_first(rank), 1),
         ),
         held=5,
+    ),
+    "alora": Method(
+        name="alora",
+        paper="arXiv:2504.12397",
+        trains="A and B, which act from an invocation in the prompt on: before it all is the base's",
+        exits=("adapter",),  # a weight is the same for every token
+        fresh=alora.fresh,
+        waits=True,
     ),
     "full": Method(
         name="full",

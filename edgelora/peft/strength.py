@@ -36,6 +36,7 @@ def require_taken(row: Method, where: Where) -> None:
         "rank_pattern": (where.rank_pattern, lora and not moves, "its ranks are not each layer's own"),
         "alpha_pattern": (where.alpha_pattern, lora, "it has no α"),
         "use_rslora": (where.use_rslora, lora and not moves, "its scale is not α/r of a rank that stays"),
+        "alora_invocation_tokens": (where.alora_invocation_tokens, row.waits, "it acts on every token"),
         "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}

@@ -37,6 +37,8 @@ class Where:
     """The share of its input that A does not see while something is learned."""
     virtual: VirtualTokens = field(default_factory=VirtualTokens)
     """In the place of all that, where a method puts virtual tokens before every sequence."""
+    alora_invocation_tokens: tuple[int, ...] = ()
+    """From whose last place in a sequence on an aLoRA acts."""
 
 
 EVERYWHERE = Where()

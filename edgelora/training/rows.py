@@ -13,6 +13,7 @@ from edgelora.data.check import Check, Tally
 from edgelora.data.dataset import Dataset, Options, load_examples, load_labelled, load_pairs
 from edgelora.data.fit import Encoder
 from edgelora.files.contract import sha256_file
+from edgelora.training.invoked import require_invoked
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -
     check.raise_faults()
     for warning in check.warnings:
         on_note(warning)
+    if config.alora_invocation_tokens:
+        require_invoked(config, (train[i] for i in range(len(train))), "data")
+        require_invoked(config, (valid[i] for i in range(len(valid))), "valid")
     described = [
         Described(source.path.name, n, source.weight, sha256_file(source.path) if source.path.is_file() else "")
         for source, n in zip(config.data, train.counts, strict=True)

@@ -15,6 +15,7 @@ from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.training.avoided import avoided, why_avoided
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model, virtual_tokens
+from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
 from edgelora.training.whole import optimizer_of, require_whole, size_of
@@ -38,6 +39,8 @@ def settle(
     held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
     settled, chosen = choose(config, model.n_weights)
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
+    settled, of_invocation = invocation_of(settled, base)
+    chosen |= of_invocation
     require_whole(settled, base)
     settled, of_optimizer = optimizer_of(settled, model, machine.budget)
     chosen |= of_optimizer | size_of(settled, model)

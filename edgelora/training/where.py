@@ -38,6 +38,7 @@ def where_of(config: TrainConfig) -> Where:
         config.use_rslora,
         config.lora_dropout,
         _virtual(config),
+        config.alora_invocation_tokens,
     )
 
 

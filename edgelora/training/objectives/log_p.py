@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgelora.data.pack import IGNORE, Batch
+from edgelora.data.pack import IGNORE, Batch, unshared
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import without_adapter
 
@@ -30,7 +30,9 @@ def learned(batch: Batch) -> np.ndarray:
 
 def token_nll(decoder: Decoder, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """−log p (P,) of each learned token of `batch`, in nats, times its weight. T x vocabulary logits never exist."""
-    device = decoder.model.norm.weight.device
+    device, awake = decoder.model.norm.weight.device, decoder.awake
+    if awake is not None and not awake.shares(batch.input_ids, batch.segment_starts, batch.prefix):
+        batch = unshared(batch)
     ids, positions, labels, rows = (
         torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.positions, batch.labels, learned(batch))
     )
