@@ -62,6 +62,8 @@ def test_the_smallest_that_is_not_clearly_worse_is_taken_and_the_words_say_why()
         f"Right answers 91.0% against 93.0%: −2.0 points (95 %: {low} … {high}).",
         "Take F16 merged (270 MB) if the best measured figure is worth its size.",
         f"Q2_K merged (88 MB) is smaller, but worse: right answers −18.0 points (95 %: {least} … {most}).",
+        "An adapter trained over the Q4_K_M file itself and run live over it was not measured; what that is worth "
+        "shrinks with every bit (docs/which-way.md).",
     ]
 
 

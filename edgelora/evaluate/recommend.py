@@ -13,6 +13,7 @@ from edgelora.evaluate.against import NEGLIGIBLE_NATS, Against, against
 from edgelora.evaluate.cells import CellResult, in_order
 from edgelora.evaluate.measures import kind_of, title_of
 from edgelora.evaluate.pareto import goodness, ranked_by
+from edgelora.evaluate.studied import advice
 
 RULES = (
     "Only whole cells count: what failed, is partial, or whose figure is no number is never ranked. The base alone is "
@@ -71,8 +72,15 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
         *_others(chosen, best, fitting, keys),
         *_limited(usable, fitting, limits),
     ]
-    lines += [*_is_adapter_worth_it(chosen, cells, keys), *_cost(chosen, cells), *_left_out(asked, keys)]
+    lines += [*_is_adapter_worth_it(chosen, cells, keys), *_cost(chosen, cells), *_studied(chosen, cells)]
+    lines += _left_out(asked, keys)
     return Choice(chosen.path, "\n".join(lines), chosen.name)
+
+
+def _studied(chosen: CellResult, cells: Sequence[CellResult]) -> list[str]:
+    """A way that was not measured and is worth a trial at the level of what was chosen."""
+    said = None if chosen.way == "base" else advice(chosen.quant, {cell.way for cell in cells})
+    return [] if said is None else [said]
 
 
 def exceeded(cell: CellResult, limits: Limits) -> list[str]:
