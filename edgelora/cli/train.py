@@ -85,10 +85,12 @@ def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
 
 
 def to_a_file(method: Method, base: Path, adapter: Path) -> str:
-    """The command that makes a file for llama.cpp of an adapter: a DoRA can only be merged."""
+    """The command that makes a file for llama.cpp of an adapter: what can only be merged is."""
     from edgelora.invocation import command
+    from edgelora.peft.methods import METHODS
 
-    given = ("merge", base, "--adapter", adapter) if method == "dora" else ("export", base, adapter)
+    only_merged = METHODS[method].exits == ("merged",)
+    given = ("merge", base, "--adapter", adapter) if only_merged else ("export", base, adapter)
     return command(*given, "--out", Path(f"{adapter}.gguf"))
 
 
