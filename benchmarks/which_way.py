@@ -43,22 +43,22 @@ def main() -> None:
     args.room.mkdir(parents=True, exist_ok=True)
     room = Room(args.room.resolve(), args.data.resolve(), args.base.resolve())
     if args.job:
-        from study.jobs import Job
+        from study.child import given
         from study.work import do
 
-        given = json.loads(args.job)
-        do(Job(given["kind"], tuple(given["makes"]), tuple(given["needs"])), room)
+        do(given(args.job), room)
         return
+    from study.jobs import plan_of_all
     from study.pool import Pool, state
 
     if args.write:
         write(room)
     elif not args.status:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(args.jobs))
-        missing = Pool(room, Path(__file__).resolve(), cores[: args.jobs]).run()
+        missing = Pool(room, Path(__file__).resolve(), plan_of_all, cores[: args.jobs]).run()
         if missing:
             sys.exit(f"not made: {', '.join(missing)}")
-    found = state(room)
+    found = state(room, plan_of_all)
     left = found.cpu_seconds_left / 60 / args.jobs
     print(f"{found.done} of {found.total} results; about {left:.0f} minutes left of {args.jobs} free cores")
     print(*found.failed, sep="\n", end="\n" * bool(found.failed))
@@ -66,12 +66,13 @@ def main() -> None:
 
 def write(room: Room) -> None:
     """The summary, the page and its plot."""
+    from study.jobs import plan_of_all
     from study.page import PLOT, svg, written
     from study.pool import state
     from study.summary import summary
     from study.ways import ways
 
-    text = json.dumps(summary(room.found(), ways(), state(room)), indent=1) + "\n"
+    text = json.dumps(summary(room.found(), ways(), state(room, plan_of_all)), indent=1) + "\n"
     SUMMARY.write_text(text, encoding="utf-8")
     found = json.loads(text)
     (ROOT / "docs" / "which-way.md").write_text(written(found), encoding="utf-8")

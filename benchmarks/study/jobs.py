@@ -26,6 +26,7 @@ from study.ways import (
     SEEDS,
     TASKS,
     Way,
+    ways,
 )  # fmt: skip
 
 Results = Mapping[str, Any]
@@ -95,6 +96,11 @@ def plan(found: Results, ways: Iterable[Way], *, guess: bool = False) -> list[Jo
                         cells.append(Cell(task.name, way.number, quant, seed, rate))
             jobs += _jobs_of(cells, ways)
     return list({job.makes: job for job in reversed(jobs)}.values())[::-1]
+
+
+def plan_of_all(found: Results, /, *, guess: bool = False) -> list[Job]:
+    """`plan` of the ways that this version of edgelora can train."""
+    return plan(found, ways(), guess=guess)
 
 
 def _checks(found: Results, ways: Iterable[Way], at: str) -> list[Cell]:

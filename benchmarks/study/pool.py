@@ -1,4 +1,7 @@
-"""A few children at a time, each of one thread on a core of its own; what is done is kept whatever happens."""
+"""A few children at a time, each of one thread on a core of its own; what is done is kept whatever happens.
+
+What there is to do is a study's own plan: which_way.py and methods.py have one each.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,30 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
-from study.jobs import Job, plan, ready
+from study.jobs import Job, Results, ready
 from study.room import LOCK, Room
-from study.ways import ways
 
 POLL_S = 0.5
 ATTEMPTS = 2  # of a job that ended without its results
 
 
+class Plan(Protocol):
+    """All jobs that are known so far, in the order in which they should be done; `guess`: those too that depend on
+    results, to count them."""
+
+    def __call__(self, found: Results, /, *, guess: bool = False) -> list[Job]: ...
+
+
 @dataclass
 class Pool:
-    """Children that are at work, by core; how often each job was tried."""
+    """Children that are at work, by core; how often each job was tried. `script`: takes --room, --data, --base, --core
+    and --job, and does that job."""
 
     room: Room
     script: Path
+    plan: Plan
     cores: Sequence[int]
     tried: dict[tuple[str, ...], int] = field(default_factory=dict)
     working: dict[int, tuple[subprocess.Popen[bytes], Job]] = field(default_factory=dict)
@@ -51,7 +62,7 @@ class Pool:
     def _due(self) -> list[Job]:
         found = self.room.found()
         busy = [key for _, job in self.working.values() for key in job.makes]
-        return [job for job in ready(plan(found, ways()), found, busy) if self.tried.get(job.makes, 0) < ATTEMPTS]
+        return [job for job in ready(self.plan(found), found, busy) if self.tried.get(job.makes, 0) < ATTEMPTS]
 
     def _start(self, core: int, job: Job, lock: IO[str]) -> None:
         self.tried[job.makes] = self.tried.get(job.makes, 0) + 1
@@ -84,10 +95,10 @@ class State:
     cpu_seconds_left: float
 
 
-def state(room: Room) -> State:
+def state(room: Room, plan: Plan) -> State:
     """What is left, or was not timed, costs what results of the same kind took in the mean."""
     found = room.found()
-    keys = {key: job.kind for job in plan(found, ways(), guess=True) for key in job.makes}
+    keys = {key: job.kind for job in plan(found, guess=True) for key in job.makes}
     took: dict[str, list[float]] = {}
     for key, kind in keys.items():
         if "cpu_seconds" in found.get(key, {}):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.data.calibration import Mix
 from edgelora.data.conversation import Conversation, read_conversations
-from edgelora.errors import EdgeloraError
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.evaluate.protocols import Alternative, Question
 from edgelora.evaluate.score import questions, score
@@ -29,9 +27,9 @@ from edgelora.pipeline.imatrix import Settings, compute_importance
 from edgelora.pipeline.merge import MergeOptions, Wanted, open_parts, write_gguf
 from edgelora.pipeline.quantize import prepare
 from edgelora.progress import silent
-from edgelora.training.interrupt import Stopped
 from edgelora.training.run import run_training
 from runtime.scorer import ScoringEngine
+from study.child import keep
 from study.jobs import Cell, Job, importance, trained
 from study.room import Room
 from study.ways import (
@@ -63,17 +61,6 @@ def do(job: Job, room: Room) -> None:
     work: Mapping[str, Callable[[str, Room], dict[str, Any]]] = {"base": make_base, "train": fit, "imatrix": watch}
     for key in job.makes:
         keep(room, key, partial(work[job.kind], key, room))
-
-
-def keep(room: Room, key: str, work: Callable[[], dict[str, Any]]) -> None:
-    before = sum(os.times()[:4])  # with that of child processes; a clock would count what others do on this core
-    try:
-        result = work()
-    except Stopped:
-        raise  # by a signal: it is done again
-    except EdgeloraError as e:
-        result = {"failed": f"{e.what} ({e.why})"}
-    room.keep(key, {**result, "cpu_seconds": round(sum(os.times()[:4]) - before, 2)})
 
 
 def make_base(key: str, room: Room) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""What a step of each method takes: all of them in one process, a step of each in every round, the median of rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from study.room import Room
+
+from edgelora.base.decoder import COMPUTE, build_decoder
+from edgelora.base.model import open_base
+from edgelora.data.order import Order
+from edgelora.device import choose_products, compute_threads, computing
+from edgelora.errors import EdgeloraError
+from edgelora.peft.inject import inject, kept_beside
+from edgelora.progress import Progress
+from edgelora.training.loop import Job, train
+from edgelora.training.objectives import objective_of
+from edgelora.training.rows import load_rows
+from edgelora.training.settle import settle
+from edgelora.training.state import State
+from edgelora.training.where import where_of
+from learning.jobs import check
+from learning.rows import Q4_1, Row, rows
+from learning.work import config_of, path_of
+
+ROUNDS = 5  # beside the first, which warms up
+
+
+class OneStep:
+    """A `loop.Watch` that asks to stop behind every step, and keeps nothing."""
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:
+        pass
+
+    def save(self, state: State) -> None:
+        pass
+
+    def asked_to_stop(self) -> bool:
+        return True
+
+    def peak_bytes(self) -> int | None:
+        return None
+
+
+@dataclass
+class Stepping:
+    """A training that goes on a step at a time."""
+
+    row: Row
+    job: Job
+    state: State
+    seconds: list[float]
+
+    def step(self) -> None:
+        start = time.perf_counter()
+        train(self.job, self.state, OneStep())
+        self.seconds.append(time.perf_counter() - start)
+
+
+def measure(room: Room, rounds: int = ROUNDS) -> None:
+    """Keep the median seconds of a step of every method over the Q4_1 file, or the same weights as float32."""
+    with computing(choose_products(), compute_threads()):
+        every = list(_stepping(room))
+        for _ in range(rounds + 1):
+            for one in every:
+                one.step()
+    for one in every:
+        said = {"seconds": median(one.seconds[1:]), "rounds": rounds, "threads": compute_threads()}
+        room.keep(f"time/{one.row.name}", said)
+
+
+def _stepping(room: Room) -> Iterator[Stepping]:
+    base = open_base(path_of(Q4_1, room))
+    for row in rows():
+        if row.over != Q4_1:
+            continue
+        try:
+            config = settle(config_of(row, check(row, 1.0), room, Path(room.folder / "none")), base).config
+        except EdgeloraError as e:
+            room.keep(f"time/{row.name}", {"failed": f"{e.what} ({e.why})"})
+            continue
+        assert config.rank is not None
+        assert config.alpha is not None
+        data = load_rows(config, base, lambda _: None).train
+        decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype])
+        inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
+        order = Order(data.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
+        job = Job(decoder, objective_of(config), data, order, config)
+        yield Stepping(row, job, State(decoder.named_parameters(), config, kept_beside(decoder)), [])
