@@ -22,7 +22,7 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.data.encode import Example
 from edgelora.data.pack import pack
-from edgelora.errors import ConfigError
+from edgelora.errors import AdapterError, ConfigError
 from edgelora.nn.generate import Until, generate
 from edgelora.peft.adapter import CONFIG
 from edgelora.peft.inject import inject, without_adapter
@@ -32,7 +32,8 @@ from edgelora.peft.targets import Where
 from edgelora.peft.virtual_settings import VirtualTokens
 from edgelora.peft.virtual_tokens import begin_as, given, saved
 from edgelora.pipeline.export import export
-from edgelora.training.footprint import Load, Model, adapter_numbers, footprint, virtual_tokens
+from edgelora.pipeline.merge import merge
+from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
 from edgelora.training.objectives.log_p import token_nll
 from edgelora.training.run import run_training
 from edgelora.training.settle import settle
@@ -287,16 +288,20 @@ def test_what_there_is_to_improve_on_is_the_base(trained, settings, tiny, tmp_pa
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_plan_counts_them(settings, base, tiny, tmp_path, kind):  # noqa: F811
-    config = settings(tmp_path / "it", base=tiny.path, num_virtual_tokens=N, max_length=None, **RUNS[kind])
+    config = settings(tmp_path / "it", base=tiny.path, num_virtual_tokens=N, **RUNS[kind])
     planned = settle(config, base)
-    assert planned.config.max_length == base.config.max_position_embeddings - N
-    model, where = Model.of(base), KINDS[kind][1]
-    decoder = with_virtual(base, kind, encoder_hidden_size=config.encoder_hidden_size) if where else None
+    assert planned.config.max_length == 512 - N
+    assert f"the base's context is 512, {N} of it virtual tokens" in planned.choices["max_length"].why
+    model, decoder = Model.of(base), with_virtual(base, kind, encoder_hidden_size=config.encoder_hidden_size)
     assert adapter_numbers(model, planned.config) == sum(p.numel() for p in decoder.parameters())
-    lora = planned.config.model_copy(update={"method": "lora"})
-    assert virtual_tokens(lora) == 0
-    rows = [footprint(model, one, Load(64 + n, 64 + n, False)) for one, n in ((planned.config, 0), (lora, N))]
-    assert rows[0].logits == rows[1].logits
+    one = planned.config.model_copy(update={"num_virtual_tokens": 1})
+    rows = [footprint(model, planned.config, Load(64, 32, True)), footprint(model, one, Load(63 + N, 31 + N, True))]
+    assert rows[0].activations == rows[1].activations  # of as long a row
+
+
+def test_a_folder_of_it_cannot_be_merged(trained, tiny, tmp_path):
+    with pytest.raises(AdapterError, match="stands before prompts, not in weights: `edgelora export` it"):
+        merge(tiny.path, [(trained("prompt").out, 1.0)], tmp_path / "merged.gguf")
 
 
 REFUSED = {

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from edgelora.architectures.config import ModelConfig
 from edgelora.errors import AdapterError, FileFormatError
-from edgelora.files.atomic import staged
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.safetensors import SafetensorsFile
-from edgelora.peft.adapter import CONFIG, TENSORS, refuse_pickle, refuse_to_write
+from edgelora.peft.adapter import CONFIG, TENSORS, VIRTUAL, refuse_pickle
 
-EMBEDDED, PREFIXED = ("PROMPT_TUNING", "P_TUNING"), "PREFIX_TUNING"
+PREFIXED = "PREFIX_TUNING"
 SAVED = "prompt_embeddings"
 
 
@@ -47,7 +43,7 @@ def is_trained_prompt(path: Path) -> bool:
         settings = read_json(path / CONFIG)
     except (FileFormatError, OSError):
         return False
-    return isinstance(settings, dict) and settings.get("peft_type") in (*EMBEDDED, PREFIXED)
+    return isinstance(settings, dict) and settings.get("peft_type") in VIRTUAL
 
 
 def read_trained_prompt(path: Path, config: ModelConfig) -> TrainedPrompt:
@@ -82,18 +78,6 @@ def read_trained_prompt(path: Path, config: ModelConfig) -> TrainedPrompt:
     parts = values.reshape(len(values), config.num_hidden_layers, 2, *heads).transpose(2, 1, 0, 3, 4)
     keys, values = np.ascontiguousarray(parts)
     return TrainedPrompt(keys=keys, values=values, contract=contract)
-
-
-def write_trained_prompt(
-    path: Path, settings: Mapping[str, Any], values: np.ndarray, contract: Contract | None, *, overwrite: bool = False
-) -> None:
-    """Write the folder `path` in one step: `values` float32 (n, width), PEFT's settings, and the contract."""
-    refuse_to_write(path, overwrite)
-    with staged(path, folder=True, overwrite=overwrite) as draft:
-        save_file({SAVED: np.ascontiguousarray(values)}, draft / TENSORS, metadata={"format": "pt"})
-        (draft / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if contract is not None:
-            (draft / FILE_NAME).write_text(contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _settings_faults(settings: Any) -> list[str]:

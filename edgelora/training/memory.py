@@ -12,7 +12,7 @@ from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
-from edgelora.training.footprint import Footprint, Load, Model, footprint
+from edgelora.training.footprint import Footprint, Load, Model, footprint, virtual_tokens
 
 # Sizes of a micro-batch, the best first. Every frozen weight is dequantized for each, and products of more rows are
 # faster: on two cores 1024 tokens at once are 10 to 13 % faster than 512, and take a third more memory. A graphics card
@@ -64,9 +64,11 @@ class Plan:
 def plan(model: Model, config: TrainConfig, machine: Machine, context: int, longest: int | None = None) -> Plan:
     """`config` with micro_batch_tokens, max_length, recompute and offload settled.
 
-    config.dtype, base_dtype and rank must be; `context`: the most tokens that the base sees; `longest`: tokens of the
-    longest row, where rows are known. Raises ConfigError if nothing fits, with the numbers and what would.
+    config.dtype, base_dtype and rank must be; `context`: the most tokens that the base sees, virtual ones among them;
+    `longest`: tokens of the longest row, where rows are known. Raises ConfigError if nothing fits, with the numbers and
+    what would.
     """
+    context -= virtual_tokens(config)
     _check_offload(config, machine)
     room = machine.room
     tried: list[tuple[TrainConfig, Load, Footprint]] = []
@@ -115,7 +117,9 @@ def _fitting(
     length = min(asked.max_length or _longest_row(model, config, machine, context), context)
     at_longest = footprint(model, config, _row(length, size, load.recompute), machine.kind, machine.process)
     if asked.max_length is None:
-        why = f"the base's context is {context}" if length == context else "a longer row would not fit"
+        virtual = virtual_tokens(config)
+        whole = f"the base's context is {context + virtual}" + (f", {virtual} of it virtual tokens" if virtual else "")
+        why = whole if length == context else "a longer row would not fit"
         choices["max_length"] = Choice(str(length), f"{why}; one of that length takes {at_longest.total / 1e9:.2f} GB")
     return Plan(config.model_copy(update={"max_length": length}), choices, load, parts, at_longest, machine.budget)
 

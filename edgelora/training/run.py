@@ -17,10 +17,10 @@ from edgelora.data.order import Order
 from edgelora.device import Choice, choose_products, computing, peak_memory_bytes
 from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
-from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter
+from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter, write_folder
 from edgelora.peft.inject import adapter_config, chosen, collect, inject, kept_beside
 from edgelora.peft.orthogonal import start_orthogonally
-from edgelora.peft.soft_prompt import write_trained_prompt
+from edgelora.peft.soft_prompt import SAVED
 from edgelora.peft.virtual_tokens import begin_as, saved
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.avoided import avoided, avoided_sha256
@@ -314,7 +314,7 @@ def _keep(
     replaces = c.overwrite or c.resume
     with averaged(state):
         if job.decoder.before is not None:
-            write_trained_prompt(c.out, described, saved(job.decoder), contract, overwrite=replaces)
+            write_folder(c.out, described, {SAVED: saved(job.decoder)}, contract, overwrite=replaces)
         else:
             write_adapter(c.out, Adapter(described, collect(job.decoder), contract), overwrite=replaces)
     return run

@@ -14,7 +14,7 @@ from edgelora.nn import compiled
 from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.training.avoided import avoided, why_avoided
 from edgelora.training.defaults import choose
-from edgelora.training.footprint import Model, virtual_tokens
+from edgelora.training.footprint import Model
 from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
@@ -48,7 +48,7 @@ def settle(
         chosen["original"] = why_original(original, base, held.value)
     if avoided(settled, base):
         chosen["start"] = why_avoided(settled)
-    found = plan(model, settled, machine, base.config.max_position_embeddings - virtual_tokens(settled))
+    found = plan(model, settled, machine, base.config.max_position_embeddings)
     choices = {
         "device": device,
         "dtype": dtype,
