@@ -100,7 +100,7 @@ class Adapters:
     def phases(self, prompt: Sequence[int], key: Key) -> list[tuple[int, Key]]:
         """Which adapters are active from which position on: an aLoRA from the last place where it is invoked."""
         begins = {
-            digest: _last_place(self._held[digest].invocation, prompt) for digest, _ in key
+            digest: last_place(self._held[digest].invocation, prompt) for digest, _ in key
         }  # fmt: skip
         starts = sorted({0, *(begin for begin in begins.values() if begin is not None)})
         return [
@@ -151,7 +151,7 @@ def _require_one_head(heads: Sequence[tuple[str, float]]) -> None:
         )
 
 
-def _last_place(invocation: tuple[int, ...], prompt: Sequence[int]) -> int | None:
+def last_place(invocation: tuple[int, ...], prompt: Sequence[int]) -> int | None:
     """Where the last invocation in `prompt` begins; 0 for an adapter that waits for none, None if there is none."""
     n = len(invocation)
     return next((i for i in range(len(prompt) - n, -1, -1) if tuple(prompt[i : i + n]) == invocation), None) if n else 0

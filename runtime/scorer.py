@@ -16,9 +16,11 @@ from edgelora.base.model import Base
 from edgelora.device import Choice
 from edgelora.errors import AdapterError, EngineError
 from edgelora.evaluate.protocols import Alternative, Answer, Question, Rates
-from edgelora.files.adapter_check import check_adapter, contract_of
+from edgelora.files.adapter_check import contract_of, require_fit
 from edgelora.files.contract import require_its_base
+from edgelora.files.gguf import GGUFFile
 from edgelora.progress import OnProgress, Pace, Progress, silent
+from runtime.adapters import last_place
 from runtime.alternatives import log_p
 from runtime.bench import prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
@@ -113,6 +115,7 @@ class ScoringEngine:
             self.model.close()
             raise
         self._loaded: dict[str, Lora] = {}
+        self._invocations: dict[str, tuple[int, ...]] = {}
         self._active: dict[str, float] = {}
         self.threads = Choice(str(threads), "asked for") if threads else choose_threads(self._context)
 
@@ -144,17 +147,24 @@ class ScoringEngine:
         self._take(name, Lora(self.model, path, checked.content), checked.base)
 
     def load_own(self, name: str, path: Path) -> None:
-        """The same with an adapter that this program has just written: checked, and not tried in another process."""
+        """The same with an adapter that this program has just written: checked, and not tried in another process.
+
+        It may wait for an invocation (aLoRA), which `logits` sees and nothing else here.
+        """
         shapes = {tensor: info.shape for tensor, info in self.base.file.tensors.items()}
-        contract = contract_of(check_adapter(path, self.base.architecture.gguf_name, shapes))
+        file = GGUFFile(path)
+        invocation = require_fit(file, self.base.architecture.gguf_name, shapes, self.base.config.vocab_size)
+        contract = contract_of(file)
         base = self.base.as_trained(contract)
         require_its_base(contract, base.identity, path, base.path, allow_unverified=True)
         self._take(name, Lora(self.model, path), base)
+        self._invocations[name] = invocation
 
     def _take(self, name: str, fresh: Lora, base: Base) -> None:
         if name in self._loaded:
             self.unload(name)
         self._loaded[name] = fresh
+        self._invocations[name] = ()
         self.base = base
 
     def unload(self, name: str) -> None:
@@ -171,8 +181,11 @@ class ScoringEngine:
             self._find(name)
             require_scale(scale, name)
         wanted = {name: scale for name, scale in adapters.items() if scale}
-        self._context.set_adapters([(self._loaded[name], scale) for name, scale in wanted.items()])
+        self._attach(wanted)
         self._active = wanted
+
+    def _attach(self, adapters: Mapping[str, float]) -> None:
+        self._context.set_adapters([(self._loaded[name], scale) for name, scale in adapters.items()])
 
     def _find(self, name: str) -> Lora:
         if name not in self._loaded:
@@ -202,9 +215,31 @@ class ScoringEngine:
             for number, (ids, chosen) in enumerate(zip(sequences, map(set, wanted), strict=True))
             for i, token in enumerate(ids)
         ]
-        rows = [self._context.decode(part).copy() for part in self._cut(entries)]
+        rows, order = [], list[tuple[int, int]]()
+        for active, own in self._phases(sequences, entries):
+            self._attach(active)
+            rows += [self._context.decode(part).copy() for part in self._cut(own)]
+            order += [(entry.sequence, entry.position) for entry in own if entry.wanted]
+        self._attach(self._active)
         self._context.clear()
-        return np.concatenate(rows)
+        return np.concatenate(rows)[sorted(range(len(order)), key=order.__getitem__)]
+
+    def _phases(
+        self, sequences: Sequence[Sequence[int]], entries: Sequence[Entry]
+    ) -> Iterator[tuple[dict[str, float], Sequence[Entry]]]:
+        """What is evaluated under which adapters: first, under all others, what is before the invocation of an aLoRA.
+
+        Those that wait must wait for the same.
+        """
+        waiting = {self._invocations[name] for name in self._active} - {()}
+        if not waiting:
+            yield self._active, entries
+            return
+        (invocation,) = waiting
+        begins = [last_place(invocation, ids) for ids in sequences]
+        asleep = [e for e in entries if (begin := begins[e.sequence]) is None or e.position < begin]
+        yield {name: scale for name, scale in self._active.items() if not self._invocations[name]}, asleep
+        yield self._active, [e for e in entries if (begin := begins[e.sequence]) is not None and e.position >= begin]
 
     def log_p(self, alternatives: Sequence[Alternative]) -> list[np.ndarray]:
         """Of each alternative the log-probabilities (nats) of its scored ids, side by side."""

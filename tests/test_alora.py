@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ from edgelora.config import TrainConfig
 from edgelora.data.encode import Example
 from edgelora.data.pack import pack, unshared
 from edgelora.errors import AdapterError, ConfigError, DataError
+from edgelora.files.adapter_check import INVOCATION_KEY
+from edgelora.files.gguf import GGUFFile
 from edgelora.nn.awake import NEVER, Awake, AwakeLora, last_place
 from edgelora.nn.generate import Until, generate
-from edgelora.peft.adapter import CONFIG, PREFIX, Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, INVOCATION, PREFIX, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 from edgelora.peft.targets import Where
+from edgelora.pipeline.export import export
 from edgelora.training.invoked import invocation_of, require_invoked
 from edgelora.training.objectives.log_p import answers, learned
 from edgelora.training.run import run_training
@@ -231,6 +235,20 @@ def test_the_engine_computes_the_same_from_the_file(base, decoder, tmp_path):
     there = np.array([one.logprob for one in found])
     np.testing.assert_allclose(there, wanted, atol=1e-2)  # keys and values are F16 there
     assert min(np.abs(there - always).max(), np.abs(there - never).max()) > 0.05
+
+
+def test_export_certifies_it(base, decoder, tmp_path):
+    adapter = written(decoder, base, tmp_path / "mine")
+    rows = [  # the first answer of the second is the base's
+        {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 3, turns, strict=False)]}
+        for turns in (("light", "on"), ("light", "on", "and now", "off"), ("a", "b"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    waits = dict(adapter.config) | {INVOCATION: [1, *base.tokenizer.encode("assistant").ids]}
+    write_adapter(tmp_path / "mine", replace(adapter, config=waits), overwrite=True)
+    export(base.path, tmp_path / "mine", tmp_path / "mine.gguf", data=tmp_path / "rows.jsonl", allow_unverified=True)
+    file = GGUFFile(tmp_path / "mine.gguf")
+    assert file.metadata[INVOCATION_KEY].data.tolist() == waits[INVOCATION]
 
 
 def test_no_weight_can_hold_it(base, decoder, tmp_path):

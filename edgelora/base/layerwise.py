@@ -17,6 +17,7 @@ from edgelora.base.decoder import held
 from edgelora.base.hold import hold
 from edgelora.base.model import Base
 from edgelora.data.pack import Batch
+from edgelora.nn.awake import Awake
 from edgelora.nn.decoder import Adaptable, Frozen, Layer, Tables, adaptable, final_norm
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.rotary import rotary_tables
@@ -31,18 +32,21 @@ def hidden_states(
     batches: Sequence[Batch],
     adapt: Adapt = lambda _: None,
     on_layer: Callable[[], None] = lambda: None,
+    awake: Awake | None = None,
 ) -> list[np.ndarray]:
-    """Of each packed row float32 (T, d), what `Decoder.forward` gives; `adapt` sees each layer before it runs."""
+    """Of each packed row float32 (T, d), what `Decoder.forward` gives; `adapt` sees each layer before it runs, and
+    `awake`, where an aLoRA is among the adapters, each row before a layer does."""
     bound_primitives()
     config = base.config
     states = _embedded(base, batches)
     tables = [_tables(base, batch) for batch in batches]
     for i in range(config.num_hidden_layers):
         layer = _layer(base, i, adapt)
-        states = [
-            layer(x, table, list(batch.segment_starts), batch.prefix)
-            for x, table, batch in zip(states, tables, batches, strict=True)
-        ]
+        for row, (table, batch) in enumerate(zip(tables, batches, strict=True)):
+            if awake is not None:
+                ids, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.positions)
+                awake.see(ids, positions, batch.segment_starts, batch.prefix)
+            states[row] = layer(states[row], table, list(batch.segment_starts), batch.prefix)
         for name in _names(base, i):
             base.tensors.forget(name)
         on_layer()

@@ -234,7 +234,7 @@ def _invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) 
         return [f"{INVOCATION} is {tokens}, expected token ids"]
     if kind is not KINDS["LORA"]:
         return [f"{INVOCATION} is set in {kind.one}"]
-    return [] if may_wait else [f"{INVOCATION} is set: it acts from there on, which `edgelora export` alone can keep"]
+    return [] if may_wait else [f"{INVOCATION} is set: it acts from there on, and a weight on every token"]
 
 
 def _read(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgelora.nn.awake import Awake
 from edgelora.nn.decoder import Adaptable, Decoder, Norm
 from edgelora.nn.linear import Delta, Linear, Weight, bias_of
 from edgelora.peft.adapter import Adapter
+from edgelora.peft.alora import waiting
 from edgelora.peft.attached import delta_of
 from edgelora.peft.layernorm import NormDelta
 
@@ -51,20 +53,41 @@ class BlendDelta(nn.Module):
 
 def blend(decoder: Decoder, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Make the adapters at their scales what the decoder computes, in place of whatever was on it."""
-    blend_layers(decoder.adaptable, adapters)
+    decoder.awake = awake_of(adapters)
+    blend_layers(decoder.adaptable, adapters, decoder.awake)
+
+
+def awake_of(adapters: Sequence[tuple[Adapter, float]]) -> Awake | None:
+    """What those among them that wait for their invocation share (aLoRA), which must be one and the same; None: none."""
+    invocations = {adapter.invocation for adapter, _ in adapters} - {()}
+    if not invocations:
+        return None
+    (invocation,) = invocations
+    return Awake(invocation)
 
 
 @torch.no_grad()
-def blend_layers(layers: Mapping[str, Adaptable], adapters: Sequence[tuple[Adapter, float]]) -> None:
+def blend_layers(
+    layers: Mapping[str, Adaptable], adapters: Sequence[tuple[Adapter, float]], awake: Awake | None = None
+) -> None:
     """The same of some linear layers and norms, by their full HF names; nothing of the others' is read."""
     for name, layer in layers.items():
         own = [(adapter, scale) for adapter, scale in adapters if name in adapter.tensors]
         if not own:
             layer.delta = None
         elif isinstance(layer, Linear):
-            layer.delta = BlendDelta([(delta_of(adapter.change(name), layer.weight), scale) for adapter, scale in own])
+            layer.delta = BlendDelta([(_delta(adapter, name, layer.weight, awake), scale) for adapter, scale in own])
         else:
             layer.delta = _blended_norm(layer, [(torch.from_numpy(a.norm(name)), scale) for a, scale in own])
+
+
+def _delta(adapter: Adapter, name: str, weight: Weight, awake: Awake | None) -> Delta:
+    delta = delta_of(adapter.change(name), weight)
+    if not adapter.invocation:
+        return delta
+    waits = waiting(delta)
+    waits.awake = awake
+    return waits
 
 
 def _blended_norm(norm: Norm, weights: Sequence[tuple[Tensor, float]]) -> NormDelta:

@@ -107,7 +107,7 @@ def export(
             lambda draft: judged(base, len(rows), *check.compare(draft, states, on_progress)),
         )
     else:
-        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
+        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True)
         contract = adapter.contract
         certificate = write_certified(
             result,
@@ -121,9 +121,9 @@ def export(
     return certificate
 
 
-def read_checked(path: Path, base: Base, *, allow_unverified: bool) -> Adapter:
-    """Read an adapter folder and hold it to its contract with `base`."""
-    adapter = read_adapter(path, base.linears, base.norms)
+def read_checked(path: Path, base: Base, *, allow_unverified: bool, may_wait: bool = False) -> Adapter:
+    """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA."""
+    adapter = read_adapter(path, base.linears, base.norms, may_wait=may_wait)
     _require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
     return adapter
 

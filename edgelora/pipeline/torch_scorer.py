@@ -109,8 +109,10 @@ def open_scorer(
     """
     torch.set_float32_matmul_precision(choose_products().value)
     torch.set_num_threads(threads or compute_threads())
-    found = [] if adapter is None else [(read_checked(adapter[0], base, allow_unverified=allow_unverified), adapter[1])]
-    return TorchScorer(base, found)
+    if adapter is None:
+        return TorchScorer(base, [])
+    folder, scale = adapter
+    return TorchScorer(base, [(read_checked(folder, base, allow_unverified=allow_unverified, may_wait=True), scale)])
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgelora.base.model import Base, open_base
 from edgelora.data.encode import Example
-from edgelora.data.pack import IGNORE, Batch, pack
+from edgelora.data.pack import IGNORE, Batch, pack, unshared
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.progress import OnProgress, Pace, Progress
@@ -29,7 +29,9 @@ class Reference:
 
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
         base = open_base(self.base)
-        adapters = [(read_adapter(path, base.linears, base.norms), scale) for path, scale in self.adapters]
+        adapters = [
+            (read_adapter(path, base.linears, base.norms, may_wait=True), scale) for path, scale in self.adapters
+        ]
         for adapter, _ in adapters:
             base = base.as_trained(adapter.contract)
         return (base if self.template is None else base.with_template(self.template)), adapters
@@ -38,9 +40,11 @@ class Reference:
 def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_progress: OnProgress) -> list[np.ndarray]:
     """Of each model float32 (n, d): the states that predict the n learned tokens of the examples, in their order."""
     from edgelora.base.layerwise import hidden_states
-    from edgelora.peft.blend import blend_layers
+    from edgelora.peft.blend import awake_of, blend_layers
 
     opened, batches = [model.open() for model in models], [pack(group) for group in _packed(examples)]
+    if any(adapter.invocation for _, adapters in opened for adapter, _ in adapters):
+        batches = [unshared(batch) for batch in batches]  # what they begin with may sleep in one, and not in another
     pace = Pace(sum(base.config.num_hidden_layers for base, _ in opened))
     tokens = sum(map(len, examples))
 
@@ -49,9 +53,11 @@ def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_pr
         on_progress(Progress("check", pace.done, pace.total, eta_s=eta))
 
     with computing(choose_products(), compute_threads()):
-        found = [
-            hidden_states(base, batches, partial(blend_layers, adapters=adapters), step) for base, adapters in opened
-        ]
+        found = []
+        for base, adapters in opened:
+            awake = awake_of(adapters)
+            adapt = partial(blend_layers, adapters=adapters, awake=awake)
+            found.append(hidden_states(base, batches, adapt, step, awake))
     return [np.concatenate([_predicting(x, batch) for x, batch in zip(s, batches, strict=True)]) for s in found]
 
 
