@@ -33,6 +33,7 @@ from edgelora.peft.virtual_settings import VirtualTokens
 from edgelora.peft.virtual_tokens import begin_as, given, saved
 from edgelora.pipeline.export import export
 from edgelora.pipeline.merge import merge
+from edgelora.training.defaults import choose
 from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
 from edgelora.training.objectives.log_p import token_nll
 from edgelora.training.run import run_training
@@ -302,6 +303,17 @@ def test_the_plan_counts_them(settings, base, tiny, tmp_path, kind):  # noqa: F8
 def test_a_folder_of_it_cannot_be_merged(trained, tiny, tmp_path):
     with pytest.raises(AdapterError, match="stands before prompts, not in weights: `edgelora export` it"):
         merge(tiny.path, [(trained("prompt").out, 1.0)], tmp_path / "merged.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [("prompt", (3e-2, 1e-3)), ("prefix", (3e-2, 5e-3)), ("projected", (5e-4, 5e-4)), ("lstm", (5e-4, 5e-4))],
+)
+def test_the_learning_rate_is_another_than_a_loras(settings, tmp_path, kind, rates):  # noqa: F811
+    for size, rate in zip((135e6, 3e9), rates, strict=True):
+        config, choices = choose(settings(tmp_path, **{**RUNS[kind], "learning_rate": None}), int(size))
+        assert config.learning_rate == rate
+        assert "PEFT" in choices["learning_rate"].why
 
 
 REFUSED = {

@@ -35,6 +35,15 @@ MIDDLE_RATE = Rate(
 )
 LARGE_RATE = Rate(1e-4, "QLoRA's for 33B and 65B (arXiv:2305.14314, appendix B)")
 
+# Of AdamW for what stands before prompts, below 1B weights and from there on: it is no small change of a weight.
+GUIDE = Rate(3e-2, "PEFT's guide to prompt-based methods, for all of them over bloomz-560m")
+COMPARED = "PEFT's comparison on Llama-3.2-3B (github.com/huggingface/peft, method_comparison), "
+VIRTUAL_RATES: dict[Method, tuple[Rate, Rate]] = {
+    "prompt_tuning": (GUIDE, Rate(1e-3, f"{COMPARED}begun as tokens of the vocabulary")),
+    "prefix_tuning": (GUIDE, Rate(5e-3, f"{COMPARED}begun as keys and values of a text")),
+}
+ENCODER_RATE = Rate(5e-4, f"for the weights of an encoder: {COMPARED}P-tuning with an MLP and 20 tokens")
+
 # What is left of it for preferences: such losses only nudge a model that can answer already.
 OBJECTIVE_SHARE: dict[Objective, Rate] = {
     "sft": Rate(1.0, ""),
@@ -108,8 +117,17 @@ def _alpha(method: Method, rank: int) -> tuple[float, str]:
     return SCALE_AT_RANK * RANK, "one α for all ranks: the best learning rate then stays the same (LoRA Without Regret)"
 
 
+def _peak(config: TrainConfig, n_weights: int) -> Rate:
+    """Of the method and the size alone."""
+    if config.method == "p_tuning" or config.prefix_projection:
+        return ENCODER_RATE
+    if config.method in VIRTUAL_RATES:
+        return VIRTUAL_RATES[config.method][n_weights >= SMALL]
+    return SMALL_RATE if n_weights < SMALL else MIDDLE_RATE if n_weights < LARGE else LARGE_RATE
+
+
 def _learning_rate(config: TrainConfig, n_weights: int) -> tuple[float, str]:
-    base = SMALL_RATE if n_weights < SMALL else MIDDLE_RATE if n_weights < LARGE else LARGE_RATE
+    base = _peak(config, n_weights)
     shares = [OBJECTIVE_SHARE[config.objective]]
     if config.optimizer == "lion":
         shares.append(LION_SHARE)
