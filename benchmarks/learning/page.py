@@ -149,7 +149,7 @@ def _table(found: Mapping[str, Any], overs: Sequence[str]) -> str:
     rows = [
         (
             f"{row['name']}{' ‡' * (row['held'] == 'f32')}", *(_loss(row["by_task"].get(task)) for task in tasks),
-            _against(row), row["rank"], f"{row['trained']:,}", _seconds(row), f"{row['peak_bytes'] / 1e6:.0f}",
+            _against(row), row["rank"] or "–", f"{row['trained']:,}", _seconds(row), f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['artefact_bytes'] / 1e6:.2f}{' †' * (row['artefact'] != 'GGUF')}",
         )
         for row in own
