@@ -112,10 +112,10 @@ def fit(key: str, room: Room) -> dict[str, Any]:
 def facts(run: Run, config: TrainConfig, base: Base) -> dict[str, Any]:
     """Of the run: losses of the steps, each before it learned from its rows, and what it took."""
     return {
-        "losses": [round(loss, 5) for loss in run.losses], "skipped": run.skipped_steps, "rank": config.rank if METHODS[config.method].ranked else None,
-        "alpha": config.alpha, "learning_rate": config.learning_rate, "peak_bytes": run.peak_bytes,
-        "trained": adapter_numbers(Model.of(base), config), "dtype": run.choices["dtype"].value,
-        "held": config.base_dtype,
+        "losses": [round(loss, 5) for loss in run.losses], "skipped": run.skipped_steps, "alpha": config.alpha,
+        "rank": config.rank if METHODS[config.method].ranked else None, "learning_rate": config.learning_rate,
+        "peak_bytes": run.peak_bytes, "trained": adapter_numbers(Model.of(base), config),
+        "dtype": run.choices["dtype"].value, "held": config.base_dtype,
     }  # fmt: skip
 
 
