@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import numpy as np
 from gguf.constants import GGUFValueType
 
 from converters.metadata import put_contract, write_whole
+from converters.pair_types import pair_type, stored
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
@@ -24,8 +24,6 @@ from edgelora.files.contract import Contract
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter, only_in_torch
 from edgelora.peft.change import Change, LoraPair
-
-LARGEST = {"F32": float(np.finfo(np.float32).max), "F16": float(np.finfo(np.float16).max)}
 
 
 def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
@@ -90,8 +88,9 @@ def _write(out: Path, pairs: Mapping[str, LoraPair], header: _Header, dtype: str
         )
     put_contract(writer, header.contract)
     for tensor, pair in pairs.items():
-        writer.add_tensor(f"{tensor}.lora_a", _cast(pair.a, dtype, tensor))
-        writer.add_tensor(f"{tensor}.lora_b", _cast(pair.b, dtype, tensor))
+        for half, values in (("lora_a", pair.a), ("lora_b", pair.b)):
+            numbers, kind = stored(values, pair_type(dtype), tensor)
+            writer.add_tensor(f"{tensor}.{half}", numbers, raw_dtype=kind)
     write_whole(writer)
 
 
@@ -103,14 +102,3 @@ def _not_a_lora(name: str, adapter: Adapter) -> ExportError:
         why=f"llama.cpp adds B A x to W x, and nothing else; {one} {more}",
         fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
     )
-
-
-def _cast(values: np.ndarray, dtype: str, tensor: str) -> np.ndarray:
-    largest = float(np.abs(values).max())
-    if not largest <= LARGEST[dtype]:
-        raise ExportError(
-            what=f"{tensor}: a value of the adapter does not fit into {dtype}",
-            why=f"the largest is {largest:.3g}, {dtype} ends at {LARGEST[dtype]:.3g}",
-            fix="export with --type F32",
-        )
-    return np.ascontiguousarray(values, np.float16 if dtype == "F16" else np.float32)

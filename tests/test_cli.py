@@ -164,7 +164,7 @@ REFUSED = {
     "export {base} {other} --out {out}": "does not belong to",
     "export {base} {unsigned} --out {out}": "it does not say which base it belongs to",
     "export {base} {adapter} --out {here}": "this file exists already",
-    "export {base} {adapter} --out {out} --type Q8_0": "--type Q8_0",
+    "export {base} {adapter} --out {out} --type Q4_0": "--type Q4_0",
     "export {base} {adapter} --out {out} --data {broken}": "broken.jsonl: 2 broken lines",
     "merge {missing} --adapter {adapter} --out {out}": "no such file",
     "merge {base} --adapter {missing}:0.5 --out {out}": "no adapter here",

@@ -198,7 +198,7 @@ def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
         export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf")
     assert str(error.value).splitlines() == [
         "mine: a DoRA cannot be an adapter of llama.cpp",
-        "  why: llama.cpp adds B A x to W x; a DoRA scales every row of the sum as well",
+        "  why: llama.cpp adds B A x to W x, and nothing else; a DoRA scales every row of the sum as well",
         "  fix: merge it into its base: `edgelora merge BASE --adapter FOLDER --to Q4_K_M --out FILE`",
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

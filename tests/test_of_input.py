@@ -1,4 +1,4 @@
-"""Houlsby adapters and MoLoRA, which no weight can hold: their formulas in transformers are the oracle, and torch all."""
+"""Houlsby adapters and MoLoRA, which no weight can hold: their formulas behind transformers are the oracle."""
 
 from __future__ import annotations
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For, Json, Out, Overwrite, Unverified
+from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For, Json, Overwrite, Unverified
+
+if TYPE_CHECKING:
+    from edgelora.cli.display import Display
+    from edgelora.progress import OnProgress, Progress
 
 
 class Door(StrEnum):
@@ -17,16 +22,56 @@ class Door(StrEnum):
 
     adapter = "adapter"
     patched = "patched"
+    soft_prompt = "soft-prompt"
+    merged = "merged"
 
 
 Adapter = Annotated[Path, typer.Argument(help="An adapter folder in PEFT's format.", show_default=False)]
+Out = Annotated[Path | None, typer.Option(help="Where the result goes; not needed with --plan.", show_default=False)]
+SvdRank = Annotated[
+    int | None,
+    typer.Option(
+        "--svd-rank", min=1, show_default=False,
+        help="Of a DoRA, an IA3 or whole weights write the nearest LoRA of this rank, and measure what that loses.",
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was given, for whichever door."""
+
+    base: Path
+    adapter: Path
+    out: Path
+    dtype: str | None
+    data: Path | None
+    n_rows: int
+    for_: str | None
+    allow_unverified: bool
+    overwrite: bool
+
+    @property
+    def checked(self) -> dict[str, Any]:
+        """What every door is told."""
+        return {"allow_unverified": self.allow_unverified, "overwrite": self.overwrite}
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What the doors are told that have their own certificate."""
+        return {"dtype": (self.dtype or "F16").upper(), "data": self.data, "n_rows": self.n_rows}
 
 
 def export(
     base: Base,
     adapter: Adapter,
-    out: Out,
-    type_: Annotated[str, typer.Option("--type", help="Numbers of the adapter file: F16 or F32.")] = "F16",
+    out: Out = None,
+    type_: Annotated[
+        str | None,
+        typer.Option(
+            "--type", help="Numbers of a LoRA: F16, F32 or Q8_0; with --door merged, the model's.", show_default="F16"
+        ),
+    ] = None,
     data: CheckData = None,
     check_rows: CheckRows = CHECKED_ROWS,
     for_: For = None,
@@ -34,85 +79,154 @@ def export(
         bool, typer.Option("--as-lora", help="Write a plain LoRA of PEFT's instead, a folder, where that is exact.")
     ] = False,
     door: Annotated[
-        Door,
+        Door | None,
         typer.Option(
-            help="adapter: a GGUF LoRA. patched: the base with an IA3, DoRA, BitFit or LayerNorm in its own "
-            "numbers, not quantized again, and a LoRA over it for the rest."
+            help="adapter: a GGUF LoRA. patched: the base with an IA3, DoRA, BitFit or LayerNorm in its own numbers, "
+            "not quantized again, and a LoRA over it for the rest. soft-prompt: what stands before every prompt. "
+            "merged: a model of its own.",
+            show_default="the first that is exact",
         ),
-    ] = Door.adapter,
+    ] = None,
+    svd_rank: SvdRank = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say which door, at what cost and why; write nothing.")] = False,
     allow_unverified_base: Unverified = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter as a GGUF that llama.cpp hot-loads, or as a patched base, and check it against torch.
+    """Write an adapter as what llama.cpp can run of it, by the most exact door there is, and check it against torch.
 
     Example: `edgelora export base.gguf adapters/mine --out mine.gguf`
     """
     from edgelora.cli.display import Display
     from edgelora.errors import ConfigError
-    from edgelora.invocation import command
-    from edgelora.pipeline.certificate import Reference
-    from edgelora.pipeline.export import export as run
-    from edgelora.pipeline.runners import prepare_for
+    from edgelora.pipeline.exit_plan import in_words, through
+    from edgelora.pipeline.exit_plan import plan as planned
 
-    if as_lora:
+    if out is None and not plan:
+        raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
+    if as_lora and out is not None:
         if for_ is not None or data is not None:
             raise ConfigError(
                 "--as-lora with --for or --data", "PEFT's files run nowhere in llama.cpp", "leave them out"
             )
         _as_lora(base, adapter, out, allow_unverified_base, overwrite, as_json)
         return
-    if type_.upper() not in ("F16", "F32"):
-        raise ConfigError(f"--type {type_}", "an adapter file holds F16 or F32 numbers", "pass --type F16")
-    if door is Door.patched:
-        if for_ is not None:
-            raise ConfigError("--for with --door patched", "it is told of one file", "leave it out")
-        checked = {"dtype": type_.upper(), "data": data, "n_rows": check_rows}
-        _patched(base, adapter, out, checked, allow_unverified_base, overwrite, as_json)
+    dtype = None if door is Door.merged else type_
+    found = planned(base, adapter, dtype or "F16", allow_unverified=allow_unverified_base, measure=plan)
+    if plan or out is None:
+        print(json.dumps(found.as_dict()) if as_json else "\n".join(in_words(found)))
         return
-    delivery = prepare_for(for_, Reference(base, ((adapter, 1.0),)), out, live=True, overwrite=overwrite)
+    asked = Asked(base, adapter, out, type_, data, check_rows, for_, allow_unverified_base, overwrite)
     with Display() as display:
-        certificate = run(
-            base, adapter, out, dtype=type_.upper(), data=data, n_rows=check_rows,
-            allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,
-        )  # fmt: skip
-        display.say(
-            f"{out}: {out.stat().st_size / 1e6:.1f} MB, checked on {certificate.n_prompts} prompts: mean KL "
-            f"{certificate.adapter.kl_mean:.2g} (limit {certificate.kl_limit:.2g}), same top "
-            f"{certificate.adapter.same_top:.1%}"
-        )
-        if delivery is not None:
-            delivery.write()
-            for note in delivery.notes:
-                display.say(note)
-        display.say("next: " + (delivery.command if delivery else command("chat", base, "--adapter", str(out))))
+        if svd_rank is not None:
+            made = _svd(asked, svd_rank, display)
+        else:
+            way = through(found, None if door is None else door.value.replace("-", " "), adapter)
+            made = WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))
     if as_json:
-        made = {"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate.as_dict()}
-        print(json.dumps(made | ({"for": delivery.as_dict()} if delivery else {})))
+        print(json.dumps({"door": "adapter" if svd_rank else way.door, **made}))
 
 
-def _patched(
-    base: Path, adapter: Path, out: Path, checked: dict[str, Any], unverified: bool, overwrite: bool, as_json: bool
-) -> None:
-    from edgelora.cli.display import Display
+def _saying(plan: str, display: Display) -> OnProgress:
+    """What draws the work, and says the plan before the first of it: what is refused before that needs none."""
+    told = iter([plan])
+
+    def show(progress: Progress) -> None:
+        for line in told:
+            display.say(line)
+        display.show(progress)
+
+    return show
+
+
+def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
+    """A GGUF LoRA, or a soft prompt."""
+    from edgelora.invocation import command
+    from edgelora.pipeline.certificate import Reference
+    from edgelora.pipeline.export import export as run
+    from edgelora.pipeline.runners import prepare_for
+
+    out, reference = asked.out, Reference(asked.base, ((asked.adapter, 1.0),))
+    delivery = prepare_for(asked.for_, reference, out, live=True, overwrite=asked.overwrite)
+    found = run(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
+    display.say(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, checked on {found.n_prompts} prompts: mean KL "
+        f"{found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), same top {found.adapter.same_top:.1%}"
+    )
+    if delivery is not None:
+        delivery.write()
+        for note in delivery.notes:
+            display.say(note)
+    display.say("next: " + (delivery.command if delivery else command("chat", asked.base, "--adapter", str(out))))
+    made = {"out": str(out), "size_bytes": out.stat().st_size, "certificate": found.as_dict()}
+    return made | ({"for": delivery.as_dict()} if delivery else {})
+
+
+def _patched(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
     from edgelora.invocation import command
     from edgelora.pipeline.patch import patch
 
-    with Display() as display:
-        made = patch(
-            base, adapter, out, **checked, allow_unverified=unverified, overwrite=overwrite, on_progress=display.show
-        )
-        found = made.certificate
-        display.say(
-            f"{out}: {out.stat().st_size / 1e6:.1f} MB, no weight rounded by more than {made.error:.1g} of its own; "
-            f"checked on {found.n_prompts} prompts: mean KL {found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), "
-            f"same top {found.adapter.same_top:.1%}"
-        )
-        for note in made.notes:
-            display.say(note)
-        display.say("next: " + command("chat", out, *(["--adapter", str(made.rest)] if made.rest else [])))
-    if as_json:
-        print(json.dumps(made.as_dict()))
+    _require_no_runner(asked, "--door patched")
+    out = asked.out
+    made = patch(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
+    found = made.certificate
+    display.say(
+        f"{out}: {out.stat().st_size / 1e6:.1f} MB, no weight rounded by more than {made.error:.1g} of its own; "
+        f"checked on {found.n_prompts} prompts: mean KL {found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), "
+        f"same top {found.adapter.same_top:.1%}"
+    )
+    for note in made.notes:
+        display.say(note)
+    display.say("next: " + command("chat", out, *(["--adapter", str(made.rest)] if made.rest else [])))
+    return made.as_dict()
+
+
+def _merged(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
+    from edgelora.invocation import command
+    from edgelora.pipeline.exit_plan import own_type
+    from edgelora.pipeline.merge import MergeOptions, merge
+
+    _require_no_runner(asked, "--door merged")
+    made = merge(
+        asked.base, [(asked.adapter, 1.0)], asked.out, quant=asked.dtype or own_type(asked.base),
+        options=MergeOptions(check=asked.data, check_rows=asked.n_rows), **asked.checked, on_progress=show,
+    )  # fmt: skip
+    display.say(f"{made.path}: {made.kind}, {made.size_bytes / 1e6:.1f} MB")
+    display.say(made.certificate.sentence)
+    for note in made.notes:
+        display.note(note)
+    display.say("next: " + command("chat", made.path))
+    return {
+        "out": str(made.path), "type": made.kind, "size_bytes": made.size_bytes, "notes": made.notes,
+        "certificate": made.certificate.as_dict(),
+    }  # fmt: skip
+
+
+def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
+    from edgelora.invocation import command
+    from edgelora.pipeline.svd_export import SvdOptions, export_svd
+
+    _require_no_runner(asked, "--svd-rank")
+    out = asked.out
+    found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, **asked.rows, **asked.checked), display.show)
+    display.say(f"{out}: the nearest LoRA of rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
+    display.note(
+        f"it is not the adapter: {found.error:.1%} of what that changes in the weights is lost (by layer at most "
+        f"{max(found.errors.values()):.1%}), and its answers are {found.lost.kl_mean:.2g} nats away (mean KL), same "
+        f"top {found.lost.same_top:.1%} ± {found.lost.same_top_error:.1%}"
+    )
+    display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
+    return {"out": str(out), "size_bytes": out.stat().st_size, "certificate": found.as_dict()}
+
+
+WAYS = {"adapter": _adapter, "soft prompt": _adapter, "patched": _patched, "merged": _merged}
+
+
+def _require_no_runner(asked: Asked, what: str) -> None:
+    from edgelora.errors import ConfigError
+
+    if asked.for_ is not None:
+        raise ConfigError(f"--for with {what}", "it is told of a LoRA over its own base", "leave it out")
 
 
 def _as_lora(base: Path, adapter: Path, out: Path, unverified: bool, overwrite: bool, as_json: bool) -> None:

@@ -97,7 +97,7 @@ def export(
     base, rows, result = open_base(base_path), rows_to_check(data, n_rows), Output(out, overwrite)
     if is_trained_prompt(adapter_path):
         prompt = read_trained_prompt(adapter_path, base.config)
-        _require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
+        require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
         contract, check = prompt.contract, SoftCheck(base.as_trained(prompt.contract), adapter_path, rows)
         states = check.states(on_progress)
         certificate = write_certified(
@@ -113,7 +113,7 @@ def export(
             result,
             made_from,
             lambda draft: write_adapter_gguf(draft, adapter, base, out.stem, dtype),
-            lambda draft: certify_adapter(base_path, adapter_path, draft, rows, on_progress),
+            lambda draft: certify_adapter(base_path, adapter_path, draft, rows, on_progress, coarse=dtype == "Q8_0"),
         )
     if contract is not None:
         signed = contract.model_copy(update={"certificate": certificate.as_dict()})
@@ -124,11 +124,11 @@ def export(
 def read_checked(path: Path, base: Base, *, allow_unverified: bool, may_wait: bool = False) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA."""
     adapter = read_adapter(path, base.linears, base.norms, may_wait=may_wait)
-    _require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
+    require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
     return adapter
 
 
-def _require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:
+def require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:
     identity = base.as_trained(contract).identity
     require_its_base(contract, identity, path, base.path, allow_unverified=allow_unverified)
 
@@ -139,20 +139,28 @@ def certify_adapter(
     gguf: Path,
     rows: Sequence[Conversation],
     on_progress: OnProgress,
+    *,
+    coarse: bool = False,
 ) -> Certificate:
-    """torch and llama.cpp on the same tokens, in child processes: first the bare base, then with the adapter."""
+    """torch and llama.cpp on the same tokens, in child processes: first the bare base, then with the adapter.
+
+    coarse: whether its numbers in the file are blocks, which a float base shows.
+    """
     adapted = Reference(base_path, ((adapter_path, 1.0),))
     base, _ = adapted.open()
     groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
     models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
     states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
     work = _InLlamaCpp(adapted, gguf, rows, groups)
-    return judged(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
+    found = run_in_child(_compare, work, states, on_progress=on_progress)
+    return judged(base, len(rows), *found, coarse=coarse)
 
 
-def judged(base: Base, n_prompts: int, equal_ids: int, floor: Fidelity, adapter: Fidelity) -> Certificate:
+def judged(
+    base: Base, n_prompts: int, equal_ids: int, floor: Fidelity, adapter: Fidelity, *, coarse: bool = False
+) -> Certificate:
     """What was found, and the limits for this base: `floor` is torch against llama.cpp without the adapter."""
-    exact = base.quant in FLOAT_QUANTS
+    exact = base.quant in FLOAT_QUANTS and not coarse
     return Certificate(
         base_quant=base.quant,
         n_prompts=n_prompts,

@@ -1,0 +1,69 @@
+"""What `exit_plan` has to know, read off an adapter and a base; of the base no weight is read. Imports no torch."""
+
+from __future__ import annotations
+
+from converters.base_to_gguf import plan
+from converters.exit_plan import AdapterFacts, BaseFacts, Type
+from edgelora.base.model import Base
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.change import Change
+from edgelora.peft.soft_prompt import TrainedPrompt
+
+DOWN = "mlp.down_proj"
+
+
+def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
+    """Of an adapter that fits `base`. Its tensors are read one layer at a time."""
+    if adapter.kind.of_input:
+        return AdapterFacts(adapter.kind.one, of_input=adapter.kind.of_input)
+    pairs: dict[str, tuple[int, int, int]] = {}
+    scaled, whole, biases = set[str](), set[str](), set[str]()
+    for module in adapter.linears:
+        change, tensor = adapter.change(module), base.tensor_of(module)
+        if change.pair is not None:
+            pairs[tensor] = (*base.linears[module], change.pair.rank)
+        if change.rows is not None or (change.pair is not None and change.pair.magnitude is not None):
+            scaled.add(tensor)
+        if change.columns is not None and module.endswith(DOWN):
+            scaled.add(base.tensor_of(_before_down(module, base)))
+        elif change.whole is not None or change.columns is not None:
+            whole.add(tensor)
+        if _changes_bias(change, module, base):
+            biases.add(module.split(".", 3)[3])
+    return AdapterFacts(
+        adapter.kind.one, {name: pair for name, pair in pairs.items() if name not in whole}, frozenset(scaled - whole),
+        frozenset(whole), frozenset(biases), len(adapter.norms), waits=bool(adapter.invocation),
+    )  # fmt: skip
+
+
+def facts_of_prompt(prompt: TrainedPrompt) -> AdapterFacts:
+    """Of what stands before every prompt."""
+    parts = (prompt.embeddings, prompt.keys, prompt.values)
+    return AdapterFacts("a soft prompt", prompt_numbers=sum(part.size for part in parts if part is not None))
+
+
+def facts_of_base(base: Base) -> BaseFacts:
+    """Of a GGUF or a checkpoint, which then is as the GGUF of F16 that `edgelora convert` writes."""
+    if base.is_gguf:
+        tensors = base.file.tensors
+        shapes, types = {n: t.shape for n, t in tensors.items()}, {n: t.type for n, t in tensors.items()}
+        size = sum(path.stat().st_size for path in base.source.files)
+    else:
+        targets = plan(base, Type.F16)
+        shapes, types = {name: target.shape for name, target in targets.items()}, {}
+        size = sum(target.size_bytes for target in targets.values())
+    return BaseFacts(
+        base.quant, size, base.config.tie_word_embeddings, shapes, types, frozenset(base.biased),
+        frozenset(base.architecture.llama_cpp.biases),
+    )  # fmt: skip
+
+
+def _before_down(module: str, base: Base) -> str:
+    """The layer whose rows multiply the columns of this down_proj, through SwiGLU."""
+    return module.replace("down_proj", "gate_up_proj" if base.architecture.fused else "up_proj")
+
+
+def _changes_bias(change: Change, module: str, base: Base) -> bool:
+    """Whether a bias of the file has another value with it."""
+    own = module.split(".", 3)[3] in base.biased
+    return change.bias is not None or (own and change.rows is not None)

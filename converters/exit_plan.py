@@ -1,0 +1,266 @@
+"""Which door an adapter leaves by, from what it does and what its base is: no weight is read, and nothing is written.
+
+THE TABLE of doors is DOORS, in the order in which they are taken: the first that is exact, else the first there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, Literal, TypeAlias
+
+from gguf.constants import GGMLQuantizationType
+
+from converters.pair_types import stored_as
+from converters.scaled_rows import can_scale
+from converters.stream import Entry
+from edgelora.base import ggml
+
+Type = GGMLQuantizationType
+Door: TypeAlias = Literal["adapter", "patched", "soft prompt", "merged", "refused"]
+
+# How far a number moves that is rounded to this type, at most, relative to its own size; of blocks it is their scale
+# that is rounded, a float16, once more. Q8_0: relative to the largest of its 32 numbers.
+ROUNDING = {Type.F32: 2.0**-24, Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.Q8_0: 1 / 254}
+OF_A_SCALE = 2.0**-11
+UNTIE = "edgelora untie BASE --out FILE"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter does, by GGUF's names of the tensors."""
+
+    one: str
+    """`a DoRA`."""
+    pairs: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    """(d_out, d_in, r) of every B A."""
+    scaled: frozenset[str] = frozenset()
+    """The weights whose rows are multiplied: a DoRA's, an IA3's; for columns of down_proj the rows before them."""
+    whole: frozenset[str] = frozenset()
+    """The weights that change in another way."""
+    biases: frozenset[str] = frozenset()
+    """The layers, by their names in a block (`self_attn.q_proj`), whose bias changes or is new."""
+    norms: int = 0
+    """How many norms have new weights."""
+    token_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of the embedding or the head are trained."""
+    prompt_numbers: int = 0
+    """How many numbers stand before every prompt."""
+    waits: bool = False
+    """Whether it acts from an invocation on (aLoRA)."""
+    of_input: str = ""
+    """Why no weight can hold it; empty where one can."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base is. `types`: of its tensors, by their GGUF names; none of a checkpoint's."""
+
+    quant: str
+    size_bytes: int
+    tied: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, Type] = field(default_factory=dict)
+    own_biases: frozenset[str] = frozenset()
+    loaded_biases: frozenset[str] = frozenset()
+    """The layers whose bias llama.cpp loads in this family."""
+
+    @property
+    def is_gguf(self) -> bool:
+        return bool(self.types)
+
+    @property
+    def floats(self) -> bool:
+        """Whether no matrix is quantized."""
+        return all(kind in ggml.FLOATS for kind in self.types.values())
+
+
+@dataclass(frozen=True)
+class Way:
+    """A door that is open."""
+
+    door: Door
+    exact: bool
+    """Whether nothing is lost but the rounding of `expected_error`."""
+    expected_error: float | None
+    """The most that a number of it moves by rounding, relative to its own size; None: only measuring can tell."""
+    size_bytes: int
+    hot_swappable: bool
+    """Whether it comes and goes over a loaded base."""
+    why: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """The door that is taken, and of every other one why not, or that it is open too. `refused`: none is open."""
+
+    door: Door
+    exact: bool
+    expected_error: float | None
+    size_bytes: int
+    hot_swappable: bool
+    why: str
+    notes: tuple[str, ...]
+    others: Mapping[Door, str]
+    open: Mapping[Door, Way]
+    """Every way there is, the taken one among them."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "open"}
+
+
+def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> ExitPlan:
+    """The door for an adapter over a base. `dtype`: of a LoRA's tensors, F32, F16 or Q8_0."""
+    found: dict[Door, Way | str] = {
+        door: ask(adapter, base, GGMLQuantizationType[dtype]) for door, ask in DOORS.items()
+    }
+    ways = {door: way for door, way in found.items() if isinstance(way, Way)}
+    taken = next((way for way in ways.values() if way.exact), next(iter(ways.values()), None))
+    others = {
+        door: way if isinstance(way, str) else f"open too: {way.why}"
+        for door, way in found.items() if taken is None or door != taken.door
+    }  # fmt: skip
+    if taken is None:
+        why = adapter.of_input or next(iter(others.values()))
+        return ExitPlan("refused", False, None, 0, False, why, _nearest(adapter), others, ways)
+    return ExitPlan(
+        taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, taken.notes,
+        others, ways,
+    )  # fmt: skip
+
+
+# -- the doors: a way, or why there is none -----------------------------------------------------------------------
+
+
+def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:
+    """A GGUF LoRA."""
+    if other := _no_weights(adapter):
+        return other
+    if more := _beyond_a_pair(adapter):
+        near = "; --svd-rank R writes the nearest LoRA of a rank" if _has_a_nearest(adapter) else ""
+        return f"llama.cpp adds B A x to W x and nothing else, and {adapter.one} {more}{near}"
+    if adapter.token_rows and base.tied:
+        return (
+            "the embedding of this base is its head too, and a LoRA of it would stop llama.cpp: "
+            f"export over the untied base that `{UNTIE}` writes"
+        )
+    one_hot = {name: (base.shapes[name][0], base.shapes[name][1], k) for name, k in adapter.token_rows.items()}
+    size = _pair_bytes({**adapter.pairs, **one_hot}, dtype)
+    narrow = {kind for shape in adapter.pairs.values() for kind in _kinds(shape, dtype)}
+    error = max((ROUNDING[kind] for kind in narrow), default=ROUNDING[dtype])
+    why = "it is B A and nothing else, which llama.cpp adds over any quantization of this base"
+    notes: tuple[str, ...] = ()
+    if dtype == Type.Q8_0 and narrow != {Type.Q8_0}:
+        notes = ("rows of Q8_0 are multiples of 32 numbers: matrices of another rank or width stay F16",)
+    return Way("adapter", True, error, size, True, why, notes)
+
+
+def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:
+    """The base with the adapter in its own numbers, and a LoRA over it for what is B A."""
+    if other := _no_weights(adapter):
+        return other
+    if not _beyond_a_pair(adapter):
+        return "nothing of it would go into the base: B A is added over it"
+    if adapter.whole:
+        return f"{len(adapter.whole)} weights change as a whole, and would be quantized again as a merge does"
+    if not base.is_gguf:
+        return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
+    if unloaded := _unloaded(adapter, base):
+        return unloaded
+    widened = {name for name in adapter.scaled if not can_scale(base.types[name])}
+    left = {name: shape for name, shape in adapter.pairs.items() if name not in adapter.whole}
+    grown = sum(_bytes(base.shapes[n], Type.F16) - _bytes(base.shapes[n], base.types[n]) for n in widened)
+    kinds = {Type.F16 if name in widened else base.types[name] for name in adapter.scaled}
+    error = max((ROUNDING[kind] if kind in ggml.FLOATS else OF_A_SCALE for kind in kinds), default=0.0)
+    if left:
+        error = max(error, *(ROUNDING[kind] for shape in left.values() for kind in _kinds(shape, dtype)))
+    notes = [f"{len(widened)} tensors become F16: blocks of their type have no float16 scale"] if widened else []
+    if left:
+        notes.append(
+            "what is B A of it lies over the patched base as a LoRA, which comes and goes with that base alone"
+        )
+    why = "factors of rows go into the scales of blocks, biases and norms are floats, and nothing is quantized again"
+    return Way("patched", True, error, base.size_bytes + grown + _pair_bytes(left, dtype), False, why, tuple(notes))
+
+
+def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:  # noqa: ARG001
+    """What our engine puts before every prompt."""
+    if not adapter.prompt_numbers:
+        return "it changes layers, and puts nothing before a prompt"
+    why = "it stands before every prompt, where our engine puts it; nothing of it is a weight"
+    return Way("soft prompt", True, 0.0, 4 * adapter.prompt_numbers, True, why)
+
+
+def as_merged(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:  # noqa: ARG001
+    """A model of its own."""
+    if other := _no_weights(adapter):
+        return other
+    if adapter.waits:
+        return "it acts from its invocation on, and a weight is the same for every token"
+    if unloaded := _unloaded(adapter, base):
+        return unloaded
+    if base.floats:
+        own = set(base.types.values()) or {Type.F16}
+        why = "it becomes part of the weights, whose floats are rounded once"
+        return Way("merged", True, max(ROUNDING[kind] for kind in own), base.size_bytes, False, why)
+    why = "its weights are quantized again: what that costs, the certificate measures. Merge into the 16-bit original"
+    return Way("merged", False, None, base.size_bytes, False, f"{why}, if you have it")
+
+
+DOORS: dict[Door, Callable[[AdapterFacts, BaseFacts, Type], Way | str]] = {
+    "adapter": as_adapter, "patched": as_patched, "soft prompt": as_soft_prompt, "merged": as_merged,
+}  # fmt: skip
+
+
+# -- what they ask ------------------------------------------------------------------------------------------------
+
+
+def _no_weights(adapter: AdapterFacts) -> str:
+    """Why nothing of it can be in a weight, if so."""
+    return adapter.of_input or ("what stands before a prompt is no weight" if adapter.prompt_numbers else "")
+
+
+def _beyond_a_pair(adapter: AdapterFacts) -> str:
+    """What it does beside adding B A, in words; empty for a LoRA."""
+    found = {
+        "multiplies whole rows": adapter.scaled, "changes weights as a whole": adapter.whole,
+        "changes biases": adapter.biases, "changes norms": adapter.norms,
+    }  # fmt: skip
+    return " and ".join(words for words, there in found.items() if there)
+
+
+def _has_a_nearest(adapter: AdapterFacts) -> bool:
+    """Whether a LoRA can come near it: what else it changes are weights."""
+    return bool(adapter.scaled or adapter.whole) and not adapter.biases and not adapter.norms
+
+
+def _unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:
+    """Why llama.cpp would not load what becomes of the base, if so."""
+    other = adapter.biases - base.own_biases - base.loaded_biases
+    return f"llama.cpp loads no bias for {', '.join(sorted(other))} of this family" if other else ""
+
+
+def _nearest(adapter: AdapterFacts) -> tuple[str, ...]:
+    if adapter.of_input:
+        return ("score it in torch (`edgelora eval --in torch`), or train a LoRA (--method lora)",)
+    return ("train with --target-modules, so that only layers with biases that llama.cpp loads are changed",)
+
+
+def _pair_bytes(pairs: Mapping[str, tuple[int, int, int]], dtype: Type) -> int:
+    """Of the matrices in a file, without its header."""
+    return sum(
+        _bytes((r, d_in), stored_as(d_in, dtype)) + _bytes((d_out, r), stored_as(r, dtype))
+        for d_out, d_in, r in pairs.values()
+    )
+
+
+def _kinds(shape: tuple[int, int, int], dtype: Type) -> tuple[Type, Type]:
+    _, d_in, r = shape
+    return stored_as(d_in, dtype), stored_as(r, dtype)
+
+
+def _bytes(shape: tuple[int, ...], kind: Type) -> int:
+    return Entry((prod(shape[:-1]), shape[-1]), kind).size_bytes

@@ -1,0 +1,97 @@
+"""`export --plan`: the door that an adapter would leave by over a base, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from converters.exit_facts import facts_of_adapter, facts_of_base, facts_of_prompt
+from converters.exit_plan import AdapterFacts, Door, ExitPlan, Way, plan_exit
+from converters.pair_types import pair_type
+from converters.patch import plan_patch
+from converters.quant_types import QUANT_TYPES
+from edgelora.base.model import Base, open_base
+from edgelora.errors import ExportError
+from edgelora.evaluate.studied import advice
+from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
+from edgelora.pipeline.export import read_checked, require_contract
+
+
+def plan(
+    base_path: Path, adapter_path: Path, dtype: str = "F16", *, allow_unverified: bool = False, measure: bool = False
+) -> ExitPlan:
+    """Which door the adapter leaves by. `dtype`: of a LoRA's numbers.
+
+    measure: whether the rounding of a patched base is measured, which reads every weight that is scaled, not bounded.
+    Raises what `export` does for a base or an adapter that cannot be read, or do not belong together.
+    """
+    dtype, base = pair_type(dtype).name, open_base(base_path)
+    if is_trained_prompt(adapter_path):
+        prompt = read_trained_prompt(adapter_path, base.config)
+        require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
+        return plan_exit(facts_of_prompt(prompt), facts_of_base(base), dtype)
+    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True)
+    facts = facts_of_adapter(adapter, base)
+    found = plan_exit(facts, facts_of_base(base), dtype)
+    if measure and found.door == "patched":
+        patch = plan_patch(base, adapter)
+        found = replace(found, expected_error=patch.error, notes=(*found.notes, *patch.notes))
+    return replace(found, notes=(*found.notes, *_advised(facts, base)))
+
+
+def own_type(base_path: Path) -> str:
+    """What a merge of this base is written as where nobody says: its own type, where llama.cpp has a name for it."""
+    quant = open_base(base_path).quant
+    return quant if quant in QUANT_TYPES else "F16"
+
+
+def through(found: ExitPlan, asked: str | None, adapter_path: Path) -> Way:
+    """The way by this door; without one the planned, where it is exact. Raises ExportError if there is none."""
+    if asked is None:
+        if found.door in found.open and found.exact:
+            return found.open[found.door]
+        raise _not_exact(found, adapter_path) if found.open else _refused(found, adapter_path)
+    door = cast(Door, asked)
+    if door in found.open:
+        return found.open[door]
+    if not found.open:
+        raise _refused(found, adapter_path)
+    raise ExportError(
+        what=f"{adapter_path}: it cannot leave as {door}",
+        why=found.others[door],
+        fix=f"leave --door out: it leaves as {found.door}" if found.exact else f"pass --door {found.door}",
+    )
+
+
+def in_words(found: ExitPlan) -> Iterator[str]:
+    """The plan, in lines for people."""
+    yield f"{found.door}: {found.why}"
+    if found.door != "refused":
+        error = found.expected_error
+        rounding = "what it costs is measured once it is written" if error is None else f"rounding at most {error:.2g}"
+        stays = "comes and goes over a loaded base" if found.hot_swappable else "is loaded as a model"
+        yield f"{found.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
+    yield from found.notes
+    for door, why in found.others.items():
+        yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
+
+
+def _advised(facts: AdapterFacts, base: Base) -> Iterator[str]:
+    """What the study of ways says of this level (docs/which-way.md), for a LoRA that lies over it."""
+    said = advice(base.quant, ()) if facts.pairs else None
+    if said is not None:
+        yield said
+
+
+def _refused(found: ExitPlan, adapter_path: Path) -> ExportError:
+    return ExportError(f"{adapter_path}: no door leads to llama.cpp", found.why, "; ".join(found.notes))
+
+
+def _not_exact(found: ExitPlan, adapter_path: Path) -> ExportError:
+    return ExportError(
+        what=f"{adapter_path}: no exact way leads to llama.cpp over this base",
+        why=found.why,
+        fix=f"pass --door {found.door} to take it as it is, or look at --plan for the others",
+    )

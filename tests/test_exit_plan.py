@@ -1,0 +1,265 @@
+"""The planner over the whole table of methods and kinds of bases, and the ways that it leads to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType as Type
+from test_vectors import FAMILIES, IDS, family, trained
+
+from converters.adapter_to_gguf import write_adapter_gguf
+from converters.exit_facts import facts_of_adapter, facts_of_base
+from converters.exit_plan import DOORS, AdapterFacts, plan_exit
+from converters.pair_types import stored
+from converters.scaled_rows import SCALES
+from converters.svd import nearest_lora
+from edgelora.base import ggml
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.cli import run
+from edgelora.errors import ExportError
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.files.gguf import GGUFFile
+from edgelora.peft.inject import attach
+from edgelora.peft.methods import METHODS
+from runtime.scorer import ScoringEngine
+
+LAYERED = [name for name, row in METHODS.items() if row.before is None]
+WHOLE = [name for name, row in METHODS.items() if row.exits == ("merged",)]
+__all__ = ["family"]
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    return open_base(tiny.path)
+
+
+@pytest.fixture(scope="module")
+def bases(base, make_tiny):
+    """Facts of bases of every kind: as they are, as a checkpoint, and as if their matrices were of another type."""
+    own = facts_of_base(base)
+
+    def of(kind):
+        return replace(own, quant=kind.name, types={
+            name: kind if len(own.shapes[name]) == 2 else Type.F32 for name in own.types
+        })  # fmt: skip
+
+    return {
+        "F32": own, "untied": facts_of_base(open_base(make_tiny(tied=False).path)),
+        "checkpoint": replace(own, types={}),
+        **{kind.name: of(kind) for kind in (Type.F16, Type.BF16, Type.Q4_0, Type.Q4_K, Type.Q6_K, Type.IQ1_M)},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def facts(base):
+    return {name: facts_of_adapter(trained(base, name)[1], base) for name in LAYERED}
+
+
+# -- the table ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", LAYERED)
+def test_every_method_leaves_by_the_first_of_its_doors_that_is_exact(facts, bases, method):
+    doors = METHODS[method].exits
+    for name, base in bases.items():
+        found = plan_exit(facts[method], base)
+        open_doors = [door for door in doors if not (door == "patched" and name == "checkpoint")]
+        assert set(open_doors) <= set(found.open), name
+        assert found.door == (open_doors[0] if open_doors else "refused"), name
+        assert found.exact == (bool(doors) and (found.door != "merged" or base.floats)), name
+        assert found.hot_swappable == (found.door == "adapter")
+        assert (found.expected_error is None) == (not found.exact)
+        assert {*found.others, found.door} == {*DOORS, found.door}
+        assert found.why
+        assert all(found.others.values())
+
+
+@pytest.mark.parametrize("kind", [*SCALES, Type.IQ1_M, Type.MXFP4], ids=lambda kind: kind.name)
+def test_types_without_a_float16_scale_become_f16_in_a_patched_base(facts, bases, kind):
+    own = bases["F32"]
+    base = replace(own, types={n: kind if n.endswith("attn_k.weight") else Type.F16 for n in own.types})
+    found, plain = plan_exit(facts["ia3"], base), plan_exit(facts["ia3"], bases["F16"])
+    assert found.door == "patched"
+    wide = kind not in SCALES
+    assert bool(found.notes) == wide
+    assert (found.size_bytes > own.size_bytes) == wide
+    assert found.expected_error == plain.expected_error == 2.0**-11
+
+
+def test_what_a_family_has_no_bias_for_is_refused_with_the_reason(facts, bases):
+    base = replace(bases["F32"], loaded_biases=frozenset({"self_attn.q_proj"}))
+    found = plan_exit(facts["bitfit"], base)
+    assert found.door == "refused"
+    assert "llama.cpp loads no bias for mlp.down_proj" in found.why or "mlp.down_proj" in found.others["merged"]
+    assert "--target-modules" in found.notes[0]
+    only = replace(facts["bitfit"], biases=frozenset({"self_attn.q_proj"}))
+    assert plan_exit(only, base).door == "patched"
+
+
+def test_a_row_of_a_tied_embedding_is_no_adapter(bases):
+    """Such a file aborts the process that loads it."""
+    tokens = AdapterFacts("a LoRA with token rows", token_rows={"token_embd.weight": 2})
+    found = plan_exit(tokens, bases["F32"])
+    assert "adapter" not in found.open
+    assert "edgelora untie" in found.others["adapter"]
+    assert plan_exit(tokens, bases["untied"]).door == "adapter"
+
+
+def test_a_prompt_leaves_as_one_and_by_no_other_door(bases):
+    found = plan_exit(AdapterFacts("a soft prompt", prompt_numbers=20 * 256), bases["Q4_K"])
+    assert (found.door, found.size_bytes, set(found.open)) == ("soft prompt", 4 * 20 * 256, {"soft prompt"})
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_size_and_error_are_those_of_the_file(base, facts, tmp_path, kind):
+    _, adapter = trained(base, "lora")
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", kind)
+    found, file = plan_exit(facts["lora"], facts_of_base(base), kind), GGUFFile(tmp_path / "a.gguf")
+    assert sum(info.size_bytes for info in file.tensors.values()) == found.size_bytes
+    for name, info in file.tensors.items():
+        target, _, half = name.rpartition(".")
+        written = ggml.dequantize(file.rows(name), info.type, info.shape[-1])
+        module = next(m for m in adapter.linears if base.tensor_of(m) == target)
+        if half == "lora_a":
+            wanted = adapter.pair(module).a
+            sizes = np.abs(wanted).reshape(-1, 32)
+            largest = sizes.max(1, keepdims=True) if info.type == Type.Q8_0 else sizes
+            apart = np.abs(written - wanted).reshape(sizes.shape)
+            # Q8_0's scale is a float16 itself, rounded once: 127 times 2⁻¹¹ of half a step more
+            assert (apart <= (1 + 0.13 * (info.type == Type.Q8_0)) * found.expected_error * largest).all()
+
+
+# -- Q8_0 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_llama_cpp_computes_a_q8_0_lora_nearly_as_torch_does(base, make_adapter, tmp_path, rank):
+    adapter = make_adapter(base, rank=rank)
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "Q8_0")
+    kinds = {(name[-1], info.type) for name, info in GGUFFile(tmp_path / "a.gguf").tensors.items()}
+    assert kinds == {("a", Type.Q8_0), ("b", Type.Q8_0 if rank == 32 else Type.F16)}
+    decoder = build_decoder(base)
+    attach(decoder, adapter)
+    with ScoringEngine(base, n_ctx=64, threads=1) as engine:
+        engine.load("a", tmp_path / "a.gguf", allow_unverified=True)
+        engine.use({"a": 1.0})
+        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
+    found = fidelity([(decoder.logits(IDS).numpy(), theirs)])
+    assert 0 < found.kl_mean <= 2e-3
+    assert fidelity([(build_decoder(base).logits(IDS).numpy(), theirs)]).kl_mean > 20 * found.kl_mean
+
+
+@pytest.fixture(scope="module")
+def make_adapter():
+    from test_export import make_adapter
+
+    return make_adapter
+
+
+def test_a_value_beyond_a_type_is_refused_by_name():
+    for kind, most in ((Type.F16, 7e4), (Type.Q8_0, 1e7)):
+        with pytest.raises(ExportError, match=f"blk: a value of the adapter does not fit into {kind.name}"):
+            stored(np.full((1, 32), most, np.float32), kind, "blk")
+
+
+# -- through the doors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_computes_a_lora_of_each_family(family, tmp_path, name):
+    base = open_base(family(name).gguf)
+    decoder, adapter = trained(base, "lora")
+    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F32")
+    with ScoringEngine(base, n_ctx=64, threads=1) as engine:
+        engine.load("a", tmp_path / "a.gguf", allow_unverified=True)
+        engine.use({"a": 1.0})
+        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
+    found = fidelity([(decoder.logits(IDS).detach().numpy(), theirs)])
+    assert found.kl_mean <= 1e-4
+    assert found.same_top == 1.0
+
+
+@pytest.mark.parametrize(("method", "door"), [("dora", "patched"), ("full", "merged"), ("lora", "adapter")])
+def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, door):
+    trained(base, method, folder=tmp_path / "mine")
+    words = ["export", str(tiny.path), str(tmp_path / "mine"), "--allow-unverified-base", "--json"]
+    assert run([*words, "--plan"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["door"] == door
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing was written
+    assert run([*words, "--out", str(tmp_path / "made.gguf")]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["door"] == door
+    assert made["certificate"]["passed"]
+
+
+def test_what_is_not_exact_is_never_done_silently(make_tiny, tmp_path, capsys):
+    model = make_tiny(Type.Q8_0)
+    trained(open_base(model.path), "ia3", folder=tmp_path / "mine")
+    words = ["export", str(model.path), str(tmp_path / "mine"), "--allow-unverified-base", "--out", str(tmp_path / "x")]
+    assert run([*words, "--door", "adapter"]) == 1
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        f"error: {tmp_path / 'mine'}: it cannot leave as adapter",
+        "  why: llama.cpp adds B A x to W x and nothing else, and an IA3 multiplies whole rows; --svd-rank R writes "
+        "the nearest LoRA of a rank",
+        "  fix: leave --door out: it leaves as patched",
+    ]
+    assert run(["export", str(model.path), str(tmp_path / "mine")]) == 1
+    assert "pass --out FILE, or --plan" in capsys.readouterr().err
+
+
+def test_the_plan_in_words(base, tiny, tmp_path, capsys):
+    trained(base, "houlsby", folder=tmp_path / "mine")
+    assert run(["export", str(tiny.path), str(tmp_path / "mine"), "--allow-unverified-base", "--plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "refused: it bends what a layer answers by a gelu, and a weight multiplies alone"
+    assert lines[1].startswith("score it in torch (`edgelora eval --in torch`)")
+
+
+# -- the nearest LoRA ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "full", "lora"])
+def test_the_nearest_lora_is_the_svd_of_what_changes(base, tiny, method):
+    if method == "full":
+        _, adapter = trained(base, "full")
+        adapter = replace(adapter, tensors={m: adapter.tensors[m] for m in adapter.linears})
+    else:
+        _, adapter = trained(base, method)
+    found = nearest_lora(base, adapter, 1 if method == "lora" else 8)
+    module = adapter.linears[0]
+    change = torch.from_numpy(adapter.change(module).change(tiny.weights[f"{module}.weight"]))
+    values = torch.linalg.svdvals(change.double())
+    wanted = float((values[8:].square().sum() / values.square().sum()).sqrt()) if method != "lora" else 0.0
+    pair = found.adapter.pair(module)
+    apart = torch.linalg.norm(change - torch.from_numpy(pair.b @ pair.a)) / torch.linalg.norm(change)
+    assert float(apart) == pytest.approx(wanted, abs=1e-3)
+    assert found.errors[module] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_svd_is_written_with_what_it_loses(make_tiny, tmp_path, capsys):
+    model = make_tiny()
+    trained(open_base(model.path), "dora", folder=tmp_path / "mine")
+    lost = []
+    for rank in (2, 256):
+        words = ["export", str(model.path), str(tmp_path / "mine"), "--allow-unverified-base", "--json"]
+        assert run([*words, "--svd-rank", str(rank), "--type", "F32", "--out", str(tmp_path / f"{rank}.gguf")]) == 0
+        told = capsys.readouterr()
+        assert "it is not the adapter" in told.err
+        found = json.loads(told.out)["certificate"]
+        assert found["passed"]
+        lost.append((found["svd_error"], found["lost"]["kl_mean"]))
+    assert lost[0][0] > 0.3
+    assert lost[1][0] < 1e-5
+    assert lost[0][1] > 100 * lost[1][1]
+
+
+def test_norms_and_biases_have_no_singular_values(base):
+    for method, more in (("layernorm", "norms"), ("bitfit", "biases")):
+        with pytest.raises(ExportError, match=f"changes [0-9]+ {more}"):
+            nearest_lora(base, trained(base, method)[1], 4)
