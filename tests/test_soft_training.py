@@ -24,14 +24,15 @@ from edgelora.data.encode import Example
 from edgelora.data.pack import pack
 from edgelora.errors import AdapterError, ConfigError
 from edgelora.nn.generate import Until, generate
-from edgelora.peft.adapter import CONFIG
+from edgelora.peft.adapter import CONFIG, write_folder
 from edgelora.peft.inject import inject, without_adapter
 from edgelora.peft.methods import METHODS
-from edgelora.peft.soft_prompt import read_trained_prompt
+from edgelora.peft.soft_prompt import SAVED, read_trained_prompt
 from edgelora.peft.targets import Where
 from edgelora.peft.virtual_settings import VirtualTokens
 from edgelora.peft.virtual_tokens import begin_as, given, saved
 from edgelora.pipeline.export import export
+from edgelora.pipeline.inspect_adapter import peft_adapter
 from edgelora.pipeline.merge import merge
 from edgelora.training.defaults import choose
 from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
@@ -298,6 +299,17 @@ def test_the_plan_counts_them(settings, base, tiny, tmp_path, kind):  # noqa: F8
     one = planned.config.model_copy(update={"num_virtual_tokens": 1})
     rows = [footprint(model, planned.config, Load(64, 32, True)), footprint(model, one, Load(63 + N, 31 + N, True))]
     assert rows[0].activations == rows[1].activations  # of as long a row
+
+
+def test_a_folder_of_it_is_inspected_without_a_base(trained, tiny, tmp_path):
+    facts = peft_adapter(trained("prefix").out)
+    assert (facts.method, facts.base, facts.parameters, facts.faults) == ("prefix_tuning", tiny.path.name, N * 512, [])
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("yes", "no", "export first")
+    broken = tmp_path / "broken"
+    write_folder(broken, {"peft_type": "P_TUNING"}, {SAVED: np.full((2, 3), np.nan, np.float32)}, None)
+    facts = peft_adapter(broken)
+    assert facts.faults == ["prompt_embeddings holds NaN or infinite values"]
+    assert (facts.method, facts.export.answer, facts.chat.answer) == ("p_tuning", "no", "no")
 
 
 def test_a_folder_of_it_cannot_be_merged(trained, tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +52,16 @@ def read_trained_prompt(path: Path, config: ModelConfig) -> TrainedPrompt:
     refuse_pickle(path)
     settings = read_json(path / CONFIG)
     file = SafetensorsFile(path / TENSORS)
-    faults = _settings_faults(settings)
     prefixed = settings.get("peft_type") == PREFIXED
     heads = (config.num_key_value_heads, config.head_dim)
     width = 2 * config.num_hidden_layers * heads[0] * heads[1] if prefixed else config.hidden_size
-    saved = file.tensors.get(SAVED)
-    if saved is None or set(file.tensors) != {SAVED}:
-        faults.append(f"it holds {', '.join(sorted(file.tensors)) or 'nothing'}, expected {SAVED} alone")
-    elif len(saved.shape) != 2 or saved.shape[1] != width or not saved.shape[0]:
-        faults.append(f"{SAVED} is {saved.shape}, expected (n, {width})")
-    elif not np.isfinite(values := file.floats(SAVED)).all():
-        faults.append(f"{SAVED} holds NaN or infinite values")
-    if faults:
+    if faults := faults_of(settings, file, width):
         raise AdapterError(
             what=f"{path}: " + "; ".join(faults),
             why="it was trained on another base model, with settings that change more than the prompt, or is damaged",
             fix="pass the base it was trained on, or train again on this one",
         )
-    contract = None
+    values, contract = file.floats(SAVED), None
     if (path / FILE_NAME).exists():
         text = (path / FILE_NAME).read_text(encoding="utf-8", errors="replace")
         contract = read_contract(text, str(path / FILE_NAME))
@@ -80,7 +73,19 @@ def read_trained_prompt(path: Path, config: ModelConfig) -> TrainedPrompt:
     return TrainedPrompt(keys=keys, values=values, contract=contract)
 
 
-def _settings_faults(settings: Any) -> list[str]:
+def faults_of(settings: Mapping[str, Any], file: SafetensorsFile, width: int | None = None) -> list[str]:
+    """What is wrong with such a folder's settings and tensors; width: of its rows, where a base tells it."""
+    faults, saved = _settings_faults(settings), file.tensors.get(SAVED)
+    if saved is None or set(file.tensors) != {SAVED}:
+        faults.append(f"it holds {', '.join(sorted(file.tensors)) or 'nothing'}, expected {SAVED} alone")
+    elif len(saved.shape) != 2 or saved.shape[1] != (width or saved.shape[1]) or not saved.shape[0]:
+        faults.append(f"{SAVED} is {saved.shape}, expected (n, {width or 'width'})")
+    elif not np.isfinite(file.floats(SAVED)).all():
+        faults.append(f"{SAVED} holds NaN or infinite values")
+    return faults
+
+
+def _settings_faults(settings: Mapping[str, Any]) -> list[str]:
     faults = []
     if settings.get("task_type") not in (None, "CAUSAL_LM"):
         faults.append(f"task_type is {settings['task_type']}, expected CAUSAL_LM")

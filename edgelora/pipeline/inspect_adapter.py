@@ -17,9 +17,11 @@ from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, read_adapter, refuse_pickle
 from edgelora.peft.kinds import NORM, Kind, kind_of
+from edgelora.peft.soft_prompt import faults_of, is_trained_prompt
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
 CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
+CHAT_OF_A_PROMPT = Ability("export first", "our engine puts a GGUF before prompts, and `edgelora export` writes one")
 MERGE_IT = "merge it into its base with `edgelora merge`"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -61,6 +63,8 @@ def peft_adapter(path: Path) -> AdapterFacts:
     """Raises FileFormatError if its two files cannot be read, AdapterError if its tensors are in a pickle only."""
     refuse_pickle(path)
     config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
+    if is_trained_prompt(path):
+        return _trained_prompt(path, config, file)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
     kind = kind_of(config) if isinstance(config, dict) else None
     linears, norms = _layers(kind, {name: t.shape for name, t in file.tensors.items()})
@@ -95,6 +99,25 @@ def peft_adapter(path: Path) -> AdapterFacts:
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
         export=export, merge=merge, chat=chat,
+    )  # fmt: skip
+
+
+def _trained_prompt(path: Path, config: Mapping[str, Any], file: SafetensorsFile) -> AdapterFacts:
+    """The facts of prompt tuning, P-tuning or prefix tuning."""
+    faults, contract, base = faults_of(config, file), None, config.get("base_model_name_or_path")
+    try:
+        contract = _contract(path / FILE_NAME)
+    except AdapterError as e:
+        faults.append(reason(e, path))
+    types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
+    export = _ability(contract, faults)
+    return AdapterFacts(
+        "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
+        contract.base_file.name if contract else str(base) if base else None, None, {}, {},
+        sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
+        contract.certificate if contract else None, faults, export=export,
+        merge=Ability("no", "it stands before prompts, and changes no weight"),
+        chat=export if faults else CHAT_OF_A_PROMPT,
     )  # fmt: skip
 
 
