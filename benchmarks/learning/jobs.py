@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -45,21 +45,20 @@ def before(task: str, over: str) -> str:
 
 
 def plan(found: Results, /, *, guess: bool = False) -> list[Job]:
-    """All jobs that are known so far: of the main rows first, and each round of all rows before the next round.
+    """All jobs that are known so far: each round of all main rows before the next, then the others row by row.
 
     A row's further runs are known when its learning rate is chosen; `guess`: take its own where it is not, to count.
     """
     every = rows()
     main, others = [row for row in every if row.main], [row for row in every if not row.main]
-    rounds: list[Iterator[Job]] = [
+    rounds: list[Iterable[Job]] = [
         *(_training(row, check(row, FACTORS[0])) for row in main),
         *(_before(over, task.name) for over in (Q4_1, Q4_0) for task in TASKS),
         *(_checks(found, row) for row in main),
         *(_seeds(found, row, SEEDS[:1], guess) for row in main),
         *(_training(row, check(row, FACTORS[0])) for row in others),
         *(_seeds(found, row, SEEDS[1:], guess) for row in main),
-        *(_checks(found, row) for row in others),
-        *(_seeds(found, row, SEEDS[:1], guess) for row in others),
+        *(chain(_checks(found, row), _seeds(found, row, SEEDS[:1], guess)) for row in others),
     ]
     return list({job.makes: job for job in chain(*rounds)}.values())
 

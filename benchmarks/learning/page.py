@@ -45,8 +45,8 @@ The loss is the mean −log p (nats) of an answer's token over {test_rows} rows 
 which there are as many as stand behind it. Before any training it is {before_q4_1}. *Against lora* is the mean
 difference over both tasks on the same seeds with its 95 % interval, * where that does not hold 0; of one seed it holds
 the chance of the rows alone, and is too narrow. *Memory* is the highest of the process, with all that Python and torch
-take. *File* is the GGUF that the adapter leaves as (F16), or, where it leaves as none (†), what is kept of it until it
-is merged (float32). ‡: it changes weights, and had those of the file held as float32, not as blocks.
+take. *File* is the GGUF that the adapter leaves as (F16), or, where it leaves as none (†), its tensors as they are kept
+(float32). ‡: it changes weights, and had those of the file held as float32, not as blocks.
 
 {times}
 

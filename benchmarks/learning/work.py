@@ -22,7 +22,7 @@ from edgelora.data.conversation import read_conversations
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.evaluate.protocols import Alternative
 from edgelora.evaluate.score import questions
-from edgelora.peft.adapter import TENSORS, read_adapter
+from edgelora.peft.adapter import TENSORS, Adapter, read_adapter
 from edgelora.peft.inject import attach
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
@@ -123,9 +123,14 @@ def artefact(base: Base, folder: Path, method: str) -> dict[str, Any]:
     """The size of the GGUF that it leaves as, where it leaves as one over its base; else of what is kept of it."""
     if "adapter" in METHODS[method].exits:
         written = folder.with_suffix(".gguf")
-        write_adapter_gguf(written, read_adapter(folder, base.linears, base.norms), base, "adapter", "F16")
+        write_adapter_gguf(written, trained(folder, base), base, "adapter", "F16")
         return {"artefact": "GGUF", "artefact_bytes": written.stat().st_size}
     return {"artefact": "tensors", "artefact_bytes": (folder / TENSORS).stat().st_size}
+
+
+def trained(folder: Path, base: Base) -> Adapter:
+    """Of any kind, an aLoRA too."""
+    return read_adapter(folder, base.linears, base.norms, may_wait=True)
 
 
 def score(base: Base, folder: Path | None, rows: Path, count: int) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def score(base: Base, folder: Path | None, rows: Path, count: int) -> dict[str, 
     if folder is not None and is_trained_prompt(folder):
         scorer.decoder.before = given(read_trained_prompt(folder, base.config))
     elif folder is not None:
-        attach(scorer.decoder, read_adapter(folder, base.linears, base.norms))
+        attach(scorer.decoder, trained(folder, base))
     asked = questions(read_conversations(rows)[:count], base.tokenizer, base.template)
     every = [Alternative((*q.prompt, *q.reference), len(q.prompt)) for q in asked]
     with computing(choose_products(), compute_threads()):
