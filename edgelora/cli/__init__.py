@@ -19,7 +19,9 @@ from edgelora.cli.methods import methods
 from edgelora.cli.perplexity import perplexity
 from edgelora.cli.quantize import quantize
 from edgelora.cli.report import report
+from edgelora.cli.residual import residual
 from edgelora.cli.state import state
+from edgelora.cli.untie import untie
 from edgelora.errors import EdgeloraError
 
 app = typer.Typer(
@@ -42,6 +44,8 @@ app.command()(merge)
 app.command()(compose)
 app.command()(imatrix)
 app.command()(quantize)
+app.command()(residual)
+app.command()(untie)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(perplexity)
 app.command()(report)
