@@ -1,7 +1,7 @@
 """Every row of METHODS trained on SmolLM2-135M: how well each learns, and what it costs. Writes docs/methods.md.
 
     .venv/bin/python benchmarks/methods.py --room FOLDER [--jobs 1]    # goes on where it was stopped
-    .venv/bin/python benchmarks/methods.py --room FOLDER --rows time   # a step of each, on a quiet machine
+    .venv/bin/python benchmarks/methods.py --room FOLDER --rows time   # a step of each; let nothing else run
     .venv/bin/python benchmarks/methods.py --room FOLDER --status
     .venv/bin/python benchmarks/methods.py --room FOLDER --write       # the results, and the page from them
     .venv/bin/python benchmarks/methods.py --page                      # the page from the recorded results
@@ -49,7 +49,7 @@ def with_room(args: argparse.Namespace) -> None:
     elif args.rows == "time":
         from learning.timing import measure
 
-        measure(room)
+        measure(room, *map(int, args.part.split("/")))
     elif args.write:
         write(room)
     else:
@@ -63,6 +63,7 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, a core for each")
     parser.add_argument("--rows", choices=("learn", "time"), default="learn", help="how they learn, or a step's time")
+    parser.add_argument("--part", default="1/1", help="of the methods to time: 1/3, 2/3 and 3/3 are all of them")
     parser.add_argument("--status", action="store_true", help="say how far it is, and do nothing")
     parser.add_argument("--write", action="store_true", help="results/methods.json and the page from what is there")
     parser.add_argument("--page", action="store_true", help="docs/methods.md from results/methods.json alone")

@@ -143,13 +143,13 @@ def _table(found: Mapping[str, Any], overs: Sequence[str]) -> str:
         return "Nothing yet."
     reference = own[0]["against"]
     head = [
-        "method", *(f"loss, {task}" for task in tasks), f"against {reference}", "rank", "trained", "step, s",
+        "method", *(f"loss, {task}" for task in tasks), f"against {reference}", "rank", "trained", "step, × lora",
         "memory, MB", "file, MB",
     ]  # fmt: skip
     rows = [
         (
             f"{row['name']}{' ‡' * (row['held'] == 'f32')}", *(_loss(row["by_task"].get(task)) for task in tasks),
-            _against(row), row["rank"] or "–", f"{row['trained']:,}", _seconds(row), f"{row['peak_bytes'] / 1e6:.0f}",
+            _against(row), row["rank"] or "–", f"{row['trained']:,}", _step(row), f"{row['peak_bytes'] / 1e6:.0f}",
             f"{row['artefact_bytes'] / 1e6:.2f}{' †' * (row['artefact'] != 'GGUF')}",
         )
         for row in own
@@ -169,18 +169,19 @@ def _against(row: Mapping[str, Any]) -> str:
     return "–" if figure is None else f"{_interval(figure)}{' *' * figure['is_clear']}"
 
 
-def _seconds(row: Mapping[str, Any]) -> str:
-    return "–" if row["step_s"] is None else f"{row['step_s']:.2f}"
+def _step(row: Mapping[str, Any]) -> str:
+    step = row["step"]
+    return f"{step['seconds'] / step['beside']:.2f}" if step else "–"
 
 
 def _times(found: Mapping[str, Any]) -> str:
-    timed = next((row for row in found["rows"] if row["step_s"] is not None), None)
+    timed = next((row["step"] for row in found["rows"] if row["step"]), None)
     if timed is None:
         return "Steps were not timed yet."
-    threads = timed["step_threads"]
     return (
-        f"*Step* is the median of {timed['step_rounds']} steps of {found['batch_rows']} rows, one of each method in "
-        f"every round, in one process with {threads} thread{'s' * (threads != 1)} on a quiet machine."
+        f"*Step* is the median of {timed['rounds']} steps of {found['batch_rows']} rows over that of a LoRA of rank 16. In "
+        "one process each has a step in every round, so that what else the machine does falls on all of them. The LoRA's "
+        f"took {timed['beside']:.2f} s with {timed['threads']} thread{'s' * (timed['threads'] != 1)}."
     )
 
 

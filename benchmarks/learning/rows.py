@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -35,6 +34,7 @@ MAIN = (
     Row(f"lora, rank {WIDE}", "lora", rank=WIDE, main=True),
     Row(f"rslora, rank {WIDE}", "rslora", rank=WIDE, main=True),
 )
+REFERENCE = "lora"
 LOFTQ = Row("loftq", "loftq", over=Q4_0)  # its start needs an original, which the Q4_1 file has not
 
 
@@ -45,8 +45,8 @@ def rows() -> tuple[Row, ...]:
     return (*MAIN, *others, LOFTQ)
 
 
-def named(name: str, among: Iterable[Row] | None = None) -> Row:
-    return next(row for row in (rows() if among is None else among) if row.name == name)
+def named(name: str) -> Row:
+    return next(row for row in rows() if row.name == name)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from learning.rows import (
     FACTORS,
     Q4_0,
     Q4_1,
+    REFERENCE,
     SEEDS,
     STEPS,
     TASKS,
@@ -31,7 +32,7 @@ from learning.rows import (
     rows,
 )  # fmt: skip
 
-REFERENCE = {Q4_1: "lora"}  # over Q4_0, whole or not: qlora
+USUAL = {Q4_1: REFERENCE}  # over Q4_0, whole or not: qlora
 FACTS = ("rank", "alpha", "learning_rate", "peak_bytes", "trained", "artefact", "artefact_bytes", "held")
 
 
@@ -87,7 +88,7 @@ def runs_of(found: Results, row: Row) -> Runs:
 
 def told(found: Results, row: Row, of_rows: Mapping[str, Runs]) -> dict[str, Any]:
     own = of_rows[row.name]
-    reference = REFERENCE.get(row.over, "qlora")
+    reference = USUAL.get(row.over, "qlora")
     one = next(iter(next(iter(own.values())).values()))
     timed = found.get(f"time/{row.name}", {})
     against = None if row.name == reference else difference(of_rows.get(reference, {}), own, LOSS)
@@ -97,7 +98,7 @@ def told(found: Results, row: Row, of_rows: Mapping[str, Runs]) -> dict[str, Any
         "against": reference, "difference": None if against is None else shown(against),
         "skipped": sum(run["skipped"] for seeds in own.values() for run in seeds.values()),
         "peak_bytes": max(run["peak_bytes"] for seeds in own.values() for run in seeds.values()),
-        "step_s": timed.get("seconds"), "step_threads": timed.get("threads"), "step_rounds": timed.get("rounds"),
+        "step": {name: value for name, value in timed.items() if name != "failed"},
     }  # fmt: skip
 
 

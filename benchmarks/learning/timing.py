@@ -1,11 +1,10 @@
-"""What a step of each method takes: all of them in one process, a step of each in every round, the median of rounds."""
+"""What a step of each method takes against a LoRA's: in one process, each with a step in every round."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 from study.room import Room
@@ -24,7 +23,7 @@ from edgelora.training.settle import settle
 from edgelora.training.state import State
 from edgelora.training.where import where_of
 from learning.jobs import check
-from learning.rows import Q4_1, Row, rows
+from learning.rows import Q4_1, REFERENCE, Row, named, rows
 from learning.work import config_of, path_of
 
 ROUNDS = 5  # beside the first, which warms up
@@ -61,25 +60,35 @@ class Stepping:
         self.seconds.append(time.perf_counter() - start)
 
 
-def measure(room: Room, rounds: int = ROUNDS) -> None:
-    """Keep the median seconds of a step of every method over the Q4_1 file, or the same weights as float32."""
+def measure(room: Room, part: int, parts: int, rounds: int = ROUNDS) -> None:
+    """Keep what a step takes of every `parts`-th method over the Q4_1 file, or the same weights as float32.
+
+    A LoRA is timed beside each part: what a machine does otherwise changes, and parts would not compare without it.
+    """
+    asked = [row for row in rows() if row.over == Q4_1][part - 1 :: parts]
+    usual = named(REFERENCE)
     with computing(choose_products(), compute_threads()):
-        every = list(_stepping(room))
+        every = list(_stepping(room, [usual, *(row for row in asked if row != usual)]))
         for _ in range(rounds + 1):
             for one in every:
                 one.step()
+    beside = median(every[0].seconds[1:])
     for one in every:
-        said = {"seconds": median(one.seconds[1:]), "rounds": rounds, "threads": compute_threads()}
-        room.keep(f"time/{one.row.name}", said)
+        if one.row in asked:
+            said = {
+                "seconds": median(one.seconds[1:]),
+                "beside": beside,
+                "rounds": rounds,
+                "threads": compute_threads(),
+            }
+            room.keep(f"time/{one.row.name}", said)
 
 
-def _stepping(room: Room) -> Iterator[Stepping]:
+def _stepping(room: Room, asked: Iterable[Row]) -> Iterator[Stepping]:
     base = open_base(path_of(Q4_1, room))
-    for row in rows():
-        if row.over != Q4_1:
-            continue
+    for row in asked:
         try:
-            config = settle(config_of(row, check(row, 1.0), room, Path(room.folder / "none")), base).config
+            config = settle(config_of(row, check(row, 1.0), room, room.folder / "none"), base).config
         except EdgeloraError as e:
             room.keep(f"time/{row.name}", {"failed": f"{e.what} ({e.why})"})
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,15 +97,18 @@ def fit(key: str, room: Room) -> dict[str, Any]:
     training = Training.read(key)
     row = named(training.row)
     base = open_base(path_of(row.over, room))
-    with tempfile.TemporaryDirectory(dir=room.folder) as folder:
-        out = Path(folder) / "adapter"
-        config = config_of(row, training, room, out)
+    folder = room.file(key)
+    shutil.rmtree(folder, ignore_errors=True)  # of a child that was killed
+    folder.mkdir()
+    try:
+        config = config_of(row, training, room, folder / "adapter")
         run = run_training(config)
-        shutil.rmtree(run.folder)
-        result = score(base, out, room.rows(training.task, "test"), TEST_ROWS)
+        result = score(base, run.out, room.rows(training.task, "test"), TEST_ROWS)
         if training.is_check:
-            result["valid_loss"] = score(base, out, room.rows(training.task, "valid"), VALID_ROWS)["loss"]
-        return {**result, **facts(run, config, base), **artefact(base, out, config.method)}
+            result["valid_loss"] = score(base, run.out, room.rows(training.task, "valid"), VALID_ROWS)["loss"]
+        return {**result, **facts(run, config, base), **artefact(base, run.out, config.method)}
+    finally:
+        shutil.rmtree(folder)
 
 
 def facts(run: Run, config: TrainConfig, base: Base) -> dict[str, Any]:
