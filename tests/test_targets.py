@@ -184,14 +184,15 @@ def test_peft_with_the_same_settings_computes_the_same(tiny, transformers_model,
                                     and row.peft_type == "LORA"])  # fmt: skip
 def test_every_method_that_takes_them_leaves_as_what_it_is(tiny, tmp_path, method):
     """Whatever ranks, α and scales: the files compute what was trained."""
-    decoder = build_decoder(open_base(tiny.path))
+    base = open_base(tiny.path)
+    decoder = build_decoder(base)
     where = Where(rank_pattern={"q_proj": 2, "down_proj": 8}, alpha_pattern={"q_proj": 30.0}, use_rslora=True)
     inject(decoder, method, RANK, ALPHA, 0, where)
     stir(decoder)
     ours = decoder.logits(IDS)
     config = adapter_config(decoder, method, RANK, ALPHA, "-", where)
     write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    attach(decoder, read_adapter(tmp_path / "mine", base.linears, base.norms))
     torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-4, rtol=1e-5)
 
 

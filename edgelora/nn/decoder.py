@@ -32,6 +32,7 @@ from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.recompute import is_replay, recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
+from edgelora.nn.shifted import shifted_attention
 from edgelora.nn.virtual import NOTHING, Before, KeysValues, Row, Virtual, behind_past
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
@@ -122,6 +123,8 @@ class Attention(nn.Module):
         self.norm_per_head = architecture.qk_norm == "head"
         self.cache: KeyValues | None = None
         """While sequences grow (`nn/generate.py`): their keys and values so far. None: a row is all there is."""
+        self.group: int | None = None
+        """While a LongLoRA learns: how many tokens attend to each other (`nn/shifted.py`)."""
 
     def forward(
         self, x: Tensor, tables: Tables, starts: list[int], prefix: int, past: KeysValues | None = None
@@ -134,7 +137,11 @@ class Attention(nn.Module):
         q, k = self._ready(q, self.q_norm, tables), self._ready(k, self.k_norm, tables)
         v = v.unflatten(-1, (-1, self.head_dim))
         attend = SegmentAttention.apply if self.cache is None else self.cache.attend
-        if past is None:
+        if self.group is not None:
+            assert not prefix
+            assert past is None
+            out = shifted_attention(q, k, v, starts, self.group, self.scores)
+        elif past is None:
             out = attend(q, k, v, starts, prefix, self.scores)
         else:
             out = attend(*behind_past(q, k, v, past, starts, prefix), self.scores)[len(past[0]) :]
@@ -258,6 +265,8 @@ class Decoder(nn.Module):
         """While training, what is done to embeddings (T, d) of segments of these lengths (NEFTune)."""
         self.awake: Awake | None = None
         """Hears of each row before the layers do, where an aLoRA waits for its invocation."""
+        self.group: int | None = None
+        """The group of every layer's attention, whose segments must then share nothing."""
         self.before: Before | None = None
         """Virtual tokens before every sequence, whose embeddings are what HF calls `inputs_embeds`."""
         self.embeds_scale = config.embedding_multiplier if architecture.scales_embeds else 1.0

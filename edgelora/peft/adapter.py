@@ -21,7 +21,7 @@ from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, Kind, Parts, kind_of
+from edgelora.peft.kinds import KINDS, LORA_AND_NORMS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, Kind, Parts, kind_of
 from edgelora.peft.strangers import no_linear
 
 __all__ = [
@@ -220,7 +220,8 @@ def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
         found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
         why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
         return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
-    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
+    known = ("modules_to_save",) if kind is LORA_AND_NORMS else ()  # what else is in it than norms is named by itself
+    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key) and key not in known]
     if settings.get(INVOCATION):
         faults += _invocation_faults(settings, kind, may_wait)
     if settings.get("bias", "none") != "none":

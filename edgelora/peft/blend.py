@@ -58,7 +58,7 @@ def blend(decoder: Decoder, adapters: Sequence[tuple[Adapter, float]]) -> None:
 
 
 def awake_of(adapters: Sequence[tuple[Adapter, float]]) -> Awake | None:
-    """What those among them that wait for their invocation share (aLoRA), which must be one and the same; None: none."""
+    """What those among them that wait for their invocation share (aLoRA), which must be one thing; None: none."""
     invocations = {adapter.invocation for adapter, _ in adapters} - {()}
     if not invocations:
         return None

@@ -105,6 +105,8 @@ def adapter_config(
     if row.before is not None:
         return prompt_config(decoder.config, row, where.virtual, base)
     deltas = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
+    if row.peft_type == "LORA":  # whose norms are modules_to_save
+        deltas = {name: delta for name, delta in deltas.items() if name in decoder.linears}
     targets = target_modules(deltas, layers)
     ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
     own: dict[str, object] = {}

@@ -222,6 +222,7 @@ GLORA_ZEROS = {"glora_C.zeros": "in 1", "glora_D.zeros": "out", "glora_E.zeros":
 PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
+LORA_AND_NORMS = Kind("LoRA with norms", PAIR, _lora, norms=True, endings=_PAIR_ENDINGS, faults=_lora_faults)
 DORA = Kind("DoRA", {**PAIR, MAGNITUDE: "out"}, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
 
 KINDS: dict[str, Kind] = {
@@ -244,7 +245,7 @@ KINDS: dict[str, Kind] = {
     ),
     "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
 }  # fmt: skip
-"""By PEFT's `peft_type`; a DoRA calls itself LORA."""
+"""By PEFT's `peft_type`; a DoRA calls itself LORA, and so does a LoRA with norms."""
 
 NATIVE: dict[str, Kind] = {
     "bitfit": Kind("BitFit", {"bias": "out"}, _bias, adds_bias=True),
@@ -268,6 +269,8 @@ def kind_of(settings: Settings) -> Kind | None:
     peft_type = settings.get("peft_type")
     if peft_type == "LORA" and settings.get("use_dora"):
         return DORA
+    if peft_type == "LORA" and settings.get("modules_to_save"):
+        return LORA_AND_NORMS
     if peft_type == NATIVE_TYPE:
         return NATIVE.get(str(settings.get("method")))
     return KINDS.get(str(peft_type))

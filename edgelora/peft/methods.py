@@ -23,6 +23,7 @@ from edgelora.peft import (
     ia3,
     layernorm,
     loftq,
+    longlora,
     lora,
     lora_xs,
     lorma,
@@ -102,6 +103,8 @@ class Method:
     """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
     ranked: bool = True
     """Whether it has a rank and an α."""
+    groups: bool = False
+    """Whether attention is cut into shifted groups of tokens while it learns."""
     waits: bool = False
     """Whether it acts from an invocation on, not from the first token."""
     drops: bool = False
@@ -264,6 +267,17 @@ METHODS: dict[str, Method] = {
         exits=("adapter",),  # a weight is the same for every token
         fresh=alora.fresh,
         waits=True,
+    ),
+    "longlora": Method(
+        name="longlora",
+        paper="arXiv:2309.12307",
+        trains="A and B, and the norms' weights, while tokens attend to groups alone; not the embeddings",
+        exits=("patched", "merged"),
+        fresh=longlora.fresh,
+        norms=True,
+        groups=True,
+        drops=True,
+        settings={"modules_to_save": ["norm"]},  # PEFT's: all whose names end so
     ),
     "full": Method(
         name="full",

@@ -21,6 +21,7 @@ from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta
 from edgelora.peft import dropout
 from edgelora.peft.inject import without_adapter
+from edgelora.peft.longlora import attend_in_groups
 from edgelora.peft.methods import METHODS, Method
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
@@ -28,6 +29,7 @@ from edgelora.training.objectives.objective import Objective, added, mean_losses
 from edgelora.training.optim import set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.state import Best, State
+from edgelora.training.where import group_of
 from edgelora.training.world import Alone, World
 
 MAX_BAD_STEPS = 3
@@ -221,7 +223,7 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
 
 @contextmanager
 def _chance(job: Job, state: State) -> Iterator[None]:
-    """What a method draws, dropout, and NEFTune's noise on the embeddings, while something is learned and only then.
+    """What a method draws, dropout, NEFTune's noise, and LongLoRA's groups, while something is learned and only then.
 
     Drawn for the number of the micro-batch in the run, whichever process has it and whatever was drawn before: there is
     no state to keep.
@@ -232,10 +234,14 @@ def _chance(job: Job, state: State) -> Iterator[None]:
     job.method.around.draw(job.deltas, generator)
     dropout.draw(job.deltas, generator)
     job.decoder.noise = partial(neftune, alpha=alpha, generator=generator) if alpha else None
+    if job.method.groups:
+        attend_in_groups(job.decoder, group_of(job.config))
     try:
         yield
     finally:
         job.decoder.noise = None
+        if job.method.groups:
+            attend_in_groups(job.decoder, None)
         job.method.around.draw(job.deltas, None)
         dropout.draw(job.deltas, None)
 

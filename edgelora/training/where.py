@@ -6,6 +6,7 @@ from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.peft.inject import chosen
+from edgelora.peft.longlora import SHARE
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import Where
@@ -22,6 +23,12 @@ def where_of(config: TrainConfig) -> Where:
             what=f"lora_dropout with --objective {config.objective}",
             why="each of the log-probabilities that are compared would be of another adapter; TRL leaves it out, too",
             fix="leave it out",
+        )
+    if config.group_size is not None and not METHODS[config.method].groups:
+        raise ConfigError(
+            what=f"group_size: nothing that --method {config.method} could use",
+            why="its tokens attend to all before them while it learns",
+            fix="leave it out, or take --method longlora",
         )
     if config.bias != "none" or config.modules_to_save:
         raise ConfigError(
@@ -40,6 +47,12 @@ def where_of(config: TrainConfig) -> Where:
         _virtual(config),
         config.alora_invocation_tokens,
     )
+
+
+def group_of(config: TrainConfig) -> int:
+    """How many tokens attend to each other while a LongLoRA learns. `config` is settled."""
+    assert config.max_length is not None
+    return config.group_size or max(2, config.max_length // SHARE)
 
 
 def _virtual(config: TrainConfig) -> VirtualTokens:

@@ -31,7 +31,8 @@ def learned(batch: Batch) -> np.ndarray:
 def token_nll(decoder: Decoder, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """−log p (P,) of each learned token of `batch`, in nats, times its weight. T x vocabulary logits never exist."""
     device, awake = decoder.model.norm.weight.device, decoder.awake
-    if awake is not None and not awake.shares(batch.input_ids, batch.segment_starts, batch.prefix):
+    shares = awake is None or awake.shares(batch.input_ids, batch.segment_starts, batch.prefix)
+    if batch.prefix and (decoder.group is not None or not shares):
         batch = unshared(batch)
     ids, positions, labels, rows = (
         torch.from_numpy(array).to(device) for array in (batch.input_ids, batch.positions, batch.labels, learned(batch))
