@@ -68,7 +68,7 @@ def plan(model: Model, config: TrainConfig, machine: Machine, context: int, long
     `longest`: tokens of the longest row, where rows are known. Raises ConfigError if nothing fits, with the numbers and
     what would.
     """
-    context -= virtual_tokens(config)
+    context -= _before(config, context)
     _check_offload(config, machine)
     room = machine.room
     tried: list[tuple[TrainConfig, Load, Footprint]] = []
@@ -80,6 +80,18 @@ def plan(model: Model, config: TrainConfig, machine: Machine, context: int, long
         if room is None or tried[-1][2].total <= room:
             return _fitting(model, config, machine, context, tried)
     raise _too_large(model, config, machine, tried[-1])
+
+
+def _before(config: TrainConfig, context: int) -> int:
+    """How many virtual tokens stand before every row. Raises ConfigError where they leave none of the context."""
+    n = virtual_tokens(config)
+    if n < context:
+        return n
+    raise ConfigError(
+        what=f"--num-virtual-tokens {n}: this base sees {context} tokens in all",
+        why="they stand before every prompt, and leave no room for one",
+        fix="leave it out: 20 do nearly as well as more",
+    )
 
 
 def _ways(config: TrainConfig, machine: Machine) -> Iterator[tuple[Recompute, int]]:
