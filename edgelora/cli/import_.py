@@ -29,13 +29,13 @@ def import_(
     Example: `edgelora import base.gguf mlx-adapters --out adapters/mine --allow-unverified-base`
     """
     from edgelora.cli.display import Display
-    from edgelora.cli.train import to_a_file
     from edgelora.pipeline.import_adapter import import_adapter as run
+    from edgelora.pipeline.methods import what_comes_next
 
     made = run(base, source, out, allow_unverified=allow_unverified_base, overwrite=overwrite)
     with Display() as display:
         ranks = f", rank {', '.join(map(str, made.ranks))}" if made.ranks else ""
         display.say(f"{out}: a {made.method} from {made.kind} on {made.layers} layers{ranks}")
-        display.say(f"next: {to_a_file('dora' if made.method == 'DoRA' else 'lora', base, out)}")
+        display.say(f"next: {what_comes_next('dora' if made.method == 'DoRA' else 'lora', base, out)}")
     if as_json:
         print(json.dumps(made.as_dict()))

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "weight_decay", "beta1", "beta2", "loraplus_ratio", "schedule", "warmup_steps", "decay_share", "max_grad_norm",
     "label_smoothing", "neftune_alpha", "max_gpu_memory", "patience", "save_every", "keep_checkpoints",
     "tensorboard", "resume", "overwrite", "update_proj_gap",
+    "prompt_tuning_init", "prompt_tuning_init_text",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def taken_apart(
 def sweep(config: TrainConfig, words: Sequence[str], as_json: bool) -> None:
     """Run it, and print the ranking."""
     from edgelora.cli.display import listener
-    from edgelora.cli.train import to_a_file
+    from edgelora.pipeline.methods import what_comes_next
     from edgelora.pipeline.sweep import SweepListeners, as_row, at_once, run_sweep
 
     with listener(as_json) as display:
@@ -42,7 +42,7 @@ def sweep(config: TrainConfig, words: Sequence[str], as_json: bool) -> None:
             raise at_once(config, words, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
         best = found.standings[0].trial
         display.say(f"{found.out}: the adapter of {best.name}; all trials are in {found.folder}")
-        display.say(f"next: {to_a_file(best.config.method, config.base, found.out)}")
+        display.say(f"next: {what_comes_next(best.config.method, config.base, found.out)}")
     if as_json:
         ranking = [as_row(standing) for standing in found.standings]
         print(json.dumps({"out": str(found.out), "folder": str(found.folder), "ranking": ranking}, allow_nan=False))

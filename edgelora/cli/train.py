@@ -10,7 +10,7 @@ import typer
 
 from edgelora.cli.arguments import Json
 from edgelora.cli.options import as_toml, settled, with_options
-from edgelora.config import Method, TrainConfig
+from edgelora.config import TrainConfig
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Display, JsonLines
@@ -74,6 +74,8 @@ def train(
 
 def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
     """The result in a line or two, and what to type next."""
+    from edgelora.pipeline.methods import what_comes_next
+
     held = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.4f}"
     display.say(
         f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
@@ -81,17 +83,7 @@ def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
     )
     if run.step != run.n_steps:
         display.note(f"it is the adapter of step {run.step}, whose held-out loss was the lowest")
-    display.say(f"next: {to_a_file(run.method, config.base, run.out)}")
-
-
-def to_a_file(method: Method, base: Path, adapter: Path) -> str:
-    """The command that makes a file for llama.cpp of an adapter: what can only be merged is."""
-    from edgelora.invocation import command
-    from edgelora.peft.methods import METHODS
-
-    only_merged = METHODS[method].exits == ("merged",)
-    given = ("merge", base, "--adapter", adapter) if only_merged else ("export", base, adapter)
-    return command(*given, "--out", Path(f"{adapter}.gguf"))
+    display.say(f"next: {what_comes_next(run.method, config.base, run.out)}")
 
 
 def summary(run: Run) -> dict[str, Any]:

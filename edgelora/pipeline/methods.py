@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from edgelora.config import Method
+from edgelora.invocation import command
 from edgelora.peft.methods import METHODS
 
 
@@ -17,3 +20,12 @@ def described() -> list[dict[str, Any]]:
         }
         for method in METHODS.values()
     ]  # fmt: skip
+
+
+def what_comes_next(method: Method, base: Path, adapter: Path) -> str:
+    """The command to run behind a training: that which makes a file for llama.cpp, or where none can, the score."""
+    exits = METHODS[method].exits
+    if not exits:
+        return command("eval", base, "--adapter", adapter, "--in", "torch", "--data", "test.jsonl")
+    given = ("merge", base, "--adapter", adapter) if exits == ("merged",) else ("export", base, adapter)
+    return command(*given, "--out", Path(f"{adapter}.gguf"))
