@@ -39,7 +39,8 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
 def facts_of_prompt(prompt: TrainedPrompt) -> AdapterFacts:
     """Of what stands before every prompt."""
     parts = (prompt.embeddings, prompt.keys, prompt.values)
-    return AdapterFacts("a soft prompt", prompt_numbers=sum(part.size for part in parts if part is not None))
+    numbers, prefix = sum(part.size for part in parts if part is not None), prompt.keys is not None
+    return AdapterFacts("a prefix" if prefix else "a soft prompt", prompt_numbers=numbers, prefix=prefix)
 
 
 def facts_of_base(base: Base) -> BaseFacts:
@@ -54,8 +55,14 @@ def facts_of_base(base: Base) -> BaseFacts:
         size = sum(target.size_bytes for target in targets.values())
     return BaseFacts(
         base.quant, size, base.config.tie_word_embeddings, shapes, types, frozenset(base.biased),
-        frozenset(base.architecture.llama_cpp.biases),
+        frozenset(base.architecture.llama_cpp.biases), _windowed(base),
     )  # fmt: skip
+
+
+def _windowed(base: Base) -> bool:
+    """Whether llama.cpp keeps the keys and values of some layers for a window of tokens only."""
+    windows = map(base.config.window, range(base.config.num_hidden_layers))
+    return base.architecture.llama_cpp.applies_window and any(windows)
 
 
 def _before_down(module: str, base: Base) -> str:

@@ -48,6 +48,8 @@ class AdapterFacts:
     """How many rows of the embedding or the head are trained."""
     prompt_numbers: int = 0
     """How many numbers stand before every prompt."""
+    prefix: bool = False
+    """Whether these are keys and values."""
     waits: bool = False
     """Whether it acts from an invocation on (aLoRA)."""
     of_input: str = ""
@@ -66,6 +68,8 @@ class BaseFacts:
     own_biases: frozenset[str] = frozenset()
     loaded_biases: frozenset[str] = frozenset()
     """The layers whose bias llama.cpp loads in this family."""
+    windowed: bool = False
+    """Whether some of its layers see a window of tokens only."""
 
     @property
     def is_gguf(self) -> bool:
@@ -124,7 +128,7 @@ def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> Exi
         for door, way in found.items() if taken is None or door != taken.door
     }  # fmt: skip
     if taken is None:
-        why = adapter.of_input or next(iter(others.values()))
+        why = adapter.of_input or others["soft prompt" if adapter.prompt_numbers else "merged"]
         return ExitPlan("refused", False, None, 0, False, why, _nearest(adapter), others, ways)
     return ExitPlan(
         taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, taken.notes,
@@ -186,15 +190,17 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     return Way("patched", True, error, base.size_bytes + grown + _pair_bytes(left, dtype), False, why, tuple(notes))
 
 
-def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:  # noqa: ARG001
+def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
     """What our engine puts before every prompt."""
     if not adapter.prompt_numbers:
         return "it changes layers, and puts nothing before a prompt"
+    if adapter.prefix and base.windowed:
+        return "llama.cpp keeps the keys and values of layers with a window in a way that a prefix cannot be put into"
     why = "it stands before every prompt, where our engine puts it; nothing of it is a weight"
     return Way("soft prompt", True, 0.0, 4 * adapter.prompt_numbers, True, why)
 
 
-def as_merged(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:  # noqa: ARG001
+def as_merged(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
     """A model of its own."""
     if other := _no_weights(adapter):
         return other
@@ -246,6 +252,8 @@ def _unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:
 def _nearest(adapter: AdapterFacts) -> tuple[str, ...]:
     if adapter.of_input:
         return ("score it in torch (`edgelora eval --in torch`), or train a LoRA (--method lora)",)
+    if adapter.prefix:
+        return ("train --method prompt_tuning, whose embeddings every family takes",)
     return ("train with --target-modules, so that only layers with biases that llama.cpp loads are changed",)
 
 

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
+from safetensors.numpy import save_file
 from test_vectors import FAMILIES, IDS, family, trained
 
 from converters.adapter_to_gguf import write_adapter_gguf
@@ -23,13 +25,18 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import ExportError
 from edgelora.evaluate.fidelity import fidelity
+from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.gguf import GGUFFile
-from edgelora.peft.inject import attach
+from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, write_adapter
+from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
+from edgelora.peft.soft_prompt import SAVED
+from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.export import export
+from edgelora.pipeline.patch import patch
 from runtime.scorer import ScoringEngine
 
-LAYERED = [name for name, row in METHODS.items() if row.before is None]
-WHOLE = [name for name, row in METHODS.items() if row.exits == ("merged",)]
+LAYERED = [name for name, row in METHODS.items() if row.linears or row.norms]
 __all__ = ["family"]
 
 
@@ -95,7 +102,7 @@ def test_what_a_family_has_no_bias_for_is_refused_with_the_reason(facts, bases):
     base = replace(bases["F32"], loaded_biases=frozenset({"self_attn.q_proj"}))
     found = plan_exit(facts["bitfit"], base)
     assert found.door == "refused"
-    assert "llama.cpp loads no bias for mlp.down_proj" in found.why or "mlp.down_proj" in found.others["merged"]
+    assert found.why.startswith("llama.cpp loads no bias for mlp.down_proj, mlp.gate_proj")
     assert "--target-modules" in found.notes[0]
     only = replace(facts["bitfit"], biases=frozenset({"self_attn.q_proj"}))
     assert plan_exit(only, base).door == "patched"
@@ -182,6 +189,54 @@ def test_llama_cpp_computes_a_lora_of_each_family(family, tmp_path, name):
     found = fidelity([(decoder.logits(IDS).detach().numpy(), theirs)])
     assert found.kl_mean <= 1e-4
     assert found.same_top == 1.0
+
+
+def prompt_folder(base, folder, kind):
+    """A soft prompt of PEFT's with random numbers, as long as 7 tokens."""
+    c, draw = base.config, np.random.default_rng(0)
+    width = c.hidden_size if kind == "PROMPT_TUNING" else 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    values = draw.normal(0, 0.3, (7, width)).astype(np.float32)
+    folder.mkdir()
+    save_file({SAVED: values}, folder / TENSORS)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"}))
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path, name, kind):
+    path = family(name).gguf
+    folder = prompt_folder(open_base(path), tmp_path / "it", kind)
+    found = plan(path, folder, allow_unverified=True)
+    if (kind, name) == ("PREFIX_TUNING", "gemma3"):  # whose layers see a window
+        assert found.door == "refused"
+        assert "--method prompt_tuning" in found.notes[0]
+        return
+    assert found.door == "soft prompt"
+    apart = export(path, folder, tmp_path / "it.gguf", allow_unverified=True).adapter
+    assert apart.kl_mean <= 1e-4
+    assert apart.same_top == 1.0 or apart.worst_flip_nats <= FLOATS.flip_nats
+
+
+@pytest.mark.real
+def test_three_doors_of_the_real_base(smollm, tmp_path):
+    """SmolLM2-135M at Q4_1: as near to torch with each as the bare base is."""
+    base, rows = open_base(smollm), tmp_path / "rows.jsonl"
+    lines = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows.write_text("".join(lines[:2]), encoding="utf-8")
+    for method, door, write in (("lora", "adapter", export), ("ia3", "patched", patch)):
+        decoder = build_decoder(base)
+        inject(decoder, method, 8, 16.0, seed=0)
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter += 0.02 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1))
+        folder = tmp_path / method
+        write_adapter(folder, Adapter(adapter_config(decoder, method, 8, 16.0, str(smollm)), collect(decoder)))
+        assert plan(smollm, folder, allow_unverified=True).door == door
+        made = write(smollm, folder, tmp_path / f"{method}.gguf", data=rows, allow_unverified=True)
+        assert getattr(made, "certificate", made).passed
+    folder = prompt_folder(base, tmp_path / "prompt", "PROMPT_TUNING")
+    assert export(smollm, folder, tmp_path / "prompt.gguf", data=rows, allow_unverified=True).passed
 
 
 @pytest.mark.parametrize(("method", "door"), [("dora", "patched"), ("full", "merged"), ("lora", "adapter")])
