@@ -178,10 +178,12 @@ def _times(found: Mapping[str, Any]) -> str:
     timed = next((row["step"] for row in found["rows"] if row["step"]), None)
     if timed is None:
         return "Steps were not timed yet."
+    threads = f"{timed['threads']} thread{'s' * (timed['threads'] != 1)}"
     return (
-        f"*Step* is the median of {timed['rounds']} steps of {found['batch_rows']} rows over that of a LoRA of rank 16. In "
-        "one process each has a step in every round, so that what else the machine does falls on all of them. The LoRA's "
-        f"took {timed['beside']:.2f} s with {timed['threads']} thread{'s' * (timed['threads'] != 1)}."
+        f"*Step* is the median of {timed['rounds']} steps of {found['batch_rows']} rows over that of a LoRA of rank "
+        "16, each with a step in every round of one process, so that what else the machine does falls on all. The "
+        "first round, in which GaLore finds its directions, is left out. "
+        f"The LoRA's step took {timed['beside']:.2f} s with {threads}."
     )
 
 
