@@ -41,12 +41,12 @@ TABLES = """
 
 {q4_1}
 
-The loss is the mean −log p (nats) of an answer's token over {test_rows} rows held out, ± the deviation over seeds, of
-which there are as many as stand behind it. Before any training it is {before_q4_1}. *Against lora* is the mean
-difference over both tasks on the same seeds with its 95 % interval, * where that does not hold 0; of one seed it holds
-the chance of the rows alone, and is too narrow. *Memory* is the highest of the process, with all that Python and torch
-take. *File* is the GGUF that the adapter leaves as (F16), or, where it leaves as none (†), its tensors as they are kept
-(float32). ‡: it changes weights, and had those of the file held as float32, not as blocks.
+The loss is the mean −log p (nats) of an answer's token over {test_rows} rows held out, ± the deviation over seeds (their
+number). Before any training it is {before_q4_1}. *Against lora* is the mean difference over both
+tasks on the same seeds with its 95 % interval, below 0 where less is lost than with lora, * where it does not hold 0;
+of one seed it holds the chance of the rows alone, and is too narrow. *Memory* is the highest of the process, with all
+that Python and torch take. *File* is the GGUF that the adapter leaves as (F16), or, where it leaves as none (†), its
+tensors as they are kept (float32). ‡: it changes weights, and had those of the file held as float32, not as blocks.
 
 {times}
 
@@ -109,7 +109,7 @@ def _state(found: Mapping[str, Any]) -> str:
         "It is whole." if found["done"] == found["total"] else "It is partial: figures may change, claims are open."
     ]
     if found["missing"]:
-        said.append(f"Not trained yet, or not trainable here: {', '.join(found['missing'])}.")
+        said.append(f"Not trained yet, or not trainable here: {'; '.join(found['missing'])}.")
     said += [f"{name} failed: {why}." for name, why in found["failed"].items()]
     return " ".join(said)
 
