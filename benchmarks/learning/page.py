@@ -41,8 +41,8 @@ TABLES = """
 
 {q4_1}
 
-The loss is the mean −log p (nats) of an answer's token over {test_rows} rows held out, ± the deviation over seeds (their
-number). Before any training it is {before_q4_1}. *Against lora* is the mean difference over both
+The loss is the mean −log p (nats) of an answer's token over {test_rows} rows held out, ± the deviation over seeds
+(their number). Before any training it is {before_q4_1}. *Against lora* is the mean difference over both
 tasks on the same seeds with its 95 % interval, below 0 where less is lost than with lora, * where it does not hold 0;
 of one seed it holds the chance of the rows alone, and is too narrow. *Memory* is the highest of the process, with all
 that Python and torch take. *File* is the GGUF that the adapter leaves as (F16), or, where it leaves as none (†), its
