@@ -79,7 +79,7 @@ def _write(out: Path, pairs: Mapping[str, LoraPair], header: _Header, dtype: str
     writer.add_type("adapter")
     writer.add_name(header.name)
     writer.add_string("adapter.type", "lora")
-    ranks = {pair.rank for pair in pairs.values()}
+    ranks = {pair.b.shape[1] for pair in pairs.values()}
     # b is (α/r)·B already: α = r gives llama.cpp the factor 1, and where ranks differ α = 0 means "as it is"
     writer.add_float32("adapter.lora.alpha", float(ranks.pop()) if len(ranks) == 1 else 0.0)
     if header.invocation:

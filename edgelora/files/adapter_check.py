@@ -19,6 +19,7 @@ Type = GGMLQuantizationType
 ALLOWED = {Type.F32: np.float32, Type.F16: np.float16, Type.BF16: None, Type.Q8_0: None}
 INVOCATION_KEY = "adapter.alora.invocation_tokens"
 MAX_INVOCATION = 256
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 EXPERTS = "_exps.weight"  # the matrices of a mixture's experts, one upon the other
 MAX_FAULTS_SHOWN = 8
 
@@ -75,7 +76,8 @@ def own_shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
         target, _, half = name.rpartition(".")
         b = file.tensors.get(f"{target}.lora_b")
         if half == "lora_a" and b is not None:
-            shapes[target] = (*b.shape[:-1], a.shape[-1])
+            turned = target == EMBEDDING  # whose rows are looked up in a
+            shapes[target] = (*a.shape[:-1], *b.shape[:-1]) if turned else (*b.shape[:-1], a.shape[-1])
     return shapes
 
 
@@ -122,7 +124,9 @@ def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> lis
         base = shapes.get(target)
         if half not in ("lora_a", "lora_b") or base is None:
             faults.append(f"{name} has no counterpart in the base")
-        elif target == "token_embd.weight" or len(base) != (3 if target.endswith(EXPERTS) else 2):
+        elif target == EMBEDDING and HEAD not in shapes:
+            faults.append(f"{name}: the embedding is this base's head too, which llama.cpp cannot adapt")
+        elif len(base) != (3 if target.endswith(EXPERTS) else 2):
             faults.append(f"{name}: llama.cpp cannot adapt this tensor of the base")
         elif other not in file.tensors:
             faults.append(f"{name} stands without its other half")
@@ -132,6 +136,8 @@ def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> lis
             faults.append(f"{name} is stored as {info.type.name}, expected F32, F16, BF16 or Q8_0")
         elif info.shape[:-2] != base[:-2]:  # llama.cpp does not compare them, and would read beyond the end
             faults.append(f"{name} is for {info.shape[0]} experts, and the base has {base[0]}")
+        elif target == EMBEDDING:
+            faults += _embedding_faults(file, name, info.shape, base)
         elif half == "lora_a" and (info.shape[-1] != base[-1] or info.shape[-2] != file.tensors[other].shape[-1]):
             rank = file.tensors[other].shape[-1]
             faults.append(f"{name} is {info.shape}, expected (r, {base[-1]}) with B's r {rank}")
@@ -140,6 +146,15 @@ def _tensor_faults(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]]) -> lis
         elif not _finite(file, name, info.type):
             faults.append(f"{name} holds NaN or infinite values")
     return faults
+
+
+def _embedding_faults(file: GGUFFile, name: str, shape: tuple[int, ...], base: tuple[int, ...]) -> list[str]:
+    """Of a matrix of the embedding's pair: `lora_a` (V, r), in which rows are looked up, or `lora_b` (d, r)."""
+    target, _, half = name.rpartition(".")
+    rank, n = file.tensors[f"{target}.lora_b"].shape[-1], base[0] if half == "lora_a" else base[1]
+    if shape != (n, rank):
+        return [f"{name} is {shape}, expected ({n}, {rank})"]
+    return [] if _finite(file, name, file.tensors[name].type) else [f"{name} holds NaN or infinite values"]
 
 
 def _finite(file: GGUFFile, name: str, kind: Type) -> bool:
