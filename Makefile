@@ -2,8 +2,10 @@
 #   TORCH=cpu      take torch's CPU build even if an NVIDIA driver is here
 #   TORCH=default  take the ordinary build
 #   PYTHON=…       the Python to use (3.11 or newer)
+#   WORKERS=1      tests in one process (auto: one for each core, four at most); ARGS=… is pytest's
 PYTHON ?= python3
 TORCH ?= auto
+WORKERS ?= auto
 BIN = .venv/bin
 
 .PHONY: quickstart test clean
@@ -17,7 +19,7 @@ test:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info edgelora/kernels/native.* .pytest_cache .mypy_cache .ruff_cache

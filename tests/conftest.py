@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -317,7 +318,20 @@ def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    _keep_to_a_core(getattr(config, "workerinput", {}).get("workerid", ""))
+    _hear_ctrl_c()
+
+
+def _keep_to_a_core(worker: str) -> None:
+    """Each of several pytest processes (`-n`: gw0, gw1 …) has a core of its own, with its threads and children: teams
+    that share cores wait for each other in circles. Everything here computes with as many threads as it has cores."""
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+def _hear_ctrl_c() -> None:
     """A shell starts what runs in its background with Ctrl-C ignored, and so would whatever a test sends it to."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
