@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.numpy import save_file
+from test_export import make_adapter as make_a_lora
 from test_vectors import FAMILIES, IDS, family, trained
 
 from converters.adapter_to_gguf import write_adapter_gguf
@@ -145,8 +146,8 @@ def test_size_and_error_are_those_of_the_file(base, facts, tmp_path, kind):
 
 
 @pytest.mark.parametrize("rank", [4, 32])
-def test_llama_cpp_computes_a_q8_0_lora_nearly_as_torch_does(base, make_adapter, tmp_path, rank):
-    adapter = make_adapter(base, rank=rank)
+def test_llama_cpp_computes_a_q8_0_lora_nearly_as_torch_does(base, tmp_path, rank):
+    adapter = make_a_lora(base, rank=rank)
     write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "Q8_0")
     kinds = {(name[-1], info.type) for name, info in GGUFFile(tmp_path / "a.gguf").tensors.items()}
     assert kinds == {("a", Type.Q8_0), ("b", Type.Q8_0 if rank == 32 else Type.F16)}
@@ -159,13 +160,6 @@ def test_llama_cpp_computes_a_q8_0_lora_nearly_as_torch_does(base, make_adapter,
     found = fidelity([(decoder.logits(IDS).numpy(), theirs)])
     assert 0 < found.kl_mean <= 2e-3
     assert fidelity([(build_decoder(base).logits(IDS).numpy(), theirs)]).kl_mean > 20 * found.kl_mean
-
-
-@pytest.fixture(scope="module")
-def make_adapter():
-    from test_export import make_adapter
-
-    return make_adapter
 
 
 def test_a_value_beyond_a_type_is_refused_by_name():
@@ -202,9 +196,11 @@ def prompt_folder(base, folder, kind):
     return folder
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
-def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path, name, kind):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("PROMPT_TUNING", "llama"), ("PROMPT_TUNING", "gemma3"), ("PREFIX_TUNING", "qwen2"), ("PREFIX_TUNING", "gemma3")],
+)
+def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path, kind, name):
     path = family(name).gguf
     folder = prompt_folder(open_base(path), tmp_path / "it", kind)
     found = plan(path, folder, allow_unverified=True)
@@ -251,6 +247,28 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     made = json.loads(capsys.readouterr().out)
     assert made["door"] == door
     assert made["certificate"]["passed"]
+
+
+def test_the_rest_of_a_dora_may_be_q8_0_too(base, tiny, tmp_path):
+    trained(base, "dora", folder=tmp_path / "mine")
+    made = patch(tiny.path, tmp_path / "mine", tmp_path / "made.gguf", dtype="Q8_0", allow_unverified=True)
+    assert made.certificate.passed
+    assert made.certificate.kl_limit == 2e-3
+    assert {info.type for name, info in GGUFFile(made.rest).tensors.items() if name.endswith("_a")} == {Type.Q8_0}
+
+
+def test_the_plan_says_what_the_study_of_ways_says(make_tiny, tmp_path):
+    """Of what was trained over another level alone."""
+    path = make_tiny(Type.Q4_0).path
+    base = open_base(path)
+    for folder, quant, said in (("here", base.quant, False), ("elsewhere", "F16", True)):
+        adapter = make_a_lora(base)
+        contract = adapter.contract.model_copy(update={
+            "base_file": adapter.contract.base_file.model_copy(update={"quant": quant})
+        })  # fmt: skip
+        write_adapter(tmp_path / folder, replace(adapter, contract=contract))
+        found = plan(path, tmp_path / folder, allow_unverified=True)
+        assert any("docs/which-way.md" in note for note in found.notes) == said
 
 
 def test_what_is_not_exact_is_never_done_silently(make_tiny, tmp_path, capsys):

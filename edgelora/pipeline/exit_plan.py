@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import cast
 
 from converters.exit_facts import facts_of_adapter, facts_of_base, facts_of_prompt
-from converters.exit_plan import AdapterFacts, Door, ExitPlan, Way, plan_exit
+from converters.exit_plan import Door, ExitPlan, Way, plan_exit
 from converters.pair_types import pair_type
 from converters.patch import plan_patch
 from converters.quant_types import QUANT_TYPES
 from edgelora.base.model import Base, open_base
 from edgelora.errors import ExportError
 from edgelora.evaluate.studied import advice
+from edgelora.peft.adapter import Adapter
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.export import read_checked, require_contract
 
@@ -38,7 +39,7 @@ def plan(
     if measure and found.door == "patched":
         patch = plan_patch(base, adapter)
         found = replace(found, expected_error=patch.error, notes=(*found.notes, *patch.notes))
-    return replace(found, notes=(*found.notes, *_advised(facts, base)))
+    return replace(found, notes=(*found.notes, *_advised(adapter, base)))
 
 
 def own_type(base_path: Path) -> str:
@@ -78,9 +79,10 @@ def in_words(found: ExitPlan) -> Iterator[str]:
         yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
 
 
-def _advised(facts: AdapterFacts, base: Base) -> Iterator[str]:
-    """What the study of ways says of this level (docs/which-way.md), for a LoRA that lies over it."""
-    said = advice(base.quant, ()) if facts.pairs else None
+def _advised(adapter: Adapter, base: Base) -> Iterator[str]:
+    """What the study of ways (docs/which-way.md) says of this level, for what was trained over another."""
+    trained_over_it = adapter.contract is not None and adapter.contract.base_file.quant == base.quant
+    said = advice(base.quant, ("trained",) if trained_over_it else ())
     if said is not None:
         yield said
 

@@ -88,7 +88,8 @@ def patch(
         def check(draft: Path) -> Certificate:
             if lora is not None:
                 write_rest(lora, base, plan, rest.stem, None, dtype)
-            return _certify(reference, draft, lora, rows, on_progress)
+            found = _compared(reference, draft, lora, rows, on_progress)
+            return judged(base, len(rows), *found, coarse=lora is not None and dtype == "Q8_0")
 
         certificate = write_certified(
             Output(out, overwrite), made_from, lambda draft: write_patched(draft, base, plan, part, on_progress), check
@@ -135,16 +136,16 @@ class _InLlamaCpp:
     groups: Sequence[Group]
 
 
-def _certify(
+def _compared(
     reference: Reference, draft: Path, lora: Path | None, rows: Sequence[Conversation], on_progress: OnProgress
-) -> Certificate:
+) -> tuple[int, Fidelity, Fidelity]:
     """torch and llama.cpp on the same tokens, in child processes: the bare patched base, then all of it."""
     base, _ = reference.open()
     groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
     models, examples = (Reference(draft), reference), [example for group in groups for example in group]
     states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
     work = _InLlamaCpp(reference, draft, lora, rows, groups)
-    return judged(base, len(rows), *run_in_child(_compare, work, states, on_progress=on_progress))
+    return run_in_child(_compare, work, states, on_progress=on_progress)
 
 
 def _compare(
