@@ -81,8 +81,8 @@ def in_words(found: ExitPlan) -> Iterator[str]:
 
 def _advised(adapter: Adapter, base: Base) -> Iterator[str]:
     """What the study of ways (docs/which-way.md) says of this level, for what was trained over another."""
-    trained_over_it = adapter.contract is not None and adapter.contract.base_file.quant == base.quant
-    said = advice(base.quant, ("trained",) if trained_over_it else ())
+    elsewhere = adapter.contract is not None and adapter.contract.base_file.quant != base.quant
+    said = advice(base.quant, ()) if elsewhere else None
     if said is not None:
         yield said
 
