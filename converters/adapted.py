@@ -6,7 +6,8 @@ A bias that a layer had not is a new tensor, of that layer in every block: a mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Adapted:
     biases: Mapping[str, Change]
     norms: Mapping[str, np.ndarray]
     """The new weights (d,), as the file stores them."""
+    token_rows: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """The ids (k,) of tokens with new rows, and these (k, d)."""
 
     def delta(self, tensor: str) -> Delta | None:
         """None for a tensor that stays as it is."""
@@ -42,7 +45,18 @@ class Adapted:
         if tensor in self.norms:
             norm = self.norms[tensor]
             return lambda weight, _: norm - weight
+        if tensor in self.token_rows:
+            return partial(_of_tokens, *self.token_rows[tensor])
         return None
+
+
+def _of_tokens(ids: np.ndarray, values: np.ndarray, weight: np.ndarray, rows: slice) -> np.ndarray:
+    """What is added to these rows of the embedding or the head (n, d)."""
+    change = np.zeros_like(weight)
+    here = (ids >= rows.start) & (ids < rows.stop)
+    at = ids[here] - rows.start
+    change[at] = values[here] - weight[at]
+    return change
 
 
 def of_gguf(adapter: Adapter, base: Base) -> Adapted:
@@ -52,6 +66,7 @@ def of_gguf(adapter: Adapter, base: Base) -> Adapted:
         weights,
         Lazy({f"{name.removesuffix('.weight')}.bias": name for name in weights}, weights.__getitem__),
         Lazy({base.tensor_of(m): m for m in adapter.norms}, lambda module: adapter.norm(module) + shift),
+        {base.tensor_of(module): rows for module, rows in adapter.token_rows.items()},
     )
 
 
@@ -63,6 +78,7 @@ def of_checkpoint(adapter: Adapter) -> Adapted:
         Lazy({f"{module}.weight": module for module in adapter.linears}, adapter.change),
         Lazy({f"{module}.bias": module for module in adapter.linears}, adapter.change),
         Lazy({f"{module}.weight": module for module in adapter.norms}, adapter.norm),
+        {f"{module}.weight": rows for module, rows in adapter.token_rows.items()},
     )
 
 
@@ -72,7 +88,10 @@ class Deltas:
     def __init__(self, adapters: Sequence[tuple[Adapted, float]]) -> None:
         self._adapters = [(adapted, scale) for adapted, scale in adapters if scale]
         self.touched = {
-            name for one, _ in self._adapters for names in (one.weights, one.biases, one.norms) for name in names
+            name
+            for one, _ in self._adapters
+            for names in (one.weights, one.biases, one.norms, one.token_rows)
+            for name in names
         }
         self._name, self._own = "", list[tuple[Delta, float]]()
 

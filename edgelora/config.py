@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
     "adalora", "loftq", "lorma", "replora", "full", "galore", "lors", "glora",
-    "alora", "longlora", "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
+    "alora", "longlora", "token_rows", "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
     "p_tuning", "prefix_tuning",
 ]  # fmt: skip
 Objective = Literal["sft", "dpo", "ipo", "orpo", "kto"]
@@ -169,6 +169,8 @@ class TrainConfig(BaseModel):
     an answer."""
     alora_invocation_tokens: tuple[int, ...] = ()
     """PEFT's: the same as token ids."""
+    train_tokens: tuple[str, ...] = ()
+    """Token rows: the tokens to train, by their texts (`<|reserved_1|>`) or ids."""
     group_size: int | None = Field(None, ge=2)
     """LongLoRA: how many tokens attend to each other while it learns. None: a quarter of max_length, the authors'."""
     num_virtual_tokens: int = Field(20, ge=1, le=1024)

@@ -40,7 +40,7 @@ IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
 DRAW_NOTHING = ["olora", "full", "galore", "ia3", "bitfit", "layernorm"]
 AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
-LAYERED = [name for name, row in METHODS.items() if row.before is None]  # of the others see test_soft_training.py
+LAYERED = [name for name, row in METHODS.items() if row.linears or row.norms]  # of others see test_soft_training.py
 LORAS = [name for name, method in METHODS.items() if method.peft_type == "LORA"]  # of others see test_vectors.py
 OWN_START = ["pissa", "olora"]  # PEFT subtracts their start from the base
 LAYER1 = [f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"]
@@ -293,7 +293,7 @@ def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_p
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "merged" in method.exits])
+@pytest.mark.parametrize("method", [name for name in LAYERED if "merged" in METHODS[name].exits])
 def test_merged_is_unmerged(decoder, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     stir(decoder)

@@ -21,6 +21,7 @@ from edgelora.nn.awake import Awake
 from edgelora.nn.decoder import Adaptable, Frozen, Layer, Tables, adaptable, final_norm
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.rotary import rotary_tables
+from edgelora.nn.vocabulary import Vocabulary
 
 Adapt: TypeAlias = Callable[[Mapping[str, Adaptable]], None]
 """Puts adapters on some linear layers and norms, by their full HF names."""
@@ -38,7 +39,7 @@ def hidden_states(
     `awake`, where an aLoRA is among the adapters, each row before a layer does."""
     bound_primitives()
     config = base.config
-    states = _embedded(base, batches)
+    states = _embedded(base, batches, adapt)
     tables = [_tables(base, batch) for batch in batches]
     for i in range(config.num_hidden_layers):
         layer = _layer(base, i, adapt)
@@ -56,11 +57,12 @@ def hidden_states(
     return [(norm(x) / config.logits_scaling).numpy() for x in states]
 
 
-def _embedded(base: Base, batches: Sequence[Batch]) -> list[Tensor]:
+def _embedded(base: Base, batches: Sequence[Batch], adapt: Adapt) -> list[Tensor]:
     name = f"{EMBEDDING}.weight"
-    embedding = hold(base.tensors.matrix(name), "blocks")
-    states = [
-        embedding.gather(torch.from_numpy(batch.input_ids)) * base.config.embedding_multiplier for batch in batches
+    embedding = Vocabulary(hold(base.tensors.matrix(name), "blocks"))
+    adapt({EMBEDDING: embedding})
+    states: list[Tensor] = [
+        embedding(torch.from_numpy(batch.input_ids)) * base.config.embedding_multiplier for batch in batches
     ]
     base.tensors.forget(name)
     return states

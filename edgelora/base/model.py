@@ -12,7 +12,7 @@ from gguf.constants import LlamaFileType
 
 from edgelora.architectures import ARCHITECTURES, Architecture, ModelConfig, family_of_gguf
 from edgelora.architectures.metadata import context_in_llama_cpp, unlike_llama_cpp
-from edgelora.architectures.names import gguf_place, is_norm, linear_modules, tensor_shapes
+from edgelora.architectures.names import EMBEDDING, HEAD, gguf_place, is_norm, linear_modules, tensor_shapes
 from edgelora.architectures.rope import FREQUENCIES, LONG, SHORT
 from edgelora.base import ggml
 from edgelora.base.fingerprint import fingerprint
@@ -79,6 +79,12 @@ class Base:
         """The width of every norm, by its full HF name."""
         shapes = tensor_shapes(self.architecture, self.config)
         return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if is_norm(name)}
+
+    @cached_property
+    def vocabularies(self) -> dict[str, tuple[int, int]]:
+        """(V, d) of the embedding, and of the head where that is another matrix."""
+        shape, names = (self.config.vocab_size, self.config.hidden_size), [EMBEDDING, HEAD]
+        return dict.fromkeys(names[: 1 if self.config.tie_word_embeddings else 2], shape)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

@@ -24,7 +24,7 @@ from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.awake import Awake
 from edgelora.nn.cache import KeyValues
 from edgelora.nn.linear import Linear, Weight, together
-from edgelora.nn.loss import LinearCrossEntropy, Target, logits
+from edgelora.nn.loss import LinearCrossEntropy, Target, logits, put_logits
 from edgelora.nn.mixture import Expert, Mixture
 from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.offload import Offload
@@ -34,6 +34,7 @@ from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
 from edgelora.nn.shifted import shifted_attention
 from edgelora.nn.virtual import NOTHING, Before, KeysValues, Row, Virtual, behind_past
+from edgelora.nn.vocabulary import NewRows, Vocabulary
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
 
@@ -88,7 +89,7 @@ class Norm(nn.Module):
         return self.weight if self.delta is None else self.delta.weight
 
 
-Adaptable: TypeAlias = Linear | Norm
+Adaptable: TypeAlias = Linear | Norm | Vocabulary
 """A layer that an adapter can change, by its `delta`."""
 
 
@@ -239,6 +240,7 @@ def final_norm(architecture: Architecture, config: ModelConfig, weight: Tensor) 
 class Body(nn.Module):
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
+        self.embed_tokens = Vocabulary(frozen.embedding)
         self.layers = nn.ModuleList(Layer(architecture, config, frozen, i) for i in range(config.num_hidden_layers))
         self.norm = final_norm(architecture, config, frozen.vectors[f"{FINAL_NORM}.weight"])
 
@@ -246,7 +248,7 @@ class Body(nn.Module):
 def adaptable(part: nn.Module, prefix: str = "") -> dict[str, Adaptable]:
     """The layers of a decoder, or of a part of it whose name is `prefix`, that an adapter can change."""
     dot = "." if prefix else ""
-    return {f"{prefix}{dot}{n}": m for n, m in part.named_modules() if isinstance(m, Linear | Norm)}
+    return {f"{prefix}{dot}{n}": m for n, m in part.named_modules() if isinstance(m, Adaptable)}
 
 
 class Decoder(nn.Module):
@@ -257,6 +259,8 @@ class Decoder(nn.Module):
         bound_primitives()
         self.config, self.embedding, self.head, self.compute = config, frozen.embedding, frozen.head, frozen.compute
         self.model = Body(architecture, config, frozen)
+        if not config.tie_word_embeddings:
+            self.lm_head = Vocabulary(frozen.head)
         self.recompute = False
         """Whether a layer keeps its input alone, and is computed again in the backward pass."""
         self.offload = False
@@ -281,6 +285,16 @@ class Decoder(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Norm)}
 
     @property
+    def vocabularies(self) -> dict[str, Vocabulary]:
+        """The embedding, and the head where that is another matrix."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Vocabulary)}
+
+    @property
+    def new_head(self) -> NewRows | None:
+        """The rows of some tokens that an adapter puts in the place of the head's."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).delta
+
+    @property
     def adaptable(self) -> dict[str, Adaptable]:
         """Every layer that an adapter can change, by its HF name."""
         return adaptable(self)
@@ -299,7 +313,7 @@ class Decoder(nn.Module):
         c = self.config
         if self.awake is not None:
             self.awake.see(input_ids, positions, segment_starts, prefix)
-        x = self.embedding.gather(input_ids)
+        x: Tensor = self.model.embed_tokens(input_ids)
         if c.embedding_multiplier != 1.0:
             x = x * c.embedding_multiplier
         if self.noise is not None:
@@ -334,13 +348,16 @@ class Decoder(nn.Module):
 
     def nll(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
-        how = Target(self.config.final_logit_softcapping, smoothing, self.compute)
-        return LinearCrossEntropy.apply(hidden, self.head, labels, how)
+        new = self.new_head
+        how = Target(self.config.final_logit_softcapping, smoothing, self.compute, None if new is None else new.ids)
+        return LinearCrossEntropy.apply(hidden, self.head, labels, how, None if new is None else new.rows)
 
     @torch.no_grad()
     def logits_of(self, hidden: Tensor) -> Tensor:
         """float32 (P, V) of hidden states (P, d) as `forward` gives them."""
-        return logits(hidden, self.head, self.config.final_logit_softcapping)
+        softcap, new = self.config.final_logit_softcapping, self.new_head
+        found = logits(hidden, self.head, softcap)
+        return found if new is None else put_logits(found, hidden, new.ids, new.rows, softcap)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ def logits(hidden: Tensor, head: Weight, softcap: float | None = None, out: Tens
     return out
 
 
+def put_logits(z: Tensor, hidden: Tensor, ids: Tensor, rows: Tensor, softcap: float | None = None) -> Tensor:
+    """Of logits z (P, V) those of the tokens `ids` (k,), in place, as rows (k, d) in the head make them."""
+    own = hidden @ rows.T
+    z[:, ids] = own if softcap is None else own.div_(softcap).tanh_().mul_(softcap)
+    return z
+
+
 class Target(NamedTuple):
     """What cross-entropy asks for beside the label: a bent logit (Gemma 2), and ε of label smoothing.
 
@@ -44,19 +51,29 @@ class Target(NamedTuple):
     softcap: float | None = None
     smoothing: float = 0.0
     compute: torch.dtype | None = None
+    ids: Tensor | None = None
+    """The tokens (k,) whose rows of the head are others than the frozen ones."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """−log p(label) (P,) in nats: hidden (P, d), a frozen head (V, d), labels (P,).
+    """−log p(label) (P,) in nats: hidden (P, d), a frozen head (V, d), labels (P,), trained rows (k, d) of `how.ids`.
 
     With smoothing ε the target is (1 − ε) of the label and ε spread evenly over the vocabulary (arXiv:1512.00567).
     The gradient of each position is computed in the forward pass, a few at a time, and only scaled in the backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Weight, labels: Tensor, how: Target = Target()) -> Tensor:  # noqa: B008
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Weight,
+        labels: Tensor,
+        how: Target = Target(),  # noqa: B008
+        rows: Tensor | None = None,
+    ) -> Tensor:
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_own: list[Tensor] = []
         step = positions(len(hidden), head.shape[0], hidden.device.type)
         # a card's allocator has such memory at hand, and the backward pass needs it for other things
         on_card = hidden.is_cuda
@@ -68,16 +85,32 @@ class LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), step):
             part = slice(first, first + step)
             z = _logits(hidden[part], head, how, buffer[: len(labels[part])])
+            if rows is not None:
+                put_logits(z, hidden[part], _ids(how), rows, how.softcap)
             nll[part], d_z = _nll(z, labels[part], how, hidden.dtype)
+            if rows is not None:
+                d_own.append(d_z[:, how.ids].to(hidden.dtype))  # (P, k)
+                d_z[:, how.ids] = 0
             if d_hidden is not None:
                 _accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
-        ctx.save_for_backward(d_hidden)
+                if rows is not None:
+                    d_hidden[part].addmm_(d_own[-1], rows)
+        ctx.save_for_backward(d_hidden, *((hidden, torch.cat(d_own)) if d_own else ()))
         return nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (d_hidden,) = ctx.saved_tensors
-        return d_hidden * grads[0][:, None], None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (d_hidden, *of_rows), each = ctx.saved_tensors, grads[0][:, None]
+        d_rows = None
+        if of_rows:
+            hidden, d_own = of_rows
+            d_rows = (d_own * each).T @ hidden
+        return None if d_hidden is None else d_hidden * each, None, None, None, d_rows
+
+
+def _ids(how: Target) -> Tensor:
+    assert how.ids is not None
+    return how.ids
 
 
 def positions(n: int, vocabulary: int, device: str) -> int:

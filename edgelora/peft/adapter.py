@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from edgelora.architectures.names import is_norm
+from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
@@ -21,7 +21,7 @@ from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.kinds import KINDS, LORA_AND_NORMS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, Kind, Parts, kind_of
+from edgelora.peft.kinds import KINDS, LORA_AND_NORMS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, ROWS, Kind, Parts, kind_of
 from edgelora.peft.strangers import no_linear
 
 __all__ = [
@@ -69,7 +69,16 @@ class Adapter:
     @property
     def linears(self) -> list[str]:
         """The linear layers that it changes."""
-        return [module for module in self.tensors if not is_norm(f"{module}.{NORM}")]
+        others = (EMBEDDING, HEAD) if self.kind.rows else ()
+        return [module for module in self.tensors if not is_norm(f"{module}.{NORM}") and module not in others]
+
+    @property
+    def token_rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Of the embedding and the head the ids (k,) of tokens with new rows, and these, float32 (k, d)."""
+        if not self.kind.rows:
+            return {}
+        ids = np.array(self.config["token_indices"], np.int64)
+        return {m: (ids, parts[ROWS].astype(np.float32, copy=False)) for m, parts in self.tensors.items()}
 
     @property
     def norms(self) -> list[str]:
@@ -173,11 +182,13 @@ def read_adapter(
     norms: Mapping[str, int] | None = None,
     *,
     may_wait: bool = False,
+    vocabularies: Mapping[str, tuple[int, int]] | None = None,
 ) -> Adapter:
     """Read an adapter of any of KINDS and NATIVE and hold it to `linears` (d_out, d_in) and `norms` (their widths),
     by their HF names: every fault at once.
 
     may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold.
+    vocabularies: (V, d) of the embedding, and of a head of its own, where tokens may have new rows in them.
     """
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -194,8 +205,15 @@ def read_adapter(
     kind, faults = _kind(settings, may_wait)
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
-        tensors, more_faults = _read(file, kind, linears, norms or {})
+        # of a base with one matrix for both, PEFT saves the rows twice
+        both = {HEAD: vocabularies[EMBEDDING], **vocabularies} if kind.rows and vocabularies else {}
+        tensors, more_faults = _read(file, kind, {**linears, **both}, norms or {})
         faults += more_faults
+        if kind.rows and not faults:
+            tensors = dict(tensors)
+            faults += _rows_faults(settings["token_indices"], tensors, both)
+            if HEAD in tensors and HEAD not in (vocabularies or {}):
+                faults += _tied_faults(tensors.get(EMBEDDING), tensors.pop(HEAD))
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise AdapterError(
@@ -260,6 +278,8 @@ def _read(
     for module, parts in tensors.items():
         if module in norms or NORM in parts:
             found = list(_norm_faults(parts, norms.get(module)))
+        elif ROWS in parts:
+            found = [] if module in linears else ["its tokens have no rows that are read here"]
         elif module in linears:
             found = list(_linear_faults(kind, parts, *linears[module]))
         else:
@@ -269,6 +289,20 @@ def _read(
             found = ["it holds NaN or infinite values"]
         faults += [f"{module}: {fault}" for fault in found]
     return tensors, faults
+
+
+def _rows_faults(ids: list[int], tensors: Mapping[str, Parts], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
+    for module, parts in tensors.items():
+        n, d = shapes[module]
+        if parts[ROWS].shape != (len(ids), d):
+            yield f"{module}: {ROWS} is {parts[ROWS].shape}, expected ({len(ids)}, {d})"
+        if max(ids) >= n:
+            yield f"{module}: it has the id {max(ids)}, and the base has {n} tokens"
+
+
+def _tied_faults(embedding: Parts | None, head: Parts) -> Iterator[str]:
+    if embedding is None or not np.array_equal(embedding[ROWS], head[ROWS]):
+        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
 
 
 def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:

@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from edgelora.nn.awake import Awake
 from edgelora.nn.decoder import Adaptable, Decoder, Norm
 from edgelora.nn.linear import Delta, Linear, Weight, bias_of
+from edgelora.nn.vocabulary import Vocabulary
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.alora import waiting
 from edgelora.peft.attached import delta_of
 from edgelora.peft.layernorm import NormDelta
+from edgelora.peft.token_rows import blended
 
 
 class BlendDelta(nn.Module):
@@ -75,6 +77,8 @@ def blend_layers(
         own = [(adapter, scale) for adapter, scale in adapters if name in adapter.tensors]
         if not own:
             layer.delta = None
+        elif isinstance(layer, Vocabulary):
+            layer.delta = blended([(*adapter.token_rows[name], scale) for adapter, scale in own], layer.weight)
         elif isinstance(layer, Linear):
             layer.delta = BlendDelta([(_delta(adapter, name, layer.weight, awake), scale) for adapter, scale in own])
         else:

@@ -9,8 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear
+from edgelora.nn.vocabulary import Vocabulary
 from edgelora.peft import alora, ia3, layernorm, vera_file
 from edgelora.peft.adalora import AdaloraDelta
 from edgelora.peft.adapter import INVOCATION, Adapter
@@ -21,6 +23,7 @@ from edgelora.peft.layernorm import NormDelta
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import as_peft, require_taken, strengths
 from edgelora.peft.targets import EVERYWHERE, Where, select, target_modules
+from edgelora.peft.token_rows import given, put_rows
 from edgelora.peft.virtual_tokens import prompt_config, put_before
 
 
@@ -52,6 +55,9 @@ def inject(
     if row.before is not None:
         put_before(decoder, row, where.virtual, seed)
         return list(decoder.parameters())
+    if row.rows:
+        put_rows(decoder, where.token_indices)
+        return list(decoder.parameters())
     deltas: Sequence[Delta]
     if row.together is not None:
         deltas = row.together(weights, rank, alpha, generator)
@@ -81,7 +87,7 @@ def chosen(
     """Which linear layers and norms the method adapts. `targets` choose among the linear layers, and among the norms
     where a method adapts nothing else. Raises ConfigError for what fits no name."""
     row, where = METHODS[method], _where(targets)
-    if row.before is not None:
+    if row.before is not None or row.rows:
         require_taken(row, where)
         return [], []
     linears, norms = list(linears) if row.linears else [], list(norms) if row.norms else []
@@ -120,6 +126,8 @@ def adapter_config(
         own["feedforward_modules"] = [name for name in targets if name.endswith(ia3.FEED_FORWARD)]
     if row.peft_type == NATIVE_TYPE:
         own["method"] = method
+    if row.rows:
+        own["token_indices"] = sorted(set(where.token_indices))
     return {
         "peft_type": row.peft_type,
         "task_type": "CAUSAL_LM",
@@ -134,7 +142,7 @@ def adapter_config(
 
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
     """What is saved of every adapted layer, as numpy; what a VeRA's layers share is not copied for each."""
-    return {
+    found = {
         name: {
             part: tensor.cpu().numpy() if part in vera_file.SHARED else tensor.cpu().numpy().copy()
             for part, tensor in layer.delta.tensors().items()
@@ -142,6 +150,9 @@ def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
         for name, layer in decoder.adaptable.items()
         if layer.delta is not None
     }
+    if EMBEDDING in found and decoder.config.tie_word_embeddings:
+        found[HEAD] = found[EMBEDDING]  # as PEFT saves them
+    return found
 
 
 def kept_beside(decoder: Decoder) -> dict[str, torch.Tensor]:
@@ -165,6 +176,8 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
                 layer.delta = delta_of(adapter.change(name), layer.weight)
                 if adapter.invocation:
                     layer.delta = alora.waiting(layer.delta)
+            elif isinstance(layer, Vocabulary):
+                layer.delta = given(*adapter.token_rows[name], decoder.model.norm.weight.device)
             else:
                 layer.delta = NormDelta(torch.from_numpy(adapter.norm(name)) + layer.shift, layer.shift)
     if adapter is not None and adapter.invocation:

@@ -27,6 +27,7 @@ Make: TypeAlias = Callable[[Parts, Settings, str], Change]
 NATIVE_TYPE = "EDGELORA"
 PREFIX = "base_model.model."
 MAGNITUDE, SINGULAR, NORM = "lora_magnitude_vector", "lora_E", "weight"
+ROWS = "trainable_tokens_delta"
 LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
@@ -46,6 +47,8 @@ class Kind:
     """Parts that a layer may have besides."""
     norms: bool = False
     """Whether norms may have new weights (d,), as the part `weight`: HF's values, before a family's shift."""
+    rows: bool = False
+    """Whether tokens may have new rows (k, d) in the embedding and the head, those of `token_indices`."""
     adds_bias: bool = False
     """Whether a layer may get a bias that it had not."""
     endings: Mapping[str, str] = field(default_factory=dict)
@@ -67,7 +70,7 @@ class Kind:
     def place(self, name: str) -> tuple[str, str] | None:
         """The module and the part that a tensor of the file is; None: no part of this kind."""
         inside = name.removeprefix(PREFIX)
-        for part in (*self.parts, *self.optional, *([NORM] if self.norms else [])):
+        for part in (*self.parts, *self.optional, *([NORM] if self.norms else []), *([ROWS] if self.rows else [])):
             for ending in (self.endings.get(part, part), part, f"{part}.weight"):
                 if name.startswith(PREFIX) and inside.endswith(f".{ending}"):
                     return inside.removesuffix(f".{ending}"), part
@@ -174,6 +177,13 @@ def _bias(parts: Parts, _: Settings, __: str) -> Change:
     return Change(bias=parts["bias"])
 
 
+def _rows_faults(settings: Settings) -> list[str]:
+    ids = settings.get("token_indices")
+    if isinstance(ids, list) and ids and all(isinstance(one, int) and one >= 0 for one in ids):
+        return [] if len(set(ids)) == len(ids) else [f"token_indices names a token twice: {ids}"]
+    return [f"token_indices is {ids}, expected token ids"]
+
+
 def _no_linear(_: Parts, __: Settings, ___: str) -> Change:
     return Change()
 
@@ -243,6 +253,7 @@ KINDS: dict[str, Kind] = {
         },
         faults=_glora_faults,
     ),
+    "TRAINABLE_TOKENS": Kind("trained token rows", {}, _no_linear, rows=True, faults=_rows_faults),
     "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
 }  # fmt: skip
 """By PEFT's `peft_type`; a DoRA calls itself LORA, and so does a LoRA with norms."""

@@ -103,6 +103,8 @@ class Method:
     """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
     ranked: bool = True
     """Whether it has a rank and an α."""
+    rows: bool = False
+    """Whether it trains the rows of some tokens in the embedding and the head, and no layer."""
     groups: bool = False
     """Whether attention is cut into shifted groups of tokens while it learns."""
     waits: bool = False
@@ -378,6 +380,17 @@ METHODS: dict[str, Method] = {
         fresh=molora.fresh,
         peft_type=NATIVE_TYPE,
         shapes=molora.shapes,
+    ),
+    "token_rows": Method(
+        name="token_rows",
+        paper="PEFT's TrainableTokens",
+        trains="the rows (d,) of some tokens in the embedding, and in a head of its own",
+        exits=("merged",),
+        fresh=no_layer,
+        rows=True,
+        peft_type="TRAINABLE_TOKENS",
+        linears=False,
+        ranked=False,
     ),
     "prompt_tuning": Method(
         name="prompt_tuning",

@@ -37,6 +37,7 @@ def require_taken(row: Method, where: Where) -> None:
         "alpha_pattern": (where.alpha_pattern, lora, "it has no α"),
         "use_rslora": (where.use_rslora, lora and not moves, "its scale is not α/r of a rank that stays"),
         "alora_invocation_tokens": (where.alora_invocation_tokens, row.waits, "it acts on every token"),
+        "token_indices": (where.token_indices, row.rows, "it leaves the rows of all tokens as they are"),
         "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}
@@ -55,7 +56,7 @@ def _virtual_faults(row: Method, where: Where) -> Iterator[tuple[str, str]]:
         "target_modules": where.target_modules, "exclude_modules": where.exclude_modules,
         "layers_to_transform": where.layers_to_transform,
     }.items():  # fmt: skip
-        if given and row.before is not None:
+        if given and (row.before is not None or row.rows):
             yield name, "it changes no layer"
     for one in fields(where.virtual):
         if getattr(where.virtual, one.name) != one.default and one.name not in row.virtual:

@@ -39,6 +39,8 @@ class Where:
     """In the place of all that, where a method puts virtual tokens before every sequence."""
     alora_invocation_tokens: tuple[int, ...] = ()
     """From whose last place in a sequence on an aLoRA acts."""
+    token_indices: tuple[int, ...] = ()
+    """The tokens whose rows of the embedding and the head are trained."""
 
 
 EVERYWHERE = Where()

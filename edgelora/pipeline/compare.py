@@ -22,6 +22,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.evaluate.fidelity import Fidelity, Tally
 from edgelora.pipeline.check_rows import Speaks
 from edgelora.pipeline.evaluate import context_for
+from edgelora.pipeline.new_rows import head_rows
 from edgelora.pipeline.said import Group, Said
 from edgelora.pipeline.tokenize import Tokenized, difference_of_chat, tokenize_chat
 from edgelora.pipeline.torch_states import Reference
@@ -56,8 +57,9 @@ def compare(
 
     states: of the draft and of the reference, as `torch_states` gives them.
     """
-    (base, _), written = reference.open(), open_base(draft)
-    sides = [(Head(model), x) for model, x in zip((written, base), states, strict=True)]
+    (base, adapters), written = reference.open(), open_base(draft)
+    heads = Head(written), Head(base, head_rows(base, adapters))
+    sides = list(zip(heads, states, strict=True))
     own, loss, step = Tally(), Tally(), stepper(len(said.groups), on_progress)
     with _run(written, said.groups) as run:
         equal_ids = sum(run.same_ids(base, row) for row in [*said.chats, *said.texts])

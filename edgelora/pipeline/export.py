@@ -25,6 +25,7 @@ from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
 from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
+from edgelora.pipeline.new_rows import head_rows
 from edgelora.pipeline.said import Group, groups_of
 from edgelora.pipeline.soft_export import SoftCheck
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
@@ -107,7 +108,9 @@ def export(
             lambda draft: judged(base, len(rows), *check.compare(draft, states, on_progress)),
         )
     else:
-        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True)
+        adapter = read_checked(
+            adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True
+        )
         contract = adapter.contract
         certificate = write_certified(
             result,
@@ -121,9 +124,13 @@ def export(
     return certificate
 
 
-def read_checked(path: Path, base: Base, *, allow_unverified: bool, may_wait: bool = False) -> Adapter:
-    """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA."""
-    adapter = read_adapter(path, base.linears, base.norms, may_wait=may_wait)
+def read_checked(
+    path: Path, base: Base, *, allow_unverified: bool, may_wait: bool = False, with_rows: bool = False
+) -> Adapter:
+    """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA; with_rows:
+    or new rows of tokens."""
+    vocabularies = base.vocabularies if with_rows else None
+    adapter = read_adapter(path, base.linears, base.norms, may_wait=may_wait, vocabularies=vocabularies)
     require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
     return adapter
 
@@ -186,13 +193,13 @@ def _compare(
     work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
 ) -> tuple[int, Fidelity, Fidelity]:
     """How many rows have the same ids, and how far llama.cpp is from torch without the adapter and with it."""
-    (base, _), found = work.adapted.open(), []
-    head, step = Head(base), stepper(2 * len(work.groups), on_progress)
+    (base, adapters), found = work.adapted.open(), []
+    heads, step = (Head(base), Head(base, head_rows(base, adapters))), stepper(2 * len(work.groups), on_progress)
     with in_llama_cpp(base, work.groups) as engine:
         texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
         equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
         engine.load_own("candidate", work.gguf)
-        for own, active in zip(states, ({}, {"candidate": 1.0}), strict=True):
+        for head, own, active in zip(heads, states, ({}, {"candidate": 1.0}), strict=True):
             engine.use(active)
             sides = logits(InLlamaCpp(engine).logits, [(head, own)], work.groups, step)
             found.append(fidelity((here, there) for there, (here,) in sides if there is not None))

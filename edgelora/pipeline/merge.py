@@ -145,8 +145,8 @@ def open_parts(
     base = open_base(base_path)
     parts = [
         Part(
-            read_checked(path, base, allow_unverified=allow_unverified), scale, sha256_file(path / TENSORS),
-            path.resolve().name,
+            read_checked(path, base, allow_unverified=allow_unverified, with_rows=True), scale,
+            sha256_file(path / TENSORS), path.resolve().name,
         )
         for path, scale in adapters
     ]  # fmt: skip

@@ -112,7 +112,8 @@ def open_scorer(
     if adapter is None:
         return TorchScorer(base, [])
     folder, scale = adapter
-    return TorchScorer(base, [(read_checked(folder, base, allow_unverified=allow_unverified, may_wait=True), scale)])
+    read = read_checked(folder, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
+    return TorchScorer(base, [(read, scale)])
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -30,7 +30,8 @@ class Reference:
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
         base = open_base(self.base)
         adapters = [
-            (read_adapter(path, base.linears, base.norms, may_wait=True), scale) for path, scale in self.adapters
+            (read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies), scale)
+            for path, scale in self.adapters
         ]
         for adapter, _ in adapters:
             base = base.as_trained(adapter.contract)

@@ -204,6 +204,9 @@ def most_adapted(model: Model, config: TrainConfig) -> list[Adapted]:
 def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
     """Of every tensor that is trained."""
     row, widths = METHODS[config.method], norm_widths(model)
+    if row.rows:
+        n = len(config.train_tokens)
+        return [(n, model.config.hidden_size)] * (1 if model.config.tie_word_embeddings else 2)
     if row.before is not None:
         return shapes(row, model.config, where_of(config).virtual)
     _, norms = chosen(config.method, linear_modules(model.architecture, model.config), widths, where_of(config))

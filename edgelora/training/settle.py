@@ -18,6 +18,7 @@ from edgelora.training.footprint import Model
 from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
+from edgelora.training.trained_tokens import tokens_of
 from edgelora.training.whole import optimizer_of, require_whole, size_of
 
 
@@ -39,7 +40,7 @@ def settle(
     held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
     settled, chosen = choose(config, model.n_weights)
     settled = settled.model_copy(update={"device": device.value, "dtype": dtype.value, "base_dtype": held.value})
-    settled, of_invocation = invocation_of(settled, base)
+    settled, of_invocation = invocation_of(tokens_of(settled, base), base)
     chosen |= of_invocation
     require_whole(settled, base)
     settled, of_optimizer = optimizer_of(settled, model, machine.budget)

@@ -46,6 +46,7 @@ def where_of(config: TrainConfig) -> Where:
         config.lora_dropout,
         _virtual(config),
         config.alora_invocation_tokens,
+        tuple(int(one) for one in config.train_tokens if one.isdecimal()),  # all of them, once it is settled
     )
 
 
