@@ -16,6 +16,7 @@ from gguf.constants import GGUFValueType
 
 from converters.metadata import put_contract, write_whole
 from converters.pair_types import pair_type, stored
+from converters.token_pairs import token_pairs
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
@@ -46,7 +47,7 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
 
     Raises ExportError if a value does not fit into `dtype`, or if it is more than B A.
     """
-    pairs = {}
+    pairs = token_pairs(base, adapter.token_rows)
     for tensor, change in gguf_changes(adapter, base).items():
         if change.pair is None or not change.is_pair:
             raise _not_a_lora(name, adapter)

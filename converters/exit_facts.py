@@ -32,7 +32,9 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
             biases.add(module.split(".", 3)[3])
     return AdapterFacts(
         adapter.kind.one, {name: pair for name, pair in pairs.items() if name not in whole}, frozenset(scaled - whole),
-        frozenset(whole), frozenset(biases), len(adapter.norms), waits=bool(adapter.invocation),
+        frozenset(whole), frozenset(biases), len(adapter.norms),
+        {base.tensor_of(module): len(ids) for module, (ids, _) in adapter.token_rows.items()},
+        waits=bool(adapter.invocation),
     )  # fmt: skip
 
 

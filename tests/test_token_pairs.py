@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,17 @@ import torch
 from converters.adapter_to_gguf import write_pairs
 from converters.token_pairs import token_pairs
 from converters.untie import write_untied
+from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.cli import run
 from edgelora.errors import AdapterError, ExportError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.adapter_check import check_adapter, own_shapes
 from edgelora.files.gguf import GGUFFile
+from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.peft.change import LoraPair
+from edgelora.peft.inject import adapter_config, collect, inject
+from edgelora.peft.targets import Where
 from runtime.scorer import ScoringEngine
 
 TOKENS = np.array([3, 77, 500])
@@ -86,3 +92,23 @@ def test_rows_of_another_shape_never_reach_llama_cpp(make_tiny, tmp_path, a, b, 
     write_pairs(tmp_path / "a.gguf", {"token_embd.weight": pair}, "llama", "a", "F32", None)
     with pytest.raises(AdapterError, match=said):
         check_adapter(tmp_path / "a.gguf", "llama", shapes(base))
+
+
+def test_rows_that_were_trained_leave_as_an_adapter_where_the_head_is_its_own(make_tiny, tmp_path, capsys):
+    for tied, door in ((False, "adapter"), (True, "merged")):
+        tiny = make_tiny(tied=tied)
+        base = open_base(tiny.path)
+        decoder, where, folder = build_decoder(base), Where(token_indices=tuple(TOKENS.tolist())), tmp_path / door
+        inject(decoder, "token_rows", 1, 1.0, seed=0, targets=where)
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        config = adapter_config(decoder, "token_rows", 1, 1.0, str(base.path), where)
+        write_adapter(folder, Adapter(config, collect(decoder)))
+        words = ["export", str(tiny.path), str(folder), "--out", f"{folder}.gguf", "--allow-unverified-base", "--json"]
+        assert run([*words, "--plan"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["door"] == door
+        assert ("edgelora untie" in told["others"].get("adapter", "")) == tied
+        assert run(words) == 0
+        assert json.loads(capsys.readouterr().out)["certificate"]["passed"]

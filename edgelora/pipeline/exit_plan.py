@@ -33,7 +33,7 @@ def plan(
         prompt = read_trained_prompt(adapter_path, base.config)
         require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
         return plan_exit(facts_of_prompt(prompt), facts_of_base(base), dtype)
-    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True)
+    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
     facts = facts_of_adapter(adapter, base)
     found = plan_exit(facts, facts_of_base(base), dtype)
     if measure and found.door == "patched":

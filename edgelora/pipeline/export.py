@@ -108,9 +108,7 @@ def export(
             lambda draft: judged(base, len(rows), *check.compare(draft, states, on_progress)),
         )
     else:
-        adapter = read_checked(
-            adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True
-        )
+        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
         contract = adapter.contract
         certificate = write_certified(
             result,
