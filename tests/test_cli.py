@@ -347,8 +347,8 @@ def test_the_result_as_json(files, tmp_path, capsys):
     assert [e["step"] for e in events if e["event"] == "progress"] == [0, 1]
 
 
-def test_a_dora_is_merged_next(files, tmp_path, capsys):
-    assert run(trains(files, tmp_path / "mine", "--method", "dora")) == 0
+def test_whole_weights_are_merged_next(files, tmp_path, capsys):
+    assert run(trains(files, tmp_path / "mine", "--method", "full", "--base-dtype", "f32")) == 0
     assert " merge " in capsys.readouterr().err.splitlines()[-1]
     assert run(["train", str(files.base), str(files.rows), "--out", str(tmp_path / "mine"), "--resume"]) == 0
     assert " merge " in capsys.readouterr().err.splitlines()[-1]  # the method is the earlier run's
