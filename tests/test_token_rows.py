@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf.constants import GGMLQuantizationType as Type
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from test_resume import cut_back, data, outcome, settings  # noqa: F401
 
+from converters.merge import Part
+from converters.merge_to_hf import write_merged_folder
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
@@ -149,6 +152,19 @@ def test_merged_and_certified_it_computes_the_same(base, tmp_path):
     merged = open_base(tmp_path / "merged.gguf")
     assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
     torch.testing.assert_close(build_decoder(merged).logits(IDS), decoder.logits(IDS), atol=2e-2, rtol=0)
+
+
+def test_it_is_merged_into_a_folder(model, transformers_model, write_tokenizer, vocabulary, tmp_path):
+    transformers_model(model).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base", vocabulary, None)
+    base = open_base(tmp_path / "base")
+    decoder = trained(base)
+    written(decoder, base, tmp_path / "mine")
+    (tmp_path / "merged").mkdir()
+    write_merged_folder(tmp_path / "merged", base, [Part(read(tmp_path / "mine", base), 1.0, "0" * 64, "mine")])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
 
 
 def test_two_at_their_scales_are_what_their_merged_model_computes(base, tmp_path):

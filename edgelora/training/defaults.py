@@ -12,7 +12,7 @@ from edgelora.device import Choice
 from edgelora.training import galore
 
 RANK, SCALE_AT_RANK = 16, 2.0  # α/r at this rank, whatever the method; what it is at others differs
-RANKS: dict[Method, int] = {"vera": 256, "galore": galore.RANK}
+RANKS: dict[Method, int] = {"vera": 256, "alora": 32, "galore": galore.RANK}
 SMALL, LARGE = 1e9, 14e9  # weights; QLoRA's border is "larger than 13B", and models of that class have up to 14
 
 
@@ -92,6 +92,8 @@ def _why_rank(method: Method) -> str:
             "the authors' example: Adam's moments are those of as many directions of each gradient (arXiv:2403.03507, "
             "github.com/jiaweizzhao/GaLore)"
         )
+    if method == "alora":
+        return "PEFT's example of an aLoRA (github.com/huggingface/peft, examples/alora_finetuning)"
     if method == "vera":
         return "PEFT's default: a VeRA trains one number for each rank, not a row and a column (arXiv:2310.11454)"
     return (
