@@ -15,14 +15,10 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.merge import Part
 from edgelora.base.model import FLOAT_QUANTS, Base
-from edgelora.files.contract import Contract
+from edgelora.files.contract import SAME_WEIGHTS, Contract
 from edgelora.invocation import command
 
 FINE = (*FLOAT_QUANTS, "Q8_0")  # their steps are finer than what an adapter changes
-
-# Row norms of the same weights, stored as F16 or BF16 instead of blocks, differ by 1e-4 (root mean square); those of an
-# original and its quantization to 4 bits by 1e-3 and more.
-SAME_WEIGHTS = 5e-4
 
 GRID_KEY = "edgelora.grid"  # of a merge in FINE numbers: the coarse type near whose steps its weights lie
 

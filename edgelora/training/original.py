@@ -13,12 +13,8 @@ from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.files.adapter_check import contract_of
-from edgelora.files.contract import SKETCH_TOLERANCE, Contract, differences
+from edgelora.files.contract import SAME_WEIGHTS, SKETCH_TOLERANCE, Contract, differences
 from edgelora.peft.methods import METHODS
-
-# Row norms of the same weights, stored as F16 instead of blocks, differ by 1e-4 (root mean square); those of an
-# original and its quantization to 4 bits by 1e-3 and more (pipeline/snap_back.py).
-SAME_WEIGHTS = 5e-4
 
 RESIDUAL = "residual"  # the method that the contract of such a base names
 
