@@ -33,8 +33,8 @@ CERTIFICATE_BYTES = 2048  # reserved in a file until it has been checked
 # keep it from true K-quants, which cost more); each with a wide margin, since the norms and lineage are exact.
 SKETCH_TOLERANCE = {"F32": 2e-3, "F16": 2e-3, "BF16": 5e-3, "Q8_0": 5e-3, "Q6_K": 1e-2}
 SKETCH_TOLERANCE_LOW_BITS = 0.15
-# The sketches of the same weights, stored as F16 or BF16 instead of blocks, differ by less than this; those of an original
-# and its quantization to 4 bits by more.
+# Sketches of the same weights, stored as F16 or BF16 instead of blocks, differ by less than this (1e-4); those of an
+# original and its quantization to 4 bits by more.
 SAME_WEIGHTS = 5e-4
 
 
