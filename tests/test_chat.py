@@ -64,7 +64,7 @@ class Screen:
         known = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "EDGELORA_HOME": str(home)}
         self.process = pexpect.spawn(
             sys.executable, list(arguments), timeout=60, encoding="utf-8", dimensions=(40, width),
-            env=os.environ | known,
+            env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | known,
         )  # fmt: skip
 
     def wait(self, text: str = PROMPT) -> str:

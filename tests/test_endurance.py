@@ -54,5 +54,5 @@ def test_cycles_of_loading_switching_and_unloading_leave_nothing(tiny, tmp_path,
         growth = resident_bytes() - before
         print("MEASURED", json.dumps({"cycles": CYCLES, "growth_bytes": growth}))
         assert growth < 5 << 20
-        assert n_open_files() == descriptors
+        assert n_open_files() <= descriptors  # fewer, where the garbage of an earlier test went meanwhile
         assert engine.stats().adapter_bytes == 0

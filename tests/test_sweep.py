@@ -124,7 +124,24 @@ def test_names_of_trials_are_names_of_folders(config):
     assert names == [f"device={d},ema_decay={e}" for d in ("cuda-0", "..-x") for e in ("0.1234567", "0.1234568")]
 
 
-SCALARS = ["1", "64", "0.5", "true", "f32", "off", "full", "4GB", "lora", "adamw", "linear", "nf4", "x"]
+SCALARS = [
+    "1",
+    "64",
+    "0.5",
+    "true",
+    "f32",
+    "off",
+    "full",
+    "4GB",
+    "lora",
+    "adamw",
+    "linear",
+    "nf4",
+    "none",
+    "text",
+    "MLP",
+    "x",
+]
 
 
 @pytest.mark.parametrize("name", TrainConfig.model_fields)

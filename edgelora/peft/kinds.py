@@ -280,7 +280,8 @@ def kind_of(settings: Settings) -> Kind | None:
     peft_type = settings.get("peft_type")
     if peft_type == "LORA" and settings.get("use_dora"):
         return DORA
-    if peft_type == "LORA" and settings.get("modules_to_save"):
+    saved = settings.get("modules_to_save")
+    if peft_type == "LORA" and saved and isinstance(saved, list) and all("norm" in str(name) for name in saved):
         return LORA_AND_NORMS
     if peft_type == NATIVE_TYPE:
         return NATIVE.get(str(settings.get("method")))

@@ -18,7 +18,7 @@ from edgelora.files.lock import locked
 from edgelora.training.sweep import Result
 
 # what may be said otherwise when a sweep goes on; that files are the same is seen by their digests
-FREE = {"base", "data", "valid", "out", "resume", "overwrite"}
+FREE = {"base", "original", "data", "valid", "out", "resume", "overwrite"}
 
 
 class Record(BaseModel):

@@ -21,7 +21,7 @@ MEASURED_BY = (
     "chat_template",
 )  # fmt: skip
 ONE_FOR_ALL = {
-    **dict.fromkeys(("base", "data", "valid", "out", "resume", "overwrite"), "it is one for all trials"),
+    **dict.fromkeys(("base", "original", "data", "valid", "out", "resume", "overwrite"), "it is one for all trials"),
     **dict.fromkeys(MEASURED_BY, "held-out losses would be measured differently, and could not be compared"),
 }
 EXAMPLE = "--sweep rank=4,8,16 lr=1e-4,5e-4"
