@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -25,16 +25,18 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import ExportError
-from edgelora.evaluate.fidelity import fidelity
+from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
+from edgelora.files.contract import CERTIFICATE_BYTES
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.exit_plan import plan
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import Certificate, export
 from edgelora.pipeline.patch import patch
+from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
 from runtime.scorer import ScoringEngine
 
 LAYERED = [name for name, row in METHODS.items() if row.linears or row.norms]
@@ -231,6 +233,8 @@ def test_three_doors_of_the_real_base(smollm, tmp_path):
         assert plan(smollm, folder, allow_unverified=True).door == door
         made = write(smollm, folder, tmp_path / f"{method}.gguf", data=rows, allow_unverified=True)
         assert getattr(made, "certificate", made).passed
+    svd = SvdOptions(4, data=rows, allow_unverified=True)
+    assert not export_svd(smollm, tmp_path / "ia3", tmp_path / "svd.gguf", svd).faults
     folder = prompt_folder(base, tmp_path / "prompt", "PROMPT_TUNING")
     assert export(smollm, folder, tmp_path / "prompt.gguf", data=rows, allow_unverified=True).passed
 
@@ -326,10 +330,20 @@ def test_the_svd_is_written_with_what_it_loses(make_tiny, tmp_path, capsys):
         assert "it is not the adapter" in told.err
         found = json.loads(told.out)["certificate"]
         assert found["passed"]
+        assert found["svd_worst"]["error"] == max(found["svd_errors"].values())
         lost.append((found["svd_error"], found["lost"]["kl_mean"]))
     assert lost[0][0] > 0.3
     assert lost[1][0] < 1e-5
     assert lost[0][1] > 100 * lost[1][1]
+
+
+def test_what_a_deep_model_loses_fits_into_the_certificate():
+    apart = Fidelity(10**6, *[1 / 3 * 1e-7] * (len(fields(Fidelity)) - 1))
+    lora = Certificate("Q4_K", 16, 16, apart, apart, 1 / 3, 1 / 3)
+    errors = {f"model.layers.{i}.self_attn.long_enough_proj": 1 / (i + 3) for i in range(210)}
+    certificate = SvdCertificate(16, errors, 1 / 3, apart, lora)
+    assert len(json.dumps(certificate.as_dict())) <= CERTIFICATE_BYTES
+    assert certificate.worst == "model.layers.0.self_attn.long_enough_proj"
 
 
 def test_norms_and_biases_have_no_singular_values(base):

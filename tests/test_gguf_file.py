@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelora.errors import EdgeloraError, FileFormatError
+from edgelora.errors import EdgeloraError, FileFormatError, OutputError
 from edgelora.files.gguf import NEVER_IN_FILES, GGUFFile, Strings, fill_reserved, reserve
 
 V = GGUFValueType
@@ -212,7 +212,7 @@ def test_fill_reserved_refuses_what_does_not_fit(tmp_path):
     path = tmp_path / "file.gguf"
     raw = build([key("note", V.STRING, string(reserve(4)))])
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="5 bytes do not fit into the 4 reserved"):
+    with pytest.raises(OutputError, match="5 bytes do not fit into the 4 reserved"):
         fill_reserved(path, "note", "12345")
     assert path.read_bytes() == raw
 

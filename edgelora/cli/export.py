@@ -212,11 +212,12 @@ def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
     display.say(f"{out}: the nearest LoRA of rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
     display.note(
         f"it is not the adapter: {found.error:.1%} of what that changes in the weights is lost (by layer at most "
-        f"{max(found.errors.values()):.1%}), and its answers are {found.lost.kl_mean:.2g} nats away (mean KL), same "
+        f"{found.errors[found.worst]:.1%}), and its answers are {found.lost.kl_mean:.2g} nats away (mean KL), same "
         f"top {found.lost.same_top:.1%} ± {found.lost.same_top_error:.1%}"
     )
     display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
-    return {"out": str(out), "size_bytes": out.stat().st_size, "certificate": found.as_dict()}
+    certificate = {**found.as_dict(), "svd_errors": found.errors}
+    return {"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}
 
 
 WAYS = {"adapter": _adapter, "soft prompt": _adapter, "patched": _patched, "merged": _merged}

@@ -22,7 +22,7 @@ from typing import Any, overload
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from edgelora.errors import FileFormatError
+from edgelora.errors import FileFormatError, OutputError
 from edgelora.files.checkpoint import PICKLE_STARTS, PICKLES, pickle_fault
 from edgelora.files.mapped import forget
 
@@ -350,13 +350,17 @@ def reserve(n_bytes: int) -> str:
 def fill_reserved(path: Path, key: str, value: str | float) -> None:
     """Replace the reserved value of `key` in the GGUF at `path`, in place; the file keeps its size.
 
-    Raises ValueError if the key is missing or of another kind, or a text does not fit: our own faults, not a user's.
+    Raises OutputError if a text does not fit, and ValueError if the key is of another kind.
     """
     place = GGUFFile(path).metadata[key]
     if isinstance(value, str) and place.type == GGUFValueType.STRING:
         room, raw = len(place.data.encode()), value.encode()
         if len(raw) > room:
-            raise ValueError(f"{key}: {len(raw)} bytes do not fit into the {room} reserved")
+            raise OutputError(
+                what=f"{path}: {key}: {len(raw)} bytes do not fit into the {room} reserved",
+                why="the place for it is left when the file is written, and the file keeps its size",
+                fix="this is a fault of edgelora: please report it, with the command",
+            )
         raw = raw.ljust(room)
     elif not isinstance(value, str) and place.type in SCALARS:
         raw = np.array(value).astype(SCALARS[place.type]).tobytes()

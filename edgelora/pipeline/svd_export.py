@@ -49,10 +49,16 @@ class SvdCertificate:
     def faults(self) -> list[str]:
         return self.lora.faults
 
+    @property
+    def worst(self) -> str:
+        """The layer of which most is lost."""
+        return max(self.errors, key=self.errors.__getitem__)
+
     def as_dict(self) -> dict[str, Any]:
+        """What the file says, which has reserved a place of one size for it: of the layers the worst alone."""
         return {
-            **self.lora.as_dict(), "svd_rank": self.rank, "svd_error": self.error, "svd_errors": self.errors,
-            "lost": self.lost.as_dict(),
+            **self.lora.as_dict(), "svd_rank": self.rank, "svd_error": self.error,
+            "svd_worst": {"layer": self.worst, "error": self.errors[self.worst]}, "lost": self.lost.as_dict(),
         }  # fmt: skip
 
 
