@@ -25,7 +25,7 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
         if change.rows is not None or (change.pair is not None and change.pair.magnitude is not None):
             scaled.add(tensor)
         if change.columns is not None and module.endswith(DOWN):
-            scaled.add(base.tensor_of(_before_down(module, base)))
+            scaled.add(base.tensor_of(base.architecture.before_down(module)))
         elif change.whole is not None or change.columns is not None:
             whole.add(tensor)
         if _changes_bias(change, module, base):
@@ -65,11 +65,6 @@ def _windowed(base: Base) -> bool:
     """Whether llama.cpp keeps the keys and values of some layers for a window of tokens only."""
     windows = map(base.config.window, range(base.config.num_hidden_layers))
     return base.architecture.llama_cpp.applies_window and any(windows)
-
-
-def _before_down(module: str, base: Base) -> str:
-    """The layer whose rows multiply the columns of this down_proj, through SwiGLU."""
-    return module.replace("down_proj", "gate_up_proj" if base.architecture.fused else "up_proj")
 
 
 def _changes_bias(change: Change, module: str, base: Base) -> bool:

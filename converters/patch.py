@@ -20,6 +20,7 @@ from gguf.constants import GGMLQuantizationType
 from converters.adapted import Adapted, Deltas, of_gguf
 from converters.adapter_to_gguf import write_pairs
 from converters.base_to_gguf import Slab, slabs
+from converters.exit_plan import ROUNDING
 from converters.merge import Part, Recipe, describe, new_biases, quantized, targets_of
 from converters.scaled_rows import can_scale, scale_rows
 from converters.stream import Entry, write_streamed
@@ -47,7 +48,8 @@ class Patch:
     how: How
     kind: Type
     error: float | None
-    """What rounding does to it: root mean square, relative to its own. None where it is quantized again."""
+    """What rounding does to it: root mean square, relative to its own, or of F16 the most. None where it is quantized
+    again."""
     factors: np.ndarray | None = None
     """Of its rows, float32 (d_out,)."""
 
@@ -62,7 +64,7 @@ class PatchPlan:
 
     @property
     def error(self) -> float:
-        """The largest rounding error of a weight."""
+        """The largest rounding error of a tensor: root mean square, relative to its own."""
         return max((patch.error for patch in self.patches.values() if patch.error is not None), default=0.0)
 
     @property
@@ -145,7 +147,7 @@ def write_rest(
 def _folded(adapted: Adapted, base: Base) -> Adapted:
     """The same where no column of a down_proj is multiplied: the rows before it are."""
     weights = adapted.weights
-    down = {m: m.replace("down_proj", "gate_up_proj" if base.architecture.fused else "up_proj")
+    down = {m: base.architecture.before_down(m)
             for m in base.linears if m.endswith("mlp.down_proj") and base.tensor_of(m) in weights}  # fmt: skip
     before = {base.tensor_of(up): base.tensor_of(m) for m, up in down.items()}
     after = set(before.values())
@@ -192,7 +194,7 @@ def _patch(base: Base, name: str, change: Change) -> Patch | None:
     whole = np.concatenate(factors)
     if can_scale(kind) and (error <= LARGEST_ERROR or kind in ggml.FLOATS):
         return Patch("scaled", kind, error, whole)
-    return Patch("widened", Type.F16, 2.0**-12, whole)
+    return Patch("widened", Type.F16, ROUNDING[Type.F16], whole)
 
 
 def _factors(change: Change, weight: np.ndarray) -> np.ndarray:

@@ -246,10 +246,15 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     assert run([*words, "--plan"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["door"] == door
+    if method == "dora":  # F32 over F32, but what is B A of it is F16
+        assert told["expected_error"] == 2.0**-11
+        assert "by more than" in told["notes"][-1]
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing was written
     assert run([*words, "--out", str(tmp_path / "made.gguf")]) == 0
-    made = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    made = json.loads(said.out)
     assert made["door"] == door
+    assert (f"{tmp_path / 'made.lora.gguf'}, " in said.err) == (method == "dora")
     assert made["certificate"]["passed"]
 
 

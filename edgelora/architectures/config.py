@@ -167,6 +167,10 @@ class Architecture:
             return {**attention, "mlp.gate_up_proj": (2 * ff, d), "mlp.down_proj": (d, ff)}
         return {**attention, "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff)}
 
+    def before_down(self, module: str) -> str:
+        """The layer whose rows multiply the columns of this down_proj, through SwiGLU; fused, its second half's."""
+        return module.replace("down_proj", "gate_up_proj" if self.fused else "up_proj")
+
     def expert_matrices(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         """(d_out, d_in) of the router and of every expert's matrices of a layer; empty without a mixture."""
         if self.experts is None:

@@ -150,7 +150,7 @@ def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
     delivery = prepare_for(asked.for_, reference, out, live=True, overwrite=asked.overwrite)
     found = run(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
     display.say(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, checked on {found.n_prompts} prompts: mean KL "
+        f"{out}: {_megabytes(out)}, checked on {found.n_prompts} prompts: mean KL "
         f"{found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), same top {found.adapter.same_top:.1%}"
     )
     if delivery is not None:
@@ -164,14 +164,16 @@ def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
 
 def _patched(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
     from edgelora.invocation import command
+    from edgelora.pipeline.exit_plan import rounded
     from edgelora.pipeline.patch import patch
 
     _require_no_runner(asked, "--door patched")
     out = asked.out
     made = patch(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
     found = made.certificate
+    rest = f", and {made.rest}, {_megabytes(made.rest)}, which belongs over it" if made.rest else ""
     display.say(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, no weight rounded by more than {made.error:.1g} of its own; "
+        f"{out}: {_megabytes(out)}{rest}: {rounded(made.error)}; "
         f"checked on {found.n_prompts} prompts: mean KL {found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), "
         f"same top {found.adapter.same_top:.1%}"
     )
@@ -209,7 +211,7 @@ def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
     _require_no_runner(asked, "--svd-rank")
     out = asked.out
     found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, **asked.rows, **asked.checked), display.show)
-    display.say(f"{out}: the nearest LoRA of rank {rank}, {out.stat().st_size / 1e6:.1f} MB")
+    display.say(f"{out}: the nearest LoRA of rank {rank}, {_megabytes(out)}")
     display.note(
         f"it is not the adapter: {found.error:.1%} of what that changes in the weights is lost (by layer at most "
         f"{found.errors[found.worst]:.1%}), and its answers are {found.lost.kl_mean:.2g} nats away (mean KL), same "
@@ -218,6 +220,10 @@ def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
     display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
     certificate = {**found.as_dict(), "svd_errors": found.errors}
     return {"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}
+
+
+def _megabytes(path: Path) -> str:
+    return f"{path.stat().st_size / 1e6:.1f} MB"
 
 
 WAYS = {"adapter": _adapter, "soft prompt": _adapter, "patched": _patched, "merged": _merged}

@@ -38,7 +38,8 @@ def plan(
     found = plan_exit(facts, facts_of_base(base), dtype)
     if measure and found.door == "patched":
         patch = plan_patch(base, adapter)
-        found = replace(found, expected_error=patch.error, notes=(*found.notes, *patch.notes))
+        measured = [f"measured: {rounded(patch.error)}"] if patch.patches else []
+        found = replace(found, notes=(*found.notes, *patch.notes, *measured))
     return replace(found, notes=(*found.notes, *_advised(adapter, base)))
 
 
@@ -64,6 +65,11 @@ def through(found: ExitPlan, asked: str | None, adapter_path: Path) -> Way:
         why=found.others[door],
         fix=f"leave --door out: it leaves as {found.door}" if found.exact else f"pass --door {found.door}",
     )
+
+
+def rounded(error: float) -> str:
+    """What patching did to weights, in words."""
+    return f"no tensor changed by rounding by more than {error:.2g} of its own (root mean square)"
 
 
 def in_words(found: ExitPlan) -> Iterator[str]:

@@ -41,7 +41,7 @@ from edgelora.versions import versions
 @dataclass(frozen=True)
 class PatchedBase:
     """What was written: the patched base, the LoRA that has to lie over it (None: nothing is left of the adapter), the
-    largest rounding error of a weight, and what its user should know."""
+    largest rounding error of a tensor (root mean square, relative to its own), and what its user should know."""
 
     path: Path
     rest: Path | None
