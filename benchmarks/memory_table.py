@@ -7,11 +7,13 @@ A test compares the file with what this makes.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from gguf.constants import GGMLQuantizationType as Type
+from memory import table as recorded
 
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.config import TrainConfig
@@ -103,19 +105,35 @@ def document() -> str:
         "",
         "The longest row, in tokens, that a LoRA of rank 16 on all linear layers trains on (AdamW, bf16 products),",
         f"as `edgelora plan` reckons with {SHARE:.0%} of the memory; at most the context. `*`: layers are computed",
-        "again in the backward pass, which takes a third longer and a fraction of the memory. –: nothing fits.",
+        "again in the backward pass, which takes longer and a fraction of the memory. –: nothing fits.",
         "Short rows are packed together into micro-batches, and take the memory of one.",
         f"On a CPU the compiled code computes, on {THREADS} threads.",
         "",
         "All activations are kept where a micro-batch of them fits, so more memory can show a shorter row without a",
-        "`*`: `--recompute full` allows longer ones. `python benchmarks/memory_table.py` writes this file;",
-        "`benchmarks/memory.py` compares the plan with measured peaks.",
+        "`*`: `--recompute full` allows longer ones. `python benchmarks/memory_table.py` writes this file.",
     ]
     for device, title in (("cpu", "A process on the CPU"), ("cuda", "A CUDA card (reckoned)")):
         for kind in STORED:
             lines += ["", f"## {title}, {kind.name} blocks", "", *table(kind, device)]
     lines += ["", "Where rows do not divide into Q4_K's blocks of 256 weights, Q8_0 stands in for it."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *measured()]) + "\n"
+
+
+def measured() -> list[str]:
+    """The plan against what `memory.py` recorded."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))
+    worst = max((case["error"] for case in found["cases"]), key=abs)
+    return [
+        "",
+        "## The plan against measured peaks",
+        "",
+        "    python benchmarks/memory.py --out benchmarks/results/memory.json",
+        "",
+        f"The peak resident memory of {len(found['cases'])} training processes over {found['base']}, on a CPU, against",
+        f"the plan made before each. The target is within 10 %; the worst is off by {worst:+.1%}.",
+        "",
+        *recorded(found["cases"]).splitlines(),
+    ]
 
 
 if __name__ == "__main__":

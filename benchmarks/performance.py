@@ -6,11 +6,12 @@ python benchmarks/performance.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peers.limits import MIB, PRODUCTS, floors, products, twice
 from peers.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """# Performance
 
 Written by `python benchmarks/performance.py` from what each benchmark recorded; its command stands above each table.
-All sides of a table were measured in turns, in one run, on the processor that is named; ratios are medians.
+All sides of a row were measured in turns, in one run, on the processor that is named; ratios are medians over rounds.
 """
 
 TRAINING = """## A training step against what people use
@@ -27,19 +28,45 @@ TRAINING = """## A training step against what people use
     python benchmarks/train.py --out benchmarks/results/train.json
 
 SmolLM2-135M, LoRA of rank 16 on all linear layers, ragged chats of 50 to 500 tokens, four rows a step,
-{threads} cores of {processor}; peak memory is the whole process.
+{threads} threads of {processor} (losses: {learning_threads}), medians of {rounds} rounds; peak memory is the whole
+process.
+"""
+
+# leave this out once train.json is recorded anew
+OLDER_CODE = """
+This table was recorded before blocks became floats by kernels of our own: its rows over quantized weights have the cost
+of the code before, not that of the newer figures under *Blocks to floats*.
 """
 
 LIMITS = """
-What limits a step: its matrix products, which run near what the processor can do, and take the shares below. What
-remains between them and the target lies between products (each layer's tensors are read and written a few times) and,
-over quantized weights, in their way out of the blocks, twice in each micro-batch. Memory is torch itself (some 220 MB),
-the weights, adapter and optimizer, and the activations of one micro-batch; recomputing these (`--recompute full`) takes
-a third more time and is not in the table.
+What limits a step: its matrix products. They take the shares of time below, and reach, with attention's operations and
+time left out, {products}.
+They do not reach more because an adapter's are only 16 wide, and logits are float32 always, at half of bfloat16's rate
+(torch's product of bfloat16 matrices on a CPU cannot write float32). The rest lies between products, where each layer's
+tensors are read and written a few times, and, over quantized weights, in their way out of the blocks, twice in each
+micro-batch.
+
+Full rows have no padding, so what packing gains over ragged ones (a factor of {padding:.2f}) is gone. Twice the peer's
+speed would be {wanted_512:.0f} tokens/s at 512 ({needed_512:.0%} of the peak, where {reached_512:.0%} are reached) and
+{wanted_1024:.0f} at 1024 ({needed_1024:.0%}, where {reached_1024:.0%} are). There attention takes {attention:.0%} of
+the time.
+
+The way to the first step is mostly imports: torch's take 0.87 s, our own 0.4 to 0.5, the base and its tokenizer 0.15 of
+1.4 to 1.5 s (looked at once, beside the record). The row starts the training itself, without the command line.
+
+`torch.compile` is not used: importing it alone costs 885 modules, 150 MB and 0.9 s (`edgelora/training/optim.py`).
+"""
+
+FLOORS = """
+What no step can do without, where a target of memory is missed, MiB: the process before any weight is read, the weights
+(the embedding in bfloat16), and the adapter with its gradients and AdamW's moments. Logits take {logits:.0f} more, and
+the activations of {tokens:,} tokens in bfloat16 {activations:.0f}. Where less than nothing is left, the target cannot
+be met at this size whatever is done with activations; `--recompute full` keeps fewer of these and is not in the table
+above.
 """
 
 GROUPS = {
-    "products": ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm", "aten::matmul"),
+    "products": PRODUCTS,
     "attention": ("SegmentAttention", "SegmentAttentionBackward"),
     "softmax of the loss": ("LinearCrossEntropy",),
     "norms, gates, rotation": (
@@ -106,9 +133,10 @@ is not in it: our layers' inputs and AdamW's moments (`--offload`), the peers' p
 """
 
 GPU_LIMITS = """
-What limits a step there: of 243 ms over NF4 the card computed 199 by torch's profiler (products 120, FlashAttention
-25, weights out of their blocks 17); the rest it waited until Python had launched 5,400 kernels. So ratios move with
-the processor: in an earlier run beside a slower one, rounds lay between 1.05 and 1.6 times the peer.
+What limits a step there, by torch's profiler in one session that was not recorded: of 243 ms over NF4 the card
+computed 199 (products 120, FlashAttention 25, weights out of their blocks 17); the rest it waited until Python had
+launched 5,400 kernels. So ratios move with the processor: in an earlier run beside a slower one, not recorded either,
+rounds lay between 1.05 and 1.6 times the peer. Q4_K was not profiled.
 """
 
 BUDGET = """## The same bytes, spent where they matter
@@ -137,9 +165,38 @@ def training(result: Mapping[str, Any]) -> str:
     parts = result["parts"]
     any_part = parts["ragged-bf16"]
     rows = table({name: part for name, part in parts.items() if name != "profile"})
-    text = TRAINING.format(threads=any_part["threads"], processor=any_part["processor"])
+    text = TRAINING.format(
+        threads=any_part["threads"], processor=any_part["processor"], rounds=len(any_part["rounds"]),
+        learning_threads=parts["learning"]["threads"],
+    )  # fmt: skip
     text += "\n" + markdown(["", "target", "found", ""], [(r.what, r.target, r.found, r.verdict) for r in rows]) + "\n"
-    return text + LIMITS + ("\n" + profile(parts["profile"]["ms"]) if "profile" in parts else "")
+    return text + OLDER_CODE + limits(parts) + "\n" + profile(parts["profile"]["ms"]) + floor(parts)
+
+
+def limits(parts: Mapping[str, Any]) -> str:
+    """Why a step is no faster, with the shares that were recorded."""
+    reached = "; ".join(f"{share:.0%} of the peak ({name})" for name, share in products(parts).items())
+    figures: dict[str, float] = {}
+    for size in (512, 1024):
+        found = twice(parts, f"full-{size}")
+        figures |= dict(zip((f"wanted_{size}", f"needed_{size}", f"reached_{size}"), found, strict=True))
+    ms = parts["profile"]["ms"]["full rows of 1024, bf16"]
+    attention = sum(ms[operator] for operator in GROUPS["attention"]) / sum(ms.values())
+    padding = parts["full-1024"]["data"]["padding_factor"]
+    return LIMITS.format(products=reached, padding=padding, attention=attention, **figures)
+
+
+def floor(parts: Mapping[str, Any]) -> str:
+    """The memory that every step takes, against the targets that are missed."""
+    step, memory = (json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("step", "memory"))
+    found = floors(parts, step, memory)
+    case = next(c for c in memory["cases"] if (c["dtype"], c["micro_batch_tokens"]) == ("bf16", 1024))
+    logits, activations = (case["parts"][name] / MIB for name in ("logits", "activations"))
+    head = ["", "target", "process", "weights", "adapter and AdamW", "in all", "left of the target"]
+    rows = [(what, *(f"{n:.0f}" for n in (target, *needed, sum(needed), target - sum(needed))))
+            for what, target, *needed in found]  # fmt: skip
+    about = FLOORS.format(logits=logits, activations=activations, tokens=case["tokens"])
+    return about + "\n" + markdown(head, rows) + "\n"
 
 
 def profile(found: Mapping[str, Mapping[str, float]]) -> str:
@@ -267,6 +324,20 @@ def report(result: Mapping[str, Any]) -> str:
     return REPORT.format(**result) + "\n" + markdown(["level", *sides], rows) + f"\n\n{found}\n"
 
 
+KILL = """## Killed while it trains
+
+    python benchmarks/kill.py --out benchmarks/results/kill.json
+
+Of {kills} kills of a training run at random moments ({in_startup} before a first step), {corrupt} left a corrupt
+checkpoint, and {different} of the {finished} runs that went on to their end had another curve or adapter than one that
+nobody stopped.
+"""
+
+
+def kill(result: Mapping[str, Any]) -> str:
+    return KILL.format(**{**result, **{name: len(result[name]) for name in ("corrupt", "different")}})
+
+
 def gpu(result: Mapping[str, Any]) -> str:
     def row(r: Mapping[str, Any]) -> list[object]:
         if not r["fits"]:
@@ -275,6 +346,8 @@ def gpu(result: Mapping[str, Any]) -> str:
         memory = [f"{n / 1e9:.2f}" if n else "–" for n in (r.get("used_bytes", 0), taken)]
         ratios = [f"{r[key]:.2f}" if key in r else "" for key in ("speed", "memory")]
         verdict = "" if "met" not in r else "met" if r["met"] else "NOT MET"
+        if verdict == "met" and "speed" not in r:
+            verdict = "met there: it runs where no peer fits"
         return [
             r["hold"],
             r["side"],
@@ -299,9 +372,9 @@ def gpu(result: Mapping[str, Any]) -> str:
 
 def written() -> str:
     """The whole text."""
-    parts = {
+    parts: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report,
+        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report, "kill": kill,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand

@@ -383,7 +383,8 @@ def test_the_command_refuses_what_does_not_fit(tiny):
     assert isinstance(done.exception, ConfigError)
 
 
-def test_the_table_of_what_fits_is_fresh():
+def test_the_table_of_what_fits_is_fresh(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # a NamedTuple looks its module up
