@@ -25,6 +25,9 @@ Door: TypeAlias = Literal["adapter", "patched", "soft prompt", "merged", "refuse
 ROUNDING = {Type.F32: 2.0**-24, Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.Q8_0: 1 / 254}
 OF_A_SCALE = 2.0**-11
 UNTIE = "edgelora untie BASE --out FILE"
+UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
+NEAREST = "--svd-rank R writes the nearest LoRA of a rank"
+LAYERED = "it changes layers, and puts nothing before a prompt"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
@@ -130,8 +133,9 @@ def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> Exi
     if taken is None:
         why = adapter.of_input or others["soft prompt" if adapter.prompt_numbers else "merged"]
         return ExitPlan("refused", False, None, 0, False, why, _nearest(adapter), others, ways)
+    notes = (UNTIED, *taken.notes) if _could_be_untied(adapter, base) else taken.notes
     return ExitPlan(
-        taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, taken.notes,
+        taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, notes,
         others, ways,
     )  # fmt: skip
 
@@ -144,7 +148,7 @@ def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     if other := _no_weights(adapter):
         return other
     if more := _beyond_a_pair(adapter):
-        near = "; --svd-rank R writes the nearest LoRA of a rank" if _has_a_nearest(adapter) else ""
+        near = f"; {NEAREST}" if _has_a_nearest(adapter) else ""
         return f"llama.cpp adds B A x to W x and nothing else, and {adapter.one} {more}{near}"
     if adapter.token_rows and base.tied:
         return (
@@ -186,14 +190,14 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
         notes.append(
             "what is B A of it lies over the patched base as a LoRA, which comes and goes with that base alone"
         )
-    why = "factors of rows go into the scales of blocks, biases and norms are floats, and nothing is quantized again"
-    return Way("patched", True, error, base.size_bytes + grown + _pair_bytes(left, dtype), False, why, tuple(notes))
+    size = base.size_bytes + grown + _pair_bytes(left, dtype)
+    return Way("patched", True, error, size, False, _why_patched(adapter, base), tuple(notes))
 
 
 def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
     """What our engine puts before every prompt."""
     if not adapter.prompt_numbers:
-        return "it changes layers, and puts nothing before a prompt"
+        return LAYERED
     if adapter.prefix and base.windowed:
         return "llama.cpp keeps the keys and values of layers with a window in a way that a prefix cannot be put into"
     why = "it stands before every prompt, where our engine puts it; nothing of it is a weight"
@@ -236,6 +240,19 @@ def _beyond_a_pair(adapter: AdapterFacts) -> str:
         "changes biases": adapter.biases, "changes norms": adapter.norms,
     }  # fmt: skip
     return " and ".join(words for words, there in found.items() if there)
+
+
+def _could_be_untied(adapter: AdapterFacts, base: BaseFacts) -> bool:
+    """Whether a head of its own is all that this GGUF lacks for rows of tokens to leave as an adapter."""
+    return bool(adapter.token_rows) and base.tied and base.is_gguf and not _beyond_a_pair(adapter)
+
+
+def _why_patched(adapter: AdapterFacts, base: BaseFacts) -> str:
+    """Where in the base's own numbers this adapter goes, in words."""
+    goes = [f"factors of rows go into {'the weights' if base.floats else 'the scales of blocks'}"]
+    floats = [words for words, there in (("biases", adapter.biases), ("norms", adapter.norms)) if there]
+    found = [*(goes if adapter.scaled else []), *([f"{' and '.join(floats)} are floats"] if floats else [])]
+    return f"{', '.join(found)}, and nothing is quantized again"
 
 
 def _has_a_nearest(adapter: AdapterFacts) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
-from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.exit_plan import plan, through
 from edgelora.pipeline.export import Certificate, export
 from edgelora.pipeline.patch import patch
 from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
@@ -118,6 +119,19 @@ def test_a_row_of_a_tied_embedding_is_no_adapter(bases):
     assert "adapter" not in found.open
     assert "edgelora untie" in found.others["adapter"]
     assert plan_exit(tokens, bases["untied"]).door == "adapter"
+    coarse = plan_exit(tokens, bases["Q4_0"])
+    with pytest.raises(ExportError) as refused:
+        through(coarse, None, Path("mine"))
+    assert refused.value.fix.startswith("`edgelora untie BASE --out FILE` gives this base a head of its own")
+    assert refused.value.fix.split("; or ")[1].startswith("pass --door merged")
+
+
+def test_the_reason_of_a_patched_base_names_what_the_adapter_has(facts, bases):
+    for method, kind, why in (
+        ("ia3", "Q4_0", "factors of rows go into the scales of blocks"), ("ia3", "F16", "factors of rows go into the "
+        "weights"), ("bitfit", "Q4_0", "biases are floats"), ("layernorm", "Q4_0", "norms are floats"),
+    ):  # fmt: skip
+        assert plan_exit(facts[method], bases[kind]).why == f"{why}, and nothing is quantized again"
 
 
 def test_a_prompt_leaves_as_one_and_by_no_other_door(bases):
@@ -287,12 +301,22 @@ def test_what_is_not_exact_is_never_done_silently(make_tiny, tmp_path, capsys):
     assert run([*words, "--door", "adapter"]) == 1
     assert capsys.readouterr().err.splitlines()[-3:] == [
         f"error: {tmp_path / 'mine'}: it cannot leave as adapter",
-        "  why: llama.cpp adds B A x to W x and nothing else, and an IA3 multiplies whole rows; --svd-rank R writes "
-        "the nearest LoRA of a rank",
-        "  fix: leave --door out: it leaves as patched",
+        "  why: llama.cpp adds B A x to W x and nothing else, and an IA3 multiplies whole rows",
+        "  fix: leave --door out: it leaves as patched; or in its place --svd-rank R writes the nearest LoRA of a rank",
     ]
     assert run(["export", str(model.path), str(tmp_path / "mine")]) == 1
     assert "pass --out FILE, or --plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ways", [
+    ("--as-lora", "--svd-rank"), ("--door", "--svd-rank"), ("--as-lora", "--plan"), ("--svd-rank", "--plan"),
+    ("--as-lora", "--door"), ("--door", "--plan"),
+])  # fmt: skip
+def test_one_way_is_never_passed_over_for_another(tiny, tmp_path, capsys, ways):
+    words = {"--door": ["--door", "merged"], "--svd-rank": ["--svd-rank", "2"]}
+    given = [word for way in ways for word in words.get(way, [way])]
+    assert run(["export", str(tiny.path), str(tmp_path), "--out", str(tmp_path / "x"), *given]) == 1
+    assert f"error: export {' with '.join(ways)}" in capsys.readouterr().err
 
 
 def test_the_plan_in_words(base, tiny, tmp_path, capsys):

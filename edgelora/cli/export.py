@@ -99,32 +99,54 @@ def export(
     """
     from edgelora.cli.display import Display
     from edgelora.errors import ConfigError
-    from edgelora.pipeline.exit_plan import in_words, through
-    from edgelora.pipeline.exit_plan import plan as planned
 
-    if out is None and not plan:
+    _require_one_way(as_lora, door, svd_rank, plan)
+    if plan:
+        _plan(base, adapter, type_ or "F16", allow_unverified_base, as_json)
+        return
+    if out is None:
         raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
-    if as_lora and out is not None:
-        if for_ is not None or data is not None:
-            raise ConfigError(
-                "--as-lora with --for or --data", "PEFT's files run nowhere in llama.cpp", "leave them out"
-            )
-        _as_lora(base, adapter, out, allow_unverified_base, overwrite, as_json)
-        return
-    dtype = None if door is Door.merged else type_
-    found = planned(base, adapter, dtype or "F16", allow_unverified=allow_unverified_base, measure=plan)
-    if plan or out is None:
-        print(json.dumps(found.as_dict()) if as_json else "\n".join(in_words(found)))
-        return
     asked = Asked(base, adapter, out, type_, data, check_rows, for_, allow_unverified_base, overwrite)
     with Display() as display:
-        if svd_rank is not None:
+        if as_lora:
+            made = _as_lora(asked, display)
+        elif svd_rank is not None:
             made = _svd(asked, svd_rank, display)
         else:
-            way = through(found, None if door is None else door.value.replace("-", " "), adapter)
-            made = WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))
+            made = _by_door(asked, door, display)
     if as_json:
-        print(json.dumps({"door": "adapter" if svd_rank else way.door, **made}))
+        print(json.dumps(made))
+
+
+def _require_one_way(as_lora: bool, door: Door | None, svd_rank: int | None, plan: bool) -> None:
+    """Raise ConfigError where one of these would be passed over for another."""
+    from edgelora.errors import ConfigError
+
+    ways = {"--as-lora": as_lora, "--door": door is not None, "--svd-rank": svd_rank is not None, "--plan": plan}
+    given = [name for name, there in ways.items() if there]
+    if len(given) > 1:
+        raise ConfigError(
+            what=f"export {' with '.join(given)}",
+            why="each of them is a way of its own, and --plan tells of all doors",
+            fix=f"pass one of them, {' or '.join(given)}",
+        )
+
+
+def _plan(base: Path, adapter: Path, dtype: str, unverified: bool, as_json: bool) -> None:
+    from edgelora.pipeline.exit_plan import in_words, plan
+
+    found = plan(base, adapter, dtype, allow_unverified=unverified, measure=True)
+    print(json.dumps(found.as_dict()) if as_json else "\n".join(in_words(found)))
+
+
+def _by_door(asked: Asked, door: Door | None, display: Display) -> dict[str, Any]:
+    """Through this door; without one through the planned."""
+    from edgelora.pipeline.exit_plan import plan, through
+
+    dtype = "F16" if door is Door.merged or asked.dtype is None else asked.dtype
+    found = plan(asked.base, asked.adapter, dtype, allow_unverified=asked.allow_unverified)
+    way = through(found, None if door is None else door.value.replace("-", " "), asked.adapter)
+    return {"door": way.door, **WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))}
 
 
 def _saying(plan: str, display: Display) -> OnProgress:
@@ -219,7 +241,7 @@ def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
     )
     display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
     certificate = {**found.as_dict(), "svd_errors": found.errors}
-    return {"out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}
+    return {"door": "adapter", "out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}
 
 
 def _megabytes(path: Path) -> str:
@@ -236,12 +258,16 @@ def _require_no_runner(asked: Asked, what: str) -> None:
         raise ConfigError(f"--for with {what}", "it is told of a LoRA over its own base", "leave it out")
 
 
-def _as_lora(base: Path, adapter: Path, out: Path, unverified: bool, overwrite: bool, as_json: bool) -> None:
-    from edgelora.cli.display import Display
+def _as_lora(asked: Asked, display: Display) -> dict[str, Any]:
+    from edgelora.errors import ConfigError
     from edgelora.pipeline.import_adapter import export_as_lora
 
-    made = export_as_lora(base, adapter, out, allow_unverified=unverified, overwrite=overwrite)
-    with Display() as display:
-        display.say(f"{out}: a LoRA on {made.layers} layers, rank {', '.join(map(str, made.ranks))}")
-    if as_json:
-        print(json.dumps(made.as_dict()))
+    if asked.for_ is not None or asked.data is not None or asked.dtype is not None:
+        raise ConfigError(
+            what="--as-lora with --for, --data or --type",
+            why="PEFT's files run nowhere in llama.cpp, and keep their numbers",
+            fix="leave them out",
+        )
+    made = export_as_lora(asked.base, asked.adapter, asked.out, **asked.checked)
+    display.say(f"{asked.out}: a LoRA on {made.layers} layers, rank {', '.join(map(str, made.ranks))}")
+    return made.as_dict()

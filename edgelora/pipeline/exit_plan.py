@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from converters.exit_facts import facts_of_adapter, facts_of_base, facts_of_prompt
-from converters.exit_plan import Door, ExitPlan, Way, plan_exit
+from converters.exit_plan import LAYERED, NEAREST, UNTIED, Door, ExitPlan, Way, plan_exit
 from converters.pair_types import pair_type
 from converters.patch import plan_patch
 from converters.quant_types import QUANT_TYPES
@@ -60,10 +60,12 @@ def through(found: ExitPlan, asked: str | None, adapter_path: Path) -> Way:
         return found.open[door]
     if not found.open:
         raise _refused(found, adapter_path)
+    why, near, _ = found.others[door].partition(f"; {NEAREST}")
+    fix = f"leave --door out: it leaves as {found.door}" if found.exact else f"pass --door {found.door}"
     raise ExportError(
         what=f"{adapter_path}: it cannot leave as {door}",
-        why=found.others[door],
-        fix=f"leave --door out: it leaves as {found.door}" if found.exact else f"pass --door {found.door}",
+        why=why,
+        fix=f"{fix}; or in its place {NEAREST}" if near else fix,
     )
 
 
@@ -82,7 +84,8 @@ def in_words(found: ExitPlan) -> Iterator[str]:
         yield f"{found.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
     yield from found.notes
     for door, why in found.others.items():
-        yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
+        if why not in (found.why, LAYERED):  # said already, or of every adapter
+            yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
 
 
 def _advised(adapter: Adapter, base: Base) -> Iterator[str]:
@@ -98,8 +101,9 @@ def _refused(found: ExitPlan, adapter_path: Path) -> ExportError:
 
 
 def _not_exact(found: ExitPlan, adapter_path: Path) -> ExportError:
+    taken = f"pass --door {found.door} to take it as it is, or look at --plan for the others"
     return ExportError(
         what=f"{adapter_path}: no exact way leads to llama.cpp over this base",
         why=found.why,
-        fix=f"pass --door {found.door} to take it as it is, or look at --plan for the others",
+        fix=f"{UNTIED}; or {taken}" if UNTIED in found.notes else taken,
     )
