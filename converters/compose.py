@@ -7,6 +7,7 @@ at most one matrix for each adapter and WORKING_MATRICES more of the size of tha
 
 from __future__ import annotations
 
+import difflib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,7 +159,12 @@ def _scale(adapter: Adapter, module: str, pair: LoraPair) -> float:
 
 def _require_sense(recipe: Recipe) -> None:
     if recipe.how not in HOWS:
-        raise ConfigError(f"--how {recipe.how}", "no way to compose is called so", f"one of {', '.join(HOWS)}")
+        near = difflib.get_close_matches(recipe.how, HOWS, 1)
+        raise ConfigError(
+            what=f"--how {recipe.how}" + (f", did you mean {near[0]}?" if near else ""),
+            why="no way to compose is called so",
+            fix=f"one of {', '.join(HOWS)}",
+        )
     if not 0 < recipe.density <= 1:
         raise ConfigError(
             what=f"--density {recipe.density:g}",
@@ -172,6 +178,9 @@ def _require_sense(recipe: Recipe) -> None:
 def _require_composable(parts: Sequence[Part], recipe: Recipe, linears: Shapes) -> int:
     """Raise unless `parts` can be composed so. Returns the largest rank that is put in, or the one asked for."""
     for part in parts:
+        if part.adapter.invocation:
+            fix = "export it by itself (`edgelora export`), and chat with that over the base"
+            raise _no_pair(part, "it acts from its invocation on, not on every token", fix)
         if others := [module for module in part.adapter.tensors if module not in linears]:
             raise _no_pair(part, f"it changes {_some(others)}, no linear layer")
     ranks = {module: {p.name: _rank(p, module) for p in parts if module in p.adapter.tensors} for module in linears}
@@ -220,11 +229,15 @@ def _rank(part: Part, module: str) -> int:
     return pair.rank
 
 
-def _no_pair(part: Part, why: str) -> AdapterError:
+def _no_pair(
+    part: Part,
+    why: str,
+    fix: str = "merge it into its base first (`edgelora merge`), and train or compose the others over that one",
+) -> AdapterError:
     return AdapterError(
         what=f"{part.name}: it cannot be composed",
         why=f"{why}, and what is composed are changes B A",
-        fix="merge it into its base first (`edgelora merge`), and train or compose the others over that one",
+        fix=fix,
     )
 
 

@@ -253,8 +253,9 @@ def test_export_certifies_it(base, decoder, tmp_path):
 
 def test_no_weight_can_hold_it(base, decoder, tmp_path):
     written(decoder, base, tmp_path / "mine")
-    with pytest.raises(AdapterError, match="it acts from there on"):
+    with pytest.raises(AdapterError, match="it acts from there on") as e:
         read_adapter(tmp_path / "mine", base.linears)
+    assert "edgelora export" in e.value.fix
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from converters import interference as meeting
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.compose import HOWS, WORKING_MATRICES, Part, Recipe, compose
 from converters.task_tensors import kept_at_random
+from edgelora.architectures.names import EMBEDDING
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
@@ -25,6 +26,7 @@ from edgelora.errors import AdapterError, BaseModelError, ConfigError, OutputErr
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import FILE_NAME, TENSORS, Adapter, LoraPair, read_adapter, write_adapter
 from edgelora.peft.inject import attach
+from edgelora.peft.kinds import ROWS
 from edgelora.pipeline.compose import ComposeOptions, compose_adapters
 from edgelora.pipeline.task_scores import Task
 from runtime.scorer import ScoringEngine
@@ -390,6 +392,23 @@ def test_a_dora_is_refused(tiny, base, folders, tmp_path):
             tiny.path, [(folders / "one", 1.0), (tmp_path / "dora", 1.0)], tmp_path / "x", ComposeOptions()
         )
     assert "merge" in e.value.fix
+
+
+def test_an_alora_and_rows_of_tokens_are_refused_by_what_they_are(tiny, base, folders, tmp_path):
+    write_adapter(tmp_path / "waits", make_adapter(base, alora_invocation_tokens=[5]))
+    rows = Adapter(
+        {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3]},
+        {EMBEDDING: {ROWS: np.ones((1, 256), np.float32)}},
+        make_adapter(base).contract,
+    )
+    write_adapter(tmp_path / "rows", rows)
+    for name, why, fix in (("waits", "from its invocation on", "export"), ("rows", EMBEDDING, "merge")):
+        with pytest.raises(AdapterError, match=f"{name}: it cannot be composed") as e:
+            compose_adapters(
+                tiny.path, [(folders / "one", 1.0), (tmp_path / name, 1.0)], tmp_path / "x", ComposeOptions()
+            )
+        assert why in e.value.why
+        assert fix in e.value.fix
 
 
 def damaged(folder, base, change):

@@ -36,6 +36,8 @@ BEYOND_LORA = (
     "lora_bias",
 )  # fmt: skip
 INVOCATION = "alora_invocation_tokens"
+WAITS = f"{INVOCATION} is set: it acts from there on, and a weight on every token"
+NO_ROWS = "its tokens have no rows that are read here"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # read by `soft_prompt.py`
 IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
@@ -216,6 +218,12 @@ def read_adapter(
                 faults += _tied_faults(tensors.get(EMBEDDING), tensors.pop(HEAD))
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        if all(fault.endswith((WAITS, NO_ROWS)) for fault in faults):
+            raise AdapterError(
+                what=f"{path}: " + "; ".join(faults),
+                why="this works on the weights of linear layers, and what the adapter does is in none of them",
+                fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
+            )
         raise AdapterError(
             what=f"{path}: " + "; ".join(faults[:8]) + more,
             why="the adapter was trained on another base model, by another method, or is damaged",
@@ -241,19 +249,20 @@ def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
     known = ("modules_to_save",) if kind is LORA_AND_NORMS else ()  # what else is in it than norms is named by itself
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key) and key not in known]
     if settings.get(INVOCATION):
-        faults += _invocation_faults(settings, kind, may_wait)
+        faults += invocation_faults(settings, kind, may_wait)
     if settings.get("bias", "none") != "none":
         faults.append("it has biases")
     return kind, faults + kind.faults(settings)
 
 
-def _invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -> list[str]:
+def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -> list[str]:
+    """What is wrong with the tokens of an aLoRA, and with its being one unless it `may_wait`."""
     tokens = settings[INVOCATION]
     if not isinstance(tokens, list) or not all(isinstance(one, int) and one >= 0 for one in tokens):
         return [f"{INVOCATION} is {tokens}, expected token ids"]
     if kind is not KINDS["LORA"]:
         return [f"{INVOCATION} is set in {kind.one}"]
-    return [] if may_wait else [f"{INVOCATION} is set: it acts from there on, and a weight on every token"]
+    return [] if may_wait else [WAITS]
 
 
 def _read(
@@ -279,7 +288,7 @@ def _read(
         if module in norms or NORM in parts:
             found = list(_norm_faults(parts, norms.get(module)))
         elif ROWS in parts:
-            found = [] if module in linears else ["its tokens have no rows that are read here"]
+            found = [] if module in linears else [NO_ROWS]
         elif module in linears:
             found = list(_linear_faults(kind, parts, *linears[module]))
         else:

@@ -110,7 +110,12 @@ def _open(base_path: Path, adapters: Sequence[tuple[Path, float]], options: Comp
             fix=f"name it once, such as {repeated[0]}:2",
         )
     parts = [
-        Part(read_checked(path, base, allow_unverified=options.allow_unverified), weight, name)
+        # more than can be composed is read, so that what is refused is named
+        Part(
+            read_checked(path, base, allow_unverified=options.allow_unverified, may_wait=True, with_rows=True),
+            weight,
+            name,
+        )
         for (path, weight), name in zip(adapters, names, strict=True)
     ]
     for part in parts:
