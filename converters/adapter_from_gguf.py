@@ -14,7 +14,8 @@ from converters.from_elsewhere import fitting, require_none
 from edgelora.architectures.names import hf_row_order
 from edgelora.base import ggml
 from edgelora.base.model import Base
-from edgelora.files.adapter_check import contract_of, require_fit
+from edgelora.errors import AdapterError
+from edgelora.files.adapter_check import contract_of, own_shapes, require_fit
 from edgelora.files.contract import Contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter
@@ -32,15 +33,27 @@ def read_gguf(path: Path, base: Base) -> tuple[Adapter, Contract | None]:
     file = GGUFFile(path)
     modules = {base.tensor_of(module): module for module in base.linears}
     targets = {name.rpartition(".")[0] for name in file.tensors}
-    if file.get("general.type", str) == "adapter":  # else `require_fit` says what it is
-        require_none(path, [no_linear(target) for target in sorted(targets - set(modules))], base)
-    require_fit(
-        file, base.architecture.gguf_name, {t: base.linears[module] for t, module in modules.items()}, n_vocab=None
-    )
+    invocation = _fitting_invocation(file, targets - set(modules), base)
     alpha = file.get(ALPHA, float)
     pairs = {modules[target]: _pair(file, target, alpha, modules[target], base) for target in targets}
     found = fitting(path, pairs, base)
-    return adapter_of(found, base.linears, str(base.path)), contract_of(file)
+    return adapter_of(found, base.linears, str(base.path), invocation=invocation), contract_of(file)
+
+
+def _fitting_invocation(file: GGUFFile, foreign: set[str], base: Base) -> tuple[int, ...]:
+    """The tokens from which on it acts. Raises AdapterError with all its faults; foreign: targets that `base` lacks."""
+    adapter = file.get("general.type", str) == "adapter"  # else `require_fit` says what it is
+    strangers = [no_linear(target) for target in sorted(foreign)] if adapter else []
+    # those are named above, and here held to their own shapes
+    shapes = own_shapes(file) | {base.tensor_of(module): shape for module, shape in base.linears.items()}
+    try:
+        invocation = require_fit(file, base.architecture.gguf_name, shapes, base.config.vocab_size)
+    except AdapterError as e:
+        if not strangers:
+            raise
+        strangers.insert(0, e.what.removeprefix(f"{file.path}: "))
+    require_none(file.path, strangers, base)
+    return invocation
 
 
 def _pair(file: GGUFFile, target: str, alpha: float, module: str, base: Base) -> StoredPair:

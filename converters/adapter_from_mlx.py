@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.from_elsewhere import fitting, part_faults, require_none
+from converters.from_elsewhere import complete, fitting, part_faults
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.safetensors import SafetensorsFile
@@ -32,6 +32,7 @@ def read_mlx(path: Path, base: Base) -> Adapter:
     """
     settings = read_json(path / CONFIG)
     file, faults = SafetensorsFile(path / TENSORS), _settings_faults(settings)
+    scale = 0.0 if faults else float(settings["lora_parameters"]["scale"])
     wanted = PARTS.get(_kind(settings), PARTS["lora"])
     places: dict[str, dict[str, str]] = {}
     for name in file.tensors:
@@ -40,11 +41,10 @@ def read_mlx(path: Path, base: Base) -> Adapter:
             places.setdefault(_without_prefix(module), {})[part] = name
         else:
             faults.append(no_linear(name))
-    require_none(path, faults + part_faults(places, wanted, base), base)
-    scale = float(settings["lora_parameters"]["scale"])
     pairs = {module: _pair({part: file.floats(name) for part, name in parts.items()}, scale)
-             for module, parts in places.items()}  # fmt: skip
-    return adapter_of(fitting(path, pairs, base), base.linears, str(base.path))
+             for module, parts in complete(places, wanted, base).items()}  # fmt: skip
+    found = fitting(path, pairs, base, faults + part_faults(places, wanted, base))
+    return adapter_of(found, base.linears, str(base.path))
 
 
 def _pair(parts: dict[str, np.ndarray], scale: float) -> StoredPair:

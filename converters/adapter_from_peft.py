@@ -11,11 +11,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from converters.from_elsewhere import fitting, part_faults, require_none
+from converters.from_elsewhere import complete, fitting, part_faults
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.safetensors import SafetensorsFile
-from edgelora.peft.adapter import BEYOND_LORA, CONFIG, MAGNITUDE, TENSORS, Adapter, refuse_pickle
+from edgelora.peft.adapter import (
+    BEYOND_LORA,
+    CONFIG,
+    INVOCATION,
+    MAGNITUDE,
+    TENSORS,
+    Adapter,
+    invocation_faults,
+    refuse_pickle,
+)
 from edgelora.peft.kinds import kind_of
 from edgelora.peft.lora_config import StoredPair, adapter_of
 from edgelora.peft.strangers import no_linear
@@ -30,10 +39,11 @@ PART = re.compile(rf"^(?P<module>.+)\.(?P<part>lora_A|lora_B|{MAGNITUDE})(\.(?!(
 
 
 def read_peft(path: Path, base: Base) -> Adapter:
-    """The LoRA or DoRA in a folder of PEFT's. Raises AdapterError with all its faults, FileFormatError."""
+    """The LoRA, aLoRA or DoRA in a folder of PEFT's. Raises AdapterError with all its faults, FileFormatError."""
     refuse_pickle(path)
     settings, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
     faults = _settings_faults(settings)
+    readable = not faults  # else no α may be in them
     places: dict[str, dict[str, str]] = {}
     for name in file.tensors:
         module, part = plain_name(name)
@@ -42,15 +52,18 @@ def read_peft(path: Path, base: Base) -> Adapter:
         else:
             places.setdefault(module, {})[part] = name
     wanted = ("lora_A", "lora_B", *([MAGNITUDE] if settings.get("use_dora") else []))
-    require_none(path, faults + part_faults(places, wanted, base), base)
     pairs = {}
-    for module, parts in places.items():
-        a, b, magnitude = (file.floats(parts[p]) if p in parts else None for p in ("lora_A", "lora_B", MAGNITUDE))
-        assert a is not None
-        assert b is not None
-        alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
-        pairs[module] = StoredPair(a, b, alpha, magnitude)
-    return adapter_of(fitting(path, pairs, base), base.linears, str(base.path), rslora=bool(settings.get("use_rslora")))
+    for module, parts in complete(places, wanted, base).items():
+        alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"]) if readable else 0.0
+        a, b, *lengths = (file.floats(name) for name in parts.values())
+        pairs[module] = StoredPair(a, b, alpha, *lengths)
+    return adapter_of(
+        fitting(path, pairs, base, faults + part_faults(places, wanted, base)),
+        base.linears,
+        str(base.path),
+        rslora=bool(settings.get("use_rslora")),
+        invocation=settings.get(INVOCATION) or (),
+    )
 
 
 def plain_name(name: str) -> tuple[str, str]:
@@ -73,4 +86,6 @@ def _settings_faults(settings: dict[str, Any]) -> list[str]:
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
     if settings.get("bias", "none") != "none":
         faults.append(f"it has biases (bias: {settings['bias']})")
+    if settings.get(INVOCATION):
+        faults += invocation_faults(settings, kind, may_wait=True)
     return faults + kind.faults(settings)

@@ -9,11 +9,11 @@ import numpy as np
 
 from edgelora.base.model import Base
 from edgelora.errors import AdapterError
+from edgelora.peft.kinds import LARGEST_NUMBER
 from edgelora.peft.lora_config import StoredPair
 from edgelora.peft.strangers import no_linear
 
 SHOWN = 8
-LARGEST_ALPHA = 1e30  # beyond any that float32 could still multiply by
 
 
 def part_faults(places: Mapping[str, Mapping[str, str]], wanted: Sequence[str], base: Base) -> list[str]:
@@ -32,6 +32,15 @@ def part_faults(places: Mapping[str, Mapping[str, str]], wanted: Sequence[str], 
     return faults
 
 
+def complete(places: Mapping[str, Mapping[str, str]], wanted: Sequence[str], base: Base) -> dict[str, dict[str, str]]:
+    """Of the linear layers that have all the parts: what `part_faults` says nothing more of than parts too many."""
+    return {
+        module: {part: parts[part] for part in wanted}
+        for module, parts in places.items()
+        if module in base.linears and all(part in parts for part in wanted)
+    }
+
+
 def fit_faults(module: str, pair: StoredPair, shape: tuple[int, int]) -> list[str]:
     """What keeps `pair` from being a LoRA of a layer of this shape (d_out, d_in)."""
     (d_out, d_in), a, b, lengths = shape, pair.a, pair.b, pair.magnitude
@@ -43,7 +52,7 @@ def fit_faults(module: str, pair: StoredPair, shape: tuple[int, int]) -> list[st
         faults.append(f"{module}: its lengths are {lengths.shape}, expected ({d_out},)")
     if not all(np.isfinite(part).all() for part in pair.tensors().values()):
         faults.append(f"{module}: it holds NaN or infinite values")
-    if not (np.isfinite(pair.alpha) and abs(pair.alpha) <= LARGEST_ALPHA):
+    if not (np.isfinite(pair.alpha) and abs(pair.alpha) <= LARGEST_NUMBER):
         faults.append(f"{module}: α is {pair.alpha}")
     return faults
 
@@ -61,11 +70,15 @@ def require_none(path: Path, faults: Sequence[str], base: Base) -> None:
         )
 
 
-def fitting(path: Path, pairs: Mapping[str, StoredPair], base: Base) -> dict[str, StoredPair]:
-    """The pairs in the order of the base's layers. Raises AdapterError with all that is wrong with them."""
-    faults = [] if pairs else ["it holds no LoRA"]
+def fitting(
+    path: Path, pairs: Mapping[str, StoredPair], base: Base, faults: Sequence[str] = ()
+) -> dict[str, StoredPair]:
+    """The pairs, each of a linear layer of the base, in the base's order.
+
+    Raises AdapterError with all that is wrong with them, and with the `faults` that were found before.
+    """
+    found = [*faults]
     for module, pair in pairs.items():
-        shape = base.linears.get(module)
-        faults += [no_linear(module)] if shape is None else fit_faults(module, pair, shape)
-    require_none(path, faults, base)
+        found += fit_faults(module, pair, base.linears[module])
+    require_none(path, found if pairs or found else ["it holds no LoRA"], base)
     return {module: pairs[module] for module in base.linears if module in pairs}

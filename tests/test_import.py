@@ -29,8 +29,9 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, VIRTUAL, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.targets import Where
 from edgelora.pipeline.import_adapter import export_as_lora, import_adapter
 from runtime.scorer import ScoringEngine
 
@@ -321,6 +322,107 @@ def test_what_of_peft_is_no_lora_here_is_named(base, tmp_path, case):
         imported(base, tmp_path / "theirs", tmp_path / "mine")
 
 
+INVOKED = [5, 9]
+
+
+@pytest.mark.parametrize("source", ["PEFT", "GGUF"])
+def test_an_alora_still_waits(base, tmp_path, source):
+    before = make_adapter(base, alora_invocation_tokens=INVOKED)
+    write_adapter(tmp_path / "PEFT", before)
+    write_adapter_gguf(tmp_path / "GGUF", before, base, "a", "F32")
+    made = import_adapter(base.path, tmp_path / source, tmp_path / "mine")
+    assert (made.title, made.method) == ("aLoRA", "alora")
+    after = read_adapter(tmp_path / "mine", base.linears, may_wait=True)
+    assert after.invocation == tuple(INVOKED)
+    np.testing.assert_array_equal(after.pair(Q).b, before.pair(Q).b)
+
+
+def test_a_strange_invocation_is_refused(base, tmp_path):
+    write_adapter(tmp_path / "theirs", replace(make_adapter(base, alora_invocation_tokens="hello"), contract=None))
+    with pytest.raises(AdapterError, match="alora_invocation_tokens is hello, expected token ids"):
+        imported(base, tmp_path / "theirs", tmp_path / "mine")
+    write_adapter_gguf(tmp_path / "a.gguf", make_adapter(base, alora_invocation_tokens=[512]), base, "a", "F32")
+    with pytest.raises(AdapterError, match="invocation_tokens holds 512, and the base has 512 tokens"):
+        imported(base, tmp_path / "a.gguf", tmp_path / "mine")
+
+
+@pytest.mark.parametrize("source", ["PEFT", "MLX"])
+def test_all_faults_of_a_folder_are_told_at_once(base, tmp_path, source):
+    """A half missing, a matrix turned, a NaN and a module that is foreign; settings too."""
+    up, down, gate = (f"model.layers.0.mlp.{name}_proj" for name in ("up", "down", "gate"))
+    a, b = ("lora_A.weight", "lora_B.weight") if source == "PEFT" else ("lora_a", "lora_b")
+    tensors = {}
+    for module in (Q, up, down, gate, "model.embed_tokens"):
+        d_out, d_in = base.linears.get(module, (512, 256))
+        shapes = ((4, d_in), (d_out, 4)) if source == "PEFT" else ((d_in, 4), (4, d_out))
+        tensors |= {f"{module}.{half}": np.ones(shape, np.float32) for half, shape in zip((a, b), shapes, strict=True)}
+    del tensors[f"{Q}.{b}"]
+    tensors[f"{up}.{b}"] = tensors[f"{up}.{b}"].T
+    tensors[f"{down}.{a}"][0, 0] = np.nan
+    if source == "MLX":
+        write_mlx(tmp_path / "theirs", tensors, lora_parameters={})
+    else:
+        write_adapter(tmp_path / "theirs", replace(make_adapter(base, lora_alpha="much"), contract=None))
+        named = {f"base_model.model.{name}": np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(named, tmp_path / "theirs" / TENSORS)
+    with pytest.raises(AdapterError) as error:
+        imported(base, tmp_path / "theirs", tmp_path / "mine")
+    found = error.value.what.split("; ")
+    assert len(found) == 5, found
+    for said in (
+        "lora_alpha is much" if source == "PEFT" else "scale is None", f"{Q}: {b.removesuffix('.weight')} is missing",
+        "model.embed_tokens is of the token embeddings", f"{up}: A is", f"{down}: it holds NaN",
+    ):  # fmt: skip
+        assert any(said in fault for fault in found), said
+
+
+def saved(base, folder, method, where):
+    """An adapter of this method as it starts."""
+    decoder = build_decoder(base)
+    inject(decoder, method, 4, 6.0, seed=0, targets=where)
+    adapter = Adapter(adapter_config(decoder, method, 4, 6.0, "b", where), collect(decoder))
+    write_adapter(folder, adapter)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "next_"),
+    [
+        ("token_rows", "trained token rows", "export"), ("longlora", "LoRA with norms", "merge"),
+        ("ia3", "IA3", "merge"), ("layernorm", "LN tuning", "merge"), ("houlsby", "Houlsby adapter", "eval"),
+    ],
+)  # fmt: skip
+def test_what_is_no_lora_is_imported_as_what_it_is(base, tmp_path, capsys, method, title, next_):
+    where = Where(token_indices=(3, 77)) if method == "token_rows" else Where()
+    before = saved(base, tmp_path / "theirs", method, where)
+    words = ["import", str(base.path), str(tmp_path / "theirs"), "--out", str(tmp_path / "mine")]
+    assert run([*words, "--allow-unverified-base", "--json"]) == 0
+    told = capsys.readouterr()
+    made = json.loads(told.out)
+    assert (made["title"], made["method"]) == (title, method)
+    assert f": {title} from PEFT on {made['layers']} layers" in told.err
+    assert f" {next_} " in told.err.partition("next: ")[2]
+    after = read_adapter(tmp_path / "mine", base.linears, base.norms, vocabularies=base.vocabularies)
+    assert after.contract.method == method
+    assert dict(after.config) == json.loads(json.dumps(before.config))
+    twice = {"lm_head"} if method == "token_rows" else set()  # of a tied base PEFT saves the rows two times
+    assert len(after.tensors) == made["layers"]
+    assert set(after.tensors) == set(before.tensors) - twice
+    for module, parts in after.tensors.items():
+        for part, value in parts.items():
+            np.testing.assert_array_equal(value, before.tensors[module][part])
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_what_stands_before_prompts_is_not_imported(base, tmp_path, kind):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / CONFIG).write_text(json.dumps({"peft_type": kind}))
+    save_file({"prompt_embeddings": np.ones((4, 256), np.float32)}, tmp_path / "theirs" / TENSORS)
+    with pytest.raises(AdapterError, match="nothing to import") as error:
+        imported(base, tmp_path / "theirs", tmp_path / "mine")
+    assert "takes this folder as it is" in error.value.fix
+
+
 def test_a_name_is_taken_apart_or_left():
     assert plain_name(f"base_model.model.{Q}.lora_A.weight") == (Q, "lora_A")
     assert plain_name(f"base_model.model.{Q}.lora_B.default.weight") == (Q, "lora_B")
@@ -356,7 +458,7 @@ def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
 
 
 def test_a_dora_is_no_lora(base, plain, tmp_path):
-    with pytest.raises(AdapterError, match=r"DoRA is no plain LoRA: .*_proj changes as a whole; .* and 11 more"):
+    with pytest.raises(AdapterError, match=r"DoRA is no plain LoRA: .*_proj multiplies rows; .* and 11 more"):
         export_as_lora(base.path, plain, tmp_path / "plain", allow_unverified=True)
     assert not (tmp_path / "plain").exists()
 
@@ -386,6 +488,16 @@ def test_all_faults_of_a_gguf_are_told_at_once(base, tmp_path):
         imported(base, tmp_path / "a.gguf", tmp_path / "mine")
 
 
+def test_a_foreign_tensor_of_a_gguf_hides_nothing(base, tmp_path):
+    pairs = drawn_pairs(base, (4,))
+    pairs[Q] = (pairs[Q][0] * np.nan, pairs[Q][1])
+    write_as_llama_cpp(tmp_path / "a.gguf", base, pairs, 8.0)
+    content = (tmp_path / "a.gguf").read_bytes()
+    (tmp_path / "a.gguf").write_bytes(content.replace(b"blk.1.ffn_up", b"blk.9.ffn_up"))
+    with pytest.raises(AdapterError, match=r"gguf: blk\.0\.attn_q.* holds NaN.*; blk\.9\.ffn_up.* is no linear layer"):
+        imported(base, tmp_path / "a.gguf", tmp_path / "mine")
+
+
 def test_a_gguf_with_adapted_experts_says_so(base, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_type("adapter")
@@ -409,7 +521,8 @@ def test_the_command_tells_what_it_made(base, tmp_path, capsys):
     assert run([*words, "--allow-unverified-base"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out) == {
-        "path": str(tmp_path / "mine"), "kind": "MLX", "method": "LoRA", "layers": 1, "ranks": [4],
+        "path": str(tmp_path / "mine"), "kind": "MLX", "title": "plain LoRA", "method": "lora", "layers": 1,
+        "ranks": [4],
     }  # fmt: skip
-    assert "a LoRA from MLX on 1 layers, rank 4" in told.err
+    assert ": plain LoRA from MLX on 1 layers, rank 4" in told.err
     assert "next: " in told.err

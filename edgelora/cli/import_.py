@@ -35,7 +35,7 @@ def import_(
     made = run(base, source, out, allow_unverified=allow_unverified_base, overwrite=overwrite)
     with Display() as display:
         ranks = f", rank {', '.join(map(str, made.ranks))}" if made.ranks else ""
-        display.say(f"{out}: a {made.method} from {made.kind} on {made.layers} layers{ranks}")
-        display.say(f"next: {what_comes_next('dora' if made.method == 'DoRA' else 'lora', base, out)}")
+        display.say(f"{out}: {made.title} from {made.kind} on {made.layers} layers{ranks}")
+        display.say(f"next: {what_comes_next(made.method, base, out)}")
     if as_json:
         print(json.dumps(made.as_dict()))

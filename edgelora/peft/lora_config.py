@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from edgelora.errors import AdapterError
-from edgelora.peft.adapter import MAGNITUDE, Adapter
+from edgelora.peft.adapter import IN_TORCH, INVOCATION, MAGNITUDE, Adapter
+from edgelora.peft.change import Change
 from edgelora.peft.targets import target_modules
 
 
@@ -37,12 +38,18 @@ class StoredPair:
 
 
 def adapter_of(
-    pairs: Mapping[str, StoredPair], linears: Collection[str], base: str, *, rslora: bool = False
+    pairs: Mapping[str, StoredPair],
+    linears: Collection[str],
+    base: str,
+    *,
+    rslora: bool = False,
+    invocation: Sequence[int] = (),
 ) -> Adapter:
     """A LoRA or DoRA of these pairs, by full module name, over a base whose linear layers are `linears`.
 
     The commonest rank and α are `r` and `lora_alpha`; the others stand in `rank_pattern` and `alpha_pattern`, by the
-    full name of their layer. `rslora`: α/√r is the scale. Raises ValueError if there are no pairs.
+    full name of their layer. `rslora`: α/√r is the scale; `invocation`: the tokens from which on it acts (aLoRA).
+    Raises ValueError if there are no pairs.
     """
     ranks = {module: pair.rank for module, pair in pairs.items()}
     alphas = {module: pair.alpha for module, pair in pairs.items()}
@@ -62,6 +69,8 @@ def adapter_of(
         "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
         "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
     }
+    if invocation:
+        config[INVOCATION] = list(invocation)
     return Adapter(config, {module: pair.tensors() for module, pair in pairs.items()})
 
 
@@ -76,15 +85,26 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
         if change.is_pair and change.pair is not None:
             pairs[module] = StoredPair(change.pair.a, change.pair.b, change.pair.rank)
         else:
-            faults.append(f"{module} changes as a whole")
+            faults.append(f"{module} {_beyond_a_pair(change)}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(
             what=f"this {adapter.kind.title} is no plain LoRA: {'; '.join(faults[:3])}{more}",
             why="two small matrices cannot say it, and a part of it would be lost",
-            fix="merge it into its base: `edgelora merge BASE --adapter FOLDER --to hf --out FOLDER`",
+            fix=IN_TORCH if adapter.kind.of_input else "`edgelora export` takes it by its own door, or --svd-rank R",
         )
     return replace(adapter_of(pairs, linears, base), contract=adapter.contract)
+
+
+def _beyond_a_pair(change: Change) -> str:
+    """What it does to a layer beside adding B A, in words."""
+    lengths = change.pair is not None and change.pair.magnitude is not None
+    found = {
+        "multiplies rows": lengths or change.rows is not None, "multiplies columns": change.columns is not None,
+        "changes the bias": change.bias is not None, "changes as a whole": change.whole is not None,
+        "answers by more than a weight": change.of_input is not None,
+    }  # fmt: skip
+    return " and ".join(words for words, there in found.items() if there)
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
 from converters.adapter_from_mlx import read_mlx
 from converters.adapter_from_peft import read_peft
 from edgelora.base.model import Base, open_base
+from edgelora.config import Method
 from edgelora.errors import AdapterError
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import FILE_NAME as CONTRACT
 from edgelora.files.contract import Contract, read_contract, require_its_base, sha256_file
-from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, read_adapter, refuse_pickle, refuse_to_write, write_adapter
+from edgelora.invocation import command
+from edgelora.peft.adapter import (
+    CONFIG,
+    TENSORS,
+    VIRTUAL,
+    Adapter,
+    read_adapter,
+    refuse_pickle,
+    refuse_to_write,
+    write_adapter,
+)
+from edgelora.peft.kinds import DORA, LORA, LORA_AND_NORMS, NATIVE_TYPE, kind_of
 from edgelora.peft.lora_config import as_lora
 from edgelora.pipeline.export import read_checked
 from edgelora.versions import versions
@@ -28,7 +40,10 @@ class Imported:
 
     path: Path
     kind: str
-    method: str
+    title: str
+    """What it is, in words: `plain LoRA`."""
+    method: Method
+    """The method that trains such adapters."""
     layers: int
     ranks: tuple[int, ...]
     """Of its A and B; none where it has no such matrices."""
@@ -54,9 +69,7 @@ def import_adapter(
     if adapter.contract is None:
         adapter = replace(adapter, contract=_contract(adapter, base, kind, source, file))
     write_adapter(out, adapter, overwrite=overwrite)
-    method = "DoRA" if adapter.config.get("use_dora") else str(adapter.config["peft_type"])
-    ranks = {len(parts["lora_A"]) for parts in adapter.tensors.values() if "lora_A" in parts}
-    return Imported(out, kind, {"LORA": "LoRA"}.get(method, method), len(adapter.tensors), tuple(sorted(ranks)))
+    return _imported(out, kind, adapter)
 
 
 def export_as_lora(
@@ -71,8 +84,13 @@ def export_as_lora(
     adapter = read_checked(source, base, allow_unverified=allow_unverified)
     folded = as_lora(adapter, base.linears, str(base.path))
     write_adapter(out, folded, overwrite=overwrite)
-    ranks = {len(parts["lora_A"]) for parts in folded.tensors.values()}
-    return Imported(out, "PEFT", "LoRA", len(folded.tensors), tuple(sorted(ranks)))
+    return _imported(out, "PEFT", folded)
+
+
+def _imported(out: Path, kind: str, adapter: Adapter) -> Imported:
+    ranks = {len(parts["lora_A"]) for parts in adapter.tensors.values() if "lora_A" in parts}
+    title = "aLoRA" if adapter.invocation else adapter.kind.title
+    return Imported(out, kind, title, _method(adapter), len(adapter.tensors), tuple(sorted(ranks)))
 
 
 def recognised(source: Path) -> tuple[str, Path]:
@@ -100,14 +118,36 @@ def _from_gguf(path: Path, base: Base) -> Adapter:
 
 
 def _from_peft(path: Path, base: Base) -> Adapter:
-    if read_json(path / CONFIG).get("peft_type") != "LORA":
-        return read_adapter(path, base.linears, base.norms)
+    settings = read_json(path / CONFIG)
+    if settings.get("peft_type") in VIRTUAL:
+        raise AdapterError(
+            what=f"{path}: nothing to import",
+            why="it stands before prompts and changes no layer, and PEFT's folder of it is the one that is read here",
+            fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
+        )
+    if kind_of(settings) not in (LORA, DORA):
+        return read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies)
     beside = path / CONTRACT
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
     return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
 
 
+OTHER_NAMES = {"TRAINABLE_TOKENS": "token_rows", "LN_TUNING": "layernorm"}  # PEFT's and ours, where they differ
 KINDS: dict[str, Callable[[Path, Base], Adapter]] = {"GGUF": _from_gguf, "MLX": read_mlx, "PEFT": _from_peft}
+
+
+def _method(adapter: Adapter) -> Method:
+    """The name of the method, in the table of them, that leaves an adapter of its kind."""
+    peft_type = str(adapter.config["peft_type"])
+    if adapter.invocation:
+        return "alora"
+    if peft_type == NATIVE_TYPE:
+        return cast(Method, adapter.config["method"])
+    if adapter.kind is DORA:
+        return "dora"
+    if adapter.kind is LORA_AND_NORMS:
+        return "longlora"
+    return cast(Method, OTHER_NAMES.get(peft_type, peft_type.lower()))
 
 
 def _contract(adapter: Adapter, base: Base, kind: str, source: Path, file: Path) -> Contract:
@@ -121,7 +161,7 @@ def _contract(adapter: Adapter, base: Base, kind: str, source: Path, file: Path)
         chat_template_sha256=identity.chat_template_sha256,
         chat_template=base.chosen_template,
         eog_ids=identity.eog_ids,
-        method="dora" if adapter.config.get("use_dora") else str(adapter.config["peft_type"]).lower(),
+        method=_method(adapter),
         training={"data": [], "imported": {"from": kind, "name": source.name, "sha256": sha256_file(file)}},
         versions=versions(),
     )
