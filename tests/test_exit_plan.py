@@ -25,13 +25,14 @@ from edgelora.base import ggml
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
-from edgelora.errors import ExportError
+from edgelora.errors import AdapterError, ExportError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.contract import CERTIFICATE_BYTES
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.lora_config import as_lora
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.exit_plan import plan, through
@@ -323,8 +324,11 @@ def test_the_plan_in_words(base, tiny, tmp_path, capsys):
     trained(base, "houlsby", folder=tmp_path / "mine")
     assert run(["export", str(tiny.path), str(tmp_path / "mine"), "--allow-unverified-base", "--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "refused: it bends what a layer answers by a gelu, and a weight multiplies alone"
-    assert lines[1].startswith("score it in torch (`edgelora eval --in torch`)")
+    assert lines == [
+        "refused: it adds a small nonlinear network (gelu) behind layers, and no weight or LoRA of a GGUF can express "
+        "that",
+        "score it in torch (`edgelora eval --in torch`), or train a LoRA (--method lora)",
+    ]
 
 
 # -- the nearest LoRA ---------------------------------------------------------------------------------------------
@@ -379,3 +383,11 @@ def test_norms_and_biases_have_no_singular_values(base):
     for method, more in (("layernorm", "norms"), ("bitfit", "biases")):
         with pytest.raises(ExportError, match=f"changes [0-9]+ {more}"):
             nearest_lora(base, trained(base, method)[1], 4)
+
+
+def test_what_is_no_lora_says_by_what_it_is_none(base):
+    for method, words in (("ia3", "multiplies rows; .*down_proj multiplies columns"), ("bitfit", "changes the bias")):
+        with pytest.raises(AdapterError, match=words) as refused:
+            as_lora(trained(base, method)[1], base.linears, "-")
+        assert "takes it by its own door" in refused.value.fix
+        assert ("--svd-rank" in refused.value.fix) == (method == "ia3")

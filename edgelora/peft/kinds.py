@@ -265,7 +265,8 @@ NATIVE: dict[str, Kind] = {
     "lors": Kind("LoRS", PAIR, _lors),
     "houlsby": Kind(
         "Houlsby adapter", {"adapter_D": "r out", "adapter_d": "r", "adapter_U": "out r", "adapter_u": "out"}, _houlsby,
-        of_input="it bends what a layer answers by a gelu, and a weight multiplies alone",
+        of_input="it adds a small nonlinear network (gelu) behind layers, and no weight or LoRA of a GGUF can express "
+        "that",
     ),
     "molora": Kind(
         "MoLoRA", {**PAIR, "router": "e in"}, _molora,

@@ -91,9 +91,16 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
         raise AdapterError(
             what=f"this {adapter.kind.title} is no plain LoRA: {'; '.join(faults[:3])}{more}",
             why="two small matrices cannot say it, and a part of it would be lost",
-            fix=IN_TORCH if adapter.kind.of_input else "`edgelora export` takes it by its own door, or --svd-rank R",
+            fix=IN_TORCH if adapter.kind.of_input else _other_ways(adapter),
         )
     return replace(adapter_of(pairs, linears, base), contract=adapter.contract)
+
+
+def _other_ways(adapter: Adapter) -> str:
+    """Where else it can go; norms and biases have no singular values."""
+    weights_alone = not adapter.norms and all(adapter.change(module).bias is None for module in adapter.linears)
+    nearest = ", or --svd-rank R writes the nearest LoRA of a rank" if weights_alone else ""
+    return f"leave --as-lora out: `edgelora export` takes it by its own door{nearest}"
 
 
 def _beyond_a_pair(change: Change) -> str:
