@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import subprocess
 import sys
 from typing import get_args
@@ -16,10 +17,10 @@ from edgelora.base.model import open_base
 from edgelora.config import Objective, Optimizer, Schedule, TrainConfig
 from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.inject import inject
-from edgelora.peft.methods import METHODS
+from edgelora.peft.methods import METHODS, pair
 from edgelora.training import optim
 from edgelora.training.adafactor import Adafactor
-from edgelora.training.defaults import choose
+from edgelora.training.defaults import NO_SOURCE, choose
 from edgelora.training.ema import Ema
 from edgelora.training.lion import Lion
 from edgelora.training.neftune import neftune
@@ -27,6 +28,8 @@ from edgelora.training.optim import OPTIMIZERS, build_optimizer, flatten_state, 
 from edgelora.training.schedule import share_at
 
 OWN_SCALE = ["vera", "glora", "houlsby", "galore"]  # of which galore alone has one
+# They have A and B, and something beside them; or take a share of a LoRA's rate, and say so.
+WITH_A_AND_B = ["dora", "multilora", "adalora", "molora", "full", "galore"]
 HERE = [name for name in OPTIMIZERS if name != "adamw8bit"]  # those that run without a graphics card
 
 
@@ -467,9 +470,14 @@ def test_the_learning_rate_falls_with_the_size(n_weights, rate):
 def test_every_choice_has_a_source(method, objective, optimizer):
     for n_weights in (135e6, 8e9, 70e9):
         config, choices = chosen(n_weights, method=method, objective=objective, optimizer=optimizer)
-        assert set(choices) == {"rank", "alpha", "learning_rate"}
+        of_ranks = {"rank", "alpha"} if METHODS[method].ranked else set()
+        assert set(choices) == {"learning_rate", *of_ranks}
+        assert config.rank
+        assert config.alpha
         assert all(choice.why for choice in choices.values())
-        assert any("arXiv" in choice.why or "Regret" in choice.why for choice in choices.values())
+        assert re.search(
+            r"arXiv|github|PEFT|Regret|Unsloth|learned the most of those tried", choices["learning_rate"].why
+        )
         for name, choice in choices.items():
             assert float(choice.value) == getattr(config, name)
         TrainConfig.model_validate(config.model_dump())  # what was chosen could have been given
@@ -481,13 +489,32 @@ def test_what_is_given_is_kept_and_not_explained():
     assert choices == {}
 
 
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.ranked])
+@pytest.mark.parametrize("given", [{"rank": 4}, {"alpha": 3}, {"rank": 4, "alpha": 3}], ids=str)
+def test_a_rank_is_refused_where_there_is_none(method, given):
+    with pytest.raises(ConfigError) as e:
+        chosen(8e9, method=method, **given)
+    options = [f"--{name} {value}" for name, value in given.items()]
+    assert e.value.what == f"--method {method} {' '.join(options)}: it has neither a rank nor an α"
+    assert all(f"--{name}" in e.value.fix for name in given)
+
+
 def test_scales_agree_at_the_chosen_rank_and_follow_each_methods_rule_elsewhere():
     def scale(method, rank):
         alpha = chosen(8e9, method=method, rank=rank)[0].alpha
         return alpha / (rank**0.5 if method == "rslora" else rank)
 
-    assert {scale(method, 16) for method in METHODS if method not in OWN_SCALE} == {2.0}
+    ranked = [name for name, row in METHODS.items() if row.ranked and name not in OWN_SCALE]
+    assert {scale(method, 16) for method in ranked} == {2.0}
     assert [scale(method, 64) for method in ("lora", "rslora", "loraplus", "dora")] == [0.5, 1.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.shapes is not pair])
+def test_who_trains_no_a_and_b_does_not_take_a_loras_rate_for_its_own(method):
+    why = chosen(8e9, method=method)[1]["learning_rate"].why
+    assert why.startswith(chosen(8e9)[1]["learning_rate"].why) == (method in WITH_A_AND_B)
+    if why.startswith(NO_SOURCE):
+        assert chosen(8e9, method=method)[0].learning_rate == chosen(8e9)[0].learning_rate
 
 
 def test_a_vera_takes_more_ranks():

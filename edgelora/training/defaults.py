@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from edgelora.config import Method, Objective, TrainConfig
 from edgelora.device import Choice
+from edgelora.errors import ConfigError
+from edgelora.peft.methods import METHODS
 from edgelora.training import galore
 
 RANK, SCALE_AT_RANK = 16, 2.0  # α/r at this rank, whatever the method; what it is at others differs
@@ -47,6 +49,21 @@ VIRTUAL_RATES: dict[Method, tuple[Rate, Rate]] = {
 }
 PROJECTED: dict[Method, tuple[Rate, Rate]] = {"prefix_tuning": (Rate(3e-3, f"{TRIED}5e-4 and 3e-3"), ENCODED)}
 
+# Of AdamW for what is trained in the place of a LoRA's pairs: the authors' own, whatever the size of the base.
+RATES: dict[Method, Rate] = {
+    "ia3": Rate(3e-3, "T-Few's for an IA3, over T0 with Adafactor (arXiv:2205.05638, github.com/r-three/t-few)"),
+    "bitfit": Rate(1e-3, "the authors' for biases, over BERT (arXiv:2106.10199, github.com/benzakenelad/BitFit)"),
+    "lora_xs": Rate(
+        4e-3,
+        "the authors' over Mistral-7B; over Llama-3-8B 2e-3 (arXiv:2405.17604, github.com/MohammadrezaBanaei/LoRA-XS)",
+    ),
+    "houlsby": Rate(
+        3e-4, "the authors' example, over BERT (arXiv:1902.00751, github.com/google-research/adapter-bert)"
+    ),
+}
+BORROWED: tuple[Method, ...] = ("vera", "layernorm", "token_rows", "lorma", "replora", "glora")
+NO_SOURCE = "a LoRA's, for want of a source on this method: "
+
 # What is left of it for preferences: such losses only nudge a model that can answer already.
 OBJECTIVE_SHARE: dict[Objective, Rate] = {
     "sft": Rate(1.0, ""),
@@ -67,8 +84,10 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
     """`config` with rank, alpha and learning rate filled in where they are None, and why each was chosen.
 
     n_weights: of the whole base. How they are stored makes no difference: QLoRA found the rates of 16-bit LoRA to hold
-    over 4-bit weights, and no source says otherwise below.
+    over 4-bit weights, and no source says otherwise below. Raises ConfigError for a rank or an α that the method has
+    not: the run's settings have both all the same, and nobody is told why.
     """
+    _require_taken(config)
     values: dict[str, float] = {}
     choices: dict[str, Choice] = {}
     rank = config.rank
@@ -81,7 +100,21 @@ def choose(config: TrainConfig, n_weights: int) -> tuple[TrainConfig, dict[str, 
     if config.learning_rate is None:
         values["learning_rate"], why = _learning_rate(config, n_weights)
         choices["learning_rate"] = Choice(f"{values['learning_rate']:g}", why)
+    if not METHODS[config.method].ranked:
+        choices.pop("rank", None)
+        choices.pop("alpha", None)
     return config.model_copy(update=values), choices
+
+
+def _require_taken(config: TrainConfig) -> None:
+    given = {"--rank": config.rank, "--alpha": config.alpha}
+    said = [f"{option} {value:g}" for option, value in given.items() if value is not None]
+    if said and not METHODS[config.method].ranked:
+        raise ConfigError(
+            what=f"--method {config.method} {' '.join(said)}: it has neither a rank nor an α",
+            why=f"it trains {METHODS[config.method].trains}",
+            fix=f"leave {' and '.join(option.split()[0] for option in said)} away, or choose a method that has them",
+        )
 
 
 def _why_rank(method: Method) -> str:
@@ -127,7 +160,10 @@ def _peak(config: TrainConfig, n_weights: int) -> Rate:
     virtual = VIRTUAL_RATES | PROJECTED if config.prefix_projection else VIRTUAL_RATES
     if config.method in virtual:
         return virtual[config.method][n_weights >= SMALL]
-    return SMALL_RATE if n_weights < SMALL else MIDDLE_RATE if n_weights < LARGE else LARGE_RATE
+    if config.method in RATES:
+        return RATES[config.method]
+    rate = SMALL_RATE if n_weights < SMALL else MIDDLE_RATE if n_weights < LARGE else LARGE_RATE
+    return Rate(rate.value, NO_SOURCE + rate.why) if config.method in BORROWED else rate
 
 
 def _learning_rate(config: TrainConfig, n_weights: int) -> tuple[float, str]:
