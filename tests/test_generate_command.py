@@ -17,6 +17,7 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.data.conversation import Message
+from edgelora.peft.adapter import write_adapter
 from runtime.engine import Engine
 from runtime.service import EngineConfig, Request
 from runtime.store import Store
@@ -36,6 +37,8 @@ def files(tiny, tmp_path_factory):
     at = SimpleNamespace(room=room, base=tiny.path, home=room / "home.gguf", poet=room / "poet.gguf")
     for seed, path in enumerate((at.home, at.poet)):
         write_adapter_gguf(path, make_adapter(base, seed=seed, strength=0.5), base, path.stem)
+    at.trained = room / "trained"
+    write_adapter(at.trained, make_adapter(base))
     at.prompt, at.schema, at.grammar, at.text = (room / n for n in ("prompt.txt", "s.json", "g.gbnf", "not.json"))
     at.prompt.write_text("turn on the lamp", encoding="utf-8")
     at.schema.write_text(json.dumps(SCHEMA), encoding="utf-8")
@@ -172,6 +175,7 @@ def test_drawing_follows_its_seed(generate):
         ((LAMP, "--raw", "--system", "x"), "--system with --raw"),
         ((LAMP, "--logprobs", "2"), "--logprobs without --json"),
         ((LAMP, "--adapter", "{room}/none.gguf"), "none.gguf: cannot be read"),
+        ((LAMP, "--adapter", "{trained}:0.5"), "trained: this is a training folder"),
         ((LAMP, "--adapter", "{home}", "--adapter", "home={poet}"), "two adapters named home"),
         ((LAMP, "--adapter", "base={home}"), "base is no name for an adapter"),
         ((LAMP, "--adapter", "{home}:nan"), "nan is no scale"),

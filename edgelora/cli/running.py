@@ -131,8 +131,21 @@ def _attached(text: str) -> Attached:
     if not equals or Path(text).is_file():
         name, equals, rest = "", "", text
     path, scale = (Path(rest), 1.0) if Path(rest).is_file() else scaled(rest)
+    _refuse_training(path)
     name, path = named(f"{name}{equals}{path}")
     return Attached(require_name(name), path, scale)
+
+
+def _refuse_training(path: Path) -> None:
+    if not (path / "adapter_config.json").is_file():
+        return
+    from edgelora.invocation import command
+
+    raise ConfigError(
+        what=f"--adapter {path}: this is a training folder",
+        why="torch computes with what is in it; chat and generate run the GGUF that is made of it",
+        fix=command("export", "BASE", path, "--out", Path(f"{path}.gguf")) + ", and pass that file",
+    )
 
 
 def _biases(words: list[str]) -> dict[int, float]:
