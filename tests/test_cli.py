@@ -145,7 +145,7 @@ REFUSED = {
     "train {base} {rows} --out {out} --alpha inf": "--alpha",
     "train {base} {rows} --out {out} --epochs inf": "--epochs",
     "train {base} {rows} --out {out} --max-length 8": "4 rows are longer than 8 tokens",
-    "train {base} {rows}:0 --out {out}": "DATA: Value error, the weight of ",
+    "train {base} {rows}:0 --out {out}": "DATA: the weight of ",
     "train {base} {rows} --out {out} --max-gpu-memory 8": "--max-gpu-memory: ",
     "train {base} {rows} --out {out} --target-modules q_porj": "no linear layer of this model is named q_porj",
     "train {base} {rows} --out {out} --data-format csv": "the data format csv",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from typer.testing import CliRunner
 
 from edgelora.cli import app
+from edgelora.cli import run as app_run
 from edgelora.cli.options import as_toml, read_toml, settled, with_options
 from edgelora.config import Source, TrainConfig
 from edgelora.errors import ConfigError
@@ -85,6 +86,22 @@ def test_what_cannot_be_read_is_wrong_usage(cook, words):
     run, asked = cook
     assert run("stew", *words).exit_code == 2
     assert asked == []
+
+
+def test_a_misspelt_value_is_answered_with_the_nearest(cook, tmp_path):
+    run, _ = cook
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("stew", "--kind", "suop").output).split())
+    assert "'--kind': suop is none of its values, did you mean soup? it is one of soup, cake" in shown
+    (tmp_path / "recipe.toml").write_text("dish = 'stew'\nkind = 'salad'\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as fault:
+        settled(Recipe, tmp_path / "recipe.toml", {})
+    assert fault.value.what == "kind: salad is none of its values: it is one of soup, cake"
+
+
+def test_a_misspelt_method_is_answered_with_where_they_stand(capsys):
+    assert app_run(["train", "b.gguf", "rows.jsonl", "--out", "mine", "--method", "lroa"]) == 2
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+    assert "'--method': lroa is none of its values, did you mean lora? `edgelora methods` lists all" in shown
 
 
 def test_help_is_the_docstring_and_the_default_under_its_heading(cook):

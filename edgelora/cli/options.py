@@ -9,6 +9,7 @@ import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,8 +17,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from edgelora.errors import ConfigError
+
+LISTED = {"method": "`edgelora methods` lists all"}  # settings that have too many values for one message
 
 
 def with_options(
@@ -47,6 +51,8 @@ def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parame
     typed = name.replace("_", "-")
     names = f"--{typed}/--no-{typed}" if field.annotation is bool else f"--{typed}"  # a file may have said yes
     option = typer.Option(names, help=_help(field), rich_help_panel=panel, show_default=False)
+    if values := _values(field):
+        option.parser, option.metavar = partial(_one_of, name, values), f"[{'|'.join(values)}]"
     kind = Annotated[_typed(field.annotation), option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
@@ -64,9 +70,28 @@ def _typed(annotation: Any) -> Any:
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is tuple:
         return list[str] | None
-    if get_origin(annotation) is Literal or annotation in (int, float, bool, str, Path):
+    if annotation in (int, float, bool, str, Path):
         return annotation | None
     return str | None
+
+
+def _values(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a field can be, if it is one of a few."""
+    parts = (field.annotation, *get_args(field.annotation))  # it may be one of them, or None
+    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+
+
+def _one_of(name: str, values: tuple[str, ...], text: str) -> str:
+    if text not in values:
+        raise typer.BadParameter(_unlike(name, values, text))
+    return text
+
+
+def _unlike(name: str, values: Collection[str], text: object) -> str:
+    """`lroa is none of its values, did you mean lora? ...`, with where they all stand."""
+    near = difflib.get_close_matches(str(text), values, 1)
+    listed = LISTED.get(name, f"it is one of {', '.join(values)}")
+    return f"{text} is none of its values{f', did you mean {near[0]}?' if near else ':'} {listed}"
 
 
 def settled(
@@ -83,11 +108,19 @@ def settled(
         return model.model_validate(settings | said)
     except ValidationError as e:
         typed = {name: name.upper() if name in arguments else f"--{name.replace('_', '-')}" for name in given}
-        faults = [(str(fault["loc"][0]), fault["type"], fault["msg"]) for fault in e.errors()]
+        faults = [(str(fault["loc"][0]), fault["type"], _said(model, fault)) for fault in e.errors()]
         if missing := [typed[name] for name, kind, _ in faults if kind == "missing"]:
             raise typer.BadParameter("missing, and not in a --config file", param_hint=missing) from e
         listed = "; ".join(f"{typed[name] if name in said else name}: {message}" for name, _, message in faults)
         raise ConfigError(listed, "these settings cannot train anything", "see `edgelora train --help`") from e
+
+
+def _said(model: type[BaseModel], fault: ErrorDetails) -> str:
+    """pydantic's words, without those of its own making."""
+    name = str(fault["loc"][0])
+    if fault["type"] == "literal_error" and (values := _values(model.model_fields[name])):
+        return _unlike(name, values, fault["input"])
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
