@@ -14,7 +14,7 @@ from edgelora.cli import data as command
 from edgelora.data.check import Tally, histogram
 from edgelora.data.dataset import Options, load_examples
 from edgelora.data.fit import Encoder
-from edgelora.errors import DataError
+from edgelora.errors import ConfigError, DataError
 from edgelora.pipeline.data import Ask, check_data
 
 
@@ -190,6 +190,16 @@ def test_the_command(base, tmp_path):
     assert "! 1 row that the held-out data have too" in done.output
     assert "\x1b" not in done.output
     assert "█" in done.output
+
+
+def test_the_command_takes_files_as_training_does(base, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", *GOOD)
+    plain, weighted = (run(f"{rows}{weight}", "--base", base.path, "--json") for weight in ("", ":0.5"))
+    assert weighted.exit_code == 0, weighted.output
+    assert json.loads(weighted.stdout) == json.loads(plain.stdout)
+    refused = run(f"{rows}:0", "--base", base.path)
+    assert isinstance(refused.exception, ConfigError)
+    assert refused.exception.what == f"the weight of {rows} is 0, it must lie between 0 and 1000"
 
 
 def test_the_command_as_json(base, tmp_path):

@@ -20,6 +20,7 @@ from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.data.dataset import load_examples
 from edgelora.data.fit import Encoder
+from edgelora.device import processor_name
 from edgelora.errors import ConfigError, DataError, EdgeloraError, OutputError
 from edgelora.files.contract import read_contract
 from edgelora.peft.adapter import TENSORS, read_adapter
@@ -170,6 +171,7 @@ def test_run_json_says_what_was_asked_chosen_and_reached(ran):
     assert facts["result"]["held_out_loss"] == run.held_out_loss
     assert {"edgelora", "torch"} <= facts["versions"].keys()
     assert facts["revision"] == revision()
+    assert facts["processor"] == processor_name()
     assert all(len(facts["digests"][name]) == 64 for name in ("base", "rows", "held-out rows"))
     assert (settled.seed, settled.device) == (0, facts["choices"]["device"]["value"])
     assert facts["result"]["peak_bytes"] == run.peak_bytes > 0

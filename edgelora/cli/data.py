@@ -29,7 +29,9 @@ def _group() -> None:
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(help="Files or folders of rows.", show_default=False)],
+    files: Annotated[
+        list[str], typer.Argument(help="Files or folders of rows, as `train` takes them.", show_default=False)
+    ],
     base: Annotated[Path, typer.Option(help="The base model: a .gguf file, or a Hugging Face folder.")],
     valid: Annotated[Path | None, typer.Option(help="Held-out rows, for the overlap.", show_default=False)] = None,
     max_length: Annotated[
@@ -54,16 +56,37 @@ def check(
     from edgelora.cli.display import Display, output
     from edgelora.pipeline.data import Ask, check_data
 
+    paths = _paths(files)
     opened = open_base(base)
     opened = opened if chat_template is None else opened.with_template(chat_template)
     with Display() as display:
         ask = Ask(max_length, data_format, loss_on, preview)
-        found = check_data(opened, files, valid, ask, display.show)
+        found = check_data(opened, paths, valid, ask, display.show)
     if as_json:
         print(json.dumps(_as_json(found)))
     else:
         _print(found, output())
     found.check.raise_faults()
+
+
+def _paths(files: list[str]) -> list[Path]:
+    """Those of `rows.jsonl` and `rows.jsonl:0.5`: each row counts once, whatever its weight in a mix.
+
+    Raises ConfigError for a weight that cannot be.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from edgelora.config import Sources
+    from edgelora.errors import ConfigError
+
+    try:
+        return [source.path for source in TypeAdapter(Sources).validate_python(files)]
+    except ValidationError as e:
+        raise ConfigError(
+            what=e.errors()[0]["msg"].removeprefix("Value error, "),
+            why="it is how often each row is seen in an epoch: 2 is twice, 0.5 a random half",
+            fix="leave it out: each row counts once here",
+        ) from e
 
 
 def _as_json(found: Checked) -> dict[str, object]:

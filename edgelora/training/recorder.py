@@ -20,6 +20,8 @@ from edgelora.training.state import State
 from edgelora.training.tensorboard import TensorBoardLog
 
 DRAW_EVERY_S = 60.0
+PACED = 3  # steps of this process behind which it says how long the rest takes
+WORTH_SAYING_S = 60.0
 
 
 class Recorder:
@@ -30,7 +32,9 @@ class Recorder:
     ) -> None:
         self._folder, self._config, self._facts, self._title = folder, config, dict(facts), title
         self._after, self._drawn = after, time.perf_counter()
+        self._steps = 0
         self.on_progress: OnProgress | None = None
+        self.on_note: Callable[[str], None] | None = None
         self.interrupt = Interrupt()
         self.stop_when: Callable[[Progress], bool] | None = None
         self._enough = False
@@ -54,6 +58,10 @@ class Recorder:
             self._board.append(metrics)
         if self.on_progress is not None:
             self.on_progress(progress)
+        self._steps += 1
+        left_s = progress.eta_s or 0.0
+        if self._steps == PACED and left_s >= WORTH_SAYING_S and self.on_note is not None:
+            self.on_note(f"about {left_s / 60:.0f} min to go, at the pace of the first {PACED} steps")
         self._enough = self.stop_when is not None and self.stop_when(progress)
 
     def save(self, state: State) -> None:

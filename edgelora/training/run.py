@@ -14,7 +14,7 @@ from edgelora.base.device_memory import hold_to
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method, TrainConfig
 from edgelora.data.order import Order
-from edgelora.device import Choice, choose_products, computing, peak_memory_bytes
+from edgelora.device import Choice, choose_products, computing, peak_memory_bytes, processor_name
 from edgelora.errors import DataError, FileFormatError
 from edgelora.files.atomic import require_space
 from edgelora.peft.adapter import Adapter, refuse_to_write, write_adapter, write_folder
@@ -143,7 +143,8 @@ def _trained(ready: Ready, folder: RunFolder, heard: Listeners, world: World, st
     with _recorder(folder, ready, state, writes) as recorder, interruptible() as interrupt:
         recorder.interrupt = interrupt
         if isinstance(recorder, Recorder):
-            recorder.on_progress, recorder.stop_when = heard.on_progress, heard.stop_when
+            recorder.on_progress, recorder.on_note = heard.on_progress, heard.on_note
+            recorder.stop_when = heard.stop_when
         whole = train(job, state, recorder)
         if not whole:
             recorder.draw()
@@ -218,6 +219,7 @@ def _make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world:
         "choices": {name: asdict(choice) for name, choice in choices.items()},
         "digests": digests,
         "versions": versions(),
+        "processor": processor_name(),
         "changed": changed if earlier is None else earlier.changed_until_now(changed),
         "revision": revision(),
     }
