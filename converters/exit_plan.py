@@ -28,7 +28,6 @@ UNTIE = "edgelora untie BASE --out FILE"
 UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
 NEAREST = "--svd-rank R writes the nearest LoRA of a rank"
 LAYERED = "it changes layers, and puts nothing before a prompt"
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)

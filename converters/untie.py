@@ -13,9 +13,10 @@ import gguf
 import numpy as np
 
 from converters.base_to_gguf import refuse_unlike
-from converters.exit_plan import EMBEDDING, HEAD
 from converters.merge import Recipe, describe
+from converters.quant_types import HEAD
 from converters.stream import Entry, write_streamed
+from converters.token_pairs import EMBEDDING
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.progress import OnProgress, silent
