@@ -11,6 +11,7 @@ from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
 from converters.adapter_from_mlx import read_mlx
 from converters.adapter_from_peft import read_peft
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
@@ -126,7 +127,11 @@ def _from_peft(path: Path, base: Base) -> Adapter:
             fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
         )
     if kind_of(settings) not in (LORA, DORA):
-        return read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies)
+        adapter = read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies)
+        if EMBEDDING not in adapter.tensors or HEAD in base.vocabularies:
+            return adapter
+        rows = adapter.tensors[EMBEDDING]  # of the one matrix for both, which PEFT saves as two
+        return replace(adapter, tensors={EMBEDDING: rows, HEAD: rows})
     beside = path / CONTRACT
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
     return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
