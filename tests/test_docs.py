@@ -61,6 +61,22 @@ def test_the_page_of_figures_is_what_was_recorded(monkeypatch):
     assert benchmark("performance", monkeypatch).written() == text, "run: python benchmarks/performance.py"
 
 
+def test_a_figure_that_misses_its_target_does_not_look_like_it(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("peers.table").table
+
+    def found(speed, memory):
+        sides = {
+            "stack": {"tokens": 1000, "seconds": 1.0, "peak_bytes": 1000 * 2**20},
+            "edgelora": {"tokens": speed, "seconds": 1.0, "peak_bytes": memory * 2**20},
+        }
+        return [(row.found.partition("×")[0], row.verdict) for row in table({"full-512": {"rounds": [sides]}})]
+
+    assert found(1996, 504) == [("1.996", "NOT MET"), ("0.504", "NOT MET")]
+    assert found(2004, 496) == [("2.004", "met"), ("0.496", "met")]
+    assert found(1780, 400) == [("1.78", "NOT MET"), ("0.40", "met")]
+
+
 def test_the_recorded_quickstart_met_its_targets():
     found = json.loads((ROOT / "benchmarks" / "results" / "quickstart-targets.json").read_text(encoding="utf-8"))
     assert len(found) == 6
