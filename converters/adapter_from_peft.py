@@ -8,10 +8,12 @@ and how strongly, whose result is written out layer by layer.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from converters.from_elsewhere import complete, fitting, part_faults
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.safetensors import SafetensorsFile
@@ -64,6 +66,13 @@ def read_peft(path: Path, base: Base) -> Adapter:
         rslora=bool(settings.get("use_rslora")),
         invocation=settings.get(INVOCATION) or (),
     )
+
+
+def with_tied_head(adapter: Adapter, base: Base) -> Adapter:
+    """New rows of tokens as PEFT saves them: where embedding and head are one matrix, as those of both."""
+    if EMBEDDING not in adapter.tensors or HEAD in base.vocabularies:
+        return adapter
+    return replace(adapter, tensors={**adapter.tensors, HEAD: adapter.tensors[EMBEDDING]})
 
 
 def plain_name(name: str) -> tuple[str, str]:

@@ -10,8 +10,7 @@ from typing import Any, cast
 from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
 from converters.adapter_from_mlx import read_mlx
-from converters.adapter_from_peft import read_peft
-from edgelora.architectures.names import EMBEDDING, HEAD
+from converters.adapter_from_peft import read_peft, with_tied_head
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
@@ -128,10 +127,7 @@ def _from_peft(path: Path, base: Base) -> Adapter:
         )
     if kind_of(settings) not in (LORA, DORA):
         adapter = read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies)
-        if EMBEDDING not in adapter.tensors or HEAD in base.vocabularies:
-            return adapter
-        rows = adapter.tensors[EMBEDDING]  # of the one matrix for both, which PEFT saves as two
-        return replace(adapter, tensors={EMBEDDING: rows, HEAD: rows})
+        return with_tied_head(adapter, base)
     beside = path / CONTRACT
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
     return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
