@@ -178,7 +178,7 @@ def test_what_peft_saved_computes_the_same_here(base, tiny, transformers_model, 
 
 def test_other_modules_saved_whole_are_still_refused(base, tiny, transformers_model, tmp_path):
     save_pefts(tiny, transformers_model, tmp_path / "head", modules_to_save=["o_proj"])
-    with pytest.raises(AdapterError, match=r"self_attn.o_proj: it is no norm of this model"):
+    with pytest.raises(AdapterError, match=r"modules_to_save is set; .*o_proj.weight is no part of a plain LoRA"):
         read_adapter(tmp_path / "head", base.linears, base.norms)
     save_pefts(tiny, transformers_model, tmp_path / "dora", use_dora=True)
     with pytest.raises(AdapterError, match="modules_to_save is set"):
