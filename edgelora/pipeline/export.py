@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
-from edgelora.base.head import Head
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
-from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
-from edgelora.data.encode import encode_conversation
-from edgelora.evaluate.fidelity import Fidelity, fidelity
+from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
 from edgelora.files.contract import FILE_NAME, Contract, require_its_base
@@ -24,12 +19,9 @@ from edgelora.peft.adapter import Adapter, read_adapter
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
-from edgelora.pipeline.new_rows import head_rows
-from edgelora.pipeline.said import Group, groups_of
+from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.soft_export import SoftCheck
-from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
-from edgelora.pipeline.torch_states import Reference, torch_states
+from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
 
 # Over float weights the limits are those of float models. Over a quantized base llama.cpp rounds activations to 8 bits.
@@ -152,13 +144,8 @@ def certify_adapter(
     coarse: whether its numbers in the file are blocks, which a float base shows.
     """
     adapted = Reference(base_path, ((adapter_path, 1.0),))
-    base, _ = adapted.open()
-    groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
-    models, examples = (Reference(base_path), adapted), [example for group in groups for example in group]
-    states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
-    work = _InLlamaCpp(adapted, gguf, rows, groups)
-    found = run_in_child(_compare, work, states, on_progress=on_progress)
-    return judged(base, len(rows), *found, coarse=coarse)
+    equal, (floor, own) = side_by_side(SideBySide(base_path, gguf, (adapted,), rows), on_progress)
+    return judged(open_base(base_path), len(rows), equal, floor, own, coarse=coarse)
 
 
 def judged(
@@ -175,30 +162,3 @@ def judged(
         kl_limit=FLOATS.kl_mean if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),
         same_top_limit=FLOATS.same_top if exact else floor.same_top - SAME_TOP_SLACK,
     )
-
-
-@dataclass(frozen=True)
-class _InLlamaCpp:
-    """What llama.cpp has to do: an adapter's GGUF over its base, and what both must say."""
-
-    adapted: Reference
-    gguf: Path
-    rows: Sequence[Conversation]
-    groups: Sequence[Group]
-
-
-def _compare(
-    work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
-) -> tuple[int, Fidelity, Fidelity]:
-    """How many rows have the same ids, and how far llama.cpp is from torch without the adapter and with it."""
-    (base, adapters), found = work.adapted.open(), []
-    heads, step = (Head(base), Head(base, head_rows(base, adapters))), stepper(2 * len(work.groups), on_progress)
-    with in_llama_cpp(base, work.groups) as engine:
-        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
-        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        engine.load_own("candidate", work.gguf)
-        for head, own, active in zip(heads, states, ({}, {"candidate": 1.0}), strict=True):
-            engine.use(active)
-            sides = logits(InLlamaCpp(engine).logits, [(head, own)], work.groups, step)
-            found.append(fidelity((here, there) for there, (here,) in sides if there is not None))
-    return equal, found[0], found[1]

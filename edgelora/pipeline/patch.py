@@ -6,34 +6,24 @@ over that file and over the base with the whole adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters.merge import Part
 from converters.patch import plan_patch, write_patched, write_rest
-from edgelora.base.head import Head
 from edgelora.base.model import Base, open_base
-from edgelora.child import run_in_child
-from edgelora.data.conversation import Conversation
-from edgelora.data.encode import encode_conversation
 from edgelora.errors import ExportError
-from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.files.atomic import refuse_existing, require_space, staged
 from edgelora.files.certificate_keys import fill
 from edgelora.files.contract import Contract, sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
 from edgelora.pipeline.export import Certificate, judged, read_checked
-from edgelora.pipeline.said import Group, groups_of
-from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
-from edgelora.pipeline.torch_states import Reference, torch_states
+from edgelora.pipeline.side_by_side import SideBySide, side_by_side
+from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
 from edgelora.versions import versions
 
@@ -88,8 +78,8 @@ def patch(
         def check(draft: Path) -> Certificate:
             if lora is not None:
                 write_rest(lora, base, plan, rest.stem, None, dtype)
-            found = _compared(reference, draft, lora, rows, on_progress)
-            return judged(base, len(rows), *found, coarse=lora is not None and dtype == "Q8_0")
+            equal, (floor, own) = side_by_side(SideBySide(draft, lora, (reference,), rows), on_progress)
+            return judged(base, len(rows), equal, floor, own, coarse=lora is not None and dtype == "Q8_0")
 
         certificate = write_certified(
             Output(out, overwrite), made_from, lambda draft: write_patched(draft, base, plan, part, on_progress), check
@@ -123,44 +113,3 @@ def _contract(adapter: Adapter, patched: Base) -> Contract:
         method=adapter.kind.title.lower(),
         versions=versions(),
     )
-
-
-@dataclass(frozen=True)
-class _InLlamaCpp:
-    """What llama.cpp has to do: the patched base, the LoRA over it, and what both must say."""
-
-    reference: Reference
-    draft: Path
-    lora: Path | None
-    rows: Sequence[Conversation]
-    groups: Sequence[Group]
-
-
-def _compared(
-    reference: Reference, draft: Path, lora: Path | None, rows: Sequence[Conversation], on_progress: OnProgress
-) -> tuple[int, Fidelity, Fidelity]:
-    """torch and llama.cpp on the same tokens, in child processes: the bare patched base, then all of it."""
-    base, _ = reference.open()
-    groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
-    models, examples = (Reference(draft), reference), [example for group in groups for example in group]
-    states = run_in_child(torch_states, models, examples, with_torch=True, on_progress=on_progress)
-    work = _InLlamaCpp(reference, draft, lora, rows, groups)
-    return run_in_child(_compare, work, states, on_progress=on_progress)
-
-
-def _compare(
-    work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
-) -> tuple[int, Fidelity, Fidelity]:
-    """How many rows have the same ids, and how far llama.cpp is from torch over the bare file and with all of it."""
-    (base, _), written, found = work.reference.open(), open_base(work.draft), []
-    step, whole = stepper(2 * len(work.groups), on_progress), {} if work.lora is None else {"rest": 1.0}
-    with in_llama_cpp(written, work.groups) as engine:
-        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
-        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        if work.lora is not None:
-            engine.load("rest", work.lora, allow_unverified=True)
-        for model, own, active in zip((written, base), states, ({}, whole), strict=True):
-            engine.use(active)
-            sides = logits(InLlamaCpp(engine).logits, [(Head(model), own)], work.groups, step)
-            found.append(fidelity((here, there) for there, (here,) in sides if there is not None))
-    return equal, found[0], found[1]

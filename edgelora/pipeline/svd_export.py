@@ -7,30 +7,21 @@ over the whole adapter: the price of the rank, reported and never a reason to re
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.svd import Nearest, nearest_lora
-from edgelora.base.head import Head
 from edgelora.base.model import open_base
-from edgelora.child import run_in_child
-from edgelora.data.conversation import Conversation
-from edgelora.data.encode import encode_conversation
-from edgelora.evaluate.fidelity import Fidelity, Tally
+from edgelora.evaluate.fidelity import Fidelity
 from edgelora.files.atomic import refuse_existing
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
 from edgelora.pipeline.export import Certificate, judged, read_checked
-from edgelora.pipeline.said import Group, groups_of
-from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
-from edgelora.pipeline.torch_states import Reference, torch_states
+from edgelora.pipeline.side_by_side import SideBySide, side_by_side
+from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
 
 
@@ -91,12 +82,10 @@ def export_svd(
     with tempfile.TemporaryDirectory(prefix="edgelora-svd-") as room:
         folder = Path(room) / "lora"
         write_adapter(folder, lora)
-        groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in rows]))
 
         def check(draft: Path) -> SvdCertificate:
-            work = _InLlamaCpp(base_path, folder, adapter_path, draft, rows, groups)
-            states = _states(work, on_progress)
-            equal, floor, own, lost = run_in_child(_compare, work, states, on_progress=on_progress)
+            wholes = tuple(Reference(base_path, ((path, 1.0),)) for path in (folder, adapter_path))
+            equal, (floor, own, lost) = side_by_side(SideBySide(base_path, draft, wholes, rows), on_progress)
             found = judged(base, len(rows), equal, floor, own, coarse=options.dtype == "Q8_0")
             return SvdCertificate(options.rank, dict(nearest.errors), nearest.whole, lost, found)
 
@@ -114,48 +103,3 @@ def _signed(nearest: Nearest, adapter: Adapter, rank: int) -> Adapter:
         return nearest.adapter
     how = f"{adapter.contract.method}, its nearest LoRA of rank {rank}"
     return replace(nearest.adapter, contract=adapter.contract.model_copy(update={"method": how, "certificate": None}))
-
-
-@dataclass(frozen=True)
-class _InLlamaCpp:
-    """What llama.cpp has to do: the LoRA's GGUF over its base, on the tokens of both folders."""
-
-    base: Path
-    lora: Path
-    whole: Path
-    gguf: Path
-    rows: Sequence[Conversation]
-    groups: Sequence[Group]
-
-    @property
-    def models(self) -> list[Reference]:
-        """The bare base, the LoRA over it, and the whole adapter."""
-        return [Reference(self.base), *(Reference(self.base, ((path, 1.0),)) for path in (self.lora, self.whole))]
-
-
-def _states(work: _InLlamaCpp, on_progress: OnProgress) -> list[np.ndarray]:
-    examples = [example for group in work.groups for example in group]
-    return run_in_child(torch_states, work.models, examples, with_torch=True, on_progress=on_progress)
-
-
-def _compare(
-    work: _InLlamaCpp, states: Sequence[np.ndarray], on_progress: OnProgress
-) -> tuple[int, Fidelity, Fidelity, Fidelity]:
-    """How many rows have the same ids; llama.cpp against torch: bare, with the LoRA, and against the whole adapter."""
-    base, _ = work.models[-1].open()
-    head, step = Head(base), stepper(2 * len(work.groups), on_progress)
-    floor, own, lost = Tally(), Tally(), Tally()
-    with in_llama_cpp(base, work.groups) as engine:
-        texts = (tokenize_chat(base.tokenizer, base.template, row) for row in work.rows)
-        equal = sum(difference_of_chat(base.tokenizer, engine.model, text) is None for text in texts)
-        engine.load_own("lora", work.gguf)
-        for there, (here,) in logits(InLlamaCpp(engine).logits, [(head, states[0])], work.groups, step):
-            assert there is not None
-            floor.add(here, there)
-        engine.use({"lora": 1.0})
-        sides = [(head, states[1]), (head, states[2])]
-        for there, (here, unabridged) in logits(InLlamaCpp(engine).logits, sides, work.groups, step):
-            assert there is not None
-            own.add(here, there)
-            lost.add(unabridged, there)
-    return equal, floor.found(), own.found(), lost.found()
