@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from dataclasses import replace
@@ -21,8 +22,8 @@ from edgelora.base import ggml
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import DENSE, from_rows
-from edgelora.errors import BaseModelError, FileFormatError
-from edgelora.files.contract import LINEAGE_KEY, differences
+from edgelora.errors import AdapterError, BaseModelError, FileFormatError
+from edgelora.files.contract import LINEAGE_KEY, differences, read_contract
 from edgelora.files.gguf import GGUFFile
 
 KINDS = [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_K, Type.Q6_K]
@@ -176,6 +177,16 @@ def test_fingerprint_tells_another_model_by(tiny, tmp_path, said):
     faults = differences(wanted.fingerprint, found.fingerprint, found.quant)
     assert [fault for fault in faults if not fault.startswith(said)] == []
     assert len(faults) == 1
+
+
+def test_a_contract_whose_sketch_is_no_number_is_refused_as_it_is_read(tiny):
+    fingerprint = open_base(tiny.path).fingerprint
+    norms = fingerprint.row_norms().astype(np.float16)
+    for forged in (np.nan, np.inf):
+        norms[3] = forged
+        stated = fingerprint.model_copy(update={"sketch": base64.b64encode(norms.tobytes()).decode()})
+        with pytest.raises(AdapterError, match=r"base\.sketch: .*a norm that is not finite"):
+            read_contract(json.dumps({"base": stated.model_dump(mode="json")}), "mine")
 
 
 def test_the_original_of_a_merged_model_is_another_model(tiny, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from edgelora.errors import AdapterError, BaseModelError
 from edgelora.files.checkpoint import Checkpoint
@@ -59,9 +59,13 @@ class Fingerprint(BaseModel):
 
     @field_validator("sketch")
     @classmethod
-    def _is_base64_of_halves(cls, value: str) -> str:
-        if len(base64.b64decode(value, validate=True)) % 2:
+    def _is_base64_of_halves(cls, value: str, info: ValidationInfo) -> str:
+        halves = base64.b64decode(value, validate=True)
+        if len(halves) % 2:
             raise ValueError("an odd number of bytes")
+        # what a file says; a base at hand may be damaged, and is refused in words of its own
+        if info.mode == "json" and not np.isfinite(np.frombuffer(halves, np.float16)).all():
+            raise ValueError("a norm that is not finite")
         return value
 
     def row_norms(self) -> np.ndarray:
