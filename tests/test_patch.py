@@ -87,13 +87,13 @@ def in_llama_cpp(base, tmp_path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", ["dora", "ia3", "bitfit", "layernorm"])
+@pytest.mark.parametrize("method", ["dora", "longlora", "ia3", "bitfit", "layernorm"])
 def test_llama_cpp_computes_the_same_over_a_patched_base(family, tmp_path, name, method):
     base = open_base(family(name).gguf)
     decoder, adapter = trained(base, method, BIASED[name] if method == "bitfit" else ())
     live = decoder.logits(IDS).detach()
     written, plan = patched(tmp_path, base, adapter)
-    assert bool(plan.rest) == (method == "dora")
+    assert bool(plan.rest) == (method in ("dora", "longlora"))
     assert {p.how for p in plan.patches.values()} <= {"scaled"}
     assert plan.error <= 1e-7
     found = fidelity([(live.numpy(), in_llama_cpp(written, tmp_path))])

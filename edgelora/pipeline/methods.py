@@ -11,8 +11,8 @@ from edgelora.peft.methods import METHODS
 
 
 def described() -> list[dict[str, Any]]:
-    """name, paper, trains, leaves_as (`adapter`, `patched`, `merged`) and file_ranks of every method, in the table's
-    order."""
+    """name, paper, trains, leaves_as (`adapter`, `patched`, `merged`, `soft prompt`) and file_ranks of every method, in
+    the table's order."""
     return [
         {
             "name": method.name, "paper": method.paper, "trains": method.trains, "leaves_as": list(method.exits),
