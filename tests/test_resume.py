@@ -28,6 +28,7 @@ from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
 from edgelora.kernels import load
 from edgelora.peft import pissa
+from edgelora.peft.methods import METHODS
 from edgelora.training import loop, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.metrics import read_metrics
@@ -61,9 +62,10 @@ def settings(make_tiny: Callable[..., Any], data: tuple[Path, Path]) -> Callable
 
     def make(out: Path, **changes: Any) -> TrainConfig:
         defaults = {
-            "base": make_tiny(Type.Q8_0).path, "data": data[0], "valid": data[1], "rank": 4, "learning_rate": 5e-3,
-            "warmup_steps": 2, "epochs": 2, "batch_rows": 4, "micro_batch_tokens": 64, "eval_every": 5,
-            "save_every": 1, "keep_checkpoints": 1000,
+            "base": make_tiny(Type.Q8_0).path, "data": data[0], "valid": data[1], "learning_rate": 5e-3,
+            "rank": 4 if METHODS[changes.get("method", "lora")].ranked else None, "warmup_steps": 2,
+            "epochs": 2, "batch_rows": 4, "micro_batch_tokens": 64, "eval_every": 5, "save_every": 1,
+            "keep_checkpoints": 1000,
         }  # fmt: skip
         return TrainConfig(**{**defaults, "out": out, **changes})
 
