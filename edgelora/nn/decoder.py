@@ -257,7 +257,7 @@ class Decoder(nn.Module):
     def __init__(self, architecture: Architecture, config: ModelConfig, frozen: Frozen) -> None:
         super().__init__()
         bound_primitives()
-        self.config, self.embedding, self.head, self.compute = config, frozen.embedding, frozen.head, frozen.compute
+        self.config, self.head, self.compute = config, frozen.head, frozen.compute
         self.model = Body(architecture, config, frozen)
         if not config.tie_word_embeddings:
             self.lm_head = Vocabulary(frozen.head)
@@ -275,6 +275,14 @@ class Decoder(nn.Module):
         """Virtual tokens before every sequence, whose embeddings are what HF calls `inputs_embeds`."""
         self.embeds_scale = config.embedding_multiplier if architecture.scales_embeds else 1.0
         """What such embeddings are multiplied by."""
+
+    @property
+    def embedding(self) -> Weight:
+        return self.model.embed_tokens.weight
+
+    @embedding.setter
+    def embedding(self, weight: Weight) -> None:
+        self.model.embed_tokens.weight = weight
 
     @property
     def linears(self) -> dict[str, Linear]:
