@@ -471,7 +471,7 @@ def test_the_command_prints_the_ranking(settings, again, capsys):
     assert json.loads(capsys.readouterr().out)["ranking"] == record(again)["ranking"]
 
 
-@pytest.mark.parametrize(("method", "following"), [("lora", "export"), ("dora", "merge")])
+@pytest.mark.parametrize(("method", "following"), [("lora", "export"), ("dora", "export"), ("glora", "merge")])
 def test_what_to_type_next_fits_the_best_trials_method(settings, tmp_path, monkeypatch, capsys, method, following):
     config = settings(tmp_path / "mine")
 
@@ -481,7 +481,7 @@ def test_what_to_type_next_fits_the_best_trials_method(settings, tmp_path, monke
         return Sweep(asked.out, tmp_path, [Standing(trials[method], result, 1.0)])
 
     monkeypatch.setattr("edgelora.pipeline.sweep.run_sweep", swept)
-    line = ["train", str(config.base), str(config.data[0].path), "--sweep", "method=lora,dora", "--out", "mine"]
+    line = ["train", str(config.base), str(config.data[0].path), "--sweep", "method=lora,dora,glora", "--out", "mine"]
     assert run([*line, "--valid", str(config.valid)]) == 0
     assert f" {following} " in capsys.readouterr().err.splitlines()[-1]
 

@@ -71,7 +71,7 @@ def through(found: ExitPlan, asked: str | None, adapter_path: Path) -> Way:
 
 def rounded(error: float) -> str:
     """What patching did to weights, in words."""
-    return f"no tensor changed by rounding by more than {error:.2g} of its own (root mean square)"
+    return f"in no tensor do weights move by more than {error:.2g} of their size (root mean square)"
 
 
 def in_words(found: ExitPlan) -> Iterator[str]:
@@ -79,7 +79,10 @@ def in_words(found: ExitPlan) -> Iterator[str]:
     yield f"{found.door}: {found.why}"
     if found.door != "refused":
         error = found.expected_error
-        rounding = "what it costs is measured once it is written" if error is None else f"rounding at most {error:.2g}"
+        if error is None:
+            rounding = "what it costs is measured once it is written"
+        else:
+            rounding = f"numbers are rounded by at most {error:.2g} of themselves" if error else "nothing is rounded"
         stays = "comes and goes over a loaded base" if found.hot_swappable else "is loaded as a model"
         yield f"{found.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
     yield from found.notes

@@ -27,6 +27,5 @@ def what_comes_next(method: Method, base: Path, adapter: Path) -> str:
     exits = METHODS[method].exits
     if not exits:
         return command("eval", base, "--adapter", adapter, "--in", "torch", "--data", "test.jsonl")
-    of_its_own = exits[0] in ("adapter", "soft prompt")  # another is a model as large as the base
-    given = ("export", base, adapter) if of_its_own else ("merge", base, "--adapter", adapter)
+    given = ("merge", base, "--adapter", adapter) if exits == ("merged",) else ("export", base, adapter)
     return command(*given, "--out", Path(f"{adapter}.gguf"))
