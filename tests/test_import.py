@@ -388,8 +388,8 @@ def saved(base, folder, method, where):
 @pytest.mark.parametrize(
     ("method", "title", "next_"),
     [
-        ("token_rows", "trained token rows", "export"), ("longlora", "LoRA with norms", "merge"),
-        ("ia3", "IA3", "merge"), ("layernorm", "LN tuning", "merge"), ("houlsby", "Houlsby adapter", "eval"),
+        ("token_rows", "trained token rows", "export"), ("longlora", "LoRA with norms", "export"),
+        ("ia3", "IA3", "export"), ("layernorm", "LN tuning", "export"), ("houlsby", "Houlsby adapter", "eval"),
     ],
 )  # fmt: skip
 def test_what_is_no_lora_is_imported_as_what_it_is(base, tmp_path, capsys, method, title, next_):
