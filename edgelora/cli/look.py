@@ -30,9 +30,9 @@ def quickstart(
         return
     draw(result.rows)
     print(f"\n{result.seconds / 60:.1f} minutes; the report is in {result.folder / 'report.md'} (and .json)")
-    print("\nTalk to it, and switch the adapter on and off with /adapter home and /base:\n")
+    print("\nTalk to it, and switch the adapter on and off with /use home and /base:\n")
     print(f"  {result.next_commands[0]}\n")
-    print("Train a second, very different adapter, and chat with both (/adapter couplets):\n")
+    print("Train a second, very different adapter, and chat with both (/use couplets):\n")
     for line in result.next_commands[1:]:
         print(f"  {line}")
 
