@@ -1,5 +1,6 @@
 // GGUF blocks as floats, on a CPU: bit for bit what ggml's dequantize_row_* gives, in whole vectors, and as bfloat16
-// without a stop at float32. Products and sums stay apart, as they do in ggml.
+// without a stop at float32. Products and sums stay apart, as they do in ggml. Q8_0, Q4_K and Q5_K are missing: ggml's
+// own loops over these are as fast.
 
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -56,11 +57,6 @@ INLINE uint32_t word_at(const uint8_t *p) {
 // -- blocks of 32: a scale d, in some an offset m, in some a fifth bit of each weight, and 16 bytes of low halves of
 // the first 16 weights and high halves of the others -----------------------------------------------------------------
 
-INLINE void q8_0(const uint8_t *b, void *to, int64_t at, int narrow) {
-    float d = half_at(b);
-    for (int c = 0; c < 32; c += LANES) write(to, at + c, narrow, floats(signed_at(b + 2 + c)) * d);
-}
-
 INLINE void q4_0(const uint8_t *b, void *to, int64_t at, int narrow) {
     float d = half_at(b);
     for (int c = 0; c < 16; c += LANES) {
@@ -100,46 +96,7 @@ INLINE void q5_1(const uint8_t *b, void *to, int64_t at, int narrow) {
     five_bits(b + 8, word_at(b + 4), 0, half_at(b), half_at(b + 2), 1, to, at, narrow);
 }
 
-// -- blocks of 256: parts of 16 or 32 have scales of their own, in a few bits, times d; in some offsets likewise ------
-
-// 6 bits of scale and offset of the eight parts, packed into 12 bytes.
-INLINE void scale_and_offset(const uint8_t *packed, int part, float d, float m, float *scale, float *offset) {
-    int s, o;
-    if (part < 4) {
-        s = packed[part] & 63, o = packed[part + 4] & 63;
-    } else {
-        s = (packed[part + 4] & 15) | (packed[part - 4] >> 6) << 4;
-        o = packed[part + 4] >> 4 | (packed[part] >> 6) << 4;
-    }
-    *scale = d * (float)s, *offset = m * (float)o;
-}
-
-// `high` has the fifth bits, a bit of each of its 32 bytes for each part; NULL where weights have four.
-INLINE void eight_parts(const uint8_t *packed, const uint8_t *high, const uint8_t *q, float d, float m, void *to,
-                        int64_t at, int narrow) {
-    for (int part = 0; part < 8; part += 2, q += 32, at += 64) {
-        float d1, m1, d2, m2;
-        scale_and_offset(packed, part, d, m, &d1, &m1);
-        scale_and_offset(packed, part + 1, d, m, &d2, &m2);
-        for (int c = 0; c < 32; c += LANES) {
-            ivec pair = unsigned_at(q + c), first = pair & 15, second = pair >> 4;
-            if (high) {
-                ivec fifth = unsigned_at(high + c) >> part;
-                first |= (fifth & 1) << 4, second |= (fifth & 2) << 3;
-            }
-            write(to, at + c, narrow, floats(first) * d1 - m1);
-            write(to, at + 32 + c, narrow, floats(second) * d2 - m2);
-        }
-    }
-}
-
-INLINE void q4_K(const uint8_t *b, void *to, int64_t at, int narrow) {
-    eight_parts(b + 4, 0, b + 16, half_at(b), half_at(b + 2), to, at, narrow);
-}
-
-INLINE void q5_K(const uint8_t *b, void *to, int64_t at, int narrow) {
-    eight_parts(b + 4, b + 16, b + 48, half_at(b), half_at(b + 2), to, at, narrow);
-}
+// -- blocks of 256: parts of 16 have scales of their own, in a few bits, times d; in some offsets likewise -----------
 
 INLINE void q6_K(const uint8_t *b, void *to, int64_t at, int narrow) {
     const uint8_t *low = b, *high = b + 128;
@@ -187,9 +144,6 @@ BLOCKS(q4_0, 32, 18)
 BLOCKS(q4_1, 32, 20)
 BLOCKS(q5_0, 32, 22)
 BLOCKS(q5_1, 32, 24)
-BLOCKS(q8_0, 32, 34)
 BLOCKS(q2_K, 256, 84)
 BLOCKS(q3_K, 256, 110)
-BLOCKS(q4_K, 256, 144)
-BLOCKS(q5_K, 256, 176)
 BLOCKS(q6_K, 256, 210)

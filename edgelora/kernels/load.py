@@ -37,7 +37,7 @@ SIGNATURES: dict[str, list[Any]] = {
 }
 
 # Types of blocks that have a function here, `NAME_blocks`: blocks, where to, whether as bfloat16, how many weights.
-BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K")
+BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q6_K")
 SIGNATURES |= {f"{name}_blocks": [*[_Pointer] * 2, *[_Size] * 2] for name in BLOCKS}
 
 

@@ -23,9 +23,7 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-typedef int16_t shvec __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint8_t bvec __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef int8_t sbvec __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -36,9 +34,6 @@ INLINE vec all(float x) { return x - (vec){0}; }
 // Bytes as integers, by way of 16 bits: GCC takes the lanes of a wider step one at a time.
 INLINE ivec unsigned_at(const uint8_t *p) {
     return __builtin_convertvector(__builtin_convertvector(*(const bvec *)p, hvec), ivec);
-}
-INLINE ivec signed_at(const uint8_t *p) {
-    return __builtin_convertvector(__builtin_convertvector(*(const sbvec *)p, shvec), ivec);
 }
 
 INLINE vec read(const void *p, int64_t at, int narrow) {
