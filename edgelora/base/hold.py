@@ -37,8 +37,8 @@ FALLBACK = {
 BASE_FORMATS = ("blocks", "nf4", *FLOATS, *BLOCKS)
 
 
-# Types whose blocks cost a training step a tenth more than dense floats where ggml alone reads them. By edgelora's own
-# kernels none of them costs more than a fiftieth (benchmarks/step.py).
+# Types whose blocks cost a training step a tenth more than dense floats where ggml alone reads them. Through
+# edgelora's own kernels Q6_K costs 3 % (benchmarks/step.py).
 SLOW = frozenset({"Q2_K", "Q3_K", "Q6_K"})
 DENSE_SHARE = 0.1  # of the free memory that a dense copy may take
 
