@@ -37,8 +37,8 @@ FLOATS = (Type.F32, Type.F16, Type.BF16)
 # ggml rounds activations to these types inside a product, and can dequantize Q8_K, but no file holds weights in them.
 ACTIVATIONS = (Type.Q8_1, Type.Q8_K)
 
-# Fewer floats are dequantized by one thread. Alone, one is as fast up to ten times as many; in a training step the product
-# that follows is faster where each thread has written its half (over Q4_K once 1.02 against 1.06 times the dense step).
+# Fewer floats are dequantized by one thread. Alone, one is as fast up to ten times as many; in a training step the
+# product that follows is faster where each thread has written its half (over Q4_K once 1.02 against 1.06 times dense).
 ELEMENTS_PER_THREAD = 1 << 17
 POOL_FACTOR = 4  # without OpenMP's own threads a second one pays later still
 QUANTIZED_PER_THREAD = 1 << 16  # quantizing costs 1 to 100 times more per weight

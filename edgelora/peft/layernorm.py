@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgelora.nn.linear import Delta
-
 
 class NormDelta(nn.Module):
     """`weight` (d,) float32 in the place of a norm's own; what is saved is HF's, which lacks the family's `shift`."""
@@ -23,8 +21,3 @@ class NormDelta(nn.Module):
 def fresh(weight: Tensor, shift: float) -> NormDelta:
     """The frozen weight itself: it does nothing yet."""
     return NormDelta(weight.detach().clone().to(torch.float32), shift)
-
-
-def no_linear(*_: object) -> Delta:
-    """It adapts none."""
-    raise NotImplementedError("LayerNorm tuning adapts no linear layer")

@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import torch
-
-from edgelora.architectures.config import ModelConfig
-from edgelora.nn.linear import Delta, Linear, Weight
-from edgelora.nn.virtual import Before
 from edgelora.peft import (
     adalora,
     alora,
@@ -21,7 +13,6 @@ from edgelora.peft import (
     glora,
     houlsby,
     ia3,
-    layernorm,
     loftq,
     longlora,
     lora,
@@ -39,91 +30,8 @@ from edgelora.peft import (
     rslora,
     vera,
 )
-from edgelora.peft.around import NOTHING, Around
 from edgelora.peft.kinds import NATIVE_TYPE
-from edgelora.peft.virtual_settings import VirtualTokens
-
-Shapes = tuple[tuple[int, ...], ...]
-
-
-def no_layer(*_: object) -> Delta:
-    """What a method that changes none makes of a linear layer."""
-    raise NotImplementedError("it changes no layer")
-
-
-def pair(d_out: int, d_in: int, rank: int) -> Shapes:
-    """A and B of a LoRA."""
-    return (rank, d_in), (d_out, rank)
-
-
-def whole(d_out: int, d_in: int, _: int) -> Shapes:
-    """A weight."""
-    return ((d_out, d_in),)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to adapt linear layers, norms or both, or to put something before every sequence.
-
-    `fresh(weight, rank, alpha, generator)` makes the trainable half of a linear layer; of a norm it is the new weight.
-    """
-
-    name: str
-    paper: str
-    trains: str
-    exits: tuple[str, ...]
-    fresh: Callable[[Weight, int, float, torch.Generator], Delta]
-    settings: Mapping[str, object] = field(default_factory=dict)
-    """What PEFT's adapter_config.json says of it, beyond a LoRA."""
-    faster: tuple[str, ...] = ()
-    """The tensors that learn `loraplus_ratio` times faster than the others."""
-    shapes: Callable[[int, int, int], Shapes] = pair
-    """`shapes(d_out, d_in, rank)`: of what is trained for one linear layer."""
-    held: int = 0
-    """How many pairs A and B are held beside what is trained: a start that stays, copies for the backward pass."""
-    around: Around = NOTHING
-    """What it does beside the optimizer's steps."""
-    together: Callable[[Sequence[Weight], int, float, torch.Generator], Sequence[Delta]] | None = None
-    """In the place of `fresh` for all layers at once, where they share something."""
-    from_original: Callable[[Weight, torch.Tensor, int, float, torch.Generator], Delta] | None = None
-    """In the place of `fresh` where the weight (d_out, d_in) stands beside it that the base's was quantized from."""
-    of_layer: Callable[[str, Linear], Delta] | None = None
-    """In the place of `fresh` where it matters which layer it is: its HF name, and the layer."""
-    with_bias: Callable[[Delta, Linear], None] | None = None
-    """What a fresh delta gets besides where its layer has a bias."""
-    shapes_of: Callable[[str, int, int], Shapes] | None = None
-    """In the place of `shapes` where it matters which layer it is."""
-    dense: bool = False
-    """Whether the base's weights must be floats."""
-    linears: bool = True
-    """Whether it adapts linear layers."""
-    norms: bool = False
-    """Whether it trains the weights of norms."""
-    targets: tuple[str, ...] = ()
-    """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
-    ranked: bool = True
-    """Whether it has a rank and an α."""
-    rows: bool = False
-    """Whether it trains the rows of some tokens in the embedding and the head, and no layer."""
-    groups: bool = False
-    """Whether attention is cut into shifted groups of tokens while it learns."""
-    waits: bool = False
-    """Whether it acts from an invocation on, not from the first token."""
-    drops: bool = False
-    """Whether PEFT's lora_dropout can stand before its A."""
-    peft_type: str = "LORA"
-    """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
-    before: Callable[[ModelConfig, VirtualTokens], Before] | None = None
-    """In the place of all that: the virtual tokens that it trains."""
-    virtual: tuple[str, ...] = ()
-    """The settings of `VirtualTokens` that it has a use for."""
-    file_ranks: int = 1
-    """The rank of the LoRA that it leaves as, in ranks of what was trained."""
-
-    def trained(self, module: str, d_out: int, d_in: int, rank: int) -> Shapes:
-        """The shapes of what is trained for the linear layer of this name."""
-        return self.shapes(d_out, d_in, rank) if self.shapes_of is None else self.shapes_of(module, d_out, d_in)
-
+from edgelora.peft.method import Method, pair, whole
 
 METHODS: dict[str, Method] = {
     "lora": Method(
@@ -355,7 +263,6 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2312.11420",
         trains="the weights (d,) of all norms",
         exits=("patched", "merged"),
-        fresh=layernorm.no_linear,
         linears=False,
         norms=True,
         peft_type="LN_TUNING",
@@ -386,7 +293,6 @@ METHODS: dict[str, Method] = {
         paper="PEFT's TrainableTokens",
         trains="the rows (d,) of some tokens in the embedding, and in a head of its own",
         exits=("adapter", "merged"),  # a LoRA of one-hot rows, where the head is its own
-        fresh=no_layer,
         rows=True,
         peft_type="TRAINABLE_TOKENS",
         linears=False,
@@ -397,7 +303,6 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2104.08691",
         trains="n embeddings (n, d), which stand before every prompt",
         exits=("soft prompt",),
-        fresh=no_layer,
         before=prompt_tuning.PromptEmbedding,
         virtual=("num_virtual_tokens", "prompt_tuning_init"),
         peft_type="PROMPT_TUNING",
@@ -409,7 +314,6 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2103.10385",
         trains="n embeddings, and an MLP or LSTM that makes of them what stands before every prompt",
         exits=("soft prompt",),
-        fresh=no_layer,
         before=p_tuning.PromptEncoder,
         virtual=("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size"),
         peft_type="P_TUNING",
@@ -421,7 +325,6 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2101.00190",
         trains="n keys and values (n, layers, 2, KV, d_head) before every prompt",
         exits=("soft prompt",),
-        fresh=no_layer,
         before=prefix_tuning.PrefixEncoder,
         virtual=("num_virtual_tokens", "prompt_tuning_init", "encoder_hidden_size", "prefix_projection"),
         peft_type="PREFIX_TUNING",

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgelora.errors import ConfigError
 from edgelora.peft.around import NOTHING
-from edgelora.peft.methods import Method
+from edgelora.peft.method import Method
 from edgelora.peft.targets import Placed, Where, placed, require_ranks
 
 

@@ -14,7 +14,7 @@ from edgelora.nn.cache import KeyValues
 from edgelora.nn.decoder import Attention, Decoder
 from edgelora.nn.scores import Scores
 from edgelora.nn.virtual import Given, KeysValues, Virtual
-from edgelora.peft.methods import Method
+from edgelora.peft.method import Method
 from edgelora.peft.prefix_tuning import PrefixEncoder, flattened
 from edgelora.peft.soft_prompt import PREFIXED, TrainedPrompt
 from edgelora.peft.virtual_settings import VirtualTokens

@@ -30,8 +30,8 @@ from edgelora.peft.adapter import (
 )
 from edgelora.peft.kinds import DORA, LORA, LORA_AND_NORMS, NATIVE_TYPE, kind_of
 from edgelora.peft.lora_config import as_lora
+from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import read_checked
-from edgelora.versions import versions
 
 
 @dataclass(frozen=True)
@@ -153,16 +153,6 @@ def _method(adapter: Adapter) -> Method:
 
 def _contract(adapter: Adapter, base: Base, kind: str, source: Path, file: Path) -> Contract:
     """That the user named this base; what it was trained on, and how, nobody here knows."""
-    identity = base.identity
-    return Contract(
-        version=versions()["edgelora"],
-        base=identity.fingerprint,
-        base_file=base.base_file,
-        tokenizer_sha256=identity.tokenizer_sha256,
-        chat_template_sha256=identity.chat_template_sha256,
-        chat_template=base.chosen_template,
-        eog_ids=identity.eog_ids,
-        method=_method(adapter),
-        training={"data": [], "imported": {"from": kind, "name": source.name, "sha256": sha256_file(file)}},
-        versions=versions(),
-    )
+    imported = {"from": kind, "name": source.name, "sha256": sha256_file(file)}
+    training = {"data": [], "imported": imported}
+    return contract_over(base, _method(adapter), chat_template=base.chosen_template, training=training)

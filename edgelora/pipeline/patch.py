@@ -21,11 +21,11 @@ from edgelora.files.contract import Contract, sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
+from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import Certificate, judged, read_checked
 from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
-from edgelora.versions import versions
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,7 @@ def _is_a_lora(adapter_path: Path) -> ExportError:
 
 def _contract(adapter: Adapter, patched: Base) -> Contract:
     """The adapter's own, with the patched file in the place of its base; of a foreign one what its files tell."""
-    held_to, own = patched.identity, adapter.contract
-    if own is not None:
-        return own.model_copy(update={"base": held_to.fingerprint, "base_file": patched.base_file, "certificate": None})
-    return Contract(
-        version=versions()["edgelora"],
-        base=held_to.fingerprint,
-        base_file=patched.base_file,
-        tokenizer_sha256=held_to.tokenizer_sha256,
-        chat_template_sha256=held_to.chat_template_sha256,
-        eog_ids=held_to.eog_ids,
-        method=adapter.kind.title.lower(),
-        versions=versions(),
-    )
+    if (own := adapter.contract) is None:
+        return contract_over(patched, adapter.kind.title.lower())
+    changed = {"base": patched.identity.fingerprint, "base_file": patched.base_file, "certificate": None}
+    return own.model_copy(update=changed)

@@ -8,14 +8,13 @@ from typing import Any
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.repair import half, repair
-from edgelora.base.model import Base, open_base
-from edgelora.files.contract import Contract
+from edgelora.base.model import open_base
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.certificate import Output, beside, rows_to_check, stamp, write_certified
+from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import Certificate, certify_adapter
 from edgelora.pipeline.prepared import Attempt, BudgetOptions, Prepared
 from edgelora.progress import OnProgress, Pace, Progress
-from edgelora.versions import versions
 
 FOLDER = "adapter"  # beside the draft, for the time of the check
 
@@ -127,19 +126,4 @@ def repair_adapter(prepared: Prepared, written: Path, rank: int, on_progress: On
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": written.name, "r": rank,
         "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
     }  # fmt: skip
-    return Adapter(config, pairs, _contract(other))
-
-
-def _contract(written: Base) -> Contract:
-    """It belongs to the written file, and was made from weights: no row taught it anything."""
-    held_to = written.identity
-    return Contract(
-        version=versions()["edgelora"],
-        base=held_to.fingerprint,
-        base_file=written.base_file,
-        tokenizer_sha256=held_to.tokenizer_sha256,
-        chat_template_sha256=held_to.chat_template_sha256,
-        eog_ids=held_to.eog_ids,
-        method="repair",
-        versions=versions(),
-    )
+    return Adapter(config, pairs, contract_over(other, "repair"))

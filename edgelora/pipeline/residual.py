@@ -23,16 +23,16 @@ from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.base.weights import Dense
 from edgelora.errors import ConfigError
 from edgelora.evaluate.thresholds import Limits, limits_of
-from edgelora.files.contract import Contract, sha256_file
+from edgelora.files.contract import sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter, write_adapter
 from edgelora.peft.pissa import leading
 from edgelora.peft.start import require_rank
 from edgelora.pipeline.certificate import Output, rows_to_check, stamp, types_of, write_certified
+from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import Certificate, certify_adapter
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from edgelora.training.original import RESIDUAL, Originals, require_original
-from edgelora.versions import versions
 
 FOLDER = "principal"  # beside the draft, for the time of the check
 
@@ -142,20 +142,4 @@ def principal(base: Base, rank: int, lossy: Base | None, on_progress: OnProgress
         "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({module.rpartition(".")[2] for module in base.linears}),
     }  # fmt: skip
-    return Adapter(config, pairs, _contract(base, rank))
-
-
-def _contract(base: Base, rank: int) -> Contract:
-    """It belongs to the original, whose rest the file will be."""
-    held_to = base.identity
-    return Contract(
-        version=versions()["edgelora"],
-        base=held_to.fingerprint,
-        base_file=base.base_file,
-        tokenizer_sha256=held_to.tokenizer_sha256,
-        chat_template_sha256=held_to.chat_template_sha256,
-        eog_ids=held_to.eog_ids,
-        method=RESIDUAL,
-        training={"rank": rank},
-        versions=versions(),
-    )
+    return Adapter(config, pairs, contract_over(base, RESIDUAL, training={"rank": rank}))

@@ -22,7 +22,8 @@ from edgelora.nn.linear import Delta
 from edgelora.peft import dropout
 from edgelora.peft.inject import without_adapter
 from edgelora.peft.longlora import attend_in_groups
-from edgelora.peft.methods import METHODS, Method
+from edgelora.peft.method import Method
+from edgelora.peft.methods import METHODS
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
 from edgelora.training.objectives.objective import Objective, added, mean_losses, over_all, score_held_out
