@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from gguf.constants import GGMLQuantizationType as Type
+from merging import require_merged_computes
 from safetensors.numpy import load_file
 
 from converters.merge import Part
@@ -14,16 +15,13 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
-from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
 from edgelora.training.memory import SHARE, Machine, what_would_fit
 from edgelora.training.optim import build_optimizer
 from edgelora.training.settle import settle
 from edgelora.training.whole import optimizer_of
-from runtime.scorer import ScoringEngine
 
 ENOUGH = 10**10  # bytes
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
@@ -77,15 +75,7 @@ def test_merged_it_computes_the_same_in_llama_cpp_and_transformers(tiny, tmp_pat
     live = decoder.logits(IDS)
     assert float((live - build_decoder(base).logits(IDS)).abs().max()) > 0.1
     write_adapter(tmp_path / "mine", adapter)
-    parts = [Part(read_adapter(tmp_path / "mine", base.linears, base.norms), 1.0, "0" * 64, "mine")]
-    write_gguf(tmp_path / "merged.gguf", base, parts, Wanted.read("F32", MergeOptions()))
-    merged = open_base(tmp_path / "merged.gguf")
-    torch.testing.assert_close(build_decoder(merged).logits(IDS), live, atol=1e-5, rtol=1e-5)
-    with ScoringEngine(merged, n_ctx=64, threads=1) as engine:
-        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
-    found = fidelity([(live.numpy(), theirs)])
-    assert found.kl_mean <= 1e-5
-    assert found.same_top == 1.0
+    require_merged_computes(base, tmp_path / "mine", IDS, live)
 
 
 def test_it_is_merged_into_a_folder(tiny, transformers_model, write_tokenizer, vocabulary, tmp_path):

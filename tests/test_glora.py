@@ -7,19 +7,16 @@ import copy
 import numpy as np
 import pytest
 import torch
+from merging import require_merged_computes
 from peft import GloraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from test_vectors import family  # noqa: F401
 
-from converters.merge import Part
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError
-from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
-from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
-from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 PARTS = {"A.Xd", "A.Xu", "B.Xd", "B.Xu", "bias.C", "bias.D", "bias.E"}
@@ -127,14 +124,7 @@ def test_llama_cpp_computes_the_same_once_it_is_merged(family, tmp_path, name): 
     base = open_base(family(name).gguf)
     decoder, _ = trained(base, tmp_path / "mine")
     live = decoder.logits(IDS)
-    parts = [Part(read_adapter(tmp_path / "mine", base.linears, base.norms), 1.0, "0" * 64, "mine")]
-    write_gguf(tmp_path / "merged.gguf", base, parts, Wanted.read("F32", MergeOptions()))
-    merged = open_base(tmp_path / "merged.gguf")
-    torch.testing.assert_close(build_decoder(merged).logits(IDS), live, atol=1e-4, rtol=1e-5)
-    with ScoringEngine(merged, n_ctx=64, threads=1) as engine:
-        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
-    found = fidelity([(live.numpy(), theirs)])
-    assert found.kl_mean <= 1e-5
+    require_merged_computes(base, tmp_path / "mine", IDS, live, atol=1e-4)
 
 
 def test_a_layer_without_a_bias_gets_none(family):  # noqa: F811

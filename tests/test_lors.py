@@ -8,19 +8,18 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from merging import require_merged_computes
 from torch.nn import functional as F
 
 from converters.merge import Part
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
-from edgelora.evaluate.fidelity import fidelity
 from edgelora.nn.linear import Linear
 from edgelora.peft import lors
-from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, collect, inject
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
-from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 
@@ -97,15 +96,7 @@ def test_merged_it_computes_the_same_in_llama_cpp(pruned, tmp_path):
     live = decoder.logits(IDS)
     assert float((live - build_decoder(pruned).logits(IDS)).abs().max()) > 0.1
     write_adapter(tmp_path / "mine", adapter)
-    parts = [Part(read_adapter(tmp_path / "mine", pruned.linears), 1.0, "0" * 64, "mine")]
-    write_gguf(tmp_path / "merged.gguf", pruned, parts, Wanted.read("F32", MergeOptions()))
-    merged = open_base(tmp_path / "merged.gguf")
-    torch.testing.assert_close(build_decoder(merged).logits(IDS), live, atol=1e-5, rtol=1e-5)
-    with ScoringEngine(merged, n_ctx=64, threads=1) as engine:
-        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
-    found = fidelity([(live.numpy(), theirs)])
-    assert found.kl_mean <= 1e-5
-    assert found.same_top == 1.0
+    require_merged_computes(pruned, tmp_path / "mine", IDS, live)
 
 
 def test_its_file_holds_two_small_matrices_and_no_mask(pruned):

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from merging import require_merged_computes
 from peft import IA3Config, LNTuningConfig, PeftModel, get_peft_model
+from pefts import require_pefts_gradients
 from safetensors.numpy import load_file, save_file
 
 from converters.base_to_gguf import write_base_gguf
@@ -21,8 +23,6 @@ from converters.merge_to_hf import write_merged_folder
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, ExportError
-from edgelora.evaluate.fidelity import fidelity
-from edgelora.evaluate.thresholds import FLOATS
 from edgelora.nn.norm import RMSNorm
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.blend import blend
@@ -30,7 +30,6 @@ from edgelora.peft.change import Change, LoraPair
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 from edgelora.pipeline.inspect import inspect
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
-from runtime.scorer import ScoringEngine
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 SIZES = {
@@ -119,15 +118,7 @@ def test_peft_computes_the_same_outputs_and_gradients(family, tmp_path, name, me
     torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
     loss_of(decoder).backward()
     found.loss.backward()
-    gradients = {
-        key.removeprefix(PREFIX).replace(".default", "").replace(".ln_tuning_layers", ""): parameter.grad
-        for key, parameter in theirs.named_parameters() if parameter.requires_grad
-    }  # fmt: skip
-    ours = {key.replace(".delta", ""): parameter.grad for key, parameter in decoder.named_parameters()}
-    assert set(ours) == set(gradients)
-    for key, gradient in ours.items():
-        assert gradient.any(), key
-        torch.testing.assert_close(gradient, gradients[key], atol=2e-5, rtol=1e-3, msg=key)
+    require_pefts_gradients(decoder, theirs, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["ia3", "layernorm"])
@@ -177,15 +168,8 @@ def test_llama_cpp_computes_the_same_once_it_is_merged(family, tmp_path, name, m
     decoder, adapter = trained(base, method, BIASED[name] if method == "bitfit" else ())
     live, plain = decoder.logits(IDS), build_decoder(base).logits(IDS)
     assert float((live - plain).abs().max()) > 0.1
-    out = tmp_path / "merged.gguf"
-    write_gguf(out, base, [Part(adapter, 1.0, "0" * 64, "mine")], Wanted.read("F32", MergeOptions()))
-    merged = open_base(out)
-    torch.testing.assert_close(build_decoder(merged).logits(IDS), live, atol=1e-5, rtol=1e-5)
-    with ScoringEngine(merged, n_ctx=64, threads=1) as engine:
-        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
-    found = fidelity([(live.numpy(), theirs)])
-    assert found.kl_mean <= 1e-5
-    assert found.same_top == 1.0 or found.worst_flip_nats <= FLOATS.flip_nats  # two tokens as likely as each other
+    write_adapter(tmp_path / "mine", adapter)
+    require_merged_computes(base, tmp_path / "mine", IDS, live)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
