@@ -278,6 +278,7 @@ class Decoder(nn.Module):
 
     @property
     def embedding(self) -> Weight:
+        """(V, d): the frozen rows; what is put here is what is computed with."""
         return self.model.embed_tokens.weight
 
     @embedding.setter

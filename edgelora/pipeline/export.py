@@ -126,6 +126,7 @@ def read_checked(
 
 
 def require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:
+    """Raise AdapterError if the adapter at `path` was made for another base, or names none and that is not allowed."""
     identity = base.as_trained(contract).identity
     require_its_base(contract, identity, path, base.path, allow_unverified=allow_unverified)
 
