@@ -194,12 +194,12 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
 
 
 def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
-    """What our engine puts before every prompt."""
+    """What edgelora's engine puts before every prompt."""
     if not adapter.prompt_numbers:
         return LAYERED
     if adapter.prefix and base.windowed:
         return "llama.cpp keeps the keys and values of layers with a window in a way that a prefix cannot be put into"
-    why = "it stands before every prompt, where our engine puts it; nothing of it is a weight"
+    why = "it stands before every prompt, where edgelora's engine puts it; nothing of it is a weight"
     return Way("soft prompt", True, 0.0, 4 * adapter.prompt_numbers, True, why)
 
 

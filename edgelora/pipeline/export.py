@@ -78,8 +78,9 @@ def export(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Certificate:
-    """Write `out`, a GGUF LoRA for llama.cpp or what our engine puts before prompts, and return its certificate (also
-    kept inside, and in edgelora.json).
+    """Write `out`, a GGUF LoRA for llama.cpp or what edgelora's engine puts before prompts.
+
+    Returns its certificate, which is also kept inside and in the adapter's edgelora.json.
 
     `data`: rows whose prompts and answers are compared (the first `n_rows`; without it, a few built-in ones).
     Raises CertificateError, and keeps the file aside as `out`.rejected, if llama.cpp does not compute what torch

@@ -21,7 +21,7 @@ from edgelora.peft.soft_prompt import faults_of, is_trained_prompt
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
 CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
-CHAT_OF_A_PROMPT = Ability("export first", "our engine puts a GGUF before prompts, and `edgelora export` writes one")
+CHAT_OF_A_PROMPT = Ability("export first", "a GGUF of it is put before prompts, and `edgelora export` writes one")
 MERGE_IT = "merge it into its base with `edgelora merge`"
 Shapes = Mapping[str, tuple[int, ...]]
 
