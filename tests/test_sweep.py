@@ -445,6 +445,19 @@ def test_a_fault_of_the_data_ends_the_sweep(settings, tmp_path):
         run_sweep(settings(tmp_path / "mine", data=tmp_path / "rows.jsonl"), WORDS)
 
 
+@pytest.mark.parametrize(("method", "words", "told"), [
+    ("bitfit", ["rank=4,8"], "2 of 2 trials cannot be trained, such as rank=4: --method bitfit --rank 4: it has "),
+    ("lora", ["rank=4,8", "method=lora,layernorm"], "2 of 4 trials cannot be trained, such as rank=4,method=layernorm"),
+    ("lora", ["rank=4,1024"], "1 of 2 trials cannot be trained, such as rank=1024: rank 1024: model.layers.0."),
+    ("lora", ["group_size=8,16"], "2 of 2 trials cannot be trained, such as group_size=8: group_size: nothing that "),
+])  # fmt: skip
+def test_what_a_trials_method_cannot_take_is_refused_before_any_is_trained(settings, tmp_path, method, words, told):
+    with pytest.raises(ConfigError) as caught:
+        run_sweep(settings(tmp_path / "mine", method=method), words)
+    assert caught.value.what.startswith(told)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_sweep_and_its_halving_never_import_torch():
     code = "import sys, edgelora.pipeline.sweep, edgelora.cli.sweep; sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)

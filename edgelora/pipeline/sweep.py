@@ -71,6 +71,7 @@ def run_sweep(config: TrainConfig, words: Sequence[str], heard: SweepListeners |
     names = [trial.name for trial in trials]
     record = earlier or Record(asked=config.model_dump(mode="json", exclude_unset=True), trials=names)
     record.require_trials(names)
+    run_in_child(require_trainable, trials, with_torch=True)
     heard.on_say(
         f"{len(trials)} trials train as much as {work(len(trials)):.1f} whole runs; the first half of them stops at "
         f"{first_rung(len(trials)):.0%}"
@@ -174,6 +175,34 @@ def at_once(config: TrainConfig, words: Sequence[str], exit_code: int = 130) -> 
         f"stopped at once; what the trials had saved by then is in {folder.path}", why,
         f"go on with: {_again(config, words)}", exit_code,
     )  # fmt: skip
+
+
+def require_trainable(trials: Sequence[Trial], _on_progress: OnProgress) -> None:
+    """Raise ConfigError, before anything is trained, that tells what is wrong with any trial's settings: a rank where
+    the method has none, layers that the base has not. Runs in a child, for the table of methods needs torch."""
+    from edgelora.base.model import open_base
+    from edgelora.training.defaults import choose
+    from edgelora.training.footprint import Model
+    from edgelora.training.objectives import objective_of
+    from edgelora.training.where import require_place
+
+    base = open_base(trials[0].config.base)  # one for all
+    n_weights = Model.of(base).n_weights
+    faults: list[tuple[str, ConfigError]] = []
+    for trial in trials:
+        try:
+            objective_of(trial.config)
+            settled, _ = choose(trial.config, n_weights)
+            require_place(settled, base)
+        except ConfigError as e:
+            faults.append((trial.name, e))
+    if faults:
+        (name, first), n = faults[0], len(faults)
+        raise ConfigError(
+            what=f"{n} of {len(trials)} trials cannot be trained, such as {name}: {first.what}",
+            why="; ".join(dict.fromkeys(e.why for _, e in faults)),
+            fix=first.fix,
+        )
 
 
 def train_to(config: TrainConfig, share: float, on_progress: OnProgress) -> Leg:
