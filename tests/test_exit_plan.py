@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gguf.constants import GGMLQuantizationType as Type
+from merging import as_a_lora
 from safetensors.numpy import save_file
 from test_export import make_adapter as make_a_lora
 from test_vectors import FAMILIES, IDS, family, trained
@@ -192,12 +193,7 @@ def test_a_value_beyond_a_type_is_refused_by_name():
 def test_llama_cpp_computes_a_lora_of_each_family(family, tmp_path, name):
     base = open_base(family(name).gguf)
     decoder, adapter = trained(base, "lora")
-    write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F32")
-    with ScoringEngine(base, n_ctx=64, threads=1) as engine:
-        engine.load("a", tmp_path / "a.gguf", allow_unverified=True)
-        engine.use({"a": 1.0})
-        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
-    found = fidelity([(decoder.logits(IDS).detach().numpy(), theirs)])
+    found = as_a_lora(base, adapter, tmp_path / "a.gguf", IDS, decoder.logits(IDS))
     assert found.kl_mean <= 1e-4
     assert found.same_top == 1.0
 

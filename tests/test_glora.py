@@ -7,16 +7,21 @@ import copy
 import numpy as np
 import pytest
 import torch
-from merging import require_merged_computes
+from merging import as_a_lora, require_merged_computes
 from peft import GloraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from stirred import Stir
 from test_vectors import family  # noqa: F401
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError
 from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
-from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.glora import GloraDelta, Path
+from edgelora.peft.inject import attach
+from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.import_adapter import export_as_lora
+from edgelora.pipeline.patch import patch
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 PARTS = {"A.Xd", "A.Xu", "B.Xd", "B.Xu", "bias.C", "bias.D", "bias.E"}
@@ -26,16 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 def trained(base, folder=None):
     """A decoder with a stirred GLoRA on it, and the adapter."""
-    decoder = build_decoder(base)
-    inject(decoder, "glora", 4, 1.0, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter += 0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5)
-    adapter = Adapter(adapter_config(decoder, "glora", 4, 1.0, str(base.path)), collect(decoder))
-    if folder is not None:
-        write_adapter(folder, adapter)
-    return decoder, adapter
+    return Stir(rank=4, alpha=1.0, by=0.2).on(base, "glora", folder=folder)
 
 
 def loss_of(decoder):
@@ -125,6 +121,58 @@ def test_llama_cpp_computes_the_same_once_it_is_merged(family, tmp_path, name): 
     decoder, _ = trained(base, tmp_path / "mine")
     live = decoder.logits(IDS)
     require_merged_computes(base, tmp_path / "mine", IDS, live, atol=1e-4)
+
+
+def without(adapter, *zero, ending=""):
+    """The same adapter where these of its tensors are zero, in layers whose names end so."""
+    tensors = {
+        module: {n: np.zeros_like(t) if n in zero and module.endswith(ending) else t for n, t in parts.items()}
+        for module, parts in adapter.tensors.items()
+    }
+    return Adapter(adapter.config, tensors)
+
+
+@pytest.mark.parametrize("zero", ["glora_A.Xd", "glora_A.Xu"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_without_its_other_paths_it_leaves_as_a_lora(family, tmp_path, name, zero):  # noqa: F811
+    """W + B is all that is left of it: torch with the GLoRA, llama.cpp with the file, and the plain LoRA of PEFT's."""
+    base = open_base(family(name).gguf)
+    _, whole = trained(base)
+    adapter = without(whole, zero, "glora_E.X")
+    write_adapter(tmp_path / "mine", adapter)
+    found = plan(base.path, tmp_path / "mine", allow_unverified=True)
+    assert (found.door, found.hot_swappable) == ("adapter", True)
+    decoder = build_decoder(base)
+    before = decoder.logits(IDS)
+    for linear, module in ((decoder.linears[m], m) for m in adapter.linears):
+        a, b = (Path(*(torch.from_numpy(adapter.tensors[module][f"glora_{p}.X{x}"]) for x in "du")) for p in "AB")
+        linear.delta = GloraDelta(a, b)
+    live = decoder.logits(IDS).detach()
+    assert float((live - before).abs().max()) > 0.1
+    apart = as_a_lora(base, adapter, tmp_path / "a.gguf", IDS, live)
+    assert (apart.same_top, apart.kl_mean <= 1e-5) == (1.0, True)
+    export_as_lora(base.path, tmp_path / "mine", tmp_path / "plain", allow_unverified=True)
+    plain = read_adapter(tmp_path / "plain", base.linears)
+    assert plain.config["peft_type"] == "LORA"
+    attach(decoder, plain)
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
+
+
+def test_one_path_more_in_one_layer_and_it_is_none(family, tmp_path):  # noqa: F811
+    base = open_base(family("llama").gguf)
+    _, whole = trained(base)
+    cases = {
+        "patched": without(whole, "glora_A.Xd"),  # biases are floats, and what is B A lies over them
+        "merged": without(without(whole, "glora_A.Xd", ending="_proj"), "glora_E.X", ending="q_proj"),
+    }
+    one = {**cases["merged"].tensors, base_module(whole): whole.tensors[base_module(whole)]}
+    cases["merged"] = Adapter(whole.config, one)
+    for door, adapter in cases.items():
+        write_adapter(tmp_path / door, adapter)
+        found = plan(base.path, tmp_path / door, allow_unverified=True)
+        assert (found.door, "adapter" in found.open) == (door, False)
+    made = patch(base.path, tmp_path / "patched", tmp_path / "made.gguf", allow_unverified=True)
+    assert made.certificate.passed
 
 
 def test_a_layer_without_a_bias_gets_none(family):  # noqa: F811

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from merging import require_merged_computes
+from stirred import Stir
 from torch.nn import functional as F
 
 from converters.merge import Part
@@ -17,8 +18,7 @@ from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
 from edgelora.nn.linear import Linear
 from edgelora.peft import lors
-from edgelora.peft.adapter import Adapter, write_adapter
-from edgelora.peft.inject import adapter_config, collect, inject
+from edgelora.peft.adapter import write_adapter
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
@@ -37,13 +37,7 @@ def pruned(tiny, tmp_path_factory):
 
 
 def trained(base):
-    decoder = build_decoder(base)
-    inject(decoder, "lors", 4, 8.0, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter += 0.1 * (torch.rand(parameter.shape, generator=generator) - 0.5)
-    return decoder, Adapter(adapter_config(decoder, "lors", 4, 8.0, str(base.path)), collect(decoder))
+    return Stir(rank=4, alpha=8.0, by=0.1).on(base, "lors")
 
 
 def one_layer(values, dtype=torch.float32):

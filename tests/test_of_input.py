@@ -8,15 +8,16 @@ from dataclasses import asdict
 import pytest
 import torch
 from conftest import ROOT
+from stirred import Stir
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.config import TrainConfig
 from edgelora.errors import AdapterError, ExportError
-from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import read_adapter
 from edgelora.peft.blend import blend
-from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.inject import attach
 from edgelora.peft.lora_config import as_lora
 from edgelora.pipeline.export import export
 from edgelora.pipeline.inspect import inspect
@@ -25,25 +26,12 @@ from edgelora.training.run import run_training
 IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 6, 9.0
 METHODS = ["houlsby", "molora"]
+trained = Stir(RANK, ALPHA, by=0.2).on
 
 
 @pytest.fixture(scope="module")
 def base(tiny):
     return open_base(tiny.path)
-
-
-def trained(base, method, folder=None):
-    """A decoder with a stirred adapter of the method on it, and the adapter."""
-    decoder = build_decoder(base)
-    inject(decoder, method, RANK, ALPHA, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter += 0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5)
-    adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path)), collect(decoder))
-    if folder is not None:
-        write_adapter(folder, adapter)
-    return decoder, adapter
 
 
 def houlsby(parts, x, y):  # noqa: ARG001
@@ -126,7 +114,7 @@ def test_one_learns_and_is_scored_in_torch(base, tiny, tmp_path, capsys, method)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_door_leads_out_of_torch(base, tiny, tmp_path, method):
-    _, adapter = trained(base, method, tmp_path / "mine")
+    _, adapter = trained(base, method, folder=tmp_path / "mine")
     with pytest.raises(ExportError, match="runs in torch alone"):
         export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", allow_unverified=True)
     for fold in (lambda: as_lora(adapter, base.linears, "-"), lambda: adapter.pair(adapter.linears[0])):

@@ -16,6 +16,7 @@ from merging import require_merged_computes
 from peft import IA3Config, LNTuningConfig, PeftModel, get_peft_model
 from pefts import require_pefts_gradients
 from safetensors.numpy import load_file, save_file
+from stirred import Stir
 
 from converters.base_to_gguf import write_base_gguf
 from converters.merge import Part
@@ -24,10 +25,10 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, ExportError
 from edgelora.nn.norm import RMSNorm
-from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter, write_adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.change import Change, LoraPair
-from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
+from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.pipeline.inspect import inspect
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 
@@ -86,18 +87,7 @@ def family(tmp_path_factory, vocabulary, write_tokenizer):
     return make
 
 
-def trained(base, method, targets=(), folder=None):
-    """A decoder with a stirred adapter of the method on it, and the adapter."""
-    decoder = build_decoder(base)
-    inject(decoder, method, 1, 1.0, seed=0, targets=targets)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter += 0.8 * (torch.rand(parameter.shape, generator=generator) - 0.5)
-    adapter = Adapter(adapter_config(decoder, method, 1, 1.0, str(base.path)), collect(decoder))
-    if folder is not None:
-        write_adapter(folder, adapter)
-    return decoder, adapter
+trained = Stir(rank=1, alpha=1.0, by=0.8).on
 
 
 def loss_of(decoder):

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from edgelora.peft.of_input import OfInput
-from edgelora.peft.of_weight import OfWeight
+from edgelora.peft.of_weight import InPlaceOf, OfWeight
 
 SHORTEST = 1e-30  # DoRA: a row of zeros, as padding a model leaves them, has a length to divide by and stays zero
 
@@ -30,6 +30,11 @@ class LoraPair:
     @property
     def rank(self) -> int:
         return len(self.a)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether b @ a is zero because each rank has a column of b or a row of a that is."""
+        return not (self.b.any(0) & self.a.any(1)).any()
 
     def of(self, rows: Chosen) -> LoraPair:
         """The same of these rows of W."""
@@ -63,14 +68,15 @@ class Change:
 
     P(W) = W + b a is the pair's, its rows brought to their lengths where it has them. rows, bias (d_out,);
     columns (d_in,); whole (d_out, d_in), or what makes one of W. Everything of it that has a row for each row of W can
-    be cut or permuted. What hangs on x in another way than this, `of_input`, stands alone, and is computed in torch.
+    be cut or permuted. A bias that stands in the place of c is an `InPlaceOf`. What hangs on x in another way than this,
+    `of_input`, stands alone, and is computed in torch.
     """
 
     pair: LoraPair | None = None
     rows: np.ndarray | None = None
     columns: np.ndarray | None = None
     whole: np.ndarray | OfWeight | None = None
-    bias: np.ndarray | None = None
+    bias: np.ndarray | InPlaceOf | None = None
     of_input: OfInput | None = None
 
     @property
@@ -81,14 +87,12 @@ class Change:
 
     def of(self, rows: Chosen) -> Change:
         """The same of these rows of W and c."""
-
-        def cut(part: np.ndarray | None) -> np.ndarray | None:
-            return None if part is None else part[rows]
-
         assert self.of_input is None
         pair = None if self.pair is None else self.pair.of(rows)
+        factors = None if self.rows is None else self.rows[rows]
         whole = None if self.whole is None else self.whole[rows]
-        return Change(pair, cut(self.rows), self.columns, whole, cut(self.bias))
+        bias = None if self.bias is None else self.bias[rows]
+        return Change(pair, factors, self.columns, whole, bias)
 
     def change(self, weight: np.ndarray) -> np.ndarray:
         """ΔW float32 of the shape of `weight` (d_out, d_in), which stays as it is."""
@@ -114,5 +118,7 @@ class Change:
 
     def change_of_bias(self, bias: np.ndarray) -> np.ndarray:
         """c' − c (d_out,) float32 of this c."""
+        if isinstance(self.bias, InPlaceOf):
+            return self.bias.of(bias)
         change = np.zeros_like(bias) if self.rows is None else bias * self.rows - bias
         return change if self.bias is None else change + self.bias

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ from edgelora.errors import AdapterError
 from edgelora.peft import vera_file
 from edgelora.peft.change import Change, LoraPair
 from edgelora.peft.of_input import Bottleneck, Mixture
-from edgelora.peft.of_weight import TimesAndPlus, WhereNotZero
+from edgelora.peft.of_weight import InPlaceOf, TimesAndPlus, WhereNotZero
 from edgelora.peft.targets import by_pattern
 
 Parts: TypeAlias = Mapping[str, np.ndarray]
@@ -27,7 +27,9 @@ Make: TypeAlias = Callable[[Parts, Settings, str], Change]
 NATIVE_TYPE = "EDGELORA"
 PREFIX = "base_model.model."
 MAGNITUDE, SINGULAR, NORM = "lora_magnitude_vector", "lora_E", "weight"
+WHOLE, BIAS = NORM, "bias"  # of a layer that PEFT saves whole
 ROWS = "trainable_tokens_delta"
+SAVED_BIASES = ("all", "lora_only")
 LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
@@ -49,6 +51,10 @@ class Kind:
     """Whether norms may have new weights (d,), as the part `weight`: HF's values, before a family's shift."""
     rows: bool = False
     """Whether tokens may have new rows (k, d) in the embedding and the head, those of `token_indices`."""
+    vocabularies: bool = False
+    """Whether the embedding and the head may be changed as linear layers are."""
+    saves: bool = False
+    """Whether layers may be there whole (PEFT's `modules_to_save`), in the place of the parts, and biases (`bias`)."""
     adds_bias: bool = False
     """Whether a layer may get a bias that it had not."""
     endings: Mapping[str, str] = field(default_factory=dict)
@@ -116,12 +122,16 @@ def _shown(shape: tuple[int | str, ...]) -> str:
 
 
 def _lora(parts: Parts, settings: Settings, module: str) -> Change:
-    """α/r (α/√r for rsLoRA), patterns included, goes into B."""
+    """α/r (α/√r for rsLoRA), patterns included, goes into B. What is saved whole stands in the place of the base's."""
+    whole, bias = (InPlaceOf(parts[part]) if part in parts else None for part in (WHOLE, BIAS))
+    if "lora_A" not in parts:
+        return Change(whole=whole, bias=bias)
     rank = len(parts["lora_A"])
     alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
     scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     b = parts["lora_B"]
-    return Change(LoraPair(parts["lora_A"], b if scale == 1.0 else b * np.float32(scale), parts.get(MAGNITUDE)))
+    pair = LoraPair(parts["lora_A"], b if scale == 1.0 else b * np.float32(scale), parts.get(MAGNITUDE))
+    return Change(pair, whole=whole, bias=bias)
 
 
 def _adalora(parts: Parts, settings: Settings, _: str) -> Change:
@@ -200,7 +210,7 @@ def _lors(parts: Parts, _: Settings, __: str) -> Change:
 
 
 def _glora(parts: Parts, _: Settings, module: str) -> Change:
-    """Of a bias c it makes c + E: what D ∘ c and W C would be, nothing here knows."""
+    """Of a bias c it makes c + E: what D ∘ c and W C would be, nothing here knows. Without its path A it is a LoRA."""
     if any(parts[part].any() for part in ("glora_C.X", "glora_C.Xd", "glora_D.X", *GLORA_ZEROS) if part in parts):
         raise AdapterError(
             what=f"{module}: glora_C or glora_D is not zero",
@@ -209,7 +219,8 @@ def _glora(parts: Parts, _: Settings, module: str) -> Change:
         )
     d_out, shift = len(parts["glora_A.Xd"]), parts.get("glora_E.X")
     times, plus = (LoraPair(parts[f"glora_{path}.Xu"], parts[f"glora_{path}.Xd"]) for path in "AB")
-    return Change(whole=TimesAndPlus(times, plus), bias=None if shift is None else np.resize(shift, d_out))
+    bias = np.resize(shift, d_out) if shift is not None and shift.any() else None
+    return Change(pair=plus, bias=bias) if times.is_nothing else Change(whole=TimesAndPlus(times, plus), bias=bias)
 
 
 def _glora_faults(settings: Settings) -> list[str]:
@@ -232,8 +243,14 @@ GLORA_ZEROS = {"glora_C.zeros": "in 1", "glora_D.zeros": "out", "glora_E.zeros":
 PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
-LORA_AND_NORMS = Kind("LoRA with norms", PAIR, _lora, norms=True, endings=_PAIR_ENDINGS, faults=_lora_faults)
 DORA = Kind("DoRA", {**PAIR, MAGNITUDE: "out"}, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
+LORA_AND_MORE, DORA_AND_MORE = (
+    replace(
+        kind, title=f"{kind.title.removeprefix('plain ')} with whole tensors", norms=True, vocabularies=True, saves=True,
+        optional={WHOLE: "out in", BIAS: "out"}, endings={**_PAIR_ENDINGS, BIAS: f"base_layer.{BIAS}"},
+    )
+    for kind in (LORA, DORA)
+)  # fmt: skip
 
 KINDS: dict[str, Kind] = {
     "LORA": LORA,
@@ -256,12 +273,12 @@ KINDS: dict[str, Kind] = {
     "TRAINABLE_TOKENS": Kind("trained token rows", {}, _no_linear, rows=True, faults=_rows_faults),
     "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
 }  # fmt: skip
-"""By PEFT's `peft_type`; a DoRA calls itself LORA, and so does a LoRA with norms."""
+"""By PEFT's `peft_type`; a DoRA calls itself LORA, and so do those with whole tensors."""
 
 NATIVE: dict[str, Kind] = {
     "bitfit": Kind("BitFit", {"bias": "out"}, _bias, adds_bias=True),
-    "full": Kind("full fine-tuning", {"delta": "out in"}, _whole, norms=True),
-    "galore": Kind("GaLore", {"delta": "out in"}, _whole, norms=True),
+    "full": Kind("full fine-tuning", {"delta": "out in"}, _whole, norms=True, vocabularies=True),
+    "galore": Kind("GaLore", {"delta": "out in"}, _whole, norms=True, vocabularies=True),
     "lors": Kind("LoRS", PAIR, _lors),
     "houlsby": Kind(
         "Houlsby adapter", {"adapter_D": "r out", "adapter_d": "r", "adapter_U": "out r", "adapter_u": "out"}, _houlsby,
@@ -279,11 +296,16 @@ NATIVE: dict[str, Kind] = {
 def kind_of(settings: Settings) -> Kind | None:
     """The kind that an adapter_config.json says it is; None: none that is read here."""
     peft_type = settings.get("peft_type")
-    if peft_type == "LORA" and settings.get("use_dora"):
-        return DORA
-    saved = settings.get("modules_to_save")
-    if peft_type == "LORA" and saved and isinstance(saved, list) and all("norm" in str(name) for name in saved):
-        return LORA_AND_NORMS
+    if peft_type == "LORA":
+        more = saves(settings)
+        return (DORA_AND_MORE if more else DORA) if settings.get("use_dora") else LORA_AND_MORE if more else LORA
     if peft_type == NATIVE_TYPE:
         return NATIVE.get(str(settings.get("method")))
     return KINDS.get(str(peft_type))
+
+
+def saves(settings: Settings) -> bool:
+    """Whether a LoRA's adapter_config.json says that biases or modules are saved whole beside A and B."""
+    modules = settings.get("modules_to_save")
+    named = isinstance(modules, list) and bool(modules) and all(isinstance(name, str) for name in modules)
+    return named or settings.get("bias", "none") in SAVED_BIASES

@@ -68,7 +68,8 @@ def patch(
     adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
     base = base.as_trained(adapter.contract)
     plan, rows = plan_patch(base, adapter), rows_to_check(data, n_rows)
-    if not plan.patches and not adapter.norms and not adapter.kind.adds_bias:
+    changes_biases = any(adapter.change(module).bias is not None for module in adapter.linears)
+    if not plan.patches and not adapter.norms and not changes_biases:
         raise _is_a_lora(adapter_path)
     part = Part(adapter, 1.0, sha256_file(adapter_path / TENSORS), adapter_path.resolve().name)
     reference = Reference(base_path, ((adapter_path, 1.0),))
