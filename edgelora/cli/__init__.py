@@ -7,6 +7,7 @@ import sys
 import typer
 
 from edgelora.cli import adapters, data, evaluate, export, inspect, look, plan, tokenize, train
+from edgelora.cli.add_tokens import add_tokens
 from edgelora.cli.chat import chat
 from edgelora.cli.compare import compare
 from edgelora.cli.compose import compose
@@ -46,6 +47,7 @@ app.command()(imatrix)
 app.command()(quantize)
 app.command()(residual)
 app.command()(untie)
+app.command(name="add-tokens")(add_tokens)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(perplexity)
 app.command()(report)

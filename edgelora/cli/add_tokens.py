@@ -1,0 +1,65 @@
+"""`edgelora add-tokens`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelora.cli.arguments import Base, Json, Out, Overwrite
+from edgelora.cli.words import count, visible
+
+Tokens = Annotated[
+    list[str] | None, typer.Option("--token", help="The text of a new token (repeatable).", show_default=False)
+]
+FromFile = Annotated[
+    Path | None,
+    typer.Option(help="A file with such a text on each line; - is standard input.", show_default=False),
+]
+Control = Annotated[
+    bool, typer.Option("--control", help="Control tokens: read where a template writes them, not out of any text.")
+]
+
+MOST_SHOWN = 20  # of the new tokens
+
+
+def add_tokens(
+    base: Base,
+    out: Out,
+    token: Tokens = None,
+    from_file: FromFile = None,
+    control: Control = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a base with more tokens, for `--method token_rows` to train: all else in it stays bit for bit.
+
+    Example: `edgelora add-tokens base.gguf --token "<tool>" --token "</tool>" --out base-tools.gguf`
+    """
+    from edgelora.cli.display import Display
+    from edgelora.invocation import command
+    from edgelora.pipeline.add_tokens import add_tokens as run
+    from edgelora.pipeline.tokenize import read_text, text_of_argument
+
+    texts = [text_of_argument(text, "--token") for text in token or ()]
+    if from_file is not None:
+        texts += [line for line in read_text(from_file).splitlines() if line]
+    with Display() as display:
+        made = run(base, texts, out, control=control, overwrite=overwrite, on_progress=display.show)
+        size = f"{made.size_bytes / 1e6:.1f} MB, {count(made.vocab_size, 'token')}"
+        display.say(f"{out}: {size}, {len(made.tokens)} of them new")
+        for text, pieces in list(zip(made.tokens, made.pieces, strict=True))[:MOST_SHOWN]:
+            display.say(f"  {made.tokens[text]} {visible(text)}: begins as the mean of {count(len(pieces), 'token')}")
+        for note in made.notes:
+            display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        display.say(made.certificate.sentence)
+        named = [word for text in list(made.tokens)[:MOST_SHOWN] for word in ("--train-tokens", text)]
+        display.say("next: " + command("train", out, "ROWS", "--method", "token_rows", *named, "--out", "ADAPTER"))
+    if as_json:
+        print(json.dumps({
+            "out": str(out), "size_bytes": made.size_bytes, "vocab_size": made.vocab_size, "tokens": made.tokens,
+            "pieces": [list(pieces) for pieces in made.pieces], "notes": made.notes,
+            "certificate": made.certificate.as_dict(),
+        }))  # fmt: skip
