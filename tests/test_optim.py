@@ -16,11 +16,12 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import Objective, Optimizer, Schedule, TrainConfig
 from edgelora.errors import ConfigError, FileFormatError
+from edgelora.peft.defaults import NO_SOURCE
 from edgelora.peft.inject import inject
 from edgelora.peft.methods import METHODS, pair
 from edgelora.training import optim
 from edgelora.training.adafactor import Adafactor
-from edgelora.training.defaults import NO_SOURCE, choose
+from edgelora.training.defaults import choose
 from edgelora.training.ema import Ema
 from edgelora.training.lion import Lion
 from edgelora.training.neftune import neftune

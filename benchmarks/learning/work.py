@@ -22,6 +22,7 @@ from edgelora.device import choose_products, compute_threads, computing
 from edgelora.evaluate.protocols import Alternative
 from edgelora.evaluate.score import questions
 from edgelora.peft.adapter import TENSORS, Adapter, read_adapter
+from edgelora.peft.defaults import RANK
 from edgelora.peft.inject import attach
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
@@ -31,7 +32,7 @@ from edgelora.pipeline.quantize import prepare
 from edgelora.pipeline.residual import write_residual
 from edgelora.pipeline.torch_scorer import TorchScorer
 from edgelora.progress import silent
-from edgelora.training.defaults import RANK, choose
+from edgelora.training.defaults import choose
 from edgelora.training.footprint import Model, adapter_numbers
 from edgelora.training.run import Run, run_training
 from learning.jobs import Training

@@ -4,7 +4,7 @@ worth: all layers share a budget of ranks, and the least important go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,12 @@ def prune(deltas: Sequence[AdaloraDelta], ranks: int) -> None:
     threshold = torch.cat(scores).kthvalue(n_gone).values if n_gone else -torch.inf
     for delta, own in zip(deltas, scores, strict=True):
         delta.pruned.copy_(own <= threshold)
+
+
+def ranks(deltas: Mapping[str, Delta], _: object) -> dict[str, object]:
+    """PEFT's setting of the ranks that are left in each layer."""
+    left = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
+    return {"rank_pattern": left}
 
 
 def ranks_at_first(rank: int) -> int:

@@ -15,7 +15,12 @@ from torch import Tensor
 from edgelora.nn.awake import Awake, awake_lora
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta, Factors, Weight
+from edgelora.peft.defaults import Defaults, Sourced
 from edgelora.peft.lora import LoraDelta, fresh_pair
+
+DEFAULTS = Defaults(
+    rank=Sourced(32, "PEFT's example of an aLoRA (github.com/huggingface/peft, examples/alora_finetuning)")
+)
 
 
 class AloraDelta(LoraDelta):

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Weight, product
+from edgelora.peft.defaults import Defaults, always
+
+DEFAULTS = Defaults(
+    rate=always(1e-3, "the authors' for biases, over BERT (arXiv:2106.10199, github.com/benzakenelad/BitFit)")
+)
 
 
 class BiasDelta(nn.Module):

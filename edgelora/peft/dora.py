@@ -10,7 +10,26 @@ from torch import Tensor, nn
 
 from edgelora.nn.linear import LoraLinears, Weight
 from edgelora.peft.adapter import SHORTEST
+from edgelora.peft.defaults import RANK, SCALE_AT_RANK, SMALL, Defaults, Sourced, of_a_lora
 from edgelora.peft.lora import fresh_pair
+
+
+def rate(n_weights: float) -> Sourced:
+    """A LoRA's, of which the authors took as much."""
+    lora = of_a_lora(n_weights)
+    took = "" if n_weights < SMALL else "; DoRA's own runs over 7B and 8B took 1e-4 to 2e-4"
+    return Sourced(lora.value, lora.why + took)
+
+
+DEFAULTS = Defaults(
+    rank=Sourced(
+        RANK, "as good as 32 for LLaMA2-7B and LLaMA3-8B (tables of DoRA's repository, github.com/NVlabs/DoRA)"
+    ),
+    alpha=lambda rank: Sourced(
+        SCALE_AT_RANK * rank, "twice the rank, as in DoRA's own runs (arXiv:2402.09353, github.com/NVlabs/DoRA)"
+    ),
+    rate=rate,
+)
 
 
 class DoraDelta(nn.Module):

@@ -10,7 +10,18 @@ import torch
 
 from edgelora.nn.linear import Weight
 from edgelora.peft import remade
+from edgelora.peft.defaults import Defaults, Sourced
 from edgelora.peft.full import FullDelta
+
+# r and α of the authors' example, where T is 200 (github.com/jiaweizzhao/GaLore)
+DEFAULTS = Defaults(
+    rank=Sourced(
+        128,
+        "the authors' example: Adam's moments are those of as many directions of each gradient (arXiv:2403.03507, "
+        "github.com/jiaweizzhao/GaLore)",
+    ),
+    alpha=lambda _: Sourced(0.25, "GaLore's α, which multiplies each step: the authors' (arXiv:2403.03507)"),
+)
 
 
 def fresh(weight: Weight, *_: object) -> FullDelta:

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from edgelora.nn.linear import Linear, Weight
 from edgelora.nn.linear import product as plain
 from edgelora.peft import remade
+from edgelora.peft.defaults import Defaults, borrowed, no_alpha
 from edgelora.peft.lora import fresh_pair
+
+DEFAULTS = Defaults(alpha=no_alpha("a GLoRA has none: its paths are the scale"), rate=borrowed)
 
 
 class Path(nn.Module):

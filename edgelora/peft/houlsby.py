@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgelora.nn.linear import Weight, product
+from edgelora.peft.defaults import Defaults, always, no_alpha
 
 TARGETS = ("o_proj", "down_proj")
+DEFAULTS = Defaults(
+    alpha=no_alpha("Houlsby's adapters have none: what they add is not scaled"),
+    rate=always(3e-4, "the authors' example, over BERT (arXiv:1902.00751, github.com/google-research/adapter-bert)"),
+)
 START = 1e-2  # the paper's: a normal distribution of this width, cut at two of them
 
 

@@ -7,13 +7,19 @@ A family whose q, k and v are one matrix has l (d_out,) for all of its rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Linear, Weight, product
+from edgelora.peft.defaults import Defaults, always
 
 FEED_FORWARD = "down_proj"
 TARGETS = ("k_proj", "v_proj", "qkv_proj", FEED_FORWARD)
+DEFAULTS = Defaults(
+    rate=always(3e-3, "T-Few's for an IA3, over T0 with Adafactor (arXiv:2205.05638, github.com/r-three/t-few)")
+)
 
 
 class Ia3Delta(nn.Module):
@@ -46,6 +52,11 @@ def of_layer(module: str, linear: Linear) -> Ia3Delta:
     """Ones: it does nothing yet."""
     (shape,) = shapes(module, *linear.weight.shape)
     return Ia3Delta(torch.ones(shape))
+
+
+def feed_forward(_: object, targets: Sequence[str]) -> dict[str, object]:
+    """PEFT's setting that says of which layers the input is multiplied."""
+    return {"feedforward_modules": [name for name in targets if name.endswith(FEED_FORWARD)]}
 
 
 def fresh(weight: Weight, *_: object) -> Ia3Delta:

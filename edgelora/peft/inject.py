@@ -13,8 +13,7 @@ from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear
 from edgelora.nn.vocabulary import Vocabulary
-from edgelora.peft import alora, ia3, layernorm, vera_file
-from edgelora.peft.adalora import AdaloraDelta
+from edgelora.peft import alora, layernorm, vera_file
 from edgelora.peft.adapter import INVOCATION, Adapter
 from edgelora.peft.attached import delta_of
 from edgelora.peft.dropout import DroppedDelta
@@ -114,16 +113,13 @@ def adapter_config(
     if row.peft_type == "LORA":  # whose norms are modules_to_save
         deltas = {name: delta for name, delta in deltas.items() if name in decoder.linears}
     targets = target_modules(deltas, layers)
-    ranks = {name: len(delta.left()) for name, delta in deltas.items() if isinstance(delta, AdaloraDelta)}
     own: dict[str, object] = {}
-    if row.peft_type in ("LORA", "VERA", "GLORA"):
+    if row.ranked and row.peft_type != NATIVE_TYPE:
         own |= {"r": rank, "bias": "none"}
     if row.peft_type == "LORA":
         own |= as_peft(row, deltas, where, rank, alpha)
     if where.alora_invocation_tokens:
         own[INVOCATION] = list(where.alora_invocation_tokens)
-    if row.peft_type == "IA3":
-        own["feedforward_modules"] = [name for name in targets if name.endswith(ia3.FEED_FORWARD)]
     if row.peft_type == NATIVE_TYPE:
         own["method"] = method
     if row.rows:
@@ -135,7 +131,7 @@ def adapter_config(
         "target_modules": targets,
         "inference_mode": True,
         **own,
-        **({"rank_pattern": ranks} if ranks else {}),
+        **row.more_settings(deltas, targets),
         **row.settings,
     }
 

@@ -6,8 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Factors, Weight
+from edgelora.peft.defaults import Defaults, always
 from edgelora.peft.pissa import leading
 from edgelora.peft.start import require_rank
+
+DEFAULTS = Defaults(
+    rate=always(
+        4e-3,
+        "the authors' over Mistral-7B; over Llama-3-8B 2e-3 (arXiv:2405.17604, github.com/MohammadrezaBanaei/LoRA-XS)",
+    )
+)
 
 
 class LoraXsDelta(nn.Module):

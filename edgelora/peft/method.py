@@ -11,6 +11,7 @@ from edgelora.architectures.config import ModelConfig
 from edgelora.nn.linear import Delta, Linear, Weight
 from edgelora.nn.virtual import Before
 from edgelora.peft.around import NOTHING, Around
+from edgelora.peft.defaults import LORA, Defaults
 from edgelora.peft.virtual_settings import VirtualTokens
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -31,6 +32,11 @@ def whole(d_out: int, d_in: int, _: int) -> Shapes:
     return ((d_out, d_in),)
 
 
+def nothing(*_: int) -> Shapes:
+    """No matrix."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to adapt linear layers, norms or both, or to put something before every sequence.
@@ -43,14 +49,28 @@ class Method:
     trains: str
     exits: tuple[str, ...]
     fresh: Callable[[Weight, int, float, torch.Generator], Delta] = no_layer
+    defaults: Defaults = LORA
+    """Its rank, α and learning rate where nobody says."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """What PEFT's adapter_config.json says of it, beyond a LoRA."""
+    more_settings: Callable[[Mapping[str, Delta], Sequence[str]], Mapping[str, object]] = lambda *_: {}
+    """The same by what it trained: the deltas by their layers' names, and PEFT's target_modules."""
     faster: tuple[str, ...] = ()
     """The tensors that learn `loraplus_ratio` times faster than the others."""
     shapes: Callable[[int, int, int], Shapes] = pair
     """`shapes(d_out, d_in, rank)`: of what is trained for one linear layer."""
     held: int = 0
     """How many pairs A and B are held beside what is trained: a start that stays, copies for the backward pass."""
+    kept_ranks: int | None = None
+    """How many numbers of each rank and token are kept for the backward pass, where these are not `file_ranks`."""
+    keeps_answer: bool = False
+    """Whether it keeps what an adapted layer answers (d_out) of each token for the backward pass."""
+    reads_float32: bool = False
+    """Whether it reads W in float32, whatever the dtype of products."""
+    remakes: Callable[[int, int, int], Shapes] = nothing
+    """The matrix that is made anew wherever it is read, of float32 and as it is multiplied; see `remade.py`."""
+    projects: bool = False
+    """Whether its optimizer is GaLore's, whose rank and α these are."""
     around: Around = NOTHING
     """What it does beside the optimizer's steps."""
     together: Callable[[Sequence[Weight], int, float, torch.Generator], Sequence[Delta]] | None = None
@@ -89,6 +109,11 @@ class Method:
     """The settings of `VirtualTokens` that it has a use for."""
     file_ranks: int = 1
     """The rank of the LoRA that it leaves as, in ranks of what was trained."""
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether what is trained are whole weights."""
+        return self.shapes is whole
 
     def trained(self, module: str, d_out: int, d_in: int, rank: int) -> Shapes:
         """The shapes of what is trained for the linear layer of this name."""

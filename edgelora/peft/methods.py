@@ -30,6 +30,7 @@ from edgelora.peft import (
     rslora,
     vera,
 )
+from edgelora.peft.defaults import BORROWED
 from edgelora.peft.kinds import NATIVE_TYPE
 from edgelora.peft.method import Method, pair, whole
 
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
         fresh=rslora.fresh,
         drops=True,
         settings={"use_rslora": True},
+        defaults=rslora.DEFAULTS,
     ),
     "loraplus": Method(
         name="loraplus",
@@ -68,6 +70,9 @@ METHODS: dict[str, Method] = {
         fresh=dora.fresh,
         settings={"use_dora": True},
         shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (d_out,)),
+        defaults=dora.DEFAULTS,
+        keeps_answer=True,
+        reads_float32=True,
     ),
     "pissa": Method(
         name="pissa",
@@ -104,6 +109,7 @@ METHODS: dict[str, Method] = {
         fresh=lora_xs.fresh,
         shapes=lambda _d_out, _d_in, rank: ((rank, rank),),
         held=2,
+        defaults=lora_xs.DEFAULTS,
     ),
     "lorma": Method(
         name="lorma",
@@ -113,6 +119,8 @@ METHODS: dict[str, Method] = {
         fresh=lorma.fresh,
         shapes=lambda d_out, _, rank: pair(d_out, d_out, rank),
         held=1,
+        defaults=BORROWED,
+        reads_float32=True,
     ),
     "replora": Method(
         name="replora",
@@ -122,6 +130,7 @@ METHODS: dict[str, Method] = {
         fresh=replora.fresh,
         shapes=lambda d_out, d_in, rank: ((rank, d_in), (rank, d_out), *3 * ((rank, rank),), *2 * ((rank,),)),
         held=1,
+        defaults=BORROWED,
     ),
     "multilora": Method(
         name="multilora",
@@ -148,6 +157,7 @@ METHODS: dict[str, Method] = {
         },
         shapes=lambda d_out, _, rank: ((d_out,), (rank,)),
         held=1,
+        defaults=vera.DEFAULTS,
     ),
     "dylora": Method(
         name="dylora",
@@ -169,6 +179,7 @@ METHODS: dict[str, Method] = {
             (adalora.ranks_at_first(rank), 1),
         ),
         held=5,
+        more_settings=adalora.ranks,
     ),
     "alora": Method(
         name="alora",
@@ -177,6 +188,7 @@ METHODS: dict[str, Method] = {
         exits=("adapter",),  # a weight is the same for every token
         fresh=alora.fresh,
         waits=True,
+        defaults=alora.DEFAULTS,
     ),
     "longlora": Method(
         name="longlora",
@@ -200,6 +212,7 @@ METHODS: dict[str, Method] = {
         norms=True,
         peft_type=NATIVE_TYPE,
         ranked=False,
+        remakes=whole,
     ),
     "galore": Method(
         name="galore",
@@ -212,6 +225,9 @@ METHODS: dict[str, Method] = {
         norms=True,
         peft_type=NATIVE_TYPE,
         file_ranks=0,  # it is no LoRA: its rank is the optimizer's
+        defaults=galore.DEFAULTS,
+        remakes=whole,
+        projects=True,
     ),
     "lors": Method(
         name="lors",
@@ -222,6 +238,7 @@ METHODS: dict[str, Method] = {
         dense=True,
         peft_type=NATIVE_TYPE,
         file_ranks=0,
+        remakes=whole,
     ),
     "glora": Method(
         name="glora",
@@ -234,6 +251,8 @@ METHODS: dict[str, Method] = {
         peft_type="GLORA",
         settings={"config_A_B": "lora", "config_C": "vector", "config_D_E": "vector", "init_weights": True},
         file_ranks=0,
+        defaults=glora.DEFAULTS,
+        remakes=whole,
     ),
     "ia3": Method(
         name="ia3",
@@ -247,6 +266,8 @@ METHODS: dict[str, Method] = {
         shapes_of=ia3.shapes,
         targets=ia3.TARGETS,
         ranked=False,
+        defaults=ia3.DEFAULTS,
+        more_settings=ia3.feed_forward,
     ),
     "bitfit": Method(
         name="bitfit",
@@ -257,6 +278,7 @@ METHODS: dict[str, Method] = {
         peft_type=NATIVE_TYPE,
         shapes=lambda d_out, _d_in, _rank: ((d_out,),),
         ranked=False,
+        defaults=bitfit.DEFAULTS,
     ),
     "layernorm": Method(
         name="layernorm",
@@ -268,6 +290,7 @@ METHODS: dict[str, Method] = {
         peft_type="LN_TUNING",
         shapes=lambda *_: (),
         ranked=False,
+        defaults=BORROWED,
     ),
     "houlsby": Method(
         name="houlsby",
@@ -278,6 +301,9 @@ METHODS: dict[str, Method] = {
         peft_type=NATIVE_TYPE,
         shapes=houlsby.shapes,
         targets=houlsby.TARGETS,
+        defaults=houlsby.DEFAULTS,
+        kept_ranks=2,  # before and behind the gelu
+        keeps_answer=True,
     ),
     "molora": Method(
         name="molora",
@@ -287,6 +313,7 @@ METHODS: dict[str, Method] = {
         fresh=molora.fresh,
         peft_type=NATIVE_TYPE,
         shapes=molora.shapes,
+        kept_ranks=3,  # x Aᵀ, the gate of each rank, and their product
     ),
     "token_rows": Method(
         name="token_rows",
@@ -297,6 +324,7 @@ METHODS: dict[str, Method] = {
         peft_type="TRAINABLE_TOKENS",
         linears=False,
         ranked=False,
+        defaults=BORROWED,
     ),
     "prompt_tuning": Method(
         name="prompt_tuning",
@@ -308,6 +336,7 @@ METHODS: dict[str, Method] = {
         peft_type="PROMPT_TUNING",
         linears=False,
         ranked=False,
+        defaults=prompt_tuning.DEFAULTS,
     ),
     "p_tuning": Method(
         name="p_tuning",
@@ -319,6 +348,7 @@ METHODS: dict[str, Method] = {
         peft_type="P_TUNING",
         linears=False,
         ranked=False,
+        defaults=p_tuning.DEFAULTS,
     ),
     "prefix_tuning": Method(
         name="prefix_tuning",
@@ -330,5 +360,6 @@ METHODS: dict[str, Method] = {
         peft_type="PREFIX_TUNING",
         linears=False,
         ranked=False,
+        defaults=prefix_tuning.DEFAULTS,
     ),
 }

@@ -10,9 +10,11 @@ from torch import nn
 
 from edgelora.architectures.config import ModelConfig
 from edgelora.nn.virtual import Before, Virtual
+from edgelora.peft.defaults import ENCODED, TRIED, Defaults, Sourced, by_size
 from edgelora.peft.virtual_settings import VirtualTokens
 
 LAYERS = 2
+DEFAULTS = Defaults(rate=by_size(Sourced(1e-2, f"{TRIED}3e-4 to 1e-2"), ENCODED))
 
 
 class PromptEncoder(Before):

@@ -12,7 +12,13 @@ from torch import nn
 
 from edgelora.architectures.config import ModelConfig
 from edgelora.nn.virtual import Before, Virtual
+from edgelora.peft.defaults import COMPARED, ENCODED, GUIDE, TRIED, Defaults, Sourced, by_size
 from edgelora.peft.virtual_settings import VirtualTokens
+
+DEFAULTS = Defaults(
+    rate=by_size(GUIDE, Sourced(5e-3, f"{COMPARED}begun as keys and values of a text")),
+    rate_of_projection=by_size(Sourced(3e-3, f"{TRIED}5e-4 and 3e-3"), ENCODED),
+)
 
 
 class PrefixEncoder(Before):

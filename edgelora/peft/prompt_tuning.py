@@ -11,7 +11,10 @@ from torch import nn
 
 from edgelora.architectures.config import ModelConfig
 from edgelora.nn.virtual import Before, Virtual
+from edgelora.peft.defaults import COMPARED, GUIDE, Defaults, Sourced, by_size
 from edgelora.peft.virtual_settings import VirtualTokens
+
+DEFAULTS = Defaults(rate=by_size(GUIDE, Sourced(1e-3, f"{COMPARED}begun as tokens of the vocabulary")))
 
 
 class PromptEmbedding(Before):

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Factors, Weight
+from edgelora.peft.defaults import Defaults, Sourced, always, no_alpha
 
 D_START = 0.1  # as in the paper's runs and PEFT
+DEFAULTS = Defaults(
+    rank=Sourced(
+        256, "PEFT's default: a VeRA trains one number for each rank, not a row and a column (arXiv:2310.11454)"
+    ),
+    alpha=no_alpha("a VeRA has none: its vectors are the scale"),
+    rate=always(
+        2e-2,
+        "PEFT's example, over RoBERTa (github.com/huggingface/peft, examples/sequence_classification/VeRA.ipynb); "
+        "of 1e-3, 4e-3 and this, 30 steps over SmolLM2-135M learned the most with it",
+    ),
+)
 
 
 class Projections(nn.Module):

@@ -6,6 +6,7 @@ from math import prod
 
 from edgelora.config import TrainConfig
 from edgelora.nn.loss import VOCABULARY_ROWS_CUDA, positions
+from edgelora.peft.methods import METHODS
 from edgelora.training.footprint import (
     CUDA_CONTEXT,
     LOST,
@@ -39,7 +40,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     logits, head = 4 * rows * model.head[0][0], wide * min(model.head[0][0], VOCABULARY_ROWS_CUDA) * c.hidden_size
     at_the_loss = logits + head + tokens * (3 * inputs + wide * c.hidden_size) - (tokens * one if load.recompute else 0)
     moments = optimizer_bytes(model, config)
-    away = config.offload and config.optimizer == "adamw" and config.method != "galore"
+    away = config.offload and config.optimizer == "adamw" and not METHODS[config.method].projects
     lossy = at_the_loss > passing + dense
     activations = int((kept + (at_the_loss - logits - head if lossy else passing)) * (1 + LOST["cuda"]))
     return Footprint(

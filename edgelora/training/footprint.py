@@ -34,9 +34,6 @@ Shape = tuple[int, int]
 
 MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
 NF4_BITS = 4.127
-REMADE = ("full", "galore", "lors", "glora")
-# For each rank and token: x Aᵀ, once for each pair of the file; before and behind a gelu; with its gate, and that.
-RANKS_KEPT = {"houlsby": 2, "molora": 3}
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
@@ -233,8 +230,9 @@ def held_beside(model: Model, config: TrainConfig) -> int:
 
 def optimizer_bytes(model: Model, config: TrainConfig) -> int:
     """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
-    if config.method == "galore":
-        return 4 * sum(galore.moments_of(shape, config.rank or galore.RANK) for shape in trained_shapes(model, config))
+    if METHODS[config.method].projects:
+        assert config.rank is not None
+        return 4 * sum(galore.moments_of(shape, config.rank) for shape in trained_shapes(model, config))
     if config.optimizer != "adafactor":
         return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
     return 4 * sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one side
@@ -254,9 +252,10 @@ def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
     if a.qk_norm is not None or a.fused:
         kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
     kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
-    if (row := METHODS[config.method]).ranked:
-        kept += wide * RANKS_KEPT.get(config.method, row.file_ranks) * sum(one.rank for one in linears)
-    if config.method in ("dora", "houlsby"):
+    if (row := METHODS[config.method]).ranked:  # x Aᵀ, once for each pair of the file
+        each = row.file_ranks if row.kept_ranks is None else row.kept_ranks
+        kept += wide * each * sum(one.rank for one in linears)
+    if row.keeps_answer:
         kept += wide * sum(one.shape[0] for one in linears)
     if a.experts is None:
         return kept + 2 * wide * c.intermediate_size
@@ -304,7 +303,7 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     slice_of_head = min(vocabulary, VOCABULARY_ROWS) * d
     largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
     same = config.base_dtype == config.dtype
-    through_f32 = config.base_dtype == "nf4" or config.method in ("dora", "lorma")
+    through_f32 = config.base_dtype == "nf4" or METHODS[config.method].reads_float32
     wide = slice_of_head if kind != Type.F32 else 0
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
@@ -312,12 +311,11 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
 
 
 def remade_bytes(model: Model, config: TrainConfig) -> int:
-    """Of the largest weight W, where a method makes all of it anew (`peft/remade.py`): W′ in float32 and in the dtype
-    of products, its gradient, and what the method's own are made of that with."""
-    if config.method not in REMADE:
-        return 0
-    largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
-    return (12 if config.dtype == "f32" else 16) * largest
+    """Of the largest matrix that a method makes anew wherever it is read, such as a whole weight (`peft/remade.py`): in
+    float32 and in the dtype of products, its gradient, and what the method's own are made of that with."""
+    remakes = METHODS[config.method].remakes
+    made = (prod(shape) for one in adapted(model, config).values() for shape in remakes(*one.shape, one.rank))
+    return (12 if config.dtype == "f32" else 16) * max(made, default=0)
 
 
 def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:

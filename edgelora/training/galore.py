@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RANK, SCALE = 128, 0.25  # r and α of the authors' example, where T is 200 (github.com/jiaweizzhao/GaLore)
 EPS = 1e-8
 
 

@@ -195,8 +195,8 @@ def what_would_fit(model: Model, config: TrainConfig, settled: TrainConfig, load
     four_bit = "nf4" if machine.kind == "cuda" else "q4_k"
     small = {"max_length": min(load.tokens, 512), "micro_batch_tokens": min(load.tokens, 256)}
     changes: list[dict[str, object]] = [{"recompute": "full"}, {"recompute": "full", **small}]
-    if METHODS[settled.method].dense:
-        lighter = [{"optimizer": "adafactor"}] if settled.method == "full" else []
+    if (row := METHODS[settled.method]).dense:
+        lighter = [{"optimizer": "adafactor"}] if row.trains_weights and not row.projects else []
         changes += [{**changes[-1], **change} for change in (*lighter, {"method": "lora"})]
     else:
         changes.append({"recompute": "full", "base_dtype": four_bit, **small})

@@ -34,15 +34,16 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
     """
     assert config.learning_rate is not None
     _without_the_compiler()
-    faster, groups = METHODS[config.method].faster, dict[tuple[float, float], Group]()
+    row, groups = METHODS[config.method], dict[tuple[float, float], Group]()
     for name, parameter in named_parameters:
-        ratio = config.loraplus_ratio if name.rpartition(".")[2] in faster else 1.0
+        ratio = config.loraplus_ratio if name.rpartition(".")[2] in row.faster else 1.0
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         rate = config.learning_rate * ratio
         group = groups.setdefault((ratio, decay), {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay})
         group["params"].append((name, parameter))
-    if config.method == "galore":
-        rank, scale = config.rank or galore.RANK, config.alpha or galore.SCALE
+    if row.projects:
+        rank = config.rank or int(row.defaults.rank.value)
+        scale = config.alpha or row.defaults.alpha(rank).value
         return galore.GaLore(groups.values(), rank, scale, config.update_proj_gap, _betas(config, "adamw"))
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
 

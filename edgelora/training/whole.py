@@ -16,9 +16,9 @@ MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of 
 def require_whole(config: TrainConfig, base: Base) -> None:
     """Raise ConfigError for a method that changes weights over any that are not held as floats, and for GaLore around
     another optimizer than Adam. `config` is settled."""
-    if config.method == "galore" and config.optimizer != "adamw":
+    if METHODS[config.method].projects and config.optimizer != "adamw":
         raise ConfigError(
-            what=f"--optimizer {config.optimizer} with --method galore",
+            what=f"--optimizer {config.optimizer} with --method {config.method}",
             why="GaLore is an optimizer itself: AdamW over projected gradients",
             fix="leave it out; --method full trains the same weights with any optimizer",
         )
@@ -34,7 +34,8 @@ def require_whole(config: TrainConfig, base: Base) -> None:
 
 def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple[TrainConfig, dict[str, Choice]]:
     """The optimizer of full fine-tuning where none was asked for, by the bytes there are, and why; of others theirs."""
-    if config.method != "full" or "optimizer" in config.model_fields_set or budget is None:
+    row = METHODS[config.method]
+    if not row.trains_weights or row.projects or "optimizer" in config.model_fields_set or budget is None:
         return config, {}
     moments = 8 * adapter_numbers(model, config)
     if moments <= MOMENTS_SHARE * budget:
@@ -48,7 +49,7 @@ def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple
 
 def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
     """How large the file will be that whole weights leave as, said before they are trained; of others nothing."""
-    if config.method not in ("full", "galore"):
+    if not METHODS[config.method].trains_weights:
         return {}
     numbers = adapter_numbers(model, config)
     why = f"what is added to {numbers / 1e6:.0f} million weights, float32; `edgelora merge` makes a model of it"
