@@ -163,6 +163,23 @@ def test_the_files_are_written_whole(made_up, tmp_path):
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == html(*made_up)
 
 
+@pytest.mark.parametrize("write", [html, markdown])
+def test_what_torch_computed_is_said_and_neither_best_nor_drawn_as_such(made_up, write):
+    report, choice = made_up
+    why = f"computed in torch (it is <b>no</b> LoRA {NASTY})"
+    cell = replace(made_up_cell("merged", "Q4_K_M"), way="torch", why=why, size_bytes=1)
+    with_torch = replace(report, cells=(*report.cells, cell, replace(cell, quant="Q2_K")))
+    assert recommend(with_torch.cells).cell == choice.cell
+    page = write(with_torch, choice)
+    assert page.count("computed in torch (it is") == 1  # the reason once, whatever the levels
+    assert "never recommended" in page
+    assert "never recommended" not in write(report, choice)
+    _, rows = view.table(with_torch, choice)
+    assert not any(value.is_best for row in rows if row.way == "torch" for value in row.values)
+    drawing = pareto_plot(with_torch.cells, "right", "", 760, 430)
+    assert {b.is_faded for b in drawing.shapes if isinstance(b, Bubble) and b.way == "torch"} == {True}
+
+
 # -- Markdown ---------------------------------------------------------------------------------------------------------
 
 

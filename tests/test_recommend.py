@@ -212,6 +212,24 @@ def test_the_base_alone_is_never_advised_beside_an_adapter_but_warns_where_it_do
     assert recommend([base]).cell == "Q4_K_M base alone"
 
 
+def test_what_torch_computed_is_compared_with_and_never_advised():
+    best = replace(cell("Q4_K_M", 1, "torch", right=right(190)), path="")
+    found = recommend([best, F16, Q8, Q4])
+    assert found.cell == "Q4_K_M merged"  # within noise of the best that can be shipped
+    change = "+4.0 points (95 %: {} … {})".format(*differs(Q4, best))
+    assert f"To compare with, Q4_K_M adapter in torch: right answers 95.0% against 91.0%: {change}." in found.why
+    assert frontier([best, F16, Q8, Q4], "right")[0] is Q4
+    assert chosen(replace(best, quant="Q2_K"), F16, max_size_bytes=5_000_000) == ""  # not even where nothing else fits
+    alone = recommend([cell("Q4_K_M", 1, "base", right=right(188)), best, replace(best, quant="Q2_K", status="failed")])
+    assert (alone.file, alone.cell) == (None, "")
+    assert alone.why.splitlines() == [
+        "Nothing that was measured is a file to ship: torch computed it.",
+        "The best of it is Q4_K_M adapter in torch: right answers 95.0%.",
+        "But Q4_K_M base alone does as well: these rows do not show that the adapter helps.",
+        "Not ranked: Q2_K adapter in torch (failed).",
+    ]
+
+
 def test_what_the_adapter_cost_elsewhere_is_said():
     text, worse, near = ({"perplexity": Measure(math.exp(x), None, (x * N,), (float(N),))} for x in (3.0, 3.3, 3.01))
     bases = [replace(cell(quant, size, "base", right=right(20)), measures=text) for quant, size in

@@ -6,7 +6,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_evaluate import ARC, WINOGRANDE
 from test_export import make_adapter
 
@@ -15,12 +17,15 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.errors import ConfigError, EngineError
 from edgelora.evaluate.choices import alternatives, parse_choice
-from edgelora.evaluate.protocols import Question, Scorer
+from edgelora.evaluate.protocols import Alternative, Question, Scorer
 from edgelora.peft.adapter import write_adapter
+from edgelora.peft.soft_prompt import read_trained_prompt
 from edgelora.pipeline.engines import choose_engine
 from edgelora.pipeline.torch_scorer import TorchScorer
 from runtime.scorer import ScoringEngine
 
+# PEFT asks transformers for what it will rename
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 QUESTIONS = [
     Question([*range(5, 30)], [40, 41, 42, 2]),
     Question([7, 8], [9]),
@@ -68,6 +73,32 @@ def test_alternatives_and_logits_are_llama_cpps(sides):
             np.testing.assert_allclose(a, b, atol=NEAR, rtol=0)
     asked = [[*range(5, 30)], [7, 8, 9]], [[3, 24], [2]]
     np.testing.assert_allclose(ours.logits(*asked), theirs.logits(*asked), atol=NEAR, rtol=0)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_behind_virtual_tokens_it_says_what_peft_says(tiny, transformers_model, tmp_path, capsys, config):
+    torch.manual_seed(0)
+    model = get_peft_model(transformers_model(tiny), config(task_type="CAUSAL_LM", num_virtual_tokens=5)).eval()
+    sequences = [[*range(5, 30)], [7, 8, 9]]
+    with torch.no_grad():
+        for parameter in model.prompt_encoder.parameters():
+            parameter.normal_(0, 0.3)
+        theirs = [model(torch.tensor([ids])).logits[0, -1].numpy() for ids in sequences]
+    model.save_pretrained(tmp_path / "soft")
+    base = open_base(tiny.path)
+    scorer = TorchScorer(base, prompt=read_trained_prompt(tmp_path / "soft", base.config))
+    found = scorer.logits(sequences, [[len(ids) - 1] for ids in sequences])  # side by side, as an evaluation asks
+    np.testing.assert_allclose(found, theirs, atol=1e-4, rtol=0)
+    assert np.abs(found - TorchScorer(base).logits(sequences, [[24], [2]])).max() > 0.1
+    with pytest.raises(EngineError, match=f"a prompt that needs {base.context + 1} tokens"):
+        scorer.log_p([Alternative((5,) * (base.context - 4), 1)])
+    (tmp_path / "text.txt").write_text("turn the kitchen lights on and close the blinds\n" * 12, encoding="utf-8")
+    words = ["perplexity", str(tiny.path), "--text", str(tmp_path / "text.txt"), "--context", "64", "--chunks", "1",
+             "--allow-unverified-base", "--adapter", f"{tmp_path / 'soft'}"]  # fmt: skip
+    assert run(words) == 0
+    capsys.readouterr()
+    assert run([*words[:-1], f"{tmp_path / 'soft'}:0.5"]) == 1
+    assert "what stands before a prompt has no scale" in capsys.readouterr().err
 
 
 def test_more_than_the_context_is_refused(tiny):

@@ -19,7 +19,8 @@ Quants = Annotated[str, typer.Option(help="Levels of quantization, with commas b
 Ways = Annotated[
     str | None,
     typer.Option(
-        help="Of base, live, merged and imatrix (merged, with the importance of your training rows).",
+        help="Of base, live (patched into the base, or in torch, where it is no LoRA for llama.cpp), merged, imatrix "
+        "(merged, with the importance of your training rows), patched and torch.",
         show_default="live,merged",
     ),
 ]

@@ -19,12 +19,15 @@ FORMAT = 1
 WAYS = {
     "base": "base alone",
     "live": "adapter live",
+    "patched": "patched base",
     "merged": "merged",
     "imatrix": "merged, imatrix",
     "trained": "trained on it, live",
+    "torch": "adapter in torch",
 }
-"""THE TABLE of ways to ship a fine-tune, in the order that they are shown in."""
-Way = Literal["base", "live", "merged", "imatrix", "trained"]
+"""THE TABLE of ways to run a fine-tune, in the order that they are shown in. All are llama.cpp's but the last, which is
+only compared with."""
+Way = Literal["base", "live", "patched", "merged", "imatrix", "trained", "torch"]
 Status = Literal["ok", "partial", "failed"]
 RATES = ("prompt_tokens_per_s", "generation_tokens_per_s", "load_seconds")  # of Speed: NaN where not measured
 Number = Annotated[
@@ -90,13 +93,13 @@ class CellResult:
     """Such as Q4_K_M; that of the base where an adapter is live."""
     status: Status = "ok"
     why: str = ""
-    """Of a failed or partial cell: what happened."""
+    """Of a failed or partial cell: what happened. Of one in torch: why it is not llama.cpp's."""
     path: str = ""
-    """The file to ship: the model; a live adapter stands in `files` beside it."""
+    """The file to ship: the model; a live adapter stands in `files` beside it. Empty where nothing can be shipped."""
     sha256: str = ""
     """Of the file at `path`."""
     size_bytes: int = 0
-    """Of all that must be shipped: the model, and its adapter where that is live."""
+    """Of all that it takes: the model, and its adapter where that is not in it."""
     measures: dict[str, Measure] = field(default_factory=dict)
     """By a name of MEASURES, with `/` and a part behind it where there are several: `right`, `right/known`,
     `choice/arc-easy`."""
@@ -111,6 +114,11 @@ class CellResult:
     @property
     def name(self) -> str:
         return f"{self.quant} {WAYS[self.way]}"
+
+    @property
+    def ships(self) -> bool:
+        """Whether it is something to ship: what torch computed is not."""
+        return self.way != "torch"
 
     def measure(self, key: str) -> Measure | None:
         """None where it was not taken, or came out as no number: that is never ranked."""

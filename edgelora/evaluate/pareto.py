@@ -27,9 +27,10 @@ def goodness(cell: CellResult, keys: Sequence[str]) -> tuple[float, ...]:
 
 
 def frontier(cells: Sequence[CellResult], key: str) -> list[CellResult]:
-    """From the smallest to the largest, each better than all before it. Failed and partial cells are never on it."""
+    """From the smallest to the largest, each better than all before it. What failed, is partial or is nothing to ship
+    is never on it."""
     standing: list[CellResult] = []
-    usable = [cell for cell in cells if cell.status == "ok" and cell.measure(key)]
+    usable = [cell for cell in cells if cell.status == "ok" and cell.ships and cell.measure(key)]
     for cell in sorted(usable, key=lambda cell: (cell.size_bytes, -goodness(cell, [key])[0])):
         if not standing or goodness(cell, [key]) > goodness(standing[-1], [key]):
             standing.append(cell)

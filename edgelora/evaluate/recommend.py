@@ -18,6 +18,7 @@ from edgelora.evaluate.studied import advice
 RULES = (
     "Only whole cells count: what failed, is partial, or whose figure is no number is never ranked. The base alone is "
     "what the others are compared with, unless nothing else was asked for.",
+    "What torch computed is compared with, and is never advised: it is nothing that llama.cpp runs.",
     "What exceeds a limit is out.",
     "Best is the highest share of right answers, then the lowest held-out loss; without a task the lowest KL to the "
     "reference, else perplexity, else bits per byte.",
@@ -49,11 +50,12 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
     """The file to ship among measured cells. Raises ConfigError for a `min_quality` without a task to apply it to."""
     limits = limits or Limits()
     asked = in_order([cell for cell in cells if cell.way != "base"] or cells)
-    keys = ranked_by([cell for cell in asked if cell.status == "ok"])
-    usable = [cell for cell in asked if cell.status == "ok" and keys and cell.measure(keys[0])]
+    whole = [cell for cell in asked if cell.status == "ok"]
+    keys = ranked_by([cell for cell in whole if cell.ships] or whole)
+    usable = [cell for cell in whole if cell.ships and keys and cell.measure(keys[0])]
+    in_torch = [cell for cell in whole if not cell.ships and keys and cell.measure(keys[0])]
     if not usable:
-        nothing = "Nothing was measured from beginning to end, so nothing can be advised."
-        return Choice(None, "\n".join([nothing, *_left_out(asked, keys)]))
+        return Choice(None, "\n".join([*_nothing(in_torch, cells, keys), *_left_out(asked, keys)]))
     if limits.min_quality is not None and keys[0] != "right":
         raise ConfigError(
             what=f"--min-quality {limits.min_quality:g}: there is no share of right answers",
@@ -71,6 +73,7 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
         *_adapters(chosen),
         *_others(chosen, best, fitting, keys),
         *_limited(usable, fitting, limits),
+        *_beside_torch(chosen, in_torch, keys),
     ]
     lines += [*_is_adapter_worth_it(chosen, cells, keys), *_cost(chosen, cells), *_studied(chosen, cells)]
     lines += _left_out(asked, keys)
@@ -107,6 +110,28 @@ def _chosen(chosen: CellResult, best: CellResult, keys: Sequence[str]) -> list[s
         f"{chosen.name}: {_size(chosen)}, {near} {best.name}, the best on {about}{faster}.",
         _sentence("; ".join(_beside(best, chosen, one) for one in found)),
     ]
+
+
+def _nothing(in_torch: Sequence[CellResult], cells: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
+    """Why there is no file, and what torch makes of an adapter that llama.cpp is not measured with."""
+    if not in_torch:
+        return ["Nothing was measured from beginning to end, so nothing can be advised."]
+    best = max(in_torch, key=lambda cell: (goodness(cell, keys), -cell.size_bytes))
+    return [
+        "Nothing that was measured is a file to ship: torch computed it.",
+        f"The best of it is {best.name}: {_figures(best, keys)}.",
+        *_is_adapter_worth_it(best, cells, keys),
+        *_cost(best, cells),
+    ]
+
+
+def _beside_torch(chosen: CellResult, in_torch: Sequence[CellResult], keys: Sequence[str]) -> list[str]:
+    """What torch makes of the adapter, over the same level where that was measured."""
+    if not in_torch:
+        return []
+    other = max(in_torch, key=lambda cell: (cell.quant == chosen.quant, goodness(cell, keys)))
+    found = [change for change in against(chosen, other, keys) if other.measure(change.key)]
+    return [f"To compare with, {other.name}: {'; '.join(_beside(chosen, other, change) for change in found)}."]
 
 
 def _adapters(chosen: CellResult) -> list[str]:

@@ -8,8 +8,8 @@ from edgelora.base.model import Base, open_base
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.files.adapter_check import contract_of
+from edgelora.files.contract import FILE_NAME, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
-from edgelora.peft.adapter import read_adapter
 
 AUTO, LLAMA_CPP, TORCH = "auto", "llama.cpp", "torch"
 
@@ -50,7 +50,10 @@ def as_trained(model: Path, adapter: Path | None) -> Base:
     base = open_base(model)
     if adapter is None:
         return base
-    in_folder = adapter.is_dir()
-    return base.as_trained(
-        read_adapter(adapter, base.linears, base.norms).contract if in_folder else contract_of(GGUFFile(adapter))
-    )
+    return base.as_trained(contract_in(adapter) if adapter.is_dir() else contract_of(GGUFFile(adapter)))
+
+
+def contract_in(folder: Path) -> Contract | None:
+    """What an adapter's folder says of its training, whatever the adapter is; None if it says nothing."""
+    own = folder / FILE_NAME
+    return read_contract(own.read_text(encoding="utf-8", errors="replace"), str(own)) if own.exists() else None

@@ -13,14 +13,16 @@ from typing import Any, get_args
 from converters.quant_types import COPY, NEEDS_IMPORTANCE, parse_type
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.data.conversation import Conversation, read_conversations
-from edgelora.errors import ConfigError, DataError, FileFormatError
+from edgelora.errors import AdapterError, ConfigError, DataError, FileFormatError
 from edgelora.evaluate.cells import WAYS, Sample, Way
 from edgelora.evaluate.choices import alternatives
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import sha256_file
 from edgelora.peft.adapter import read_adapter
+from edgelora.pipeline.engines import contract_in
 from edgelora.pipeline.evaluate import adapter_files, is_choice_file, read_choice_file
+from edgelora.pipeline.grid_live import Live, how_live
 from edgelora.pipeline.perplexity import read_windows
 from edgelora.training.folder import RunFolder
 from edgelora.versions import versions
@@ -98,6 +100,8 @@ class Grid:
     calibration: Path | None
     digests: Mapping[str, str]
     """Of `base`, `adapter`, `adapter/Q4_K_M`, `calibration`, `text`, `task`, `choice/…`."""
+    live: Live
+    """What `--ways live` means for the adapter."""
     n_text_tokens: int = 0
     n_choice_tokens: int = 0
 
@@ -105,7 +109,9 @@ class Grid:
     def plan(cls, asked: Asked) -> Grid:
         """Read everything that is read in every cell. Raises ConfigError, DataError, BaseModelError, AdapterError."""
         base = open_base(asked.base)
-        places = _places(asked)
+        _require_there(asked)
+        live = how_live(base, *asked.adapter) if asked.adapter else Live()
+        places = _places(asked, live)
         _require_own_levels(asked, base)
         task, choices, n_choice_tokens = _data(asked, base)
         if task is None and not choices and asked.text is None:
@@ -121,7 +127,7 @@ class Grid:
         calibration = _calibration(asked) if any(place.way == "imatrix" for place in places) else None
         digests = dict(_digests(asked, base, task, choices, calibration))
         _refuse_test_rows(digests)
-        return cls(asked, base, places, task, choices, calibration, digests, n_tokens, n_choice_tokens)
+        return cls(asked, base, places, task, choices, calibration, digests, live, n_tokens, n_choice_tokens)
 
     def key(self, *parts: Any) -> str:
         """One name for something made of these, by these versions."""
@@ -137,7 +143,8 @@ class Grid:
         scale = self.asked.adapter[1] if self.asked.adapter and "adapter" in used else None
         has_kl = place.way not in ("base", "trained") or (place.way == "base" and self.asked.adapter is None)
         found = {name: value for name, value in self.digests.items() if name in scored | used}
-        return found | {"scale": scale, "reference": has_kl}
+        computed_by = {"torch": versions()["torch"]} if place.way == "torch" else {}
+        return found | computed_by | {"scale": scale, "reference": has_kl}
 
 
 def digest(files: Sequence[Path]) -> str:
@@ -146,7 +153,7 @@ def digest(files: Sequence[Path]) -> str:
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
-def _places(asked: Asked) -> tuple[Place, ...]:
+def _places(asked: Asked, live: Live) -> tuple[Place, ...]:
     quants = tuple(dict.fromkeys(quant.upper() for quant in asked.quants))
     for quant in (*quants, *asked.adapters_for):
         parse_type(quant)
@@ -161,6 +168,13 @@ def _places(asked: Asked) -> tuple[Place, ...]:
             why="there is nothing to run live or to merge",
             fix="pass --adapter FOLDER and --quants Q4_K_M,Q8_0",
         )
+    ways = [live.way if way == "live" else way for way in ways]
+    if "torch" in ways and asked.adapter is not None and asked.adapter[0].is_file():
+        raise ConfigError(
+            what=f"--ways torch: {asked.adapter[0]} is a GGUF adapter",
+            why="it was written for llama.cpp; what it was exported from runs in torch",
+            fix="pass the adapter's folder",
+        )
     found = [Place(way, quant) for way in get_args(Way) if way in ways and way != "trained" for quant in quants
              if not (way == "imatrix" and quant in FLOAT_QUANTS)
              and not (way != "imatrix" and quant in NEEDS_IMPORTANCE)]  # fmt: skip
@@ -168,6 +182,15 @@ def _places(asked: Asked) -> tuple[Place, ...]:
     if "base" not in ways:  # what the adapter has cost is seen beside it
         found.insert(0, Place("base", max(quants, key=_bits)))
     return tuple(found)
+
+
+def _require_there(asked: Asked) -> None:
+    if asked.adapter is not None and not all(file.is_file() for file in adapter_files(asked.adapter[0])):
+        raise AdapterError(
+            what=f"{asked.adapter[0]}: no adapter here",
+            why="an adapter is a folder with PEFT's two files, or the GGUF that was exported of one",
+            fix="pass the folder that `edgelora train --out` wrote",
+        )
 
 
 def _require_own_levels(asked: Asked, base: Base) -> None:
@@ -220,9 +243,8 @@ def _calibration(asked: Asked) -> Path:
     folder = asked.adapter[0]
     try:
         listed = read_json(RunFolder(folder).facts)["settled"]["data"]
-        base = open_base(asked.base)
-        adapter = read_adapter(folder, base.linears, base.norms)
-        trained = {source["sha256"] for source in adapter.contract.training["data"]} if adapter.contract else set()
+        contract = contract_in(folder)
+        trained = {source["sha256"] for source in contract.training["data"]} if contract else set()
         paths = [Path(str(text)) for text in listed]
         if len(paths) == 1 and paths[0].is_file() and sha256_file(paths[0]) in trained:
             return paths[0]

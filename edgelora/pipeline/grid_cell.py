@@ -11,9 +11,9 @@ from edgelora.child import run_in_child
 from edgelora.errors import EdgeloraError
 from edgelora.evaluate.cells import CellResult, UsedFile
 from edgelora.evaluate.taken import choice_measure, task_measures, text_measures
-from edgelora.files.contract import sha256_file
-from edgelora.pipeline.evaluate import Cell, measure_speed, score_choice, score_task
-from edgelora.pipeline.grid import Grid, Place
+from edgelora.pipeline.engines import LLAMA_CPP, TORCH
+from edgelora.pipeline.evaluate import Cell, adapter_files, measure_speed, score_choice, score_task
+from edgelora.pipeline.grid import Grid, Place, digest
 from edgelora.pipeline.grid_files import Shipped, Workshop
 from edgelora.pipeline.perplexity import Run, measure
 from edgelora.progress import OnProgress
@@ -33,6 +33,10 @@ class CellJob:
     keep: Callable[[CellResult], None]
     on_progress: OnProgress
 
+    @property
+    def engine(self) -> str:
+        return TORCH if self.place.way == "torch" else LLAMA_CPP
+
 
 def measure_cell(job: CellJob, workshop: Workshop, before: CellResult | None = None) -> CellResult:
     """Build what is missing and measure what `before` lacks. A fault is the cell's `why`, and no other's business."""
@@ -49,7 +53,7 @@ def measure_cell(job: CellJob, workshop: Workshop, before: CellResult | None = N
             failed = not cell.speed.peak_bytes and not cell.measures
             return replace(cell, status="failed" if failed else "partial", why=f"{name}: {_why(e)}")
         job.keep(cell)
-    return replace(cell, status="ok", why="")
+    return replace(cell, status="ok", why=_why_in_torch(job.grid) if job.engine == TORCH else "")
 
 
 def _parts(
@@ -60,10 +64,11 @@ def _parts(
 
     def of(data: Path, metric: str = "exact", pattern: str | None = None) -> Cell:
         return Cell(
-            job.place.name, shipped.model, data, shipped.adapter, shipped.scale, asked.allow_unverified, metric, pattern
-        )
+            job.place.name, shipped.model, data, shipped.adapter, shipped.scale, asked.allow_unverified, metric,
+            pattern, job.engine,
+        )  # fmt: skip
 
-    if not cell.speed.peak_bytes:
+    if job.engine == LLAMA_CPP and not cell.speed.peak_bytes:
         yield (
             "speed",
             lambda cell: replace(cell, speed=run_in_child(measure_speed, of(Path()), on_progress=job.on_progress)),
@@ -87,7 +92,7 @@ def _text_run(job: CellJob, shipped: Shipped, against: Path | None) -> Run:
     adapter = None if shipped.adapter is None else (shipped.adapter, shipped.scale)
     return Run(
         shipped.model, asked.text, adapter, against, context=asked.context, chunks=asked.windows,
-        allow_unverified=asked.allow_unverified,
+        allow_unverified=asked.allow_unverified, engine=job.engine,
     )  # fmt: skip
 
 
@@ -96,14 +101,14 @@ def _with_text(cell: CellResult, run: Run, on_progress: OnProgress) -> CellResul
 
 
 def _with_task(cell: CellResult, scored: Cell, shown: list[int], on_progress: OnProgress) -> CellResult:
-    found = run_in_child(score_task, scored, on_progress=on_progress)
+    found = run_in_child(score_task, scored, with_torch=scored.in_torch, on_progress=on_progress)
     samples = tuple(found.answers[i] for i in shown)
     return replace(cell, measures=cell.measures | task_measures(found), samples=samples)
 
 
 def _with_choice(cell: CellResult, name: str, scored: Cell, on_progress: OnProgress) -> CellResult:
-    found = choice_measure(run_in_child(score_choice, scored, on_progress=on_progress))
-    return replace(cell, measures=cell.measures | {f"choice/{name}": found})
+    found = run_in_child(score_choice, scored, with_torch=scored.in_torch, on_progress=on_progress)
+    return replace(cell, measures=cell.measures | {f"choice/{name}": choice_measure(found)})
 
 
 def _begun(job: CellJob, shipped: Shipped, before: CellResult | None) -> CellResult:
@@ -113,14 +118,21 @@ def _begun(job: CellJob, shipped: Shipped, before: CellResult | None) -> CellRes
     files = [UsedFile("model", told(shipped.model, job.folder), sha256, shipped.model.stat().st_size)]
     for role, path in (("adapter", shipped.adapter), ("imatrix", shipped.imatrix)):
         if path is not None:
-            files.append(UsedFile(role, told(path, job.folder), sha256_file(path), path.stat().st_size))
+            own = adapter_files(path)
+            files.append(UsedFile(role, told(path, job.folder), digest(own), sum(f.stat().st_size for f in own)))
+    to_ship = ("", "") if job.engine == TORCH else (files[0].path, sha256)
     cell = CellResult(
-        job.place.way, job.place.quant, "partial", UNFINISHED, files[0].path, sha256, shipped.size_bytes,
+        job.place.way, job.place.quant, "partial", UNFINISHED, *to_ship, shipped.size_bytes,
         tensor_types={name: info.type.name for name, info in model.file.tensors.items()}, files=tuple(files),
     )  # fmt: skip
     if before is None or before.files != cell.files:
         return cell
     return replace(cell, measures=before.measures, speed=before.speed, samples=before.samples)
+
+
+def _why_in_torch(grid: Grid) -> str:
+    why = f" ({grid.live.why})" if grid.live.why else ""
+    return f"computed in torch over this very file{why}: speed and memory would be torch's, and are not measured"
 
 
 def told(path: Path, folder: Path) -> str:

@@ -13,11 +13,13 @@ from edgelora.base.model import FLOAT_QUANTS
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.files.atomic import require_space
 from edgelora.pipeline.convert import convert
+from edgelora.pipeline.engines import LLAMA_CPP, TORCH
 from edgelora.pipeline.evaluate import adapter_files
 from edgelora.pipeline.export import export
 from edgelora.pipeline.grid import Grid, Place
 from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
 from edgelora.pipeline.merge import MergeOptions, merge
+from edgelora.pipeline.patch import patch
 from edgelora.pipeline.perplexity import TOP, Run, measure
 from edgelora.pipeline.quantize import quantize
 from edgelora.progress import OnProgress, silent
@@ -27,10 +29,8 @@ ORIGINAL = "F16"  # what everything else is compared with
 
 @dataclass(frozen=True)
 class Shipped:
-    """What a place is measured from, and what its user would get: a model, and a live adapter at its scale.
-
-    `imatrix`: what it was quantized with.
-    """
+    """What a place is measured from, and what its user would get: a model, and an adapter over it at its scale (a GGUF;
+    for torch its folder). `imatrix`: what the model was quantized with."""
 
     model: Path
     adapter: Path | None = None
@@ -39,7 +39,8 @@ class Shipped:
 
     @property
     def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in (self.model, self.adapter) if path)
+        files = [self.model, *(adapter_files(self.adapter) if self.adapter else [])]
+        return sum(path.stat().st_size for path in files)
 
 
 class Workshop:
@@ -55,6 +56,10 @@ class Workshop:
             return Shipped(self.base(place.quant))
         if place.way == "live":
             return Shipped(self.base(place.quant), self.adapter(), scale)
+        if place.way == "torch":
+            return Shipped(self.base(place.quant), self._given, scale)
+        if place.way == "patched":
+            return Shipped(*self.patched(place.quant))
         if place.way == "trained":
             return Shipped(self.base(place.quant), self._adapter_for(place.quant))
         spared = place.way == "imatrix"
@@ -77,8 +82,18 @@ class Workshop:
 
     def adapter(self) -> Path:
         """The adapter as llama.cpp takes it."""
-        assert self._grid.asked.adapter is not None
-        return self._exported(self._grid.asked.base, self._grid.asked.adapter[0], ["base", "adapter"])
+        return self._exported(self._grid.asked.base, self._given, ["base", "adapter"])
+
+    def patched(self, quant: str) -> tuple[Path, Path | None]:
+        """The base at a level with the adapter in its own numbers; the LoRA over it, where something of it is one."""
+        base, folder = self.base(quant), self._given
+        name = f"{self._stem}-{folder.resolve().name}-{quant}-patched"
+        beside = [f"{name}.lora.gguf"] if self._grid.live.leaves_lora else []
+        model = self._made(f"{name}.gguf", ["patch", quant, *map(self._digest, ("base", "adapter"))], lambda out: patch(
+            base, folder, out, allow_unverified=self._grid.asked.allow_unverified, overwrite=True,
+            on_progress=self.on_progress,
+        ), beside)  # fmt: skip
+        return model, model.with_name(beside[0]) if beside else None
 
     def _adapter_for(self, quant: str) -> Path:
         folder = self._grid.asked.adapters_for[quant]
@@ -125,20 +140,34 @@ class Workshop:
         ))  # fmt: skip
 
     def reference(self) -> Path | None:
-        """The predictions of the unquantized result over the text, the TOP likeliest of each; None without a text."""
+        """The predictions of the unquantized result over the text, the TOP likeliest of each; None without a text.
+
+        Of an adapter that cannot be merged those of torch.
+        """
         asked = self._grid.asked
         if asked.text is None:
             return None
-        model = self.merged(ORIGINAL) if asked.adapter is not None else self.base(ORIGINAL)
+        is_whole = asked.adapter is None or not self._grid.live.mergeable
+        model = self.base(ORIGINAL) if is_whole else self.merged(ORIGINAL)
+        adapter, engine = (asked.adapter, TORCH) if is_whole and asked.adapter else (None, LLAMA_CPP)
         made_of = [self._digest(name) for name in ("base", "adapter", "text") if name in self._grid.digests]
         recipe = ["reference", *made_of, asked.adapter and asked.adapter[1], asked.windows, asked.context, TOP]
 
         def build(out: Path) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            run = Run(model, asked.text, save=out, context=asked.context, chunks=asked.windows, top=TOP)
+            run = Run(
+                model, asked.text, adapter, save=out, context=asked.context, chunks=asked.windows, top=TOP,
+                allow_unverified=asked.allow_unverified, engine=engine,
+            )  # fmt: skip
             measure(run, self.on_progress)
 
         return self._made(f"{model.stem}.reference", recipe, build)
+
+    @property
+    def _given(self) -> Path:
+        """The adapter as it was given."""
+        assert self._grid.asked.adapter is not None
+        return self._grid.asked.adapter[0]
 
     @property
     def _stem(self) -> str:
@@ -149,9 +178,12 @@ class Workshop:
     def _digest(self, name: str) -> str:
         return self._grid.digests[name]
 
-    def _made(self, name: str, recipe: Sequence[object], build: Callable[[Path], object]) -> Path:
+    def _made(
+        self, name: str, recipe: Sequence[object], build: Callable[[Path], object], beside: Sequence[str] = ()
+    ) -> Path:
+        """`beside`: what `build` writes with it."""
         path = self._folder / self._grid.key(*recipe) / name
-        if not path.exists():
+        if not all(path.with_name(one).exists() for one in (name, *beside)):
             build(path)
         return path
 
@@ -175,7 +207,13 @@ class Survey(Workshop):
         require_space(self._folder, needed, "the files of the report")
         return needed
 
-    def _made(self, name: str, recipe: Sequence[object], build: Callable[[Path], object]) -> Path:  # noqa: ARG002
+    def _made(
+        self,
+        name: str,
+        recipe: Sequence[object],
+        build: Callable[[Path], object],  # noqa: ARG002
+        beside: Sequence[str] = (),  # noqa: ARG002
+    ) -> Path:
         path = self._folder / self._grid.key(*recipe) / name
         if not path.exists():
             self.missing[path] = self._bytes(recipe[0], str(recipe[1]))

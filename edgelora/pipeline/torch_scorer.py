@@ -1,6 +1,7 @@
 """Answers and scores in torch, as `runtime/scorer.py` has them in llama.cpp: for what llama.cpp cannot run or read.
 
-An adapter's folder over its base, or a Hugging Face checkpoint. float32 on the CPU; nothing is exported or rounded.
+An adapter's folder over its base (a soft prompt's too), or a Hugging Face checkpoint. float32 on the CPU; nothing is
+exported or rounded.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from torch import Tensor
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import Base
 from edgelora.device import choose_products, compute_threads
-from edgelora.errors import EngineError
+from edgelora.errors import ConfigError, EngineError
 from edgelora.evaluate.protocols import Alternative, Answer, Question, Rates
 from edgelora.nn.generate import Until, generate
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach
-from edgelora.pipeline.export import read_checked
+from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt, read_trained_prompt
+from edgelora.peft.virtual_tokens import given
+from edgelora.pipeline.export import read_checked, require_contract
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 TOGETHER = 8  # questions that are answered at once
@@ -31,14 +34,17 @@ PROMPT, GENERATE, REPEATS = 256, 8, 3  # of `rates`; the first two as far as the
 
 
 class TorchScorer:
-    """A base in torch with adapters at their scales on it. Keeps nothing between calls."""
+    """A base in torch with adapters at their scales on it, behind virtual tokens. Keeps nothing between calls."""
 
-    def __init__(self, base: Base, adapters: Sequence[tuple[Adapter, float]] = ()) -> None:
+    def __init__(
+        self, base: Base, adapters: Sequence[tuple[Adapter, float]] = (), prompt: TrainedPrompt | None = None
+    ) -> None:
         self.base, self.decoder = base, build_decoder(base)
         if [scale for _, scale in adapters] == [1.0]:
             attach(self.decoder, adapters[0][0])  # one whole adapter costs no second product with the weights
         else:
             blend(self.decoder, adapters)
+        self.decoder.before = None if prompt is None else given(prompt)
 
     def answer(self, questions: Sequence[Question], max_tokens: int, on_progress: OnProgress = silent) -> list[Answer]:
         """Answer each question greedily, and score its reference."""
@@ -82,7 +88,7 @@ class TorchScorer:
 
     def rates(self) -> Rates:
         """Tokens/s of REPEATS prompts, and of as many answers, after a warm-up; the ids are random."""
-        length = min(PROMPT, self.base.context - GENERATE)
+        length = min(PROMPT, self.base.context - GENERATE - self.decoder.n_before)
         prompt = np.random.default_rng(0).integers(self.base.config.vocab_size, size=length).tolist()
         read = [length / _seconds(lambda: self.logits([prompt], [[length - 1]])) for _ in range(REPEATS + 1)]
         written = [
@@ -92,6 +98,7 @@ class TorchScorer:
         return Rates(tuple(read[1:]), tuple(written[1:]), length / read[0])
 
     def _require_room(self, tokens: int) -> None:
+        tokens += self.decoder.n_before
         if tokens > self.base.context:
             raise EngineError(
                 what=f"a prompt that needs {tokens} tokens",
@@ -105,15 +112,29 @@ def open_scorer(
 ) -> TorchScorer:
     """A base and the adapter folder over it, in a process that does nothing else: torch's settings stay changed.
 
-    Raises AdapterError as `export` does: it is held to its contract with the base.
+    Raises AdapterError as `export` does: it is held to its contract with the base; ConfigError for a part of a prompt.
     """
     torch.set_float32_matmul_precision(choose_products().value)
     torch.set_num_threads(threads or compute_threads())
     if adapter is None:
         return TorchScorer(base, [])
     folder, scale = adapter
+    if is_trained_prompt(folder):
+        return TorchScorer(base, prompt=_prompt(base, folder, scale, allow_unverified=allow_unverified))
     read = read_checked(folder, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
     return TorchScorer(base, [(read, scale)])
+
+
+def _prompt(base: Base, folder: Path, scale: float, *, allow_unverified: bool) -> TrainedPrompt:
+    if scale != 1.0:
+        raise ConfigError(
+            what=f"{folder}:{scale:g}: what stands before a prompt has no scale",
+            why="its tokens are there or they are not",
+            fix="leave the scale out",
+        )
+    prompt = read_trained_prompt(folder, base.config)
+    require_contract(prompt.contract, folder, base, allow_unverified=allow_unverified)
+    return prompt
 
 
 def _seconds(work: Callable[[], object]) -> float:

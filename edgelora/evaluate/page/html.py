@@ -38,4 +38,5 @@ def html(report: Report, choice: Choice) -> str:
         plots=[(a, paint(a, "wide"), paint(b, "narrow")) for a, b in zip(wide, narrow, strict=True)],
         sections=view.sections(report), speeds=view.speeds(report), changes=view.forgetting(report),
         answers=view.answers(report), bits=bits_map(chosen.tensor_types) if chosen else None,
+        in_torch=view.in_torch(report),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from edgelora.evaluate.cells import CellResult, Report, UsedFile
+from edgelora.evaluate.cells import WAYS, CellResult, Report, UsedFile
 from edgelora.evaluate.page import view
 from edgelora.evaluate.page.bits import bits_map
 from edgelora.evaluate.recommend import RULES, Choice
@@ -54,7 +54,8 @@ def _table(report: Report, choice: Choice) -> list[str]:
         note = [escape(row.note)] if row.note else []
         values = [f"**{value.text}**" if value.is_best else value.text for value in row.values]
         body.append([" ".join([name, *(f"({n})" for n in note)]), *values])
-    return ["## All that was measured", _grid(["", *titles], body) + "\n\nBold: the best of its column."]
+    said = [f"{WAYS['torch']}: {escape(why)}. Never bold, never recommended." for why in view.in_torch(report)]
+    return ["## All that was measured", _grid(["", *titles], body), "Bold: the best of its column.", *said]
 
 
 def _speeds(report: Report) -> list[str]:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which people who see few colours can tell apart; the page's style sheet has the same
-COLORS = {"base": "#777777", "live": "#0072B2", "merged": "#D55E00", "imatrix": "#009E73", "trained": "#CC79A7"}
+COLORS = {
+    "base": "#777777", "live": "#0072B2", "patched": "#E69F00", "merged": "#D55E00", "imatrix": "#009E73",
+    "trained": "#CC79A7", "torch": "#56B4E9",
+}  # fmt: skip
 DOTS_PER_INCH = 100
 LEGEND_PIXELS = 30.0
 POINT = 0.72  # of a pixel, at 100 dots per inch
@@ -44,8 +47,10 @@ def png(drawings: Sequence[Drawing]) -> bytes:
             for order, shape in enumerate(drawing.shapes):
                 _paint(axes, shape, order)
         ways = [way for way in WAYS if any(way in drawing.ways for drawing in drawings)]
+        narrow = min(1.0, 5 / len(ways))  # five of them fill a line
         for i, way in enumerate(ways):
-            figure.text((52 + i * 130) / width, 12 / height, f"● {WAYS[way]}", color=COLORS[way], fontsize=12 * POINT)
+            x, size = (52 + i * 130 * narrow) / width, 12 * POINT * narrow
+            figure.text(x, 12 / height, f"● {WAYS[way]}", color=COLORS[way], fontsize=size)
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 

@@ -100,10 +100,15 @@ class AnswersOf:
     given: tuple[Alike, ...]
 
 
+def in_torch(report: Report) -> list[str]:
+    """Why cells are torch's, each reason once; empty where there are none."""
+    return list(dict.fromkeys(cell.why for cell in report.cells if cell.status == "ok" and not cell.ships))
+
+
 def table(report: Report, choice: Choice) -> tuple[list[str], list[TableRow]]:
-    """The titles of COLUMNS that have a value, and a line for each cell; only whole cells can be best."""
+    """The titles of COLUMNS that have a value, and a line for each cell; only whole cells to ship can be best."""
     cells = in_order(report.cells)
-    whole = [cell for cell in cells if cell.status == "ok"]
+    whole = [cell for cell in cells if cell.status == "ok" and cell.ships]
     columns = shown_columns(cells)
     tops = {column.key: best(column, whole) for column in columns}
     keys = ranked_by(whole)
@@ -114,7 +119,7 @@ def table(report: Report, choice: Choice) -> tuple[list[str], list[TableRow]]:
         return tuple(
             Value(NONE)
             if value is None
-            else Value(column.write(value), cell.status == "ok" and value == tops[column.key])
+            else Value(column.write(value), cell.status == "ok" and cell.ships and value == tops[column.key])
             for column, value in found
         )
 

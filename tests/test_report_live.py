@@ -1,0 +1,195 @@
+"""`--ways live` of what is no LoRA for llama.cpp: a patched base, or torch's figures, which nobody takes for its."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf.constants import GGMLQuantizationType as Type
+from test_evaluate import ARC, write_lines
+from test_export import make_adapter
+from test_methods import stir
+from test_report_command import TEXT
+
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.cli import run
+from edgelora.errors import AdapterError, ConfigError
+from edgelora.peft.adapter import Adapter, write_adapter, write_folder
+from edgelora.peft.inject import adapter_config, collect, inject
+from edgelora.peft.methods import METHODS
+from edgelora.peft.soft_prompt import SAVED
+from edgelora.peft.targets import Where
+from edgelora.peft.virtual_settings import VirtualTokens
+from edgelora.peft.virtual_tokens import saved
+from edgelora.pipeline.engines import TORCH
+from edgelora.pipeline.grid import Asked, Grid, Place
+from edgelora.pipeline.grid_live import how_live
+from edgelora.pipeline.page import read_report
+from edgelora.pipeline.perplexity import Run, measure
+from edgelora.pipeline.report import Heard, make_report
+from edgelora.training.interrupt import Stopped
+
+RANK, ALPHA = 4, 8.0
+
+
+@pytest.fixture(scope="module")
+def base(make_tiny):
+    return open_base(make_tiny(Type.F16).path)
+
+
+@pytest.fixture(scope="module")
+def write(base, tmp_path_factory):
+    """`write(method)`: the folder of an adapter that has learned something."""
+    room, known = tmp_path_factory.mktemp("adapters"), dict[str, Path]()
+
+    def make(method: str) -> Path:
+        if method not in known:
+            row, folder, decoder = METHODS[method], room / method, build_decoder(base)
+            where = Where(
+                virtual=VirtualTokens(5) if row.before else VirtualTokens(), token_indices=(7, 8) if row.rows else (),
+                alora_invocation_tokens=(9, 10) if row.waits else (),
+            )  # fmt: skip
+            inject(decoder, method, RANK, ALPHA, 0, where)
+            stir(decoder)
+            config = adapter_config(decoder, method, RANK, ALPHA, str(base.path), where)
+            if row.before:
+                write_folder(folder, config, {SAVED: saved(decoder)}, None)
+            else:
+                write_adapter(folder, Adapter(config, collect(decoder)))
+            known[method] = folder
+        return known[method]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ask(base, write, tmp_path_factory):
+    """`ask(method)`: its way `live` over Q8_0, on a text and two questions."""
+    room = tmp_path_factory.mktemp("room")
+    (room / "text.txt").write_text(TEXT, encoding="utf-8")
+    write_lines(room / "arc.jsonl", [ARC, ARC | {"answer": 0}])
+
+    def make(method: str) -> Asked:
+        return Asked(
+            base.path, room / f"{method}.report", (write(method), 1.0), ("Q8_0",), ("live",), (room / "arc.jsonl",),
+            room / "text.txt", windows=3, context=64, allow_unverified=True,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def made(ask):
+    """`made(method)`: the report of it, that nobody stopped."""
+    return functools.cache(lambda method: make_report(ask(method), "x"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_live_is_what_llama_cpp_can_make_of_a_method(base, write, method):
+    """The tiny model has one matrix for embedding and head, and an aLoRA is not scored side by side."""
+    exits, never = METHODS[method].exits, ("alora", "token_rows")
+    expected = next((way for door, way in (("adapter", "live"), ("patched", "patched")) if door in exits), "torch")
+    found = how_live(base, write(method), 1.0)
+    assert found.way == ("torch" if method in never else expected)
+    assert bool(found.why) == (found.way != "live")
+    assert found.mergeable == ("merged" in exits)
+    if found.way == "patched":
+        half = how_live(base, write(method), 0.5)
+        assert (half.way, half.why[-3:]) == ("torch", "0.5")
+
+
+def test_a_dora_is_measured_over_the_base_that_it_patches(ask, base, write):
+    asked = ask("dora")
+    made = make_report(replace(asked, quants=("F16",)), "x")
+    alone, cell = made.report.cells
+    assert [(c.name, c.status) for c in (alone, cell)] == [("F16 base alone", "ok"), ("F16 patched base", "ok")]
+    assert [file.role for file in cell.files] == ["model", "adapter"]
+    assert cell.path == cell.files[0].path
+    assert cell.size_bytes == sum(file.size_bytes for file in cell.files)
+    assert cell.speed.switch_seconds is not None
+    there = Run(base.path, asked.text, (write("dora"), 1.0), context=64, chunks=3, allow_unverified=True, engine=TORCH)
+    assert cell.measures["perplexity"].value == pytest.approx(measure(there).perplexity.value, rel=2e-3)
+    assert cell.measures["kl"].value < 1e-3  # against the merged F16
+    assert made.choice.file == cell.path
+    assert f"with {cell.files[1].path} live over it" in made.choice.why
+    rest = made.folder / cell.files[1].path
+    rest.unlink()
+    again = make_report(replace(asked, quants=("F16",)), "x")
+    assert rest.exists()
+    assert again.report.cells == made.report.cells
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prompt_tuning"])
+def test_what_llama_cpp_cannot_score_is_computed_in_torch_and_never_advised(made, ask, write, method):
+    asked, made = ask(method), made(method)
+    alone, cell = made.report.cells
+    assert [(c.name, c.status) for c in (alone, cell)] == [("Q8_0 base alone", "ok"), ("Q8_0 adapter in torch", "ok")]
+    model = made.folder / cell.files[0].path
+    there = Run(model, asked.text, (write(method), 1.0), context=64, chunks=3, allow_unverified=True, engine=TORCH)
+    found = measure(there)
+    assert cell.measures["perplexity"].value == pytest.approx(found.perplexity.value, rel=1e-5)
+    assert cell.measures["perplexity"].value != pytest.approx(alone.measures["perplexity"].value, rel=3e-3)
+    assert 0 < cell.measures["kl"].value < 0.1  # against torch over F16: what 8 bits cost
+    assert "choice/arc" in cell.measures
+    assert (cell.path, cell.sha256, cell.speed.peak_bytes, cell.speed.prompt_range) == ("", "", 0, None)
+    assert cell.why.startswith(f"computed in torch over this very file ({Grid.plan(asked).live.why}): speed and ")
+    assert made.choice.file is None
+    assert made.choice.why.startswith("Nothing that was measured is a file to ship: torch computed it.")
+    for name in ("report.html", "report.md"):
+        assert "never recommended" in (made.folder / name).read_text(encoding="utf-8")
+    said = []
+    again = make_report(asked, "x", None, Heard(on_say=said.append))
+    assert said[0].startswith("2 cells, 2 of them measured before; 0 files to build")
+    assert again.report.cells == made.report.cells == read_report(made.folder).cells
+
+
+def test_a_stopped_cell_of_torch_is_partial_and_is_gone_on_with(made, ask, tmp_path):
+    asked = replace(ask("houlsby"), out=tmp_path / "report")
+    shutil.copytree(made("houlsby").folder, asked.out)
+    for cell in asked.out.glob("cells/torch-*"):
+        cell.unlink()
+
+    def press(progress):
+        if progress.stage == "Q8_0 adapter in torch: choose":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped, match="stopped with 1 of 2 cells measured"):
+        make_report(asked, "x", None, Heard(press))
+    cell = read_report(asked.out).cells[1]
+    assert (cell.status, cell.why, "perplexity" in cell.measures) == ("partial", "it was stopped before its end", True)
+    stages = set()
+    make_report(asked, "x", None, Heard(lambda progress: stages.add(progress.stage)))
+    assert stages == {"Q8_0 adapter in torch: choose"}
+
+
+def test_torch_can_be_asked_for_beside_llama_cpp(ask, base, tmp_path):
+    write_adapter(tmp_path / "mine", make_adapter(base))
+    asked = replace(ask("houlsby"), adapter=(tmp_path / "mine", 1.0), ways=("live", "torch"))
+    grid = Grid.plan(asked)
+    assert grid.places == (Place("base", "Q8_0"), Place("live", "Q8_0"), Place("torch", "Q8_0"))
+    rests = {place.way: set(grid.rests_on(place)) for place in grid.places}
+    assert rests["torch"] - rests["live"] == {"torch"}  # the version that computed it
+    (tmp_path / "mine.gguf").touch()
+    with pytest.raises(ConfigError, match="is a GGUF adapter"):
+        Grid.plan(replace(asked, adapter=(tmp_path / "mine.gguf", 1.0)))
+
+
+def test_an_adapter_that_is_not_there_is_refused_at_once(ask, tmp_path):
+    with pytest.raises(AdapterError, match="no adapter here"):
+        Grid.plan(replace(ask("houlsby"), adapter=(tmp_path / "mine", 1.0)))
+
+
+def test_the_command_says_where_a_cell_was_computed(made, ask, write, capsys):
+    asked, why = ask("houlsby"), made("houlsby").choice.why
+    words = ["report", str(asked.base), "--adapter", str(write("houlsby")), "--quants", "Q8_0", "--ways", "live",
+             "--data", str(asked.data[0]), "--text", str(asked.text), "--chunks", "3", "--context", "64",
+             "--out", str(asked.out), "--allow-unverified-base", "--json"]  # fmt: skip
+    assert run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recommended"], found["why"]) == (None, why)
+    assert found["cells"][1]["why"].startswith("computed in torch over this very file")
