@@ -257,6 +257,12 @@ def test_a_folders_tokens_stay_when_it_becomes_a_gguf(folder, tmp_path):
     (tmp_path / "new").mkdir()
     write_folder_with_tokens(tmp_path / "new", base, grown, control=True)
     written = open_base(tmp_path / "new")
+    more = with_tokens(written.tokenizer, ["<more>"], control=False, source=folder)
+    (tmp_path / "more").mkdir()
+    write_folder_with_tokens(tmp_path / "more", written, more, control=False)  # into padding, as Qwen's folders have it
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "more")
+    assert theirs("<more><|tool|>", add_special_tokens=False)["input_ids"] == [515, 512]
+    assert open_base(tmp_path / "more").vocabulary == more.vocabulary
     write_base_gguf(tmp_path / "new.gguf", written, "F32")
     assert open_base(tmp_path / "new.gguf").vocabulary == written.vocabulary == grown.vocabulary
     assert open_base(tmp_path / "new.gguf").fingerprint == written.fingerprint

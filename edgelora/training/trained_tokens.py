@@ -39,6 +39,7 @@ def _id_of(text: str, base: Base) -> int:
         raise ConfigError(
             what=f"train_tokens: {text} is {len(ids)} tokens",
             why="the row of one token is trained, and the vocabulary stays as it is",
-            fix="name a reserved token of the base in its place, or each of these by its id",
+            fix="name a reserved token of the base in its place, or each of these by its id; or train over a base that "
+            "has it, which `edgelora add-tokens` writes",
         )
     return ids[0]
