@@ -268,6 +268,21 @@ def test_a_folders_tokens_stay_when_it_becomes_a_gguf(folder, tmp_path):
     assert open_base(tmp_path / "new.gguf").fingerprint == written.fingerprint
 
 
+@pytest.mark.parametrize("with_json", [True, False], ids=["both files", "tokenizer.model alone"])
+def test_a_sentencepiece_folder_keeps_its_tokens(stories, tmp_path, with_json):
+    (tmp_path / "base").mkdir()
+    for file in stories.iterdir():
+        if with_json or file.name != "tokenizer.json":
+            (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    base = open_base(tmp_path / "base")
+    grown = with_tokens(base.tokenizer, ["<tool>", "größer🙂"], control=False, source=base.path)
+    (tmp_path / "new").mkdir()
+    write_folder_with_tokens(tmp_path / "new", base, grown, control=False)
+    assert open_base(tmp_path / "new").vocabulary == grown.vocabulary
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert theirs("<tool>größer🙂", add_special_tokens=False)["input_ids"] == [512, 513]
+
+
 def test_a_folder_whose_ids_transformers_would_count_otherwise_is_refused(folder, tmp_path):
     """Its vocabulary has a gap, and the `tokenizers` library numbers added tokens by its size."""
     (tmp_path / "base").mkdir()
@@ -296,6 +311,7 @@ def test_the_command_writes_it_and_refuses_a_token_a_second_time(tiny, tmp_path,
     assert run([*words, "--out", str(out), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == {"<a>": 512, "größer🙂": 513, "<b>": 514}
+    assert (told["vocab_size"], told["padding"]) == (576, 61)
     assert told["certificate"]["passed"]
     assert told["certificate"]["same_bits"]
     assert told["size_bytes"] == out.stat().st_size

@@ -49,7 +49,8 @@ def add_tokens(
     with Display() as display:
         made = run(base, texts, out, control=control, overwrite=overwrite, on_progress=display.show)
         size = f"{made.size_bytes / 1e6:.1f} MB, {count(made.vocab_size, 'token')}"
-        display.say(f"{out}: {size}, {len(made.tokens)} of them new")
+        padding = f" and {made.padding} padding" if made.padding else ""
+        display.say(f"{out}: {size}, {len(made.tokens)} of them new{padding}")
         for text, pieces in list(zip(made.tokens, made.pieces, strict=True))[:MOST_SHOWN]:
             display.say(f"  {made.tokens[text]} {visible(text)}: begins as the mean of {count(len(pieces), 'token')}")
         for note in made.notes:
@@ -59,7 +60,7 @@ def add_tokens(
         display.say("next: " + command("train", out, "ROWS", "--method", "token_rows", *named, "--out", "ADAPTER"))
     if as_json:
         print(json.dumps({
-            "out": str(out), "size_bytes": made.size_bytes, "vocab_size": made.vocab_size, "tokens": made.tokens,
-            "pieces": [list(pieces) for pieces in made.pieces], "notes": made.notes,
+            "out": str(out), "size_bytes": made.size_bytes, "vocab_size": made.vocab_size, "padding": made.padding,
+            "tokens": made.tokens, "pieces": [list(pieces) for pieces in made.pieces], "notes": made.notes,
             "certificate": made.certificate.as_dict(),
         }))  # fmt: skip

@@ -71,12 +71,14 @@ class TokensCertificate:
 
 @dataclass(frozen=True)
 class Enlarged:
-    """What was written: each new token with its id and the ids that its text had before, and the new size."""
+    """What was written: each new token with its id and the ids that its text had before; how many ids there are, and
+    how many of these are padding behind the new ones."""
 
     path: Path
     tokens: dict[str, int]
     pieces: tuple[tuple[int, ...], ...]
     vocab_size: int
+    padding: int
     size_bytes: int
     notes: list[str]
     certificate: TokensCertificate
@@ -120,7 +122,7 @@ def add_tokens(
     )  # fmt: skip
     written = [out] if out.is_file() else sorted(out.iterdir())
     return Enlarged(
-        out, dict(zip(grown.texts, grown.ids, strict=True)), grown.pieces, grown.n_tokens,
+        out, dict(zip(grown.texts, grown.ids, strict=True)), grown.pieces, grown.n_tokens, grown.padding,
         sum(file.stat().st_size for file in written), _notes(open_base(out), grown), certificate,
     )  # fmt: skip
 
