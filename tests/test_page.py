@@ -19,7 +19,15 @@ from typer.testing import CliRunner
 from edgelora.cli import app
 from edgelora.errors import DataError, FileFormatError
 from edgelora.evaluate import report as columns
-from edgelora.evaluate.cells import CellResult, Measure, Report, cell_from_json, cell_to_json, report_from_json
+from edgelora.evaluate.cells import (
+    CellResult,
+    Measure,
+    Report,
+    UsedFile,
+    cell_from_json,
+    cell_to_json,
+    report_from_json,
+)
 from edgelora.evaluate.page import view
 from edgelora.evaluate.page.bits import bits_map
 from edgelora.evaluate.page.html import html
@@ -356,6 +364,25 @@ def test_a_change_is_told_from_noise(made_up):
     assert found.settings == ("threads: 1 → 2",)
     assert len(found.only_before) == 14
     assert "Q2_K merged, imatrix" not in found.only_before  # it failed: there is nothing to compare
+
+
+def test_methods_are_compared_as_live_as_each_can_be(made_up):
+    """A LoRA, a DoRA and a Houlsby adapter of the same rows: live, patched and in torch."""
+    report, files = made_up[0], {name: UsedFile("adapter", name, name * 8, 1) for name in ("lora", "dora")}
+    live, other = (
+        replace(
+            report, cells=(made_up_cell("base", "Q8_0"), *(replace(made_up_cell("live", q), way=way) for q in quants)),
+            provenance=replace(report.provenance, files=(files[name],)),
+        )
+        for way, quants, name in (("live", ("Q4_K_M", "Q8_0"), "lora"), ("patched", ("Q8_0", "Q2_K"), "dora"))
+    )  # fmt: skip
+    found = compare_reports(live, other, ("a", "b"))
+    assert {pair.cell for pair in found.pairs} == {"Q8_0 base alone", "Q8_0 adapter live → patched base"}
+    assert (found.only_before, found.only_after) == (("Q4_K_M adapter live",), ("Q2_K patched base",))
+    assert found.files == ("adapter: lora (sha256 loraloralora…) → dora (sha256 doradoradora…)",)
+    in_torch = replace(made_up_cell("live", "Q8_0"), way="torch")
+    two = compare_reports(live, replace(other, cells=(*other.cells, in_torch)), ("a", "b"))
+    assert {pair.cell for pair in two.pairs} == {"Q8_0 base alone"}  # either could be meant
 
 
 def test_reports_of_different_data_are_refused_with_their_digests(made_up):

@@ -218,6 +218,8 @@ def test_what_torch_computed_is_compared_with_and_never_advised():
     assert found.cell == "Q4_K_M merged"  # within noise of the best that can be shipped
     change = "+4.0 points (95 %: {} … {})".format(*differs(Q4, best))
     assert f"To compare with, Q4_K_M adapter in torch: right answers 95.0% against 91.0%: {change}." in found.why
+    assert "run live over it was not measured" not in found.why  # nor could it be
+    assert "run live over it was not measured" in recommend([best, cell("F16", 280, "live", right=right(186)), Q4]).why
     assert frontier([best, F16, Q8, Q4], "right")[0] is Q4
     assert chosen(replace(best, quant="Q2_K"), F16, max_size_bytes=5_000_000) == ""  # not even where nothing else fits
     alone = recommend([cell("Q4_K_M", 1, "base", right=right(188)), best, replace(best, quant="Q2_K", status="failed")])

@@ -52,7 +52,8 @@ def _draw(found: Comparison) -> None:
     if found.pairs:
         console.print(table)
     for title, names in (
-        ("only before", found.only_before), ("only after", found.only_after), ("measured otherwise", found.settings)
+        ("only before", found.only_before), ("only after", found.only_after), ("measured otherwise", found.settings),
+        ("built from other files", found.files),
     ):  # fmt: skip
         if names:
             console.print(f"{title}: {'; '.join(names)}", markup=False, highlight=False)

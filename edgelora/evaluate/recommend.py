@@ -81,8 +81,11 @@ def recommend(cells: Sequence[CellResult], limits: Limits | None = None) -> Choi
 
 
 def _studied(chosen: CellResult, cells: Sequence[CellResult]) -> list[str]:
-    """A way that was not measured and is worth a trial at the level of what was chosen."""
-    said = None if chosen.way == "base" else advice(chosen.quant, {cell.way for cell in cells})
+    """A way that was not measured and is worth a trial at the level of what was chosen: none for an adapter that only
+    torch runs over a quantized base."""
+    ways = {cell.way for cell in cells}
+    never_live = "torch" in ways and not ways & {"live", "patched"}
+    said = None if chosen.way == "base" or never_live else advice(chosen.quant, ways)
     return [] if said is None else [said]
 
 
