@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
-    "adalora", "loftq", "lorma", "replora", "full", "galore", "lors", "glora",
+    "adalora", "loftq", "lorma", "lorma_pi", "replora", "full", "galore", "lors", "glora",
     "alora", "longlora", "token_rows", "ia3", "bitfit", "layernorm", "houlsby", "molora", "prompt_tuning",
     "p_tuning", "prefix_tuning",
 ]  # fmt: skip

@@ -279,6 +279,7 @@ NATIVE: dict[str, Kind] = {
     "bitfit": Kind("BitFit", {"bias": "out"}, _bias, adds_bias=True),
     "full": Kind("full fine-tuning", {"delta": "out in"}, _whole, norms=True, vocabularies=True),
     "galore": Kind("GaLore", {"delta": "out in"}, _whole, norms=True, vocabularies=True),
+    "lorma_pi": Kind("LoRMA_π", {"delta": "out in"}, _whole),
     "lors": Kind("LoRS", PAIR, _lors),
     "houlsby": Kind(
         "Houlsby adapter", {"adapter_D": "r out", "adapter_d": "r", "adapter_U": "out r", "adapter_u": "out"}, _houlsby,

@@ -2,8 +2,7 @@
 
 y = x Wᵀ + s (x (A W)ᵀ) Bᵀ with A (r, d_out) and B (d_out, r): the LoRA whose own A is A W (r, d_in), exactly. That is
 made once for a micro-batch, r d_out d_in products and W dequantized once more; x Wᵀ Aᵀ would take fewer, but keep x Wᵀ
-(T, d_out) of every layer for the backward pass. The other form, LoRMA_π, turns rows of B A against each other, is of
-full rank, and is not here.
+(T, d_out) of every layer for the backward pass. The other form, LoRMA_π, is `lorma_pi.py`.
 """
 
 from __future__ import annotations

@@ -109,6 +109,8 @@ class Method:
     """The settings of `VirtualTokens` that it has a use for."""
     file_ranks: int = 1
     """The rank of the LoRA that it leaves as, in ranks of what was trained."""
+    leaves_weights: bool = False
+    """Whether it leaves as what is added to whole weights, as large as these."""
 
     @property
     def trains_weights(self) -> bool:

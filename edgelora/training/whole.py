@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
 from edgelora.peft.remade import no_floats
-from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes
+from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes, norm_widths
 
 MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
 
@@ -49,8 +51,10 @@ def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple
 
 def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
     """How large the file will be that whole weights leave as, said before they are trained; of others nothing."""
-    if not METHODS[config.method].trains_weights:
+    row, layers = METHODS[config.method], adapted(model, config)
+    if not row.leaves_weights:
         return {}
-    numbers = adapter_numbers(model, config)
+    norms = norm_widths(model).values() if row.norms else ()
+    numbers = sum(prod(one.shape) for one in layers.values()) + sum(norms)
     why = f"what is added to {numbers / 1e6:.0f} million weights, float32; `edgelora merge` makes a model of it"
     return {"size": Choice(f"{4 * numbers / 1e6:.0f} MB", why)}
