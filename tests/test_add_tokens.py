@@ -27,7 +27,7 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.data.new_tokens import with_tokens
 from edgelora.data.tokenizer import Tokenizer
-from edgelora.errors import AdapterError, ConfigError, ExportError
+from edgelora.errors import AdapterError, CertificateError, ConfigError, ExportError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import read_adapter, write_adapter
 from edgelora.peft.inject import attach
@@ -216,6 +216,20 @@ def test_rows_are_trained_by_the_tokens_texts_and_run_in_llama_cpp(make_tiny, se
     theirs = in_llama_cpp(base, ids, tmp_path / "mine.gguf")
     assert fidelity([(decoder.logits(torch.tensor(ids)).numpy(), theirs)]).kl_mean <= 1e-5
     assert np.abs(theirs - in_llama_cpp(base, ids)).max() > 1e-3
+
+
+def test_a_file_that_computes_something_else_is_not_kept_for_it(tiny, make_tiny, tmp_path, monkeypatch):
+    """What is written is another model's; the certificate must say so."""
+    other = open_base(make_tiny(seed=1).path)
+    monkeypatch.setattr(
+        "edgelora.pipeline.add_tokens.write_with_tokens",
+        lambda draft, _base, grown, _: write_with_tokens(draft, other, grown),
+    )
+    with pytest.raises(CertificateError, match="against the base, on earlier ids: mean KL"):
+        add_tokens(tiny.path, NEW, tmp_path / "new.gguf")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "new.gguf.rejected", "new.gguf.rejected.certificate.json",
+    ]  # fmt: skip
 
 
 # -- a checkpoint -------------------------------------------------------------------------------------------------
