@@ -75,7 +75,7 @@ def of_checkpoint(adapter: Adapter) -> Adapted:
     if adapter.kind.of_input:
         raise only_in_torch(adapter, "merge")
     return Adapted(
-        Lazy({f"{module}.weight": module for module in adapter.linears}, adapter.change),
+        Lazy({f"{module}.weight": module for module in (*adapter.linears, *adapter.vocabularies)}, adapter.change),
         Lazy({f"{module}.bias": module for module in adapter.linears}, adapter.change),
         Lazy({f"{module}.weight": module for module in adapter.norms}, adapter.norm),
         {f"{module}.weight": rows for module, rows in adapter.token_rows.items()},

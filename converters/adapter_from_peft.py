@@ -16,6 +16,7 @@ from converters.from_elsewhere import complete, fitting, part_faults
 from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
+from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft.adapter import (
     BEYOND_LORA,
@@ -69,10 +70,12 @@ def read_peft(path: Path, base: Base) -> Adapter:
 
 
 def with_tied_head(adapter: Adapter, base: Base) -> Adapter:
-    """New rows of tokens as PEFT saves them: where embedding and head are one matrix, as those of both."""
-    if EMBEDDING not in adapter.tensors or HEAD in base.vocabularies:
+    """New rows of tokens, or a whole embedding, as PEFT saves them: where it is the head too, as those of both."""
+    saved_twice = EMBEDDING in adapter.tensors and (adapter.kind.rows or adapter.kind.saves)
+    if not saved_twice or HEAD in base.vocabularies:
         return adapter
-    return replace(adapter, tensors={**adapter.tensors, HEAD: adapter.tensors[EMBEDDING]})
+    places = {**{module: module for module in adapter.tensors}, HEAD: EMBEDDING}
+    return replace(adapter, tensors=Lazy(places, adapter.tensors.__getitem__))
 
 
 def plain_name(name: str) -> tuple[str, str]:

@@ -28,7 +28,8 @@ from edgelora.peft.change import Change, LoraPair
 
 
 def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
-    """What the adapter makes of each linear layer, by the GGUF tensor of its weight and in GGUF's order of rows.
+    """What the adapter makes of each linear layer, and of all rows of the embedding and the head, by the GGUF tensor of
+    the weight and in GGUF's order of rows.
 
     Each is made where it is asked for, and not kept. Raises ExportError for what no weight can hold.
     """
@@ -39,7 +40,7 @@ def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
         change, order = adapter.change(module), gguf_row_order(base.architecture, base.config, module)
         return change if order is None else change.of(order)
 
-    return Lazy({base.tensor_of(module): module for module in adapter.linears}, change_of)
+    return Lazy({base.tensor_of(module): module for module in (*adapter.linears, *adapter.vocabularies)}, change_of)
 
 
 def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:

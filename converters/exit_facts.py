@@ -7,6 +7,7 @@ from converters.exit_plan import AdapterFacts, BaseFacts, Type
 from edgelora.base.model import Base
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.change import Change
+from edgelora.peft.of_weight import InPlaceOf
 from edgelora.peft.soft_prompt import TrainedPrompt
 
 DOWN = "mlp.down_proj"
@@ -17,9 +18,11 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
     if adapter.kind.of_input:
         return AdapterFacts(adapter.kind.one, of_input=adapter.kind.of_input)
     pairs: dict[str, tuple[int, int, int]] = {}
-    scaled, whole, biases = set[str](), set[str](), set[str]()
-    for module in adapter.linears:
+    scaled, whole, replaced, biases = set[str](), set[str](), set[str](), set[str]()
+    for module in (*adapter.linears, *adapter.vocabularies):
         change, tensor = adapter.change(module), base.tensor_of(module)
+        if isinstance(change.whole, InPlaceOf):
+            replaced.add(tensor)
         if change.pair is not None:
             pairs[tensor] = (*base.linears[module], change.pair.rank)
         if change.rows is not None or (change.pair is not None and change.pair.magnitude is not None):
@@ -28,11 +31,11 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
             scaled.add(base.tensor_of(base.architecture.before_down(module)))
         elif change.whole is not None or change.columns is not None:
             whole.add(tensor)
-        if _changes_bias(change, module, base):
+        if module in base.linears and _changes_bias(change, module, base):
             biases.add(module.split(".", 3)[3])
     return AdapterFacts(
         adapter.kind.one, {name: pair for name, pair in pairs.items() if name not in whole}, frozenset(scaled - whole),
-        frozenset(whole), frozenset(biases), len(adapter.norms),
+        frozenset(whole - replaced), frozenset(replaced), frozenset(biases), len(adapter.norms),
         {base.tensor_of(module): len(ids) for module, (ids, _) in adapter.token_rows.items()},
         waits=bool(adapter.invocation),
     )  # fmt: skip

@@ -42,6 +42,8 @@ class AdapterFacts:
     """The weights whose rows are multiplied: a DoRA's, an IA3's; for columns of down_proj the rows before them."""
     whole: frozenset[str] = frozenset()
     """The weights that change in another way."""
+    replaced: frozenset[str] = frozenset()
+    """The weights in whose place others stand, trained whole: the embedding, the head, named layers."""
     biases: frozenset[str] = frozenset()
     """The layers, by their names in a block (`self_attn.q_proj`), whose bias changes or is new."""
     norms: int = 0
@@ -177,20 +179,24 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
         return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
     if unloaded := _unloaded(adapter, base):
         return unloaded
+    blocks = {name for name in adapter.replaced if base.types[name] not in ggml.FLOATS}
     widened = {name for name in adapter.scaled if not can_scale(base.types[name])}
     left = {name: shape for name, shape in adapter.pairs.items() if name not in adapter.whole}
     grown = sum(_bytes(base.shapes[n], Type.F16) - _bytes(base.shapes[n], base.types[n]) for n in widened)
-    kinds = {Type.F16 if name in widened else base.types[name] for name in adapter.scaled}
+    kinds = {Type.F16 if name in widened else base.types[name] for name in (*adapter.scaled, *adapter.replaced)}
     error = max((ROUNDING[kind] if kind in ggml.FLOATS else OF_A_SCALE for kind in kinds), default=0.0)
     if left:
         error = max(error, *(ROUNDING[kind] for shape in left.values() for kind in _kinds(shape, dtype)))
     notes = [f"{len(widened)} tensors become F16: blocks of their type have no float16 scale"] if widened else []
+    if blocks:
+        notes.append(f"{len(blocks)} trained tensors are quantized to the types of the base's own ({min(blocks)} …)")
     if left:
         notes.append(
             "what is B A of it lies over the patched base as a LoRA, which comes and goes with that base alone"
         )
     size = base.size_bytes + grown + _pair_bytes(left, dtype)
-    return Way("patched", True, error, size, False, _why_patched(adapter, base), tuple(notes))
+    rounding = None if blocks else error  # what quantizing costs, only measuring can tell
+    return Way("patched", not blocks, rounding, size, False, _why_patched(adapter, base), tuple(notes))
 
 
 def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
@@ -236,6 +242,7 @@ def _beyond_a_pair(adapter: AdapterFacts) -> str:
     """What it does beside adding B A, in words; empty for a LoRA."""
     found = {
         "multiplies whole rows": adapter.scaled, "changes weights as a whole": adapter.whole,
+        "puts other weights in the place of the base's": adapter.replaced,
         "changes biases": adapter.biases, "changes norms": adapter.norms,
     }  # fmt: skip
     return " and ".join(words for words, there in found.items() if there)
@@ -251,12 +258,15 @@ def _why_patched(adapter: AdapterFacts, base: BaseFacts) -> str:
     goes = [f"factors of rows go into {'the weights' if base.floats else 'the scales of blocks'}"]
     floats = [words for words, there in (("biases", adapter.biases), ("norms", adapter.norms)) if there]
     found = [*(goes if adapter.scaled else []), *([f"{' and '.join(floats)} are floats"] if floats else [])]
-    return f"{', '.join(found)}, and nothing is quantized again"
+    if adapter.replaced:
+        found.append("what was trained whole stands in the place of the base's own")
+    quantized = any(base.types[name] not in ggml.FLOATS for name in adapter.replaced)
+    return f"{', '.join(found)}, and nothing {'else ' * quantized}is quantized again"
 
 
 def _has_a_nearest(adapter: AdapterFacts) -> bool:
     """Whether a LoRA can come near it: what else it changes are weights."""
-    return bool(adapter.scaled or adapter.whole) and not adapter.biases and not adapter.norms
+    return bool(adapter.scaled or adapter.whole) and not adapter.replaced and not adapter.biases and not adapter.norms
 
 
 def _unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:

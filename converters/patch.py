@@ -30,6 +30,7 @@ from edgelora.files.contract import Contract
 from edgelora.files.lazy import Lazy
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.change import Change, LoraPair
+from edgelora.peft.of_weight import InPlaceOf
 from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
@@ -43,13 +44,13 @@ LARGEST_ERROR = 1e-3
 @dataclass(frozen=True)
 class Patch:
     """What becomes of a weight: its rows are `scaled` as they are stored, `widened` to F16 and scaled, or, where a
-    whole matrix changes, `merged` and quantized again."""
+    whole matrix changes, `merged` and stored as its own type again."""
 
     how: How
     kind: Type
     error: float | None
-    """What rounding does to it: root mean square, relative to its own, or of F16 the most. None where it is quantized
-    again."""
+    """What rounding does to it: root mean square, relative to its own, or of F16 the most. None where it is merged
+    with what the base has there, and that is not measured."""
     factors: np.ndarray | None = None
     """Of its rows, float32 (d_out,)."""
 
@@ -80,7 +81,7 @@ class PatchPlan:
             )
         if merged:
             found.append(
-                f"{len(merged)} tensors were merged and quantized again ({merged[0]} …): they change as a whole"
+                f"{len(merged)} tensors were merged into the base's own types ({merged[0]} …): they change as a whole"
             )
         return found
 
@@ -169,12 +170,17 @@ def _times(change: Change, factors: np.ndarray, fused: bool) -> Change:
     if fused:
         factors = np.concatenate([np.ones_like(factors), factors])
     rows = factors if change.rows is None else change.rows * factors
-    return replace(change, rows=rows, bias=None if change.bias is None else change.bias * factors)
+    bias = change.bias
+    if bias is not None:
+        bias = InPlaceOf(bias.values * factors) if isinstance(bias, InPlaceOf) else bias * factors
+    return replace(change, rows=rows, bias=bias)
 
 
 def _patch(base: Base, name: str, change: Change) -> Patch | None:
     """What becomes of one weight; None: it stays as it is, whatever LoRA lies beside it."""
     kind = base.file.tensors[name].type
+    if isinstance(change.whole, InPlaceOf):
+        return Patch("merged", kind, _error_of(base, name, change.whole, kind))
     if change.whole is not None or change.columns is not None:
         return Patch("merged", kind, None)
     if change.rows is None and (change.pair is None or change.pair.magnitude is None):
@@ -195,6 +201,17 @@ def _patch(base: Base, name: str, change: Change) -> Patch | None:
     if can_scale(kind) and (error <= LARGEST_ERROR or kind in ggml.FLOATS):
         return Patch("scaled", kind, error, whole)
     return Patch("widened", Type.F16, ROUNDING[Type.F16], whole)
+
+
+def _error_of(base: Base, name: str, trained: InPlaceOf, kind: Type) -> float:
+    """What storing this weight as `kind` does to it: root mean square, relative to its own."""
+    wrong = size = 0.0
+    for slab in slabs(base, name, targets_of(base)[name]):
+        wanted = trained.values[slab.first : slab.first + len(slab.floats)]
+        found = ggml.dequantize(quantized(wanted, kind, name), kind, wanted.shape[1])
+        wrong += float(np.square(found - wanted, dtype=np.float64).sum())
+        size += float(np.square(wanted, dtype=np.float64).sum())
+    return float(np.sqrt(wrong / size)) if size else 0.0
 
 
 def _factors(change: Change, weight: np.ndarray) -> np.ndarray:

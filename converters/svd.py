@@ -60,6 +60,7 @@ def _require_weights(adapter: Adapter, rank: int) -> None:
     if adapter.kind.of_input:
         raise only_in_torch(adapter, f"--svd-rank {rank}")
     more = [f"{len(adapter.norms)} norms"] if adapter.norms else []
+    more += ["all rows of the embedding or the head"] if adapter.vocabularies else []
     biased = sum(adapter.change(module).bias is not None for module in adapter.linears)
     more += [f"{biased} biases"] if biased else []
     if more or adapter.invocation:

@@ -161,9 +161,11 @@ class TrainConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """While it is trained, the share of each adapted layer's input that its A does not see."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """PEFT's: biases trained beside A and B. Only `none` yet; `--method bitfit` trains biases alone."""
+    """PEFT's: the biases that are trained beside A and B, of those that a model has: `all`, or those of adapted layers.
+    """
     modules_to_save: Names = ()
-    """PEFT's: modules trained as a whole beside A and B. None yet; `--method layernorm` trains norms alone."""
+    """PEFT's: layers that are trained whole beside A and B, by how their names end: `norm`, `embed_tokens`, `lm_head`,
+    and linear layers over a base of floats."""
     invocation: str | None = Field(None, min_length=1)
     """aLoRA: the text from whose last place in a prompt on the adapter acts. None: what the chat template writes before
     an answer."""

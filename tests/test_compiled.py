@@ -172,7 +172,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label):
 def test_a_loss_that_is_not_finite_shows(bits):
     z = draw(2, 64)
     z[1, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    nll, d_z = loss._nll(z, torch.tensor([0, 1]), Target(), torch.float32)
+    nll, d_z = loss.nll_of(z, torch.tensor([0, 1]), Target(), torch.float32)
     assert nll[0].isfinite()
     assert d_z[0].isfinite().all()
     assert nll[1].isnan()

@@ -185,7 +185,6 @@ def test_the_scale_stands_in_b(tiny, transformers_model, tmp_path):
 
 # Each of these stores more than A and B, so that the pairs alone are not the adapter.
 NOT_PLAIN = {
-    "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [3]},
@@ -237,13 +236,12 @@ def test_all_faults_of_an_adapter_are_named_at_once(damaged):
         tensors["lm_head.weight"] = np.ones((2, 2), np.float32)
 
     assert sorted(damaged(change).split("; ")) == [
-        "lm_head.weight is no part of a plain LoRA",
+        "lm_head.weight is no part of a LoRA with whole tensors",
         "model.layers.0.mlp.gate_proj: it holds NaN or infinite values",
         "model.layers.0.mlp.up_proj: it holds NaN or infinite values",
         f"{Q0}: lora_A is (256, 4), expected (r, 256)",
         f"{DOWN1}: lora_B is missing",
         "model.layers.7.mlp.up_proj is no linear layer of this model",
-        "modules_to_save is set",
     ]
 
 

@@ -33,8 +33,9 @@ from edgelora.nn.recompute import is_replay, recomputed, run_again
 from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
 from edgelora.nn.shifted import shifted_attention
+from edgelora.nn.trained_head import TrainedHeadCrossEntropy
 from edgelora.nn.virtual import NOTHING, Before, KeysValues, Row, Virtual, behind_past
-from edgelora.nn.vocabulary import NewRows, Vocabulary
+from edgelora.nn.vocabulary import Moved, Moves, NewRows, Vocabulary
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
 
@@ -299,8 +300,8 @@ class Decoder(nn.Module):
         return {name: module for name, module in self.named_modules() if isinstance(module, Vocabulary)}
 
     @property
-    def new_head(self) -> NewRows | None:
-        """The rows of some tokens that an adapter puts in the place of the head's."""
+    def new_head(self) -> NewRows | Moves | None:
+        """What an adapter makes of the head: other rows for some tokens, or what it adds to all."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).delta
 
     @property
@@ -357,14 +358,20 @@ class Decoder(nn.Module):
 
     def nll(self, hidden: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
         """−log p(label) (P,), in nats, over hidden states (P, d) as `forward` gives them and labels (P,)."""
-        new = self.new_head
-        how = Target(self.config.final_logit_softcapping, smoothing, self.compute, None if new is None else new.ids)
+        new, softcap = self.new_head, self.config.final_logit_softcapping
+        if isinstance(new, Moves):
+            how = Target(softcap, smoothing, self.compute)
+            nll: Tensor = TrainedHeadCrossEntropy.apply(hidden, new.delta, self.head, labels, how)
+            return nll
+        how = Target(softcap, smoothing, self.compute, None if new is None else new.ids)
         return LinearCrossEntropy.apply(hidden, self.head, labels, how, None if new is None else new.rows)
 
     @torch.no_grad()
     def logits_of(self, hidden: Tensor) -> Tensor:
         """float32 (P, V) of hidden states (P, d) as `forward` gives them."""
         softcap, new = self.config.final_logit_softcapping, self.new_head
+        if isinstance(new, Moves):
+            return logits(hidden, Moved(self.head, new.delta), softcap)
         found = logits(hidden, self.head, softcap)
         return found if new is None else put_logits(found, hidden, new.ids, new.rows, softcap)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,15 @@ VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
 VOCABULARY_ROWS_CUDA = 16384
 
 
-def _slices(n_rows: int, at_once: int = VOCABULARY_ROWS) -> list[tuple[int, int]]:
+def slices(n_rows: int, at_once: int = VOCABULARY_ROWS) -> list[tuple[int, int]]:
+    """The first and last of the rows of a head that are dequantized at once."""
     return [(first, min(first + at_once, n_rows)) for first in range(0, n_rows, at_once)]
 
 
 def logits(hidden: Tensor, head: Weight, softcap: float | None = None, out: Tensor | None = None) -> Tensor:
     """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time, bent below `softcap` (Gemma 2)."""
     out = hidden.new_empty(len(hidden), head.shape[0]) if out is None else out
-    for first, last in _slices(head.shape[0]):
+    for first, last in slices(head.shape[0]):
         part = out[:, first:last]
         torch.mm(hidden, head.rows(first, last).T, out=part)
         if softcap is not None:
@@ -74,25 +76,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_own: list[Tensor] = []
-        step = positions(len(hidden), head.shape[0], hidden.device.type)
-        # a card's allocator has such memory at hand, and the backward pass needs it for other things
-        on_card = hidden.is_cuda
-        buffer = (
-            hidden.new_empty(step, head.shape[0])
-            if on_card
-            else scratch(step, head.shape[0], hidden.dtype, use="logits")
-        )
-        for first in range(0, len(hidden), step):
-            part = slice(first, first + step)
-            z = _logits(hidden[part], head, how, buffer[: len(labels[part])])
+        for part, buffer in parts(hidden, head):
+            z = logits_of(hidden[part], head, how, buffer)
             if rows is not None:
                 put_logits(z, hidden[part], _ids(how), rows, how.softcap)
-            nll[part], d_z = _nll(z, labels[part], how, hidden.dtype)
+            nll[part], d_z = nll_of(z, labels[part], how, hidden.dtype)
             if rows is not None:
                 d_own.append(d_z[:, how.ids].to(hidden.dtype))  # (P, k)
                 d_z[:, how.ids] = 0
             if d_hidden is not None:
-                _accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
+                accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
                 if rows is not None:
                     d_hidden[part].addmm_(d_own[-1], rows)
         ctx.save_for_backward(d_hidden, *((hidden, torch.cat(d_own)) if d_own else ()))
@@ -118,17 +111,29 @@ def positions(n: int, vocabulary: int, device: str) -> int:
     return max(1, min(n, (LOGITS_CUDA if device == "cuda" else LOGITS) // vocabulary))
 
 
-def _logits(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
+def parts(hidden: Tensor, head: Weight) -> Iterator[tuple[slice, Tensor]]:
+    """Which of the positions of `hidden` have their logits at once, and memory (P, V) for these."""
+    vocabulary = head.shape[0]
+    step = positions(len(hidden), vocabulary, hidden.device.type)
+    # a card's allocator has such memory at hand, and the backward pass needs it for other things
+    on_card = hidden.is_cuda
+    buffer = hidden.new_empty(step, vocabulary) if on_card else scratch(step, vocabulary, hidden.dtype, use="logits")
+    for first in range(0, len(hidden), step):
+        n = min(step, len(hidden) - first)
+        yield slice(first, first + n), buffer[:n]
+
+
+def logits_of(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
     """As `logits`; on a CUDA card products of bfloat16 that are summed and given in float32, some ten times faster."""
     if how.compute != torch.bfloat16 or not gpu.usable(hidden):
         return logits(hidden, head, how.softcap, out)
     narrow = hidden.to(torch.bfloat16)
-    for first, last in _slices(head.shape[0], VOCABULARY_ROWS_CUDA):
+    for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA):
         torch.mm(narrow, head.rows(first, last, torch.bfloat16).T, out_dtype=torch.float32, out=out[:, first:last])
     return out if how.softcap is None else out.div_(how.softcap).tanh_().mul_(how.softcap)
 
 
-def _nll(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def nll_of(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """−log p(label) (P,), and its gradient (P, V), which takes the memory of the logits z."""
     narrow = (how.compute or dtype) == torch.bfloat16
     if compiled.usable(z) and z.dtype == torch.float32 and how.softcap is None and not how.smoothing:
@@ -156,9 +161,9 @@ def _nll(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Te
     return nll, d_z if slope is None else d_z.mul_(slope)
 
 
-def _accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) -> None:
+def accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) -> None:
     """d_hidden (P, d) += d_z (P, V) @ head (V, d), computed in `dtype`, a slice of the vocabulary at a time."""
-    for first, last in _slices(head.shape[0], VOCABULARY_ROWS_CUDA if d_z.is_cuda else VOCABULARY_ROWS):
+    for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA if d_z.is_cuda else VOCABULARY_ROWS):
         part = d_z[:, first:last]
         if dtype == d_hidden.dtype:
             d_hidden.addmm_(part, head.rows(first, last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,20 @@ from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.kinds import KINDS, LORA_AND_NORMS, MAGNITUDE, NATIVE_TYPE, NORM, PREFIX, ROWS, Kind, Parts, kind_of
-from edgelora.peft.strangers import no_linear
+from edgelora.peft.fitting import NO_ROWS, Layers, module_faults, rows_faults, tied_faults
+from edgelora.peft.kinds import (
+    BIAS,
+    KINDS,
+    MAGNITUDE,
+    NATIVE_TYPE,
+    NORM,
+    PREFIX,
+    ROWS,
+    SAVED_BIASES,
+    Kind,
+    Parts,
+    kind_of,
+)
 
 __all__ = [
     "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
@@ -37,7 +49,7 @@ BEYOND_LORA = (
 )  # fmt: skip
 INVOCATION = "alora_invocation_tokens"
 WAITS = f"{INVOCATION} is set: it acts from there on, and a weight on every token"
-NO_ROWS = "its tokens have no rows that are read here"
+TWICE = (f".original_module.{BIAS}", f".modules_to_save.{BIAS}")  # PEFT's, with `bias: all`, beside the layer's own
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # read by `soft_prompt.py`
 IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
@@ -49,7 +61,7 @@ class Adapter:
     """A trained adapter. `tensors` has, for each HF module, the method's own tensors by their PEFT names.
 
     Of one that was read from its folder they stay in the file, and are read module by module where they are asked for.
-    A module is a linear layer, or a norm with a new weight.
+    A module is a linear layer, a norm with a new weight, the embedding or the head.
     """
 
     config: Mapping[str, Any]
@@ -71,8 +83,13 @@ class Adapter:
     @property
     def linears(self) -> list[str]:
         """The linear layers that it changes."""
-        others = (EMBEDDING, HEAD) if self.kind.rows else ()
+        others = (EMBEDDING, HEAD)
         return [module for module in self.tensors if not is_norm(f"{module}.{NORM}") and module not in others]
+
+    @property
+    def vocabularies(self) -> list[str]:
+        """The embedding and the head, where all their rows change: the embedding alone, of a base with one matrix."""
+        return [] if self.kind.rows else [module for module in (EMBEDDING, HEAD) if module in self.tensors]
 
     @property
     def token_rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -88,7 +105,7 @@ class Adapter:
         return [module for module in self.tensors if is_norm(f"{module}.{NORM}")]
 
     def change(self, module: str) -> Change:
-        """What it makes of a linear layer, every scale folded in; float32."""
+        """What it makes of a linear layer, or of the embedding or the head; every scale folded in; float32."""
         parts = {part: value.astype(np.float32, copy=False) for part, value in self.tensors[module].items()}
         return self.kind.change(parts, self.config, module)
 
@@ -144,7 +161,7 @@ def write_adapter(path: Path, adapter: Adapter, *, overwrite: bool = False) -> N
         flat = vera_file.flat(adapter.tensors)
     else:
         flat = {
-            adapter.kind.name(module, part): value
+            adapter.kind.name(module, part, parts): value
             for module, parts in adapter.tensors.items()
             for part, value in parts.items()
         }
@@ -184,13 +201,17 @@ def read_adapter(
     norms: Mapping[str, int] | None = None,
     *,
     may_wait: bool = False,
+    may_have_rows: bool = True,
     vocabularies: Mapping[str, tuple[int, int]] | None = None,
+    biased: Collection[str] = (),
 ) -> Adapter:
     """Read an adapter of any of KINDS and NATIVE and hold it to `linears` (d_out, d_in) and `norms` (their widths),
     by their HF names: every fault at once.
 
     may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold.
-    vocabularies: (V, d) of the embedding, and of a head of its own, where tokens may have new rows in them.
+    vocabularies: (V, d) of the embedding, and of a head of its own, where they may change: as a whole, or in the rows
+    of some tokens (may_have_rows).
+    biased: the layers that have a bias, by their names in a block (`self_attn.q_proj`), where it may change.
     """
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
@@ -207,15 +228,15 @@ def read_adapter(
     kind, faults = _kind(settings, may_wait)
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
-        # of a base with one matrix for both, PEFT saves the rows twice
-        both = {HEAD: vocabularies[EMBEDDING], **vocabularies} if kind.rows and vocabularies else {}
-        tensors, more_faults = _read(file, kind, {**linears, **both}, norms or {})
+        may_change = {} if kind.rows and not may_have_rows else vocabularies or {}
+        layers = Layers(linears, norms or {}, may_change, biased)
+        tensors, more_faults = _read(file, kind, layers)
         faults += more_faults
         if kind.rows and not faults:
-            tensors = dict(tensors)
-            faults += _rows_faults(settings["token_indices"], tensors, both)
-            if HEAD in tensors and HEAD not in (vocabularies or {}):
-                faults += _tied_faults(tensors.get(EMBEDDING), tensors.pop(HEAD))
+            faults += rows_faults(settings["token_indices"], tensors, layers)
+        if not faults and may_change and HEAD not in may_change and {EMBEDDING, HEAD} & set(tensors):
+            faults += tied_faults(kind, tensors)
+            tensors = _without(HEAD, tensors)
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         if all(fault.endswith((WAITS, NO_ROWS)) for fault in faults):
@@ -236,6 +257,11 @@ def read_adapter(
     return Adapter(settings, tensors, contract)
 
 
+def _without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:
+    """The same, and nothing of it is read."""
+    return Lazy({name: name for name in tensors if name != module}, tensors.__getitem__)
+
+
 def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
     """What an adapter_config.json says it is, and what is wrong with it."""
     if not isinstance(settings, dict):
@@ -246,11 +272,11 @@ def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
         found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
         why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
         return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
-    known = ("modules_to_save",) if kind is LORA_AND_NORMS else ()  # what else is in it than norms is named by itself
+    known = ("modules_to_save",) if kind.saves else ()  # what of it fits no layer is named by itself
     faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key) and key not in known]
     if settings.get(INVOCATION):
         faults += invocation_faults(settings, kind, may_wait)
-    if settings.get("bias", "none") != "none":
+    if settings.get("bias", "none") not in ("none", *(SAVED_BIASES if kind.saves else ())):
         faults.append("it has biases")
     return kind, faults + kind.faults(settings)
 
@@ -265,17 +291,17 @@ def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -
     return [] if may_wait else [WAITS]
 
 
-def _read(
-    file: SafetensorsFile, kind: Kind, linears: Mapping[str, tuple[int, int]], norms: Mapping[str, int]
-) -> tuple[Mapping[str, Parts], list[str]]:
+def _read(file: SafetensorsFile, kind: Kind, layers: Layers) -> tuple[Mapping[str, Parts], list[str]]:
     """The tensors by their modules, which stay in the file until they are asked for; and every fault."""
     if kind is KINDS["VERA"]:
-        return vera_file.read(file, linears)
+        return vera_file.read(file, layers.linears)
     places: dict[str, dict[str, str]] = {}
     faults: list[str] = []
     for name, tensor in file.tensors.items():
         if kind is KINDS["ADALORA"] and 0 in tensor.shape:
             continue  # a layer that lost all its ranks
+        if kind.saves and name.endswith(TWICE):
+            continue
         place = kind.place(name)
         if place is None:
             faults.append(f"{name} is no part of {kind.one}")
@@ -285,46 +311,5 @@ def _read(
     if not tensors:
         faults.append(f"it holds no {kind.title.removeprefix('plain ')} tensors")
     for module, parts in tensors.items():
-        if module in norms or NORM in parts:
-            found = list(_norm_faults(parts, norms.get(module)))
-        elif ROWS in parts:
-            found = [] if module in linears else [NO_ROWS]
-        elif module in linears:
-            found = list(_linear_faults(kind, parts, *linears[module]))
-        else:
-            faults.append(no_linear(module))
-            continue
-        if not found and not all(np.isfinite(part).all() for part in parts.values()):
-            found = ["it holds NaN or infinite values"]
-        faults += [f"{module}: {fault}" for fault in found]
+        faults += module_faults(kind, module, parts, layers)
     return tensors, faults
-
-
-def _rows_faults(ids: list[int], tensors: Mapping[str, Parts], shapes: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    for module, parts in tensors.items():
-        n, d = shapes[module]
-        if parts[ROWS].shape != (len(ids), d):
-            yield f"{module}: {ROWS} is {parts[ROWS].shape}, expected ({len(ids)}, {d})"
-        if max(ids) >= n:
-            yield f"{module}: it has the id {max(ids)}, and the base has {n} tokens"
-
-
-def _tied_faults(embedding: Parts | None, head: Parts) -> Iterator[str]:
-    if embedding is None or not np.array_equal(embedding[ROWS], head[ROWS]):
-        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
-
-
-def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
-    if width is None:
-        yield "it is no norm of this model"
-    elif set(parts) != {NORM}:
-        yield f"{' and '.join(sorted(set(parts) - {NORM}))}: a norm has a weight alone"
-    elif parts[NORM].shape != (width,):
-        yield f"its weight is {parts[NORM].shape}, expected ({width},)"
-
-
-def _linear_faults(kind: Kind, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
-    if missing := [part for part in kind.parts if part not in parts]:
-        yield f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-    else:
-        yield from kind.shape_faults(parts, d_out, d_in)

@@ -19,11 +19,12 @@ from edgelora.peft.lora import LoraDelta
 from edgelora.peft.lors import LorsDelta
 from edgelora.peft.molora import MoLoraDelta
 from edgelora.peft.of_input import Bottleneck, OfInput
-from edgelora.peft.of_weight import OfWeight, TimesAndPlus, WhereNotZero
+from edgelora.peft.of_weight import InPlaceOf, OfWeight, TimesAndPlus, WhereNotZero
 
 
 class ChangedDelta(nn.Module):
-    """y = rows ∘ (P + whole) (columns ∘ x), and of the bias rows ∘ c + bias: a `Change`, and nothing is trained of it.
+    """y = rows ∘ (P + whole) (columns ∘ x), and of the bias rows ∘ c + bias, or bias in the place of c: a `Change`, and
+    nothing is trained of it.
 
     `inner` computes P x, None W x. rows, bias (d_out,), columns (d_in,), whole (d_out, d_in), all float32.
     """
@@ -36,9 +37,12 @@ class ChangedDelta(nn.Module):
 
     def __init__(self, inner: Delta | None, change: Change) -> None:
         super().__init__()
-        self.inner = inner
-        for part in ("rows", "columns", "whole", "bias"):
-            self.register_buffer(part, _tensor(getattr(change, part)), persistent=False)
+        self.inner, self.keeps_bias = inner, not isinstance(change.bias, InPlaceOf)
+        bias = change.bias.values if isinstance(change.bias, InPlaceOf) else change.bias
+        parts = {"rows": change.rows, "columns": change.columns, "whole": change.whole, "bias": bias}
+        for part, values in parts.items():
+            assert values is None or isinstance(values, np.ndarray)
+            self.register_buffer(part, _tensor(values), persistent=False)
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         """x (T, d_in) → (T, d_out)."""
@@ -50,6 +54,8 @@ class ChangedDelta(nn.Module):
         return y if self.rows is None else (y * self.rows).to(x.dtype)
 
     def of_bias(self, bias: Tensor | None) -> Tensor | None:
+        if not self.keeps_bias:
+            return self.bias
         if bias is not None and self.rows is not None:
             bias = bias * self.rows
         return bias if self.bias is None else self.bias if bias is None else bias + self.bias
@@ -69,14 +75,17 @@ def delta_of(change: Change, weight: Weight) -> Delta:
         magnitude = _tensor(change.pair.magnitude)
         inner = LoraDelta(a, b, 1.0) if magnitude is None else DoraDelta(a, b, 1.0, magnitude, weight)
     elif change.whole is not None:
-        inner, change = _of_whole(change.whole), replace(change, whole=None)
+        inner, change = _of_whole(change.whole, weight), replace(change, whole=None)
     alone = all(part is None for part in (change.rows, change.columns, change.whole, change.bias))
     return inner if alone and inner is not None else ChangedDelta(inner, change)
 
 
-def _of_whole(whole: np.ndarray | OfWeight) -> Delta:
+def _of_whole(whole: np.ndarray | OfWeight, weight: Weight) -> Delta:
     if isinstance(whole, np.ndarray):
         return FullDelta(torch.from_numpy(whole))
+    if isinstance(whole, InPlaceOf):
+        own = weight.dequantize()
+        return FullDelta(torch.from_numpy(whole.values).to(own.device) - own)
     if isinstance(whole, WhereNotZero):
         return LorsDelta(torch.from_numpy(whole.pair.a), torch.from_numpy(whole.pair.b), 1.0)
     assert isinstance(whole, TimesAndPlus)

@@ -16,6 +16,7 @@ from edgelora.peft.adapter import Adapter
 from edgelora.peft.alora import waiting
 from edgelora.peft.attached import delta_of
 from edgelora.peft.layernorm import NormDelta
+from edgelora.peft.saved import moved
 from edgelora.peft.token_rows import blended
 
 
@@ -78,7 +79,9 @@ def blend_layers(
         if not own:
             layer.delta = None
         elif isinstance(layer, Vocabulary):
-            layer.delta = blended([(*adapter.token_rows[name], scale) for adapter, scale in own], layer.weight)
+            some = all(name in adapter.token_rows for adapter, _ in own)
+            rows = [(*adapter.token_rows[name], scale) for adapter, scale in own] if some else []
+            layer.delta = blended(rows, layer.weight) if some else moved(name, layer.weight, own)
         elif isinstance(layer, Linear):
             layer.delta = BlendDelta([(_delta(adapter, name, layer.weight, awake), scale) for adapter, scale in own])
         else:

@@ -68,8 +68,8 @@ class Change:
 
     P(W) = W + b a is the pair's, its rows brought to their lengths where it has them. rows, bias (d_out,);
     columns (d_in,); whole (d_out, d_in), or what makes one of W. Everything of it that has a row for each row of W can
-    be cut or permuted. A bias that stands in the place of c is an `InPlaceOf`. What hangs on x in another way than this,
-    `of_input`, stands alone, and is computed in torch.
+    be cut or permuted. A bias that stands in the place of c is an `InPlaceOf`. What hangs on x in another way than
+    this, `of_input`, stands alone, and is computed in torch.
     """
 
     pair: LoraPair | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from edgelora.peft import alora, layernorm, vera_file
 from edgelora.peft.adapter import INVOCATION, Adapter
 from edgelora.peft.attached import delta_of
 from edgelora.peft.dropout import DroppedDelta
-from edgelora.peft.kinds import NATIVE_TYPE
+from edgelora.peft.kinds import NATIVE_TYPE, ROWS, WHOLE
 from edgelora.peft.layernorm import NormDelta
+from edgelora.peft.method import Method
 from edgelora.peft.methods import METHODS
+from edgelora.peft.saved import SavedDelta, beside, is_adapted, is_saved, layers_of, moved, put_beside, within
 from edgelora.peft.strength import as_peft, require_taken, strengths
 from edgelora.peft.targets import EVERYWHERE, Where, select, target_modules
 from edgelora.peft.token_rows import given, put_rows
@@ -77,6 +80,7 @@ def inject(
         alora.wait(decoder, where.alora_invocation_tokens)
     for name in norm_names:
         norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
+    put_beside(decoder, row, beside(row, layers_of(decoder), names, where))
     return list(decoder.parameters())
 
 
@@ -84,12 +88,14 @@ def chosen(
     method: str, linears: Iterable[str], norms: Iterable[str], targets: Iterable[str] | Where = ()
 ) -> tuple[list[str], list[str]]:
     """Which linear layers and norms the method adapts. `targets` choose among the linear layers, and among the norms
-    where a method adapts nothing else. Raises ConfigError for what fits no name."""
+    where a method adapts nothing else; norms that are saved whole are among them. Raises ConfigError for what fits no
+    name."""
     row, where = METHODS[method], _where(targets)
     if row.before is not None or row.rows:
         require_taken(row, where)
         return [], []
-    linears, norms = list(linears) if row.linears else [], list(norms) if row.norms else []
+    linears = [name for name in linears if not is_saved(name, where)] if row.linears else []
+    norms = [name for name in norms if row.norms or is_saved(name, where)]
     names = linears or norms
     if not where.target_modules and row.targets:
         own = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in names))
@@ -109,13 +115,13 @@ def adapter_config(
     row, layers = METHODS[method], decoder.adaptable
     if row.before is not None:
         return prompt_config(decoder.config, row, where.virtual, base)
-    deltas = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
-    if row.peft_type == "LORA":  # whose norms are modules_to_save
-        deltas = {name: delta for name, delta in deltas.items() if name in decoder.linears}
+    deltas: dict[str, Any] = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
+    if row.peft_type == "LORA":  # what else it trains it saves whole
+        deltas = {name: within(one.delta) for name, one in decoder.linears.items() if is_adapted(one.delta)}
     targets = target_modules(deltas, layers)
     own: dict[str, object] = {}
     if row.ranked and row.peft_type != NATIVE_TYPE:
-        own |= {"r": rank, "bias": "none"}
+        own |= {"r": rank, "bias": where.bias}
     if row.peft_type == "LORA":
         own |= as_peft(row, deltas, where, rank, alpha)
     if where.alora_invocation_tokens:
@@ -133,7 +139,18 @@ def adapter_config(
         **own,
         **row.more_settings(deltas, targets),
         **row.settings,
+        **_saved(decoder, row, where),
     }
+
+
+def _saved(decoder: Decoder, row: Method, where: Where) -> dict[str, object]:
+    """PEFT's settings of what is trained whole beside a LoRA."""
+    named = row.settings.get("modules_to_save")
+    saved = [*(named if isinstance(named, list) else ()), *where.modules_to_save]
+    found: dict[str, object] = {"modules_to_save": list(dict.fromkeys(saved))} if saved else {}
+    if isinstance(decoder.model.embed_tokens.delta, SavedDelta) and decoder.config.tie_word_embeddings:
+        found["ensure_weight_tying"] = True
+    return found
 
 
 def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
@@ -146,7 +163,7 @@ def collect(decoder: Decoder) -> dict[str, dict[str, np.ndarray]]:
         for name, layer in decoder.adaptable.items()
         if layer.delta is not None
     }
-    if EMBEDDING in found and decoder.config.tie_word_embeddings:
+    if {WHOLE, ROWS} & found.get(EMBEDDING, {}).keys() and decoder.config.tie_word_embeddings:
         found[HEAD] = found[EMBEDDING]  # as PEFT saves them
     return found
 
@@ -173,7 +190,12 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
                 if adapter.invocation:
                     layer.delta = alora.waiting(layer.delta)
             elif isinstance(layer, Vocabulary):
-                layer.delta = given(*adapter.token_rows[name], decoder.model.norm.weight.device)
+                some = adapter.token_rows.get(name)
+                layer.delta = (
+                    moved(name, layer.weight, [(adapter, 1.0)])
+                    if some is None
+                    else given(*some, decoder.model.norm.weight.device)
+                )
             else:
                 layer.delta = NormDelta(torch.from_numpy(adapter.norm(name)) + layer.shift, layer.shift)
     if adapter is not None and adapter.invocation:

@@ -7,7 +7,7 @@ adapter_config.json which `method` they are; their tensors are called `base_mode
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -69,8 +69,10 @@ class Kind:
         """`a DoRA`, `an IA3`."""
         return f"{'an' if self.title[0] in 'AEI' else 'a'} {self.title}"
 
-    def name(self, module: str, part: str) -> str:
-        """What the file calls a tensor."""
+    def name(self, module: str, part: str, among: Collection[str] = ()) -> str:
+        """What the file calls a tensor, one `among` the parts of its module."""
+        if part == BIAS and self.saves and not set(self.parts) & set(among):
+            return f"{PREFIX}{module}.{part}"  # of a layer that PEFT has not wrapped
         return f"{PREFIX}{module}.{self.endings.get(part, part)}"
 
     def place(self, name: str) -> tuple[str, str] | None:
@@ -246,7 +248,8 @@ LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_fault
 DORA = Kind("DoRA", {**PAIR, MAGNITUDE: "out"}, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
 LORA_AND_MORE, DORA_AND_MORE = (
     replace(
-        kind, title=f"{kind.title.removeprefix('plain ')} with whole tensors", norms=True, vocabularies=True, saves=True,
+        kind, title=f"{kind.title.removeprefix('plain ')} with whole tensors",
+        norms=True, vocabularies=True, saves=True,
         optional={WHOLE: "out in", BIAS: "out"}, endings={**_PAIR_ENDINGS, BIAS: f"base_layer.{BIAS}"},
     )
     for kind in (LORA, DORA)

@@ -79,7 +79,8 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
 
     Raises AdapterError that names all that is no B A: norms, and layers whose rows, columns or biases change.
     """
-    faults, pairs = [f"{norm} has another weight" for norm in adapter.norms], dict[str, StoredPair]()
+    others = (*adapter.norms, *adapter.vocabularies)
+    faults, pairs = [f"{module} has another weight" for module in others], dict[str, StoredPair]()
     for module in adapter.linears:
         change = adapter.change(module)
         if change.is_pair and change.pair is not None:
@@ -98,7 +99,11 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
 
 def _other_ways(adapter: Adapter) -> str:
     """Where else it can go; norms and biases have no singular values."""
-    weights_alone = not adapter.norms and all(adapter.change(module).bias is None for module in adapter.linears)
+    weights_alone = (
+        not adapter.norms
+        and not adapter.vocabularies
+        and all(adapter.change(module).bias is None for module in adapter.linears)
+    )
     nearest = ", or --svd-rank R writes the nearest LoRA of a rank" if weights_alone else ""
     return f"leave --as-lora out: `edgelora export` takes it by its own door{nearest}"
 

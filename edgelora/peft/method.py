@@ -89,6 +89,9 @@ class Method:
     """Whether it adapts linear layers."""
     norms: bool = False
     """Whether it trains the weights of norms."""
+    vocabularies: tuple[str, ...] = ()
+    """The embedding and the head, by HF's names, where it trains them whole; of a base with one matrix for both, that.
+    """
     targets: tuple[str, ...] = ()
     """The layers that it adapts where nobody says which, as far as the model has them; empty: all."""
     ranked: bool = True

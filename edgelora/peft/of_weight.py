@@ -1,4 +1,4 @@
-"""Changes of a whole weight that are said through the weight itself, in numpy: what is kept is small, ΔW is not."""
+"""Changes of a whole weight, or of a bias, that are said through what they change, in numpy."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ class OfWeight(Protocol):
     def of(self, weight: np.ndarray) -> np.ndarray:
         """ΔW (d_out, d_in) float32 of this W, in memory of its own."""
         ...
+
+
+@dataclass(frozen=True)
+class InPlaceOf:
+    """ΔW = V − W: V (d_out, d_in), or of a bias (d_out,), stands there whatever was there before."""
+
+    values: np.ndarray
+
+    def __getitem__(self, rows: Chosen) -> InPlaceOf:
+        return InPlaceOf(self.values[rows])
+
+    def of(self, weight: np.ndarray) -> np.ndarray:
+        change: np.ndarray = self.values - weight
+        return change
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgelora.errors import AdapterError, ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.adapter import Adapter
+from edgelora.peft.saved import is_adapted, within
 
 VANISHING = 1e-6  # of the largest singular value: rows so far apart from it span nothing more
 
@@ -27,8 +28,8 @@ def start_orthogonally(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
     """
     for name, linear in decoder.linears.items():
         earlier = [_rows(adapter, name) for adapter in adapters if name in adapter.tensors]
-        if linear.delta is not None and earlier:
-            a = _fresh_a(name, linear.delta)
+        if is_adapted(linear.delta) and earlier:
+            a = _fresh_a(name, within(linear.delta))
             with torch.no_grad():
                 a.copy_(complement(name, a, torch.cat(earlier)))
 

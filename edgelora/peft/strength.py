@@ -32,12 +32,15 @@ def strengths(
 def require_taken(row: Method, where: Where) -> None:
     """Raise ConfigError that names every setting of `where` that means nothing to this method."""
     lora, moves = row.peft_type == "LORA", row.around is not NOTHING
+    alone = "it waits for its invocation, and they would not" if row.waits else "PEFT trains nothing whole beside it"
     asked = {
         "rank_pattern": (where.rank_pattern, lora and not moves, "its ranks are not each layer's own"),
         "alpha_pattern": (where.alpha_pattern, lora, "it has no α"),
         "use_rslora": (where.use_rslora, lora and not moves, "its scale is not α/r of a rank that stays"),
         "alora_invocation_tokens": (where.alora_invocation_tokens, row.waits, "it acts on every token"),
         "token_indices": (where.token_indices, row.rows, "it leaves the rows of all tokens as they are"),
+        "bias": (where.bias != "none", lora and not row.waits, alone),
+        "modules_to_save": (where.modules_to_save, lora and not row.waits, alone),
         "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}

@@ -41,6 +41,10 @@ class Where:
     """From whose last place in a sequence on an aLoRA acts."""
     token_indices: tuple[int, ...] = ()
     """The tokens whose rows of the embedding and the head are trained."""
+    bias: str = "none"
+    """Which biases are trained beside a LoRA: `all` there are, those of adapted layers (`lora_only`), or `none`."""
+    modules_to_save: tuple[str, ...] = ()
+    """The layers that are trained whole beside a LoRA, by the texts in which their names end."""
 
 
 EVERYWHERE = Where()

@@ -144,10 +144,20 @@ def _not_in_torch(opened: Base | Foreign, adapters: Sequence[Scaled]) -> str | N
 
 def _more_than_a_lora(path: Path, base: Base) -> str | None:
     """What the adapter is, where llama.cpp cannot add it to the base; else None."""
-    adapter = read_adapter(path, base.linears, base.norms)
-    if not adapter.norms and all(adapter.change(module).is_pair for module in adapter.linears):
+    adapter = _read(path, base)
+    if (
+        not adapter.norms
+        and not adapter.vocabularies
+        and all(adapter.change(module).is_pair for module in adapter.linears)
+    ):
         return None
     return adapter.kind.one
+
+
+def _read(path: Path, base: Base) -> Adapter:
+    return read_adapter(
+        path, base.linears, base.norms, may_have_rows=False, vocabularies=base.vocabularies, biased=base.biased
+    )
 
 
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:
@@ -156,10 +166,7 @@ def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Sett
         return opened.with_template(settings.template)
     if isinstance(opened, Base):
         for path, _ in adapters:
-            folder = path.is_dir()
-            contract = (
-                read_adapter(path, opened.linears, opened.norms).contract if folder else contract_of(GGUFFile(path))
-            )
+            contract = _read(path, opened).contract if path.is_dir() else contract_of(GGUFFile(path))
             opened = opened.as_trained(contract)
     return opened
 

@@ -28,7 +28,7 @@ from edgelora.peft.adapter import (
     refuse_to_write,
     write_adapter,
 )
-from edgelora.peft.kinds import DORA, LORA, LORA_AND_NORMS, NATIVE_TYPE, kind_of
+from edgelora.peft.kinds import DORA, DORA_AND_MORE, LORA, NATIVE_TYPE, kind_of
 from edgelora.peft.lora_config import as_lora
 from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import read_checked
@@ -126,7 +126,9 @@ def _from_peft(path: Path, base: Base) -> Adapter:
             fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
         )
     if kind_of(settings) not in (LORA, DORA):
-        adapter = read_adapter(path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies)
+        adapter = read_adapter(
+            path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies, biased=base.biased
+        )
         return with_tied_head(adapter, base)
     beside = path / CONTRACT
     text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
@@ -144,10 +146,8 @@ def _method(adapter: Adapter) -> Method:
         return "alora"
     if peft_type == NATIVE_TYPE:
         return cast(Method, adapter.config["method"])
-    if adapter.kind is DORA:
+    if adapter.kind in (DORA, DORA_AND_MORE):
         return "dora"
-    if adapter.kind is LORA_AND_NORMS:
-        return "longlora"
     return cast(Method, OTHER_NAMES.get(peft_type, peft_type.lower()))
 
 

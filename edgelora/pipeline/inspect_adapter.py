@@ -16,7 +16,8 @@ from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
 from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, read_adapter, refuse_pickle
-from edgelora.peft.kinds import NORM, Kind, kind_of
+from edgelora.peft.fitting import layers_told
+from edgelora.peft.kinds import kind_of
 from edgelora.peft.soft_prompt import faults_of, is_trained_prompt
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
@@ -67,12 +68,16 @@ def peft_adapter(path: Path) -> AdapterFacts:
         return _trained_prompt(path, config, file)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
     kind = kind_of(config) if isinstance(config, dict) else None
-    linears, norms = _layers(kind, {name: t.shape for name, t in file.tensors.items()})
-    linears = _of_a_vera(shapes) or linears
+    layers = layers_told(kind, {name: t.shape for name, t in file.tensors.items()})
+    linears, norms = _of_a_vera(shapes) or layers.linears, layers.norms
     faults, more_than_a_lora = [], False
     try:
-        adapter = read_adapter(path, linears, norms)
-        more_than_a_lora = bool(norms) or not all(adapter.change(module).is_pair for module in adapter.linears)
+        # whether its base has one matrix for both or two, nothing here says
+        adapter = read_adapter(
+            path, linears, norms, may_have_rows=False, vocabularies=layers.matrices, biased=layers.biased
+        )
+        pairs = all(adapter.change(module).is_pair for module in adapter.linears)
+        more_than_a_lora = bool(norms or layers.vocabularies) or not pairs
     except EdgeloraError as e:
         faults.append(reason(e, path))
     try:
@@ -95,7 +100,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
         contract.base_file.name if contract else str(base) if base else None,
         float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else None,
         _ranks(shapes, "lora_A") or _ranks(shapes, "vera_lambda_d"),
-        dict(Counter(name.rpartition(".")[2] for name in (*linears, *norms))),
+        dict(Counter(name.rpartition(".")[2] for name in (*linears, *norms, *layers.vocabularies))),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
         export=export, merge=merge, chat=chat,
@@ -157,24 +162,6 @@ def _ability(contract: Contract | None, faults: list[str]) -> Ability:
     if contract is None:
         return Ability("yes", "with --allow-unverified-base, over the base it was trained on")
     return Ability("yes", f"over {contract.base_file.name} ({contract.base_file.quant}) or another quantization of it")
-
-
-def _layers(kind: Kind | None, tensors: Shapes) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """(d_out, d_in) of the linear layers that these tensors were made for, 0 where none tells it; and norms' widths."""
-    linears: dict[str, tuple[int, int]] = {}
-    norms: dict[str, int] = {}
-    for name, shape in tensors.items():
-        place = None if kind is None else kind.place(name)
-        if kind is None or place is None:
-            continue
-        module, part = place
-        if part == NORM:
-            norms[module] = shape[0] if shape else 0
-        else:
-            d_out, d_in = linears.get(module, (0, 0))
-            found = kind.sizes(part, shape)
-            linears[module] = (found.get("out", d_out), found.get("in", d_in))
-    return linears, norms
 
 
 def _linears(shapes: Shapes, a: str, b: str) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,8 @@ from edgelora.peft.adapter import Adapter
 def head_rows(base: Base, adapters: Sequence[tuple[Adapter, float]]) -> NewRows | None:
     """The ids (k,) of tokens with new rows in the head, and these, float32 (k, d); None: none."""
     name = list(base.vocabularies)[-1]
+    if any(name in adapter.vocabularies for adapter, _ in adapters):
+        return _all_rows(base, name, adapters)
     changed = [(*adapter.token_rows[name], scale) for adapter, scale in adapters if name in adapter.token_rows]
     if not changed:
         return None
@@ -26,3 +28,17 @@ def head_rows(base: Base, adapters: Sequence[tuple[Adapter, float]]) -> NewRows 
         at = np.searchsorted(ids, own)
         rows[at] += np.float32(scale) * (values - start[at])
     return ids, rows
+
+
+def _all_rows(base: Base, name: str, adapters: Sequence[tuple[Adapter, float]]) -> NewRows:
+    """All ids and rows, where one of the adapters changes the head as a whole."""
+    stored, kind, columns = base.tensors.matrix(f"{name}.weight")
+    start = ggml.dequantize(stored, kind, columns)
+    rows = start.copy()
+    for adapter, scale in adapters:
+        if name in adapter.token_rows:
+            ids, own = adapter.token_rows[name]
+            rows[ids] += np.float32(scale) * (own - start[ids])
+        elif name in adapter.vocabularies:
+            rows += np.float32(scale) * adapter.change(name).change(start)
+    return np.arange(len(rows)), rows

@@ -22,8 +22,10 @@ from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
 from edgelora.nn.compiled import LANES
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
+from edgelora.peft.fitting import Layers
 from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
+from edgelora.peft.saved import Beside, beside
 from edgelora.peft.targets import by_pattern
 from edgelora.peft.virtual_tokens import shapes
 from edgelora.training import galore
@@ -59,6 +61,8 @@ class Model:
     config: ModelConfig
     matrices: Mapping[str, tuple[Shape, Type]]
     n_vector: int
+    biased: tuple[str, ...] = ()
+    """The layers that have a bias, by their names in a block."""
     shares: int = 1
     threads: int = field(default_factory=compiled_threads)
 
@@ -68,7 +72,7 @@ class Model:
         return cls(
             base.architecture, base.config,
             {n: ((s[0], s[1]), base.tensors.kind(n)) for n, s in shapes.items() if len(s) == 2},
-            sum(prod(s) for s in shapes.values() if len(s) == 1),
+            sum(prod(s) for s in shapes.values() if len(s) == 1), base.biased,
         )  # fmt: skip
 
     @classmethod
@@ -210,7 +214,22 @@ def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
     of_linears = [
         shape for name, one in adapted(model, config).items() for shape in row.trained(name, *one.shape, one.rank)
     ]
-    return of_linears + [(widths[name],) for name in norms]
+    whole = trained_whole(model, config)
+    matrices = [model.matrices[f"{name}.weight"][0] for name in (*whole.linears, *whole.vocabularies)]
+    biases = [model.matrices[f"{name}.weight"][0][:1] for name in whole.biases]
+    return of_linears + [(widths[name],) for name in norms] + matrices + biases
+
+
+def trained_whole(model: Model, config: TrainConfig) -> Beside:
+    """What is trained beside the adapted layers as a whole, and norms: named layers, embedding and head, biases."""
+    row, where = METHODS[config.method], where_of(config)
+    if row.rows or row.before is not None:
+        return Beside()
+    names = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+    vocabularies = {n.removesuffix(".weight"): model.matrices[n][0] for n in names if n in model.matrices}
+    linears = linear_modules(model.architecture, model.config)
+    layers = Layers(linears, norm_widths(model), vocabularies, model.biased)
+    return beside(row, layers, adapted(model, config), where)
 
 
 def virtual_tokens(config: TrainConfig) -> int:
@@ -303,18 +322,25 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     slice_of_head = min(vocabulary, VOCABULARY_ROWS) * d
     largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
     same = config.base_dtype == config.dtype
+    moved = slice_of_head if trains_head(model, config) else 0
     through_f32 = config.base_dtype == "nf4" or METHODS[config.method].reads_float32
     wide = slice_of_head if kind != Type.F32 else 0
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
-    return 4 * wide + 2 * narrow
+    return 4 * wide + 2 * narrow + 4 * moved
+
+
+def trains_head(model: Model, config: TrainConfig) -> bool:
+    """Whether all rows of the head are trained, which then are put together of two a slice at a time."""
+    return (EMBEDDING if model.config.tie_word_embeddings else HEAD) in trained_whole(model, config).vocabularies
 
 
 def remade_bytes(model: Model, config: TrainConfig) -> int:
     """Of the largest matrix that a method makes anew wherever it is read, such as a whole weight (`peft/remade.py`): in
     float32 and in the dtype of products, its gradient, and what the method's own are made of that with."""
     remakes = METHODS[config.method].remakes
-    made = (prod(shape) for one in adapted(model, config).values() for shape in remakes(*one.shape, one.rank))
+    made = [prod(shape) for one in adapted(model, config).values() for shape in remakes(*one.shape, one.rank)]
+    made += [prod(model.matrices[f"{name}.weight"][0]) for name in trained_whole(model, config).linears]
     return (12 if config.dtype == "f32" else 16) * max(made, default=0)
 
 

@@ -24,6 +24,7 @@ from edgelora.peft.inject import without_adapter
 from edgelora.peft.longlora import attend_in_groups
 from edgelora.peft.method import Method
 from edgelora.peft.methods import METHODS
+from edgelora.peft.saved import within
 from edgelora.progress import Pace, Progress, Sample
 from edgelora.training.neftune import neftune
 from edgelora.training.objectives.objective import Objective, added, mean_losses, over_all, score_held_out
@@ -73,7 +74,8 @@ class Job:
 
     @property
     def deltas(self) -> list[Delta]:
-        return [linear.delta for linear in self.decoder.linears.values() if linear.delta is not None]
+        found = (within(linear.delta) for linear in self.decoder.linears.values())
+        return [delta for delta in found if delta is not None]
 
     @property
     def eval_every(self) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.peft.fitting import Layers
 from edgelora.peft.inject import chosen
 from edgelora.peft.longlora import SHARE
 from edgelora.peft.methods import METHODS
+from edgelora.peft.saved import beside
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import Where
 from edgelora.peft.virtual_settings import VirtualTokens
@@ -16,7 +18,7 @@ from edgelora.peft.virtual_settings import VirtualTokens
 def where_of(config: TrainConfig) -> Where:
     """PEFT's settings among those of a run.
 
-    Raises ConfigError for dropout where two log-probabilities are compared, and for what cannot be trained yet.
+    Raises ConfigError for dropout where two log-probabilities are compared, and for groups that nothing uses.
     """
     if config.lora_dropout and config.objective != "sft":
         raise ConfigError(
@@ -30,12 +32,6 @@ def where_of(config: TrainConfig) -> Where:
             why="its tokens attend to all before them while it learns",
             fix="leave it out, or take --method longlora",
         )
-    if config.bias != "none" or config.modules_to_save:
-        raise ConfigError(
-            what="bias, modules_to_save: nothing is trained beside A and B yet",
-            why="PEFT saves such tensors whole, and what a LoRA makes of a layer here is known without the base's own",
-            fix="leave them out; --method bitfit trains biases, --method layernorm norms, each alone",
-        )
     return Where(
         config.target_modules,
         config.exclude_modules,
@@ -47,6 +43,8 @@ def where_of(config: TrainConfig) -> Where:
         _virtual(config),
         config.alora_invocation_tokens,
         tuple(int(one) for one in config.train_tokens if one.isdecimal()),  # all of them, once it is settled
+        config.bias,
+        config.modules_to_save,
     )
 
 
@@ -81,3 +79,4 @@ def require_place(config: TrainConfig, base: Base) -> None:
     where, row = where_of(config), METHODS[config.method]
     names, _ = chosen(config.method, base.linears, base.norms, where)
     strengths(row, {name: base.linears[name] for name in names}, where, config.rank, config.alpha)
+    beside(row, Layers(base.linears, base.norms, base.vocabularies, base.biased), names, where)

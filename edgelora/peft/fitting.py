@@ -1,0 +1,138 @@
+"""Whether what an adapter's file holds for each module fits the base: every fault in words. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
+from edgelora.peft.kinds import BIAS, NORM, ROWS, WHOLE, Kind, Parts
+from edgelora.peft.strangers import no_linear
+
+NO_ROWS = "its tokens have no rows that are read here"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What may change of a base, by HF's names: (d_out, d_in) of linear layers, the widths of norms, (V, d) of the
+    embedding and of a head of its own; and the layers with a bias by their names in a block."""
+
+    linears: Mapping[str, tuple[int, int]]
+    norms: Mapping[str, int]
+    vocabularies: Mapping[str, tuple[int, int]]
+    biased: Collection[str] = ()
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The vocabularies; of a base with one matrix for both PEFT saves that twice."""
+        both = dict.fromkeys((EMBEDDING, HEAD), next(iter(self.vocabularies.values()))) if self.vocabularies else {}
+        return both | dict(self.vocabularies)
+
+
+def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> Layers:
+    """What a file's tensors, of these shapes, were made for: (d_out, d_in), 0 where none tells it, and the others."""
+    linears: dict[str, tuple[int, int]] = {}
+    norms: dict[str, int] = {}
+    matrices: dict[str, tuple[int, int]] = {}
+    biased: set[str] = set()
+    for name, shape in tensors.items():
+        place = None if kind is None else kind.place(name)
+        if kind is None or place is None:
+            continue
+        module, part = place
+        if part == NORM and (is_norm(f"{module}.{NORM}") or not kind.saves):
+            norms[module] = shape[0] if shape else 0
+        elif module in (EMBEDDING, HEAD) and kind.vocabularies:
+            matrices[module] = (shape[0], shape[-1]) if shape else (0, 0)
+        else:
+            d_out, d_in = linears.get(module, (0, 0))
+            found = kind.sizes(part, shape)
+            linears[module] = (found.get("out", d_out), found.get("in", d_in))
+            if part == BIAS:
+                biased.add(module.split(".", 3)[-1])
+    return Layers(linears, norms, matrices, biased)
+
+
+def module_faults(kind: Kind, module: str, parts: Parts, layers: Layers) -> list[str]:
+    """What is wrong with the parts of one module, its name in front."""
+    if module in layers.norms or is_norm(f"{module}.{NORM}"):
+        found = list(_norm_faults(parts, layers.norms.get(module)))
+    elif ROWS in parts:
+        found = [] if module in layers.matrices else [NO_ROWS]
+    elif module in layers.matrices and kind.vocabularies:
+        found = list(_vocabulary_faults(kind, parts, *layers.matrices[module]))
+    elif module in layers.linears:
+        found = list(_linear_faults(kind, parts, *layers.linears[module]))
+        if kind.saves:
+            found += _bias_faults(parts, module.split(".", 3)[3] in layers.biased)
+    else:
+        return [no_linear(module)]
+    if not found and not all(np.isfinite(part).all() for part in parts.values()):
+        found = ["it holds NaN or infinite values"]
+    return [f"{module}: {fault}" for fault in found]
+
+
+def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers) -> Iterator[str]:
+    """What is wrong with the rows that some tokens have."""
+    for module, parts in tensors.items():
+        n, d = layers.matrices[module]
+        if parts[ROWS].shape != (len(ids), d):
+            yield f"{module}: {ROWS} is {parts[ROWS].shape}, expected ({len(ids)}, {d})"
+        if max(ids) >= n:
+            yield f"{module}: it has the id {max(ids)}, and the base has {n} tokens"
+
+
+def tied_faults(kind: Kind, tensors: Mapping[str, Parts]) -> Iterator[str]:
+    """What is wrong with the embedding and the head over a base that has one matrix for both."""
+    there = [tensors[module] for module in (EMBEDDING, HEAD) if module in tensors]
+    part = ROWS if kind.rows else WHOLE
+    if not kind.rows and not kind.saves:
+        if HEAD in tensors:
+            yield f"{HEAD} is another matrix than the embedding in it, and this base has one for both"
+    elif len(there) == 2 and np.array_equal(there[0][part], there[1][part]):
+        return
+    elif kind.rows:
+        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
+    else:
+        apart = "the head is not the embedding" if len(there) == 2 else "one of embedding and head stays as it was"
+        yield (
+            f"{apart}, and this base has one matrix for both: `edgelora untie` writes one of it with two, over which "
+            "this adapter runs"
+        )
+
+
+def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
+    if width is None:
+        yield "it is no norm of this model"
+    elif set(parts) != {NORM}:
+        yield f"{' and '.join(sorted(set(parts) - {NORM}))}: a norm has a weight alone"
+    elif parts[NORM].shape != (width,):
+        yield f"its weight is {parts[NORM].shape}, expected ({width},)"
+
+
+def _vocabulary_faults(kind: Kind, parts: Parts, n: int, d: int) -> Iterator[str]:
+    wanted = {WHOLE} if kind.saves else set(kind.parts)
+    if set(parts) != wanted:
+        yield f"it has {' and '.join(sorted(parts))}, expected {' and '.join(sorted(wanted))}"
+    else:
+        yield from kind.shape_faults(parts, n, d)
+
+
+def _linear_faults(kind: Kind, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
+    alone = kind.saves and not any(part in parts for part in kind.parts)  # saved whole, or its bias is
+    missing = [] if alone else [part for part in kind.parts if part not in parts]
+    if missing:
+        yield f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    elif kind.saves and WHOLE in parts and not alone:
+        yield "it is saved whole, and has A and B too"
+    else:
+        yield from kind.shape_faults(parts, d_out, d_in)
+
+
+def _bias_faults(parts: Parts, biased: bool) -> Iterator[str]:
+    if BIAS in parts and not biased:
+        yield "it has a bias, and none is trained here in the base's"
+    elif WHOLE in parts and BIAS not in parts and biased:
+        yield "it is saved whole, and its bias is missing"

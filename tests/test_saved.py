@@ -1,0 +1,251 @@
+"""`bias` and `modules_to_save` beside a LoRA: against PEFT in both directions, and through every way out."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from merging import require_merged_computes
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from test_resume import cut_back, data, outcome, settings  # noqa: F401
+from test_vectors import family  # noqa: F401
+
+from converters.merge import Part
+from converters.patch import plan_patch, write_patched, write_rest
+from edgelora.architectures.names import EMBEDDING, HEAD
+from edgelora.base.decoder import build_decoder
+from edgelora.base.model import open_base
+from edgelora.config import TrainConfig
+from edgelora.errors import AdapterError, ConfigError
+from edgelora.evaluate.fidelity import fidelity
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.peft.targets import Where
+from edgelora.pipeline.exit_plan import plan
+from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.run import run_training
+from runtime.scorer import ScoringEngine
+
+IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
+RANK, ALPHA = 4, 6
+Q, V, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
+# PEFT's on a base with biases on q, k and v, and one matrix for embedding and head
+BESIDE = {
+    "all": {"bias": "all"},
+    "lora_only": {"bias": "lora_only"},
+    "norms": {"modules_to_save": ("norm",)},
+    "layers": {"modules_to_save": ("k_proj", "down_proj")},
+    "embedding": {"modules_to_save": ("embed_tokens",)},
+    "everything": {"bias": "all", "modules_to_save": ("layers.1.mlp.down_proj", "model.norm", "lm_head")},
+}
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.usefixtures("own_home"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(family):  # noqa: F811
+    return family("qwen2")
+
+
+def where_of(asked):
+    return Where(("q_proj", "up_proj"), **asked)
+
+
+def stirred(base, asked, method="lora", folder=None):
+    """A decoder with an adapter that has learned something, and the adapter."""
+    decoder, where = build_decoder(base), where_of(asked)
+    inject(decoder, method, RANK, ALPHA, seed=0, targets=where)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5))
+    adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path), where), collect(decoder))
+    if folder is not None:
+        write_adapter(folder, adapter)
+    return decoder, adapter
+
+
+def loss_of(decoder):
+    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
+    return decoder.nll(hidden[:-1], IDS[1:]).mean()
+
+
+def read(folder, base):
+    return read_adapter(folder, base.linears, base.norms, vocabularies=base.vocabularies, biased=base.biased)
+
+
+@pytest.mark.parametrize("asked", BESIDE.values(), ids=BESIDE)
+def test_peft_computes_the_same_outputs_and_gradients(made, tmp_path, asked):
+    base = open_base(made.folder)
+    decoder, _ = stirred(base, asked, folder=tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(made.theirs), tmp_path / "mine", is_trainable=True).eval()
+    found = theirs(IDS[None], labels=IDS[None])
+    torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
+    loss_of(decoder).backward()
+    found.loss.backward()
+    gradients = {
+        name.removeprefix(PREFIX).replace(".default", "").replace(".modules_to_save", "").replace(".base_layer", ""): p
+        for name, p in theirs.named_parameters() if p.requires_grad
+    }  # fmt: skip
+    for name, parameter in decoder.named_parameters():
+        short = name.replace(".delta.delta", ".weight").replace(".delta", "").replace(".inner", "")
+        wanted = gradients.pop(short if short in gradients else f"{short}.weight").grad
+        torch.testing.assert_close(parameter.grad, wanted, atol=1e-5, rtol=1e-4, msg=name)
+    assert set(gradients) <= {"lm_head.weight"}  # the same tensor
+
+
+THEIRS = {
+    "all": {"bias": "all"},
+    "all, and a layer with a bias": {"bias": "all", "modules_to_save": ["k_proj", "norm"]},
+    "lora_only": {"bias": "lora_only", "use_dora": True},
+    "embedding": {"modules_to_save": ["embed_tokens", "down_proj"], "ensure_weight_tying": True},
+}
+
+
+def save_pefts(made, folder, **asked):
+    """PEFT's own, moved by what is random; its logits."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "up_proj"], **asked)
+    theirs = get_peft_model(copy.deepcopy(made.theirs), config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * (torch.rand(parameter.shape) - 0.5)
+    theirs.save_pretrained(folder)
+    return theirs(IDS[None]).logits[0].detach()
+
+
+@pytest.mark.parametrize("asked", THEIRS.values(), ids=THEIRS)
+def test_what_peft_saved_computes_the_same_here(made, tmp_path, asked):
+    theirs, base = save_pefts(made, tmp_path, **asked), open_base(made.folder)
+    decoder = build_decoder(base)
+    before, adapter = decoder.logits(IDS), read(tmp_path, base)
+    attach(decoder, adapter)
+    assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
+    torch.testing.assert_close(decoder.logits(IDS), theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_half_of_one_matrix_is_refused_with_the_way_to_two(made, tmp_path, module):
+    save_pefts(made, tmp_path, modules_to_save=[module])
+    with pytest.raises(AdapterError, match=r"one of embedding and head stays as it was.*edgelora untie"):
+        read(tmp_path, open_base(made.folder))
+
+
+@pytest.mark.parametrize("modules", [("embed_tokens",), ("lm_head",)], ids=lambda m: m[0])
+def test_of_two_matrices_one_is_trained_as_peft_does(make_tiny, transformers_model, tmp_path, modules):
+    tiny = make_tiny(tied=False)
+    base = open_base(tiny.path)
+    decoder, _ = stirred(base, {"modules_to_save": modules}, folder=tmp_path / "mine")
+    theirs = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine", is_trainable=True).eval()
+    found = theirs(IDS[None], labels=IDS[None])
+    torch.testing.assert_close(decoder.logits(IDS), found.logits[0].detach(), atol=1e-4, rtol=1e-5)
+    loss_of(decoder).backward()
+    found.loss.backward()
+    (ours,) = [p.grad for name, p in decoder.named_parameters() if modules[0] in name]
+    (wanted,) = [p.grad for name, p in theirs.named_parameters() if modules[0] in name and p.requires_grad]
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+# -- the ways out -------------------------------------------------------------------------------------------------
+
+WHOLE = {"bias": "all", "modules_to_save": ("layers.1.mlp.down_proj", "norm", "embed_tokens")}
+
+
+def test_merged_it_computes_the_same_in_torch_and_llama_cpp(made, tmp_path):
+    base = open_base(made.gguf)
+    decoder, _ = stirred(base, WHOLE, folder=tmp_path / "mine")
+    require_merged_computes(base, tmp_path / "mine", IDS, decoder.logits(IDS))
+
+
+@pytest.mark.parametrize("asked", [{"bias": "all"}, WHOLE], ids=["biases", "everything"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_llama_cpp_computes_the_same_over_a_patched_base(made, tmp_path, method, asked):
+    base = open_base(made.gguf)
+    decoder, _ = stirred(base, asked, method, tmp_path / "mine")
+    found = plan(made.gguf, tmp_path / "mine", allow_unverified=True)
+    assert (found.door, found.exact) == ("patched", True)
+    adapter = read(tmp_path / "mine", base)
+    patch = plan_patch(base, adapter)
+    assert patch.error <= 1e-7
+    write_patched(tmp_path / "patched.gguf", base, patch, Part(adapter, 1.0, "0" * 64, "mine"))
+    write_rest(tmp_path / "rest.gguf", base, patch, "mine", None, "F32")
+    with ScoringEngine(open_base(tmp_path / "patched.gguf"), n_ctx=64, threads=1) as engine:
+        engine.load("rest", tmp_path / "rest.gguf", allow_unverified=True)
+        engine.use({"rest": 1.0})
+        theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
+    assert fidelity([(decoder.logits(IDS).numpy(), theirs)]).kl_mean <= 1e-5
+
+
+# -- a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(made, settings, tmp_path_factory):  # noqa: F811
+    """The config of a whole run."""
+    config = settings(tmp_path_factory.mktemp("runs") / "mine", base=made.folder, max_steps=2, eval_every=2, **WHOLE)
+    run_training(config)
+    return config
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(run):
+    wanted = outcome(run.out)
+    cut_back(run.out, 1)
+    run_training(run.model_copy(update={"resume": True}))
+    assert outcome(run.out) == wanted
+
+
+def test_a_run_leaves_what_it_trained_whole(run):
+    base, tensors = open_base(run.base), load_file(run.out / TENSORS)
+    whole = read(run.out, base)
+    assert (whole.vocabularies, len(whole.norms)) == ([EMBEDDING], len(base.norms))
+    assert np.array_equal(tensors[f"{PREFIX}{HEAD}.weight"], tensors[f"{PREFIX}{EMBEDDING}.weight"])
+    assert {name.rpartition(".")[2] for name in whole.linears if "bias" in whole.tensors[name]} == {
+        "q_proj", "k_proj", "v_proj",
+    }  # fmt: skip
+    moved = tensors[f"{PREFIX}{EMBEDDING}.weight"] - base.tensors.matrix(f"{EMBEDDING}.weight").floats()
+    assert 0 < np.abs(moved).max() < 0.1
+    told = json.loads((run.out / CONFIG).read_text())
+    wanted = {"bias": "all", "modules_to_save": list(WHOLE["modules_to_save"]), "ensure_weight_tying": True}
+    assert {name: told[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("asked", [{}, WHOLE], ids=["none", "everything"])
+def test_the_plan_counts_what_is_trained(made, asked):
+    base = open_base(made.folder)
+    decoder = build_decoder(base)
+    inject(decoder, "lora", RANK, ALPHA, 0, Where(**asked))
+    config = TrainConfig(base=made.folder, data="rows.jsonl", out="out", rank=RANK, **asked)
+    assert adapter_numbers(Model.of(base), config) == sum(p.numel() for p in decoder.parameters())
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "a name that is no layer's": ("lora", {"modules_to_save": ("lm_haed", "mlp")}, "did you mean lm_head"),
+    "a method of its own": ("ia3", {"bias": "all"}, "nothing that --method ia3 could use"),
+    "one that waits": ("alora", {"modules_to_save": ("norm",)}, "it waits for its invocation"),
+}
+
+
+@pytest.mark.parametrize(("method", "asked", "said"), FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_trained_is_refused(made, method, asked, said):
+    with pytest.raises(ConfigError, match=said):
+        inject(build_decoder(open_base(made.folder)), method, RANK, ALPHA, 0, Where(**asked))
+
+
+def test_biases_are_refused_where_there_are_none(tiny):
+    with pytest.raises(ConfigError) as e:
+        inject(build_decoder(open_base(tiny.path)), "lora", RANK, ALPHA, 0, Where(bias="all"))
+    assert str(e.value).splitlines() == [
+        "bias all: no layer of this model has a bias",
+        "  why: PEFT trains the biases that a model has, and here these are none",
+        "  fix: leave it out; --method bitfit trains biases, and gives one to every layer",
+    ]
