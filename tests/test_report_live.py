@@ -124,6 +124,16 @@ def test_a_dora_is_measured_over_the_base_that_it_patches(ask, base, write):
     assert again.report.cells == made.report.cells
 
 
+def test_one_that_was_trained_over_a_level_is_patched_into_that_level(ask, write, tmp_path):
+    asked = replace(ask("ia3"), out=tmp_path / "report", adapter=None, ways=("base",), data=())
+    made = make_report(replace(asked, adapters_for={"Q8_0": write("ia3")}), "x")
+    alone, cell = made.report.cells
+    assert (cell.name, cell.status) == ("Q8_0 trained on it, live", "ok")
+    assert [file.role for file in cell.files] == ["model"]  # of an IA3 nothing is left over it
+    assert cell.path.endswith("-Q8_0-patched.gguf")
+    assert cell.measures["perplexity"].value != alone.measures["perplexity"].value
+
+
 @pytest.mark.parametrize("method", ["houlsby", "prompt_tuning"])
 def test_what_llama_cpp_cannot_score_is_computed_in_torch_and_never_advised(made, ask, write, method):
     asked, made = ask(method), made(method)

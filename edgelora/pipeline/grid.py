@@ -19,9 +19,9 @@ from edgelora.evaluate.choices import alternatives
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import sha256_file
-from edgelora.peft.adapter import read_adapter
 from edgelora.pipeline.engines import contract_in
 from edgelora.pipeline.evaluate import adapter_files, is_choice_file, read_choice_file
+from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.grid_live import Live, how_live
 from edgelora.pipeline.perplexity import read_windows
 from edgelora.training.folder import RunFolder
@@ -102,6 +102,8 @@ class Grid:
     """Of `base`, `adapter`, `adapter/Q4_K_M`, `calibration`, `text`, `task`, `choice/…`."""
     live: Live
     """What `--ways live` means for the adapter."""
+    live_for: Mapping[str, Live]
+    """The same of those that were trained over a level, by the level."""
     n_text_tokens: int = 0
     n_choice_tokens: int = 0
 
@@ -113,6 +115,7 @@ class Grid:
         live = how_live(base, *asked.adapter) if asked.adapter else Live()
         places = _places(asked, live)
         _require_own_levels(asked, base)
+        live_for = {quant: how_live(base, folder, 1.0) for quant, folder in asked.adapters_for.items()}
         task, choices, n_choice_tokens = _data(asked, base)
         if task is None and not choices and asked.text is None:
             raise ConfigError(
@@ -127,7 +130,7 @@ class Grid:
         calibration = _calibration(asked) if any(place.way == "imatrix" for place in places) else None
         digests = dict(_digests(asked, base, task, choices, calibration))
         _refuse_test_rows(digests)
-        return cls(asked, base, places, task, choices, calibration, digests, live, n_tokens, n_choice_tokens)
+        return cls(asked, base, places, task, choices, calibration, digests, live, live_for, n_tokens, n_choice_tokens)
 
     def key(self, *parts: Any) -> str:
         """One name for something made of these, by these versions."""
@@ -196,7 +199,7 @@ def _require_there(asked: Asked) -> None:
 def _require_own_levels(asked: Asked, base: Base) -> None:
     """An adapter that stands for a level must have been trained over it, where it says what it was trained over."""
     for quant, folder in asked.adapters_for.items():
-        contract = read_adapter(folder, base.linears, base.norms).contract
+        contract = read_checked(folder, base, allow_unverified=True, may_wait=True, with_rows=True).contract
         if contract is not None and contract.base_file.quant != quant:
             raise ConfigError(
                 what=f"--adapter-for {quant}={folder}: it was trained over {contract.base_file.name}",

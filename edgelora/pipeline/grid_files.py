@@ -17,6 +17,7 @@ from edgelora.pipeline.engines import LLAMA_CPP, TORCH
 from edgelora.pipeline.evaluate import adapter_files
 from edgelora.pipeline.export import export
 from edgelora.pipeline.grid import Grid, Place
+from edgelora.pipeline.grid_live import Live
 from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
 from edgelora.pipeline.merge import MergeOptions, merge
 from edgelora.pipeline.patch import patch
@@ -59,9 +60,9 @@ class Workshop:
         if place.way == "torch":
             return Shipped(self.base(place.quant), self._given, scale)
         if place.way == "patched":
-            return Shipped(*self.patched(place.quant))
+            return Shipped(*self._patched(place.quant, self._given, "adapter", self._grid.live))
         if place.way == "trained":
-            return Shipped(self.base(place.quant), self._adapter_for(place.quant))
+            return self._trained(place.quant)
         spared = place.way == "imatrix"
         return Shipped(self.merged(place.quant, spared=spared), imatrix=self.imatrix() if spared else None)
 
@@ -84,20 +85,23 @@ class Workshop:
         """The adapter as llama.cpp takes it."""
         return self._exported(self._grid.asked.base, self._given, ["base", "adapter"])
 
-    def patched(self, quant: str) -> tuple[Path, Path | None]:
+    def _patched(self, quant: str, folder: Path, made_of: str, live: Live) -> tuple[Path, Path | None]:
         """The base at a level with the adapter in its own numbers; the LoRA over it, where something of it is one."""
-        base, folder = self.base(quant), self._given
+        base = self.base(quant)
         name = f"{self._stem}-{folder.resolve().name}-{quant}-patched"
-        beside = [f"{name}.lora.gguf"] if self._grid.live.leaves_lora else []
-        model = self._made(f"{name}.gguf", ["patch", quant, *map(self._digest, ("base", "adapter"))], lambda out: patch(
+        beside = [f"{name}.lora.gguf"] if live.leaves_lora else []
+        model = self._made(f"{name}.gguf", ["patch", quant, *map(self._digest, ("base", made_of))], lambda out: patch(
             base, folder, out, allow_unverified=self._grid.asked.allow_unverified, overwrite=True,
             on_progress=self.on_progress,
         ), beside)  # fmt: skip
         return model, model.with_name(beside[0]) if beside else None
 
-    def _adapter_for(self, quant: str) -> Path:
-        folder = self._grid.asked.adapters_for[quant]
-        return self._exported(self.base(quant), folder, ["base", f"adapter/{quant}"])
+    def _trained(self, quant: str) -> Shipped:
+        """The adapter of a level over its own level: live, or patched into it."""
+        folder, made_of, live = self._grid.asked.adapters_for[quant], f"adapter/{quant}", self._grid.live_for[quant]
+        if live.way == "patched":
+            return Shipped(*self._patched(quant, folder, made_of, live))
+        return Shipped(self.base(quant), self._exported(self.base(quant), folder, ["base", made_of]))
 
     def _exported(self, base: Path, adapter: Path, made_of: Sequence[str]) -> Path:
         if adapter.is_file():
