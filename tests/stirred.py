@@ -13,6 +13,7 @@ from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, collect, inject
+from edgelora.peft.targets import Where
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,17 @@ class Stir:
     by: float
 
     def on(
-        self, base: Base, method: str, targets: Iterable[str] = (), folder: Path | None = None
+        self, base: Base, method: str, targets: Iterable[str] | Where = (), folder: Path | None = None
     ) -> tuple[Decoder, Adapter]:
         """A decoder with a stirred adapter of the method on it, and the adapter, which is written to `folder`."""
-        decoder = build_decoder(base)
-        inject(decoder, method, self.rank, self.alpha, seed=0, targets=targets)
+        decoder, where = build_decoder(base), targets if isinstance(targets, Where) else Where(tuple(targets))
+        inject(decoder, method, self.rank, self.alpha, seed=0, targets=where)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in decoder.parameters():
                 parameter += self.by * (torch.rand(parameter.shape, generator=generator) - 0.5)
-        adapter = Adapter(adapter_config(decoder, method, self.rank, self.alpha, str(base.path)), collect(decoder))
+        config = adapter_config(decoder, method, self.rank, self.alpha, str(base.path), where)
+        adapter = Adapter(config, collect(decoder))
         if folder is not None:
             write_adapter(folder, adapter)
         return decoder, adapter

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
+from same_tokens import IDS
 from test_export import make_adapter, make_dora
 
 from converters import interference as meeting
@@ -31,7 +32,6 @@ from edgelora.pipeline.compose import ComposeOptions, compose_adapters
 from edgelora.pipeline.task_scores import Task
 from runtime.scorer import ScoringEngine
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 SHAPES = {"wide": (24, 16), "tall": (12, 24), "own": (10, 12)}  # (d_out, d_in); only the second adapter has `own`
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
@@ -16,7 +17,6 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.host_rows import HostRows
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense, GGUFBlocks
-from edgelora.config import TrainConfig
 from edgelora.nn import gpu, gpu_attention
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.decoder import Decoder, Frozen
@@ -150,15 +150,11 @@ def test_a_vocabulary_stays_with_the_machine_where_its_head_is_another(make_tiny
 @pytest.fixture(scope="module")
 def settings(make_tiny, tmp_path_factory):
     """`settings(out, **changes)`: a run of six steps over the Q8_0 model."""
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    data = tmp_path_factory.mktemp("data") / "train.jsonl"
-    data.write_text("".join(rows[:24]), encoding="utf-8")
-
-    def make(out, **changes):
-        defaults = {"rank": 4, "learning_rate": 5e-3, "warmup_steps": 2, "epochs": 2, "valid": data, "device": "cuda"}
-        return TrainConfig(**{"base": make_tiny(Type.Q8_0).path, "data": data, "out": out} | defaults | changes)
-
-    return make
+    data = example_rows(tmp_path_factory.mktemp("data") / "train.jsonl", 0, 24)
+    return configs(
+        base=make_tiny(Type.Q8_0).path, data=data, valid=data, rank=4, learning_rate=5e-3, warmup_steps=2, epochs=2,
+        device="cuda",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from example_runs import example_rows
 from gguf.constants import GGMLQuantizationType as Type
 from merging import as_a_lora
 from safetensors.numpy import save_file
+from same_tokens import IDS
 from test_export import make_adapter as make_a_lora
-from test_vectors import FAMILIES, IDS, family, trained
+from test_vectors import FAMILIES, family, trained
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.exit_facts import facts_of_adapter, facts_of_base
@@ -230,9 +231,7 @@ def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path
 @pytest.mark.real
 def test_three_doors_of_the_real_base(smollm, tmp_path):
     """SmolLM2-135M at Q4_1: as near to torch with each as the bare base is."""
-    base, rows = open_base(smollm), tmp_path / "rows.jsonl"
-    lines = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    rows.write_text("".join(lines[:2]), encoding="utf-8")
+    base, rows = open_base(smollm), example_rows(tmp_path / "rows.jsonl", 0, 2)
     for method, door, write in (("lora", "adapter", export), ("ia3", "patched", patch)):
         decoder = build_decoder(base)
         inject(decoder, method, 8, 16.0, seed=0)

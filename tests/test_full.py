@@ -8,6 +8,7 @@ import transformers
 from gguf.constants import GGMLQuantizationType as Type
 from merging import require_merged_computes
 from safetensors.numpy import load_file
+from same_tokens import IDS, loss_of
 
 from converters.merge import Part
 from converters.merge_to_hf import write_merged_folder
@@ -24,16 +25,10 @@ from edgelora.training.settle import settle
 from edgelora.training.whole import optimizer_of
 
 ENOUGH = 10**10  # bytes
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 
 
 def config_of(base, **settings):
     return TrainConfig(base=base, data="rows.jsonl", out="out", method="full", **settings)
-
-
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
 
 
 def trained(base, steps=3, rate=3e-3):
@@ -49,20 +44,18 @@ def trained(base, steps=3, rate=3e-3):
 
 
 def test_it_learns_what_transformers_learns(tiny, transformers_model):
-    """Every linear layer and norm, by torch's own AdamW; the embeddings stay."""
+    """Every tensor, by torch's own AdamW."""
     decoder, _ = trained(open_base(tiny.path))
     theirs = transformers_model(tiny)
-    for name, parameter in theirs.named_parameters():
-        parameter.requires_grad_("embed" not in name)
-    own = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    own = dict(theirs.named_parameters())
     start = {name: p.detach().clone() for name, p in own.items()}
     optimizer = torch.optim.AdamW(own.values(), lr=3e-3, weight_decay=0)
     for _ in range(3):
         theirs(IDS[None], labels=IDS[None]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert set(own) == {f"{name}.weight" for name in [*decoder.linears, *decoder.norms]}
-    for name, linear in decoder.linears.items():
+    assert set(own) == {f"{name}.weight" for name in decoder.adaptable}
+    for name, linear in {**decoder.linears, **decoder.vocabularies}.items():
         moved = own[f"{name}.weight"].detach() - start[f"{name}.weight"]
         assert (linear.delta.delta - moved).abs().mean() < 1e-3 * moved.abs().mean()  # 1 in 10⁵ gradients is near zero
     with torch.no_grad():
@@ -95,7 +88,8 @@ def test_the_file_holds_what_was_added_to_each_weight(tiny, tmp_path):
     decoder, adapter = trained(base)
     write_adapter(tmp_path / "mine", adapter)
     tensors = load_file(tmp_path / "mine" / TENSORS)
-    assert set(tensors) == {f"{PREFIX}{m}.delta" for m in base.linears} | {f"{PREFIX}{m}.weight" for m in base.norms}
+    matrices = {f"{PREFIX}{m}.delta" for m in (*base.linears, *base.vocabularies)}
+    assert set(tensors) == matrices | {f"{PREFIX}{m}.weight" for m in base.norms}
     assert sum(t.nbytes for t in tensors.values()) == 4 * sum(p.numel() for p in decoder.parameters())
     live = decoder.logits(IDS)
     with without_adapter(decoder):  # what preferences are measured against

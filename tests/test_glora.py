@@ -10,6 +10,7 @@ import torch
 from merging import as_a_lora, require_merged_computes
 from peft import GloraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from same_tokens import IDS, loss_of
 from stirred import Stir
 from test_vectors import family  # noqa: F401
 
@@ -23,7 +24,6 @@ from edgelora.pipeline.exit_plan import plan
 from edgelora.pipeline.import_adapter import export_as_lora
 from edgelora.pipeline.patch import patch
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 PARTS = {"A.Xd", "A.Xu", "B.Xd", "B.Xu", "bias.C", "bias.D", "bias.E"}
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -32,11 +32,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 def trained(base, folder=None):
     """A decoder with a stirred GLoRA on it, and the adapter."""
     return Stir(rank=4, alpha=1.0, by=0.2).on(base, "glora", folder=folder)
-
-
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
 
 
 def pefts(model, **settings):

@@ -16,6 +16,7 @@ import torch
 from gguf.constants import GGMLQuantizationType as Type
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from same_tokens import IDS
 from test_architectures import CASES, seeded
 from test_export import IDS as ROWS
 from test_export import make_adapter, torch_logits
@@ -36,7 +37,6 @@ from edgelora.pipeline.import_adapter import export_as_lora, import_adapter
 from runtime.scorer import ScoringEngine
 
 Q = "model.layers.0.self_attn.q_proj"
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from exact import Exact, draw
 from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
@@ -37,24 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Exact:
-    """A `Weight` that keeps its float64 values everywhere, so that gradcheck can see small differences."""
-
-    def __init__(self, values):
-        self.values, self.shape, self.size_bytes = values, tuple(values.shape), values.nbytes
-
-    def dequantize(self, dtype=torch.float64):
-        return self.values.to(dtype)
-
-    def rows(self, first, last, dtype=torch.float64):
-        return self.values[first:last].to(dtype)
-
-
-def draw(*shape, seed=0, dtype=torch.float64, grad=False):
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-    return values.requires_grad_(grad)
 
 
 def gradcheck(function, *inputs):

@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
+from same_tokens import IDS
 
 from converters.plan import QuantizeOptions
 from converters.quantize import write_quantized
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
-from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.files.contract import read_contract
 from edgelora.peft import loftq
@@ -27,7 +27,6 @@ from edgelora.training.original import Originals
 from edgelora.training.run import run_training
 from edgelora.training.settle import settle
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
 
 
@@ -44,19 +43,11 @@ def base(make_tiny):
 @pytest.fixture(scope="module")
 def settings(base, tiny, tmp_path_factory):
     """`settings(out, **changes)`: four steps of LoftQ over the Q4_0 file of the F32 model."""
-    rows = tmp_path_factory.mktemp("rows") / "train.jsonl"
-    lines = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    rows.write_text("".join(lines[:8]), encoding="utf-8")
-
-    def make(out, **changes):
-        defaults = {
-            "base": base.path, "data": rows, "method": "loftq", "original": tiny.path, "rank": RANK, "alpha": ALPHA,
-            "learning_rate": 5e-3, "batch_rows": 4, "warmup_steps": 1, "dtype": "f32", "device": "cpu",
-            "save_every": 1, "keep_checkpoints": 10,
-        }  # fmt: skip
-        return TrainConfig(**{**defaults, "out": out, **changes})
-
-    return make
+    return configs(
+        base=base.path, data=example_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", 0, 8), method="loftq",
+        original=tiny.path, rank=RANK, alpha=ALPHA, learning_rate=5e-3, batch_rows=4, warmup_steps=1, dtype="f32",
+        device="cpu", save_every=1, keep_checkpoints=10,
+    )  # fmt: skip
 
 
 def exact_svd(weight, rank, _):

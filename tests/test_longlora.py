@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from same_tokens import IDS
 from test_resume import cut_back, data, outcome, run_folder, settings  # noqa: F401
 
 from edgelora.base.decoder import build_decoder
@@ -32,7 +33,6 @@ pytestmark = [
 ]
 
 RANK, ALPHA = 4, 6
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")

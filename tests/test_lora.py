@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from same_tokens import IDS
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -19,7 +20,6 @@ from edgelora.errors import AdapterError
 from edgelora.peft.adapter import BEYOND_LORA, CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

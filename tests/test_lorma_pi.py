@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exact import Exact, draw
 from merging import require_merged_computes
+from same_tokens import IDS
 from stirred import Stir
-from test_lorma_replora import ALPHA, RANK, Exact, draw, moved
+from test_lorma_replora import ALPHA, RANK, moved
 from test_vectors import family  # noqa: F401
 from torch.nn import functional as F
 
@@ -18,8 +20,6 @@ from edgelora.config import TrainConfig
 from edgelora.peft.inject import attach
 from edgelora.peft.lorma_pi import beyond_identity, fresh, turned_back
 from edgelora.training.settle import settle
-
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 
 
 def turned(matrix):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import Exact, draw
 from torch.nn import functional as F
 
 from edgelora.base.decoder import build_decoder
@@ -13,21 +14,6 @@ from edgelora.peft.inject import inject
 from edgelora.peft.methods import METHODS
 
 RANK, ALPHA = 4, 6.0
-
-
-class Exact:
-    """A `Weight` that keeps its float64 values, and counts how often it is dequantized."""
-
-    def __init__(self, values):
-        self.values, self.shape, self.size_bytes, self.times = values, tuple(values.shape), values.nbytes, 0
-
-    def dequantize(self, dtype=torch.float64):
-        self.times += 1
-        return self.values.to(dtype)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moved(method, weight, seed=3):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from merging import require_merged_computes
+from same_tokens import IDS
 from stirred import Stir
 from torch.nn import functional as F
 
@@ -20,8 +21,6 @@ from edgelora.nn.linear import Linear
 from edgelora.peft import lors
 from edgelora.peft.adapter import write_adapter
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
-
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")

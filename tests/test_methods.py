@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from exact import Exact, draw
 from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from pefts import require_pefts_gradients
 from safetensors.numpy import load_file, save_file
+from same_tokens import IDS, loss_of
 
 from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.architectures.names import EMBEDDING
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
@@ -38,7 +41,6 @@ from edgelora.peft.targets import EVERYWHERE, Where
 from edgelora.pipeline.merge import merge
 from runtime.scorer import ScoringEngine
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
 DRAW_NOTHING = ["olora", "full", "galore", "ia3", "bitfit", "layernorm"]
 AS_PEFT = ["lora", "rslora", "loraplus", "dora", "vera", "loftq"]  # what is trained of them is what PEFT's files hold
@@ -79,11 +81,6 @@ def stir(decoder, seed=1):
                 parameter.add_(0.1 * noise)
 
 
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
-
-
 def written(decoder, base, method, folder, where=EVERYWHERE):
     adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path), where), collect(decoder))
     write_adapter(folder, adapter)
@@ -97,7 +94,8 @@ def peft_config(method, drawn=False):
         return VeraConfig(r=RANK, target_modules="all-linear", init_weights=not drawn, **row.settings)
     r, alpha = row.file_ranks * RANK, row.file_ranks * ALPHA
     start = {"init_lora_weights": False} if drawn else {}
-    return LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", **start, **row.settings)
+    tied = {"ensure_weight_tying": True} if row.vocabularies else {}
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", **start, **row.settings, **tied)
 
 
 # -- PEFT is the oracle -------------------------------------------------------------------------------------------
@@ -215,7 +213,8 @@ def test_only_the_methods_own_parameters_are_trained(decoder, method):
     assert len(parameters) == len(names)
     assert all(".delta." in name for name in names)
     linears, norms = chosen(method, decoder.linears, decoder.norms)
-    assert {name.split(".delta.")[0] for name in names} == {*linears, *norms}
+    whole = [name for name in decoder.vocabularies if name in METHODS[method].vocabularies]
+    assert {name.split(".delta.")[0] for name in names} == {*linears, *norms, *whole}
     loss_of(decoder).backward()
     assert all(parameter.grad is not None for parameter in parameters)
     assert any(parameter.grad.any() for parameter in parameters)
@@ -246,6 +245,8 @@ def test_as_many_numbers_are_trained_as_the_paper_says(decoder, method):
         assert sorted(shapes) == sorted(METHODS[method].trained(name, *linear.weight.shape, RANK))
     for name in norms:
         assert [parameter.shape for parameter in decoder.norms[name].parameters()] == [(256,)]
+    matrices = [parameter.shape for one in decoder.vocabularies.values() for parameter in one.parameters()]
+    assert matrices == ([(512, 256)] if METHODS[method].vocabularies else [])
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_p
     stir(decoder)
     live = decoder.logits(IDS)
     written(decoder, base, method, tmp_path / "mine")
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears, base.norms))
+    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears, base.norms, vocabularies=base.vocabularies))
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
 
 
@@ -300,6 +301,10 @@ def test_merged_is_unmerged(decoder, method):
         linear.bias = torch.from_numpy(change.change_of_bias(np.zeros(weight.shape[0], np.float32)))
     for name in adapter.norms:
         decoder.norms[name].weight = torch.from_numpy(adapter.norm(name))
+    if EMBEDDING in adapter.vocabularies:
+        weight = decoder.embedding.dequantize()
+        change = torch.from_numpy(adapter.change(EMBEDDING).change(weight.numpy()))
+        decoder.embedding = decoder.head = Dense(weight + change)
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
 
 
@@ -345,20 +350,6 @@ def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny,
 
 
 # -- DoRA ---------------------------------------------------------------------------------------------------------
-
-
-class Exact:
-    """A `Weight` that keeps its float64 values."""
-
-    def __init__(self, values):
-        self.values, self.shape, self.size_bytes = values, tuple(values.shape), values.nbytes
-
-    def dequantize(self, dtype=torch.float64):
-        return self.values.to(dtype)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_lengths_are_those_of_the_matrix_that_is_never_made():

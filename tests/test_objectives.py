@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from same_tokens import IDS
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -36,7 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SYSTEM = [5, 6, 7, 8, 9]  # what all prompts begin with
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 PAIRED = ["dpo", "ipo", "orpo"]
 
 

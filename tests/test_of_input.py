@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT
+from example_runs import example_rows
+from same_tokens import IDS
 from stirred import Stir
 
 from edgelora.base.decoder import build_decoder
@@ -23,7 +24,6 @@ from edgelora.pipeline.export import export
 from edgelora.pipeline.inspect import inspect
 from edgelora.training.run import run_training
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 6, 9.0
 METHODS = ["houlsby", "molora"]
 trained = Stir(RANK, ALPHA, by=0.2).on
@@ -90,11 +90,9 @@ def test_products_in_bfloat16_stay_near(base, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_learns_and_is_scored_in_torch(base, tiny, tmp_path, capsys, method):
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:8]), encoding="utf-8")
-
+    rows = example_rows(tmp_path / "rows.jsonl", 0, 8)
     run_training(TrainConfig(
-        base=tiny.path, data=tmp_path / "rows.jsonl", out=tmp_path / "mine", method=method, rank=4, max_steps=4,
+        base=tiny.path, data=rows, out=tmp_path / "mine", method=method, rank=4, max_steps=4,
         batch_rows=2, warmup_steps=1, learning_rate=1e-2,
     ))  # fmt: skip
     decoder = build_decoder(base)
@@ -102,10 +100,7 @@ def test_one_learns_and_is_scored_in_torch(base, tiny, tmp_path, capsys, method)
     assert float((decoder.logits(IDS) - build_decoder(base).logits(IDS)).abs().max()) > 1e-3
     losses = {}
     for words in ([], ["--adapter", str(tmp_path / "mine")]):
-        assert (
-            run(["eval", str(tiny.path), *words, "--data", str(tmp_path / "rows.jsonl"), "--in", "torch", "--json"])
-            == 0
-        )
+        assert run(["eval", str(tiny.path), *words, "--data", str(rows), "--in", "torch", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["engine"] == "torch"
         losses[bool(words)] = found["loss"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from example_runs import example_rows
 from safetensors.numpy import load_file
 from test_export import make_adapter, make_dora
 
@@ -74,11 +75,10 @@ def test_only_layers_that_both_have_are_turned(base, decoder):
 
 def test_a_run_starts_there_and_says_so(tiny, base, tmp_path):
     write_adapter(tmp_path / "earlier", make_adapter(base, seed=1))
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (tmp_path / "rows.jsonl").write_text("".join(rows[:4]), encoding="utf-8")
     config = TrainConfig(
-        base=tiny.path, data=tmp_path / "rows.jsonl", out=tmp_path / "new", orthogonal_to=(tmp_path / "earlier",),
-        rank=2, max_steps=1, learning_rate=1e-30, dtype="f32", device="cpu", target_modules=("v_proj",),
+        base=tiny.path, data=example_rows(tmp_path / "rows.jsonl", 0, 4), out=tmp_path / "new",
+        orthogonal_to=(tmp_path / "earlier",), rank=2, max_steps=1, learning_rate=1e-30, dtype="f32", device="cpu",
+        target_modules=("v_proj",),
     )  # fmt: skip
     run = edgelora.train(config)
     assert run.choices["start"].value == "orthogonal to earlier"

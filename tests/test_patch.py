@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from test_vectors import BIASED, FAMILIES, IDS, family, trained
+from same_tokens import IDS
+from test_vectors import BIASED, FAMILIES, family, trained
 
 from converters.merge import Part
 from converters.patch import LARGEST_ERROR, plan_patch, write_patched, write_rest

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import typer
-from conftest import ROOT
+from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
 from typer.testing import CliRunner
 
@@ -15,7 +15,6 @@ from edgelora.base import ggml
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli.residual import residual
-from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.files.contract import read_contract
 from edgelora.peft.adapter import read_adapter
@@ -46,18 +45,10 @@ def rest(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(rest, tiny, tmp_path_factory):
-    rows = tmp_path_factory.mktemp("rows") / "train.jsonl"
-    lines = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    rows.write_text("".join(lines[:4]), encoding="utf-8")
-
-    def make(out, **changes):
-        defaults = {
-            "base": rest.path, "data": rows, "method": "loftq", "original": tiny.path, "rank": RANK, "max_steps": 2,
-            "dtype": "f32", "device": "cpu",
-        }  # fmt: skip
-        return TrainConfig(**{**defaults, "out": out, **changes})
-
-    return make
+    return configs(
+        base=rest.path, data=example_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", 0, 4), method="loftq",
+        original=tiny.path, rank=RANK, max_steps=2, dtype="f32", device="cpu",
+    )  # fmt: skip
 
 
 def left(base, original, name):

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from example_runs import example_rows
 from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
 from test_atomic import Disk, tree
@@ -49,11 +50,8 @@ outcome, run_folder = kill.outcome, kill.run_folder
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(24 rows to learn, 4 rows held out) of the example commands."""
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     folder = tmp_path_factory.mktemp("data")
-    for name, part in (("train.jsonl", rows[:24]), ("valid.jsonl", rows[24:28])):
-        (folder / name).write_text("".join(part), encoding="utf-8")
-    return folder / "train.jsonl", folder / "valid.jsonl"
+    return example_rows(folder / "train.jsonl", 0, 24), example_rows(folder / "valid.jsonl", 24, 28)
 
 
 @pytest.fixture(scope="module")

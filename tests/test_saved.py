@@ -8,29 +8,36 @@ import json
 import numpy as np
 import pytest
 import torch
+from exact import draw
 from merging import require_merged_computes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
+from same_tokens import IDS, loss_of
+from stirred import Stir
 from test_resume import cut_back, data, outcome, settings  # noqa: F401
 from test_vectors import family  # noqa: F401
+from torch.nn import functional
 
 from converters.merge import Part
 from converters.patch import plan_patch, write_patched, write_rest
 from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.base.weights import Dense
 from edgelora.config import TrainConfig
 from edgelora.errors import AdapterError, ConfigError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
-from edgelora.peft.inject import adapter_config, attach, collect, inject
+from edgelora.nn import loss
+from edgelora.nn.loss import Target
+from edgelora.nn.trained_head import TrainedHeadCrossEntropy
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
+from edgelora.peft.inject import attach, inject
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan
 from edgelora.training.footprint import Model, adapter_numbers
 from edgelora.training.run import run_training
 from runtime.scorer import ScoringEngine
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6
 Q, V, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
 # PEFT's on a base with biases on q, k and v, and one matrix for embedding and head
@@ -60,21 +67,7 @@ def where_of(asked):
 
 def stirred(base, asked, method="lora", folder=None):
     """A decoder with an adapter that has learned something, and the adapter."""
-    decoder, where = build_decoder(base), where_of(asked)
-    inject(decoder, method, RANK, ALPHA, seed=0, targets=where)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.2 * (torch.rand(parameter.shape, generator=generator) - 0.5))
-    adapter = Adapter(adapter_config(decoder, method, RANK, ALPHA, str(base.path), where), collect(decoder))
-    if folder is not None:
-        write_adapter(folder, adapter)
-    return decoder, adapter
-
-
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
+    return Stir(RANK, ALPHA, by=0.2).on(base, method, where_of(asked), folder)
 
 
 def read(folder, base):
@@ -182,6 +175,49 @@ def test_llama_cpp_computes_the_same_over_a_patched_base(made, tmp_path, method,
         engine.use({"rest": 1.0})
         theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
     assert fidelity([(decoder.logits(IDS).numpy(), theirs)]).kl_mean <= 1e-5
+
+
+# -- the head -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [Target(), Target(softcap=3.0), Target(smoothing=0.1), Target(compute=torch.bfloat16)],
+    ids=["plain", "bent", "smoothed", "bfloat16"],
+)
+def test_cross_entropy_under_a_trained_head_is_torchs(monkeypatch, how):
+    monkeypatch.setattr(loss, "LOGITS", 5 * 40)  # five positions at once
+    hidden, own, delta, each = (
+        draw(*shape, seed=i).float() for i, shape in enumerate([(12, 8), (40, 8), (40, 8), (12,)])
+    )
+    labels = torch.arange(12) % 7
+    ours, theirs = ([one.clone().requires_grad_() for one in (hidden, delta)] for _ in range(2))
+    nll = TrainedHeadCrossEntropy.apply(ours[0], ours[1], Dense(own), labels, how)
+    z = theirs[0] @ (own + theirs[1]).T
+    z = z if how.softcap is None else how.softcap * torch.tanh(z / how.softcap)
+    wanted = functional.cross_entropy(z, labels, reduction="none", label_smoothing=how.smoothing)
+    torch.testing.assert_close(nll, wanted, atol=1e-5, rtol=1e-5)
+    for one in (nll, wanted):
+        (one * each).sum().backward()
+    narrow = how.compute is not None
+    for found, one in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.grad, one.grad, atol=0.05 if narrow else 1e-5, rtol=0.05 if narrow else 1e-4)
+
+
+def test_an_embedding_that_is_the_head_has_one_gradient_in_a_step(tiny):
+    decoder = build_decoder(open_base(tiny.path))
+    inject(decoder, "lora", RANK, ALPHA, 0, Where(modules_to_save=("embed_tokens",)))
+    (parameter,) = decoder.model.embed_tokens.parameters()
+    loss_of(decoder).backward()
+    once, place = parameter.grad.clone(), parameter.grad.data_ptr()
+    loss_of(decoder).backward()
+    assert parameter.grad.data_ptr() == place
+    torch.testing.assert_close(parameter.grad, 2 * once)
+    before = decoder.logits(IDS)
+    with torch.no_grad():
+        parameter += 1
+    with without_adapter(decoder):
+        assert torch.equal(decoder.logits(IDS), before)
 
 
 # -- a run --------------------------------------------------------------------------------------------------------

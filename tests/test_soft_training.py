@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from same_tokens import IDS, loss_of
 from test_architectures import family  # noqa: F401
 from test_resume import cut_back, data, outcome, settings  # noqa: F401
 from test_soft_prompt import CONFIG as ENGINE
@@ -48,7 +49,6 @@ pytestmark = [
 ]
 
 N = 5
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 PEFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": N}
 KINDS = {
     "prompt": ("prompt_tuning", VirtualTokens(N), PromptTuningConfig(**PEFT)),
@@ -79,11 +79,6 @@ def with_virtual(base, kind, seed=0, **changes):
     decoder = build_decoder(base)
     inject(decoder, method, 4, 8.0, seed, Where(virtual=replace(virtual, **changes) if changes else virtual))
     return decoder
-
-
-def loss_of(decoder, ids=IDS):
-    hidden = decoder(ids, torch.arange(len(ids)), [0, len(ids)])
-    return decoder.nll(hidden[:-1], ids[1:]).mean()
 
 
 # -- PEFT is the oracle -------------------------------------------------------------------------------------------

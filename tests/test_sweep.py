@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
 from test_atomic import tree
 
@@ -206,25 +207,17 @@ BEST = "rank=4,lr=0.005"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(16 rows to learn, 4 held out) of the example commands."""
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     folder = tmp_path_factory.mktemp("data")
-    for name, part in (("train.jsonl", rows[:16]), ("valid.jsonl", rows[16:20])):
-        (folder / name).write_text("".join(part), encoding="utf-8")
-    return folder / "train.jsonl", folder / "valid.jsonl"
+    return example_rows(folder / "train.jsonl", 0, 16), example_rows(folder / "valid.jsonl", 16, 20)
 
 
 @pytest.fixture(scope="module")
 def settings(make_tiny: Callable[..., Any], data: tuple[Path, Path]) -> Callable[..., TrainConfig]:
     """`settings(out, **changes)`: eight steps over the Q8_0 model, measured after every other."""
-
-    def make(out: Path, **changes: Any) -> TrainConfig:
-        defaults = {
-            "base": make_tiny(Type.Q8_0).path, "data": data[0], "valid": data[1], "warmup_steps": 2, "epochs": 2,
-            "batch_rows": 4, "micro_batch_tokens": 256, "eval_every": 2,
-        }  # fmt: skip
-        return TrainConfig(**{**defaults, "out": out, **changes})
-
-    return make
+    return configs(
+        base=make_tiny(Type.Q8_0).path, data=data[0], valid=data[1], warmup_steps=2, epochs=2, batch_rows=4,
+        micro_batch_tokens=256, eval_every=2,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from same_tokens import IDS, loss_of
 
 from edgelora.architectures import ARCHITECTURES
 from edgelora.architectures.names import linear_modules
@@ -128,7 +129,6 @@ def test_a_rank_beyond_the_matrix_is_refused(shapes):
 
 # -- as PEFT computes it --------------------------------------------------------------------------------------------
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 RANK, ALPHA = 4, 6.0
 AS_PEFT = {
     "regex": {"target_modules": (r".*\.(q|v)_proj",)},
@@ -224,11 +224,6 @@ class Masked(torch.nn.Module):
     def forward(self, x):
         mask = self.drop(torch.ones(x.shape[1:]))
         return x * mask
-
-
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
 
 
 @pytest.fixture

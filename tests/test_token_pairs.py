@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from same_tokens import IDS
 
 from converters.adapter_to_gguf import write_pairs
 from converters.token_pairs import token_pairs
@@ -26,7 +27,6 @@ from edgelora.peft.targets import Where
 from runtime.scorer import ScoringEngine
 
 TOKENS = np.array([3, 77, 500])
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 IDS[[2, 9, 10, 20]] = torch.tensor([77, 500, 77, 3])
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from gguf.constants import GGMLQuantizationType as Type
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
+from same_tokens import IDS
 from test_resume import cut_back, data, outcome, settings  # noqa: F401
 
 from converters.merge import Part
@@ -37,7 +38,6 @@ pytestmark = [
 
 TOKENS = (3, 77, 500)
 WHERE = Where(token_indices=TOKENS)
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 IDS[[2, 9, 10, 20]] = torch.tensor([77, 500, 77, 3])
 
 

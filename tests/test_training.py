@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
 from pydantic import ValidationError
 from torch.nn import functional as F
@@ -40,23 +41,17 @@ RUN_FILES = ["checkpoints", "curve.png", "lock", "metrics.jsonl", "run.json"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """(24 rows to learn, 8 rows held out) of the example commands."""
-    rows = (ROOT / "examples" / "home" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     folder = tmp_path_factory.mktemp("data")
-    for name, part in (("train.jsonl", rows[:24]), ("valid.jsonl", rows[24:32])):
-        (folder / name).write_text("".join(part), encoding="utf-8")
-    return folder / "train.jsonl", folder / "valid.jsonl"
+    return example_rows(folder / "train.jsonl", 0, 24), example_rows(folder / "valid.jsonl", 24, 32)
 
 
 @pytest.fixture(scope="module")
 def settings(make_tiny, data):
     """`settings(out, **changes)`: a run of six steps over the Q8_0 model, in float32 on every machine."""
-
-    def make(out, **changes):
-        base = make_tiny(Type.Q8_0).path
-        defaults = {"rank": 4, "learning_rate": 5e-3, "warmup_steps": 2, "epochs": 2, "valid": data[1], "dtype": "f32"}
-        return TrainConfig(**{"base": base, "data": data[0], "out": out} | defaults | changes)
-
-    return make
+    return configs(
+        base=make_tiny(Type.Q8_0).path, data=data[0], valid=data[1], rank=4, learning_rate=5e-3, warmup_steps=2,
+        epochs=2, dtype="f32",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType as Type
+from same_tokens import IDS
 from test_export import make_adapter
-from test_vectors import FAMILIES, IDS, family
+from test_vectors import FAMILIES, family
 
 from converters.untie import write_untied
 from edgelora.base.model import open_base

@@ -16,6 +16,7 @@ from merging import require_merged_computes
 from peft import IA3Config, LNTuningConfig, PeftModel, get_peft_model
 from pefts import require_pefts_gradients
 from safetensors.numpy import load_file, save_file
+from same_tokens import IDS, loss_of
 from stirred import Stir
 
 from converters.base_to_gguf import write_base_gguf
@@ -32,7 +33,6 @@ from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.pipeline.inspect import inspect
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 
-IDS = torch.randint(3, 512, (24,), generator=torch.Generator().manual_seed(5))
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 1 / 16, "num_hidden_layers": 2,
@@ -88,11 +88,6 @@ def family(tmp_path_factory, vocabulary, write_tokenizer):
 
 
 trained = Stir(rank=1, alpha=1.0, by=0.8).on
-
-
-def loss_of(decoder):
-    hidden = decoder(IDS, torch.arange(len(IDS)), [0, len(IDS)])
-    return decoder.nll(hidden[:-1], IDS[1:]).mean()
 
 
 # -- PEFT is the oracle -------------------------------------------------------------------------------------------
