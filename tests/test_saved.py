@@ -31,7 +31,7 @@ from edgelora.nn import loss
 from edgelora.nn.loss import Target
 from edgelora.nn.trained_head import TrainedHeadCrossEntropy
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
-from edgelora.peft.inject import attach, inject
+from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan
 from edgelora.training.footprint import Model, adapter_numbers
@@ -39,7 +39,6 @@ from edgelora.training.run import run_training
 from runtime.scorer import ScoringEngine
 
 RANK, ALPHA = 4, 6
-Q, V, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"
 # PEFT's on a base with biases on q, k and v, and one matrix for embedding and head
 BESIDE = {
     "all": {"bias": "all"},
