@@ -70,7 +70,7 @@ rises over {warmup} steps and falls to 0. Rank and α are the method's own. At r
 number by number, so both are compared at rank 64. Scores are torch's over float32 products, since some methods run
 nowhere else.
 
-Learning rates: the method's own (`edgelora/training/defaults.py`), three times it and a third of it were tried on
+Learning rates: the method's own (in its file, `edgelora/peft`), three times it and a third of it were tried on
 {check_task} with one seed, by the loss on {valid_rows} validation rows; where the best of three was at the edge, one
 beyond. All of a row's figures are at the best.
 

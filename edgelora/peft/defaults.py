@@ -54,7 +54,7 @@ def always(value: float, why: str) -> Rate:
 
 
 def by_size(below: Sourced, above: Sourced) -> Rate:
-    """Of 1B weights. What stands before prompts learns by other rates: it is no small change of a weight."""
+    """1B weights: of what is no small change of a weight, such as what stands before prompts."""
     return lambda n_weights: below if n_weights < SMALL else above
 
 
