@@ -40,7 +40,8 @@ def gguf_changes(adapter: Adapter, base: Base) -> Mapping[str, Change]:
         change, order = adapter.change(module), gguf_row_order(base.architecture, base.config, module)
         return change if order is None else change.of(order)
 
-    return Lazy({base.tensor_of(module): module for module in (*adapter.linears, *adapter.vocabularies)}, change_of)
+    matrices = [module for module in adapter.vocabularies if module in base.vocabularies]
+    return Lazy({base.tensor_of(module): module for module in (*adapter.linears, *matrices)}, change_of)
 
 
 def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype: str = "F16") -> None:

@@ -19,7 +19,7 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
         return AdapterFacts(adapter.kind.one, of_input=adapter.kind.of_input)
     pairs: dict[str, tuple[int, int, int]] = {}
     scaled, whole, replaced, biases = set[str](), set[str](), set[str](), set[str]()
-    for module in (*adapter.linears, *adapter.vocabularies):
+    for module in (*adapter.linears, *(one for one in adapter.vocabularies if one in base.vocabularies)):
         change, tensor = adapter.change(module), base.tensor_of(module)
         if isinstance(change.whole, InPlaceOf):
             replaced.add(tensor)

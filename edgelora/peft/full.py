@@ -1,8 +1,8 @@
-"""Full fine-tuning: y = x (W + ΔW)ᵀ, ΔW (d_out, d_in) of every linear layer, and the weights (d,) of all norms.
+"""Full fine-tuning: y = x (W + ΔW)ᵀ, ΔW (d_out, d_in) of every linear layer, embedding and head, and all norms' w (d,).
 
 ΔW is trained, float32, and not W: W stays the base's (mapped from its file, where that has floats), to which weight
-decay pulls and against which preferences are measured; and steps that a float32 W would round away add up. Embeddings
-and the head stay as they are.
+decay pulls and against which preferences are measured; and steps that a float32 W would round away add up. An
+embedding or head that is stored in blocks is quantized again by a merge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GaLore (arXiv:2403.03507): full fine-tuning whose gradients are projected to r of their directions before Adam.
 
-What it trains and leaves is `full.py`'s: ΔW (d_out, d_in) of every linear layer, of full rank, and the weights of the
-norms. The projection is the optimizer's (`training/galore.py`).
+What it trains and leaves is `full.py`'s: ΔW (d_out, d_in) of every linear layer, of full rank, the norms, embedding and
+head. The projection is the optimizer's (`training/galore.py`), and linear layers' alone, as in the authors' code.
 """
 
 from __future__ import annotations

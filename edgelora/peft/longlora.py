@@ -1,8 +1,9 @@
-"""LongLoRA (arXiv:2309.12307): a LoRA and the norms' weights, trained while attention is cut into shifted groups.
+"""LongLoRA (arXiv:2309.12307): a LoRA, the norms and the embedding, trained while attention is cut into shifted groups.
 
-y = x Wᵀ + α/r (x Aᵀ) Bᵀ for each linear layer, w (d,) for each norm; attention in groups is `nn/shifted.py`'s, while
-something is learned and only then: what comes out attends to everything. The file is that of PEFT's LoRA with the norms
-in modules_to_save. The authors train the embeddings as well, which are not trained here.
+y = x Wᵀ + α/r (x Aᵀ) Bᵀ for each linear layer, w (d,) for each norm, E (V, d) for the embedding (section 3.3), which is
+the head too where a base has one matrix for both; attention in groups is `nn/shifted.py`'s, while something is learned
+and only then: what comes out attends to everything. The file is that of PEFT's LoRA with norms and embedding in
+modules_to_save.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.peft import (
     adalora,
     alora,
@@ -208,23 +209,25 @@ METHODS: dict[str, Method] = {
     "longlora": Method(
         name="longlora",
         paper="arXiv:2309.12307",
-        trains="A and B, and the norms' weights, while tokens attend to groups alone; not the embeddings",
+        trains="A and B, the norms' weights and the embedding, while tokens attend to groups alone",
         exits=("patched", "merged"),
         fresh=longlora.fresh,
         norms=True,
+        vocabularies=(EMBEDDING,),
         groups=True,
         drops=True,
-        settings={"modules_to_save": ["norm"]},  # PEFT's: all whose names end so
+        settings={"modules_to_save": ["norm", "embed_tokens"]},  # PEFT's: all whose names end so
     ),
     "full": Method(
         name="full",
         paper="arXiv:1801.06146",
-        trains="W (d_out, d_in) of every linear layer and the norms, as what is added to them; not the embeddings",
+        trains="W (d_out, d_in) of every linear layer, the norms, embedding and head, as what is added to them",
         exits=("merged",),
         fresh=full.fresh,
         shapes=whole,
         dense=True,
         norms=True,
+        vocabularies=(EMBEDDING, HEAD),
         peft_type=NATIVE_TYPE,
         ranked=False,
         remakes=whole,
@@ -239,6 +242,7 @@ METHODS: dict[str, Method] = {
         shapes=whole,
         dense=True,
         norms=True,
+        vocabularies=(EMBEDDING, HEAD),
         peft_type=NATIVE_TYPE,
         file_ranks=0,  # it is no LoRA: its rank is the optimizer's
         defaults=galore.DEFAULTS,

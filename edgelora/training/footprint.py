@@ -251,7 +251,12 @@ def optimizer_bytes(model: Model, config: TrainConfig) -> int:
     """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
     if METHODS[config.method].projects:
         assert config.rank is not None
-        return 4 * sum(galore.moments_of(shape, config.rank) for shape in trained_shapes(model, config))
+        projected, plain = trained_shapes(model, config), trained_whole(model, config).vocabularies
+        moments = 0
+        for name in plain:  # by plain AdamW
+            projected.remove(model.matrices[f"{name}.weight"][0])
+            moments += 2 * prod(model.matrices[f"{name}.weight"][0])
+        return 4 * (moments + sum(galore.moments_of(shape, config.rank) for shape in projected))
     if config.optimizer != "adafactor":
         return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
     return 4 * sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one side

@@ -2,7 +2,7 @@
 
 Of G (n, m) with n ≥ m: R = G P (n, r), P (m, r) the right singular vectors of the r largest singular values, found anew
 every T steps; W ← W − η α N Pᵀ, N (n, r) what Adam makes of R. Where n < m, P (n, r) is to the left. Moments stay as
-they are when P changes, as in the authors' code. Vectors learn by plain AdamW.
+they are when P changes, as in the authors' code. Vectors, the embedding and the head learn by plain AdamW.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ EPS = 1e-8
 
 
 class GaLore(torch.optim.Optimizer):
-    """Keeps 2 n r + m r numbers of an (n, m) matrix, n ≥ m, and 2 n of a vector. `rank` is cut to m; `gap` is T."""
+    """Keeps 2 n r + m r numbers of an (n, m) matrix, n ≥ m, 2 n m of one in a group that is not `projected`, and
+    2 n of a vector. `rank` is cut to m; `gap` is T."""
 
     def __init__(self, params: Iterable[Any], rank: int, scale: float, gap: int, betas: tuple[float, float]) -> None:
-        super().__init__(params, {"betas": betas})
+        super().__init__(params, {"betas": betas, "projected": True})
         self.rank, self.scale, self.gap = rank, scale, gap
 
     @torch.no_grad()
@@ -35,7 +36,7 @@ class GaLore(torch.optim.Optimizer):
     def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         state.setdefault("step", torch.tensor(0.0))
-        if gradient.dim() == 1:
+        if gradient.dim() == 1 or not group["projected"]:
             parameter.sub_(_adam(gradient, state, group["betas"]), alpha=group["lr"])
             return
         if int(state["step"]) % self.gap == 0:

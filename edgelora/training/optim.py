@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.methods import METHODS
@@ -34,12 +35,16 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
     """
     assert config.learning_rate is not None
     _without_the_compiler()
-    row, groups = METHODS[config.method], dict[tuple[float, float], Group]()
+    row, groups = METHODS[config.method], dict[tuple[float, float, bool], Group]()
     for name, parameter in named_parameters:
         ratio = config.loraplus_ratio if name.rpartition(".")[2] in row.faster else 1.0
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         rate = config.learning_rate * ratio
-        group = groups.setdefault((ratio, decay), {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay})
+        projected = row.projects and parameter.dim() > 1 and not name.startswith((EMBEDDING, HEAD))
+        group = groups.setdefault((ratio, decay, projected), {
+            "params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay,
+            **({"projected": projected} if row.projects else {}),
+        })  # fmt: skip
         group["params"].append((name, parameter))
     if row.projects:
         rank = config.rank or int(row.defaults.rank.value)

@@ -10,7 +10,7 @@ from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
 from edgelora.peft.remade import no_floats
-from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes, norm_widths
+from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes, norm_widths, trained_whole
 
 MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
 
@@ -24,14 +24,17 @@ def require_whole(config: TrainConfig, base: Base) -> None:
             why="GaLore is an optimizer itself: AdamW over projected gradients",
             fix="leave it out; --method full trains the same weights with any optimizer",
         )
-    if not METHODS[config.method].dense:
+    if not METHODS[config.method].dense and not config.modules_to_save:
         return
     model = Model.of(base)
-    for module in adapted(model, config):
+    whole, asked = trained_whole(model, config).linears, f"{config.method} --modules-to-save"
+    layers = adapted(model, config) if METHODS[config.method].dense else {}
+    for module in (*layers, *whole):
         (d_out, d_in), kind = model.matrices[f"{module}.weight"]
         if held_bytes((d_out, d_in), kind, config.base_dtype) < 2 * d_out * d_in:
             how = f"is {base.quant}" if config.base_dtype == "blocks" else f"is held as {config.base_dtype}"
-            raise no_floats(config.method, f"{base.path} {how}")
+            method = f"{asked} {module.rpartition('.')[2]}" if module in whole else config.method
+            raise no_floats(method, f"{base.path} {how}")
 
 
 def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple[TrainConfig, dict[str, Choice]]:
@@ -55,6 +58,8 @@ def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
     if not row.leaves_weights:
         return {}
     norms = norm_widths(model).values() if row.norms else ()
-    numbers = sum(prod(one.shape) for one in layers.values()) + sum(norms)
+    matrices = [one.shape for one in layers.values()]
+    matrices += [model.matrices[f"{name}.weight"][0] for name in trained_whole(model, config).vocabularies]
+    numbers = sum(map(prod, matrices)) + sum(norms)
     why = f"what is added to {numbers / 1e6:.0f} million weights, float32; `edgelora merge` makes a model of it"
     return {"size": Choice(f"{4 * numbers / 1e6:.0f} MB", why)}
