@@ -2,8 +2,9 @@
 
 DoRA's W' = diag(g) (W + B A), g = m / ‖W + B A‖, IA3's factors, BitFit's biases and the weights of norms are in reach
 of a GGUF's own numbers: a factor of a row goes into the scales of its blocks (`scaled_rows.py`), a bias or a norm is a
-float. What is left of a DoRA, diag(g) B A, is an exact LoRA over that file. A factor of a column of down_proj is one of
-a row of up_proj, through SwiGLU: down(act(gate) ∘ up ∘ l). Imports no torch.
+float. What was trained whole (PEFT's modules_to_save) stands in the place of the base's own. What is left of a DoRA,
+diag(g) B A, is an exact LoRA over that file. A factor of a column of down_proj is one of a row of up_proj, through
+SwiGLU: down(act(gate) ∘ up ∘ l). Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gguf.constants import GGMLQuantizationType
 from converters.adapted import Adapted, Deltas, of_gguf
 from converters.adapter_to_gguf import write_pairs
 from converters.base_to_gguf import Slab, slabs
-from converters.exit_plan import ROUNDING
+from converters.exit_plan import ROUNDING, type_of_trained
 from converters.merge import Part, Recipe, describe, new_biases, quantized, targets_of
 from converters.scaled_rows import can_scale, scale_rows
 from converters.stream import Entry, write_streamed
@@ -34,7 +35,7 @@ from edgelora.peft.of_weight import InPlaceOf
 from edgelora.progress import OnProgress, silent
 
 Type = GGMLQuantizationType
-How = Literal["scaled", "widened", "merged"]
+How = Literal["scaled", "widened", "replaced", "merged"]
 
 # Beyond it a tensor's scaled blocks lose what matters beside the adapter: it then becomes F16. Q8_0 would be smaller,
 # but quantizing to it again costs 5e-3, more than the subnormal scales that it would be taken for.
@@ -43,14 +44,15 @@ LARGEST_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class Patch:
-    """What becomes of a weight: its rows are `scaled` as they are stored, `widened` to F16 and scaled, or, where a
-    whole matrix changes, `merged` and stored as its own type again."""
+    """What becomes of a weight: its rows are `scaled` as they are stored, or `widened` to F16 and scaled; one that was
+    trained whole has it `replaced`, as its own type or F16; and where else a matrix changes, it is `merged` and
+    quantized again."""
 
     how: How
     kind: Type
     error: float | None
-    """What rounding does to it: root mean square, relative to its own, or of F16 the most. None where it is merged
-    with what the base has there, and that is not measured."""
+    """What rounding does to it: root mean square, relative to its own, or of F16 the most. None where it is quantized
+    again."""
     factors: np.ndarray | None = None
     """Of its rows, float32 (d_out,)."""
 
@@ -73,6 +75,7 @@ class PatchPlan:
         """What did not go by its own scales, in words."""
         widened = sorted(name for name, patch in self.patches.items() if patch.how == "widened")
         merged = sorted(name for name, patch in self.patches.items() if patch.how == "merged")
+        replaced = [(patch.error or 0.0, name) for name, patch in self.patches.items() if patch.how == "replaced"]
         found = []
         if widened:
             found.append(
@@ -81,8 +84,12 @@ class PatchPlan:
             )
         if merged:
             found.append(
-                f"{len(merged)} tensors were merged into the base's own types ({merged[0]} …): they change as a whole"
+                f"{len(merged)} tensors were merged and quantized again ({merged[0]} …): they change as a whole"
             )
+        if replaced:
+            error, name = max(replaced)
+            found.append(f"{len(replaced)} tensors were trained whole: the most that storing one lost is {error:.2g} "
+                         f"({name}, {self.patches[name].kind.name})")  # fmt: skip
         return found
 
 
@@ -95,7 +102,7 @@ def plan_patch(base: Base, adapter: Adapter) -> PatchPlan:
     tensors = {base.tensor_of(module) for module in adapter.linears}
     pairs = [
         name for name in adapted.weights
-        if name in tensors and (name not in patches or patches[name].how != "merged")
+        if name in tensors and (name not in patches or patches[name].how not in ("merged", "replaced"))
         and adapted.weights[name].pair is not None
     ]  # fmt: skip
 
@@ -180,7 +187,8 @@ def _patch(base: Base, name: str, change: Change) -> Patch | None:
     """What becomes of one weight; None: it stays as it is, whatever LoRA lies beside it."""
     kind = base.file.tensors[name].type
     if isinstance(change.whole, InPlaceOf):
-        return Patch("merged", kind, _error_of(base, name, change.whole, kind))
+        becomes = type_of_trained(kind)
+        return Patch("replaced", becomes, _error_of(base, name, change.whole, becomes))
     if change.whole is not None or change.columns is not None:
         return Patch("merged", kind, None)
     if change.rows is None and (change.pair is None or change.pair.magnitude is None):

@@ -95,7 +95,7 @@ def test_llama_cpp_computes_the_same_over_a_patched_base(family, tmp_path, name,
     live = decoder.logits(IDS).detach()
     written, plan = patched(tmp_path, base, adapter)
     assert bool(plan.rest) == (method in ("dora", "longlora"))
-    assert {p.how for p in plan.patches.values()} <= {"merged" if method == "longlora" else "scaled"}
+    assert {p.how for p in plan.patches.values()} <= {"replaced" if method == "longlora" else "scaled"}
     assert plan.error <= 1e-7
     found = fidelity([(live.numpy(), in_llama_cpp(written, tmp_path))])
     assert found.kl_mean <= 1e-4

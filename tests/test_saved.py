@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from exact import draw
+from gguf.constants import GGMLQuantizationType as Type
 from merging import require_merged_computes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
@@ -34,8 +35,10 @@ from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
 from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.patch import patch
 from edgelora.training.footprint import Model, adapter_numbers
 from edgelora.training.run import run_training
+from edgelora.training.settle import settle
 from runtime.scorer import ScoringEngine
 
 RANK, ALPHA = 4, 6
@@ -165,15 +168,54 @@ def test_llama_cpp_computes_the_same_over_a_patched_base(made, tmp_path, method,
     found = plan(made.gguf, tmp_path / "mine", allow_unverified=True)
     assert (found.door, found.exact) == ("patched", True)
     adapter = read(tmp_path / "mine", base)
-    patch = plan_patch(base, adapter)
-    assert patch.error <= 1e-7
-    write_patched(tmp_path / "patched.gguf", base, patch, Part(adapter, 1.0, "0" * 64, "mine"))
-    write_rest(tmp_path / "rest.gguf", base, patch, "mine", None, "F32")
+    planned = plan_patch(base, adapter)
+    assert planned.error <= 1e-7
+    write_patched(tmp_path / "patched.gguf", base, planned, Part(adapter, 1.0, "0" * 64, "mine"))
+    write_rest(tmp_path / "rest.gguf", base, planned, "mine", None, "F32")
     with ScoringEngine(open_base(tmp_path / "patched.gguf"), n_ctx=64, threads=1) as engine:
         engine.load("rest", tmp_path / "rest.gguf", allow_unverified=True)
         engine.use({"rest": 1.0})
         theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
     assert fidelity([(decoder.logits(IDS).numpy(), theirs)]).kl_mean <= 1e-5
+
+
+@pytest.mark.parametrize(("kind", "becomes", "least"), [(Type.Q8_0, Type.Q8_0, 1e-3), (Type.Q4_K, Type.F16, 1e-4)],
+                         ids=["Q8_0", "Q4_K"])  # fmt: skip
+def test_over_blocks_what_storing_an_embedding_lost_is_counted(make_tiny, tmp_path, kind, becomes, least):
+    """End to end, certified; the norms' F32 is what was trained, and no other tensor changes."""
+    base = open_base(make_tiny(kind).path)
+    _, adapter = stirred(base, {"modules_to_save": ("norm", "embed_tokens")}, folder=tmp_path / "mine")
+    found = plan(base.path, tmp_path / "mine", allow_unverified=True)
+    assert (found.door, found.exact) == ("patched", True)
+    made = patch(base.path, tmp_path / "mine", tmp_path / "patched.gguf", allow_unverified=True)
+    assert made.certificate.passed
+    assert made.path.stat().st_size + made.rest.stat().st_size == pytest.approx(found.size_bytes, rel=0.05)
+    written = open_base(made.path)
+    for name, info in base.file.tensors.items():
+        assert written.file.tensors[name].type == (becomes if name == "token_embd.weight" else info.type)
+        if name != "token_embd.weight":
+            assert np.array_equal(base.file.rows(name), written.file.rows(name)) == ("norm" not in name)
+    wanted = adapter.tensors[EMBEDDING]["weight"]
+    off = written.tensors.matrix(f"{EMBEDDING}.weight").floats() - wanted
+    assert made.error == pytest.approx(np.sqrt((off**2).sum() / (wanted**2).sum()), rel=1e-3)
+    assert least < made.error < 10 * least
+    assert made.notes[0].startswith("1 tensors were trained whole: the most that storing one lost is")
+    for module in adapter.norms:
+        np.testing.assert_allclose(written.tensors.vector(f"{module}.weight"), adapter.norm(module), rtol=1e-6)
+
+
+def test_linear_layers_are_saved_whole_over_floats_alone(make_tiny):
+    base = open_base(make_tiny(Type.Q8_0).path)
+    config = TrainConfig(base=base.path, data="rows.jsonl", out="out", modules_to_save=("down_proj", "embed_tokens"))
+    with pytest.raises(ConfigError) as e:
+        settle(config, base, 10**10)
+    assert str(e.value).splitlines() == [
+        f"--method lora --modules-to-save down_proj: {base.path} is Q8_0",
+        "  why: it changes every weight by a little of its own, which blocks of a few bits cannot take up",
+        "  fix: pass --base-dtype f32, or bf16 for half the memory; --method lora trains over blocks as they are",
+    ]
+    with pytest.raises(ConfigError, match="the base's weights are quantized"):
+        inject(build_decoder(base), "lora", RANK, ALPHA, 0, Where(modules_to_save=("down_proj",)))
 
 
 # -- the head -----------------------------------------------------------------------------------------------------

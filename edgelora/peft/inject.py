@@ -190,12 +190,9 @@ def attach(decoder: Decoder, adapter: Adapter | None) -> None:
                 if adapter.invocation:
                     layer.delta = alora.waiting(layer.delta)
             elif isinstance(layer, Vocabulary):
-                some = adapter.token_rows.get(name)
-                layer.delta = (
-                    moved(name, layer.weight, [(adapter, 1.0)])
-                    if some is None
-                    else given(*some, decoder.model.norm.weight.device)
-                )
+                some, device = adapter.token_rows.get(name), decoder.model.norm.weight.device
+                whole = moved(name, layer.weight, [(adapter, 1.0)]).to(device) if some is None else None
+                layer.delta = whole if some is None else given(*some, device)
             else:
                 layer.delta = NormDelta(torch.from_numpy(adapter.norm(name)) + layer.shift, layer.shift)
     if adapter is not None and adapter.invocation:

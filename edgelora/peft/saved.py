@@ -36,7 +36,8 @@ class SavedDelta(FullDelta):
         self.frozen = frozen
 
     def tensors(self) -> dict[str, Tensor]:
-        return {WHOLE: self.frozen.dequantize() + self.delta.detach()}
+        # an embedding may lie in the machine's memory while a card computes
+        return {WHOLE: self.frozen.dequantize().to(self.delta.device) + self.delta.detach()}
 
 
 class BiasedDelta(nn.Module):
@@ -137,15 +138,14 @@ def layers_of(decoder: Decoder) -> Layers:
 @torch.no_grad()
 def moved(name: str, weight: Weight, adapters: Sequence[tuple[Adapter, float]]) -> FullDelta:
     """What adapters at their scales add to the embedding or the head `name`, each measured from the base's own."""
-    own = weight.dequantize().clone()
+    own = weight.dequantize().cpu()
     delta = torch.zeros_like(own)
     for adapter, scale in adapters:
         if name in adapter.token_rows:
-            ids, rows = (torch.from_numpy(one).to(own.device) for one in adapter.token_rows[name])
+            ids, rows = (torch.from_numpy(one) for one in adapter.token_rows[name])
             delta[ids] += scale * (rows - own[ids])
         else:
-            change = adapter.change(name).change(own.cpu().numpy())
-            delta.add_(torch.from_numpy(change).to(own.device), alpha=scale)
+            delta.add_(torch.from_numpy(adapter.change(name).change(own.numpy())), alpha=scale)
     return FullDelta(delta)
 
 
