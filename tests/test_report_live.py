@@ -188,6 +188,25 @@ def test_a_stopped_cell_of_torch_is_partial_and_is_gone_on_with(made, ask, tmp_p
     assert read_report(asked.out).cells == made("houlsby").report.cells
 
 
+def test_a_base_is_patched_with_the_whole_of_a_folder_alone(ask, write, tmp_path):
+    asked = replace(ask("dora"), ways=("patched", "merged"))
+    assert Place("patched", "F16") in Grid.plan(asked).places
+    with pytest.raises(ConfigError, match=r"--ways patched: .* at the scale 0\.5"):
+        Grid.plan(replace(asked, adapter=(write("dora"), 0.5)))
+    (tmp_path / "mine.gguf").touch()
+    with pytest.raises(ConfigError, match=r"--ways patched: .* is a GGUF adapter"):
+        Grid.plan(replace(asked, adapter=(tmp_path / "mine.gguf", 1.0)))
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prompt_tuning"])
+def test_an_adapter_for_a_level_that_is_torchs_is_refused_at_once(ask, write, method):
+    asked = replace(ask("dora"), adapter=None, ways=("base",), adapters_for={"F16": write(method)})
+    with pytest.raises(ConfigError, match="nothing of it is scored in llama") as caught:
+        Grid.plan(asked)
+    assert caught.value.why == Grid.plan(ask(method)).live.why
+    assert f"--adapter {write(method)} --quants F16" in caught.value.fix
+
+
 def test_torch_can_be_asked_for_beside_llama_cpp(ask, base, tmp_path):
     write_adapter(tmp_path / "mine", make_adapter(base))
     asked = replace(ask("houlsby"), adapter=(tmp_path / "mine", 1.0), ways=("live", "torch"))

@@ -114,8 +114,8 @@ class Grid:
         _require_there(asked)
         live = how_live(base, *asked.adapter) if asked.adapter else Live()
         places = _places(asked, live)
-        _require_own_levels(asked, base)
         live_for = {quant: how_live(base, folder, 1.0) for quant, folder in asked.adapters_for.items()}
+        _require_own_levels(asked, base, live_for)
         task, choices, n_choice_tokens = _data(asked, base)
         if task is None and not choices and asked.text is None:
             raise ConfigError(
@@ -172,12 +172,8 @@ def _places(asked: Asked, live: Live) -> tuple[Place, ...]:
             fix="pass --adapter FOLDER and --quants Q4_K_M,Q8_0",
         )
     ways = [live.way if way == "live" else way for way in ways]
-    if "torch" in ways and asked.adapter is not None and asked.adapter[0].is_file():
-        raise ConfigError(
-            what=f"--ways torch: {asked.adapter[0]} is a GGUF adapter",
-            why="it was written for llama.cpp; what it was exported from runs in torch",
-            fix="pass the adapter's folder",
-        )
+    if asked.adapter is not None:
+        _require_folder(ways, *asked.adapter)
     found = [Place(way, quant) for way in get_args(Way) if way in ways and way != "trained" for quant in quants
              if not (way == "imatrix" and quant in FLOAT_QUANTS)
              and not (way != "imatrix" and quant in NEEDS_IMPORTANCE)]  # fmt: skip
@@ -185,6 +181,22 @@ def _places(asked: Asked, live: Live) -> tuple[Place, ...]:
     if "base" not in ways:  # what the adapter has cost is seen beside it
         found.insert(0, Place("base", max(quants, key=_bits)))
     return tuple(found)
+
+
+def _require_folder(ways: Sequence[str], adapter: Path, scale: float) -> None:
+    """Torch computes an adapter's folder, at any scale; a base is patched with the whole of one."""
+    if adapter.is_file() and (named := [way for way in ways if way in ("torch", "patched")]):
+        raise ConfigError(
+            what=f"--ways {named[0]}: {adapter} is a GGUF adapter",
+            why="it was written for llama.cpp over the base as it is, and this way takes what it was exported from",
+            fix="pass the adapter's folder",
+        )
+    if "patched" in ways and scale != 1.0:
+        raise ConfigError(
+            what=f"--ways patched: {adapter} at the scale {scale:g}",
+            why="a base is patched with the whole adapter",
+            fix="pass it without a scale, or --ways live, which computes it in torch at any",
+        )
 
 
 def _require_there(asked: Asked) -> None:
@@ -196,9 +208,16 @@ def _require_there(asked: Asked) -> None:
         )
 
 
-def _require_own_levels(asked: Asked, base: Base) -> None:
-    """An adapter that stands for a level must have been trained over it, where it says what it was trained over."""
+def _require_own_levels(asked: Asked, base: Base, live_for: Mapping[str, Live]) -> None:
+    """An adapter that stands for a level must be one that llama.cpp runs there, and must have been trained over it,
+    where it says what it was trained over."""
     for quant, folder in asked.adapters_for.items():
+        if live_for[quant].way == "torch":
+            raise ConfigError(
+                what=f"--adapter-for {quant}={folder}: nothing of it is scored in llama.cpp",
+                why=live_for[quant].why,
+                fix=f"pass it as --adapter {folder} --quants {quant}: torch computes it over that very file",
+            )
         contract = read_checked(folder, base, allow_unverified=True, may_wait=True, with_rows=True).contract
         if contract is not None and contract.base_file.quant != quant:
             raise ConfigError(
