@@ -37,7 +37,7 @@ from edgelora.training.interrupt import Stopped
 
 TEXT = "turn the kitchen lights on, please, and then close the blinds in the bedroom\n" * 12
 NAMES = ["F16 base alone", "Q4_K_M adapter live", "F16 adapter live", "Q4_K_M merged", "F16 merged",
-         "Q4_K_M trained on it, live"]  # fmt: skip
+         "Q4_K_M trained on it"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_the_reference_is_the_unquantized_result(made, asked):
 
 
 def test_an_adapter_of_its_own_runs_over_its_own_level(made):
-    other, mine = cells(made)["Q4_K_M trained on it, live"], cells(made)["Q4_K_M adapter live"]
+    other, mine = cells(made)["Q4_K_M trained on it"], cells(made)["Q4_K_M adapter live"]
     assert other.files[0] == mine.files[0]
     assert other.files[1].path.endswith("other.gguf")
     assert other.measures["loss"].value != mine.measures["loss"].value

@@ -132,7 +132,7 @@ def test_one_that_was_trained_over_a_level_is_patched_into_that_level(ask, write
     asked = replace(ask("ia3", "Q8_0"), out=tmp_path / "report", adapter=None, ways=("base",), data=())
     made = make_report(replace(asked, adapters_for={"Q8_0": write("ia3")}), "x")
     alone, cell = made.report.cells
-    assert (cell.name, cell.status) == ("Q8_0 trained on it, live", "ok")
+    assert (cell.name, cell.status) == ("Q8_0 trained on it", "ok")
     assert [file.role for file in cell.files] == ["model"]  # of an IA3 nothing is left over it
     assert cell.path.endswith("-Q8_0-patched.gguf")
     assert cell.measures["perplexity"].value != alone.measures["perplexity"].value

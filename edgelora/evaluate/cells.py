@@ -22,7 +22,7 @@ WAYS = {
     "patched": "patched base",
     "merged": "merged",
     "imatrix": "merged, imatrix",
-    "trained": "trained on it, live",
+    "trained": "trained on it",
     "torch": "adapter in torch",
 }
 """THE TABLE of ways to run a fine-tune, in the order that they are shown in. All are llama.cpp's but the last, which is
