@@ -88,8 +88,10 @@ class PatchPlan:
             )
         if replaced:
             error, name = max(replaced)
-            found.append(f"{len(replaced)} tensors were trained whole: the most that storing one lost is {error:.2g} "
-                         f"({name}, {self.patches[name].kind.name})")  # fmt: skip
+            found.append(
+                f"trained whole, and now in the base: {len(replaced)} of its tensors; storing {name} as "
+                f"{self.patches[name].kind.name} lost {error:.2g} of its size, and no other more"
+            )
         return found
 
 

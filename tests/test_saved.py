@@ -32,9 +32,11 @@ from edgelora.nn import loss
 from edgelora.nn.loss import Target
 from edgelora.nn.trained_head import TrainedHeadCrossEntropy
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
+from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.pipeline.patch import patch
 from edgelora.training.footprint import Model, adapter_numbers
 from edgelora.training.run import run_training
@@ -160,6 +162,18 @@ def test_merged_it_computes_the_same_in_torch_and_llama_cpp(made, tmp_path):
     require_merged_computes(base, tmp_path / "mine", IDS, decoder.logits(IDS))
 
 
+def test_several_are_blended_as_they_are_merged(made, tmp_path):
+    base, parts = open_base(made.gguf), []
+    for i, (asked, scale) in enumerate([(WHOLE, 0.5), ({"bias": "lora_only", "modules_to_save": ("norm",)}, -0.25)]):
+        stirred(base, asked, folder=tmp_path / str(i))
+        parts.append(Part(read(tmp_path / str(i), base), scale, f"{i}" * 64, str(i)))
+    write_gguf(tmp_path / "merged.gguf", base, parts, Wanted.read("F32", MergeOptions()))
+    decoder = build_decoder(base)
+    blend(decoder, [(part.adapter, part.scale) for part in parts])
+    merged = build_decoder(open_base(tmp_path / "merged.gguf"))
+    torch.testing.assert_close(decoder.logits(IDS), merged.logits(IDS), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("asked", [{"bias": "all"}, WHOLE], ids=["biases", "everything"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_llama_cpp_computes_the_same_over_a_patched_base(made, tmp_path, method, asked):
@@ -199,7 +213,7 @@ def test_over_blocks_what_storing_an_embedding_lost_is_counted(make_tiny, tmp_pa
     off = written.tensors.matrix(f"{EMBEDDING}.weight").floats() - wanted
     assert made.error == pytest.approx(np.sqrt((off**2).sum() / (wanted**2).sum()), rel=1e-3)
     assert least < made.error < 10 * least
-    assert made.notes[0].startswith("1 tensors were trained whole: the most that storing one lost is")
+    assert f"storing token_embd.weight as {becomes.name} lost {made.error:.2g} of its size" in made.notes[0]
     for module in adapter.norms:
         np.testing.assert_allclose(written.tensors.vector(f"{module}.weight"), adapter.norm(module), rtol=1e-6)
 

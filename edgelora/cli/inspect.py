@@ -303,12 +303,13 @@ def _marked(mark: str, style: str, text: str) -> Text:
 
 
 def _layers(found: Mapping[str, int]) -> str:
-    """`210 linear layers: 30 × q_proj, k_proj`."""
+    """`210 linear layers: 30 × q_proj, k_proj`; only `layers` where norms, the embedding or the head are among them."""
     groups: dict[int, list[str]] = {}
     for name, n in found.items():
         groups.setdefault(n, []).append(name.rpartition(".")[2])
     parts = "; ".join(f"{n} × {', '.join(names)}" for n, names in groups.items())
-    return f"{count(sum(found.values()), 'linear layer')}: {parts}"
+    linear = "" if any(name.endswith(("norm", "embed_tokens", "lm_head")) for name in found) else "linear "
+    return f"{count(sum(found.values()), f'{linear}layer')}: {parts}"
 
 
 def _is_scalar(value: object) -> bool:

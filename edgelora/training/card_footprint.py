@@ -20,6 +20,7 @@ from edgelora.training.footprint import (
     optimizer_bytes,
     remade_bytes,
     tile_bytes,
+    trains_head,
 )  # fmt: skip
 
 
@@ -37,7 +38,8 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
         kept = tokens * (inputs * (1 if config.offload else c.num_hidden_layers - 1) + one)
     passing, dense = _layer_in_passing(model, config, load)
     rows = positions(tokens, model.head[0][0], "cuda")
-    logits, head = 4 * rows * model.head[0][0], wide * min(model.head[0][0], VOCABULARY_ROWS_CUDA) * c.hidden_size
+    slice_of_head = min(model.head[0][0], VOCABULARY_ROWS_CUDA) * c.hidden_size
+    logits, head = 4 * rows * model.head[0][0], (wide + (8 if trains_head(model, config) else 0)) * slice_of_head
     at_the_loss = logits + head + tokens * (3 * inputs + wide * c.hidden_size) - (tokens * one if load.recompute else 0)
     moments = optimizer_bytes(model, config)
     away = config.offload and config.optimizer == "adamw" and not METHODS[config.method].projects
