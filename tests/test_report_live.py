@@ -15,6 +15,8 @@ from test_export import make_adapter
 from test_methods import stir
 from test_report_command import TEXT
 
+from converters.merge import Part
+from converters.patch import plan_patch, write_patched, write_rest
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
@@ -28,9 +30,10 @@ from edgelora.peft.targets import Where
 from edgelora.peft.virtual_settings import VirtualTokens
 from edgelora.peft.virtual_tokens import saved
 from edgelora.pipeline.engines import TORCH
+from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.grid import Asked, Grid, Place
 from edgelora.pipeline.grid_cell import UNFINISHED
-from edgelora.pipeline.grid_files import Workshop
+from edgelora.pipeline.grid_files import Survey, Workshop
 from edgelora.pipeline.grid_live import how_live
 from edgelora.pipeline.page import read_report
 from edgelora.pipeline.perplexity import Run, measure
@@ -122,9 +125,37 @@ def test_a_dora_is_measured_over_the_base_that_it_patches(ask, base, write):
     assert f"with {cell.files[1].path} live over it" in made.choice.why
     rest = made.folder / cell.files[1].path
     rest.unlink()  # the base alone would be another model
-    shipped = Workshop(Grid.plan(asked), made.folder / "files").shipped(Place("patched", "F16"))
+    grid, files = Grid.plan(asked), made.folder / "files"
+    assert set(Survey(grid, files).missing) == {made.folder / cell.path}
+    shipped = Workshop(grid, files).shipped(Place("patched", "F16"))
     assert shipped.adapter == rest
     assert sha256_file(rest) == cell.files[1].sha256
+
+
+def test_the_forecast_counts_what_becomes_f16_and_what_lies_over_it(ask, make_tiny, write, tmp_path):
+    """A LongLoRA's embedding, in blocks of 4 bits before."""
+    over = open_base(make_tiny(Type.Q4_K).path)
+    asked = replace(ask("longlora", over.quant), base=over.path, data=())
+    survey = Survey(Grid.plan(asked), tmp_path)
+    (model,) = (path for path in survey.missing if path.name.endswith("-patched.gguf"))
+    adapter = read_checked(write("longlora"), over, allow_unverified=True)
+    plan = plan_patch(over, adapter)
+    write_patched(tmp_path / "mine.gguf", over, plan, Part(adapter, 1.0, "", "mine"))
+    write_rest(tmp_path / "rest.gguf", over, plan, "mine", None)
+    written = sum((tmp_path / name).stat().st_size for name in ("mine.gguf", "rest.gguf"))
+    assert open_base(tmp_path / "mine.gguf").file.tensors["token_embd.weight"].type == Type.F16
+    assert survey.missing[model] == pytest.approx(written, rel=0.02)  # but for their headers
+    assert over.path.stat().st_size < 0.9 * written
+
+
+def test_predictions_of_another_torch_are_not_compared_with(ask, tmp_path, monkeypatch):
+    surveys = []
+    for version in ("2.0", "2.1"):
+        monkeypatch.setattr("edgelora.pipeline.grid_files.versions", lambda version=version: {"torch": version})
+        surveys.append([Survey(Grid.plan(ask(method)), tmp_path).reference() for method in ("houlsby", "dora")])
+    (torchs, merged), (of_another, same) = surveys
+    assert torchs != of_another
+    assert merged == same  # llama.cpp's, which rests on no torch
 
 
 @pytest.mark.exhaustive

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.exit_facts import facts_of_base
+from converters.exit_plan import BaseFacts, Type, plan_exit
 from converters.plan import QuantizeOptions, plan_types
 from edgelora.base.model import FLOAT_QUANTS
 from edgelora.errors import AdapterError, EdgeloraError
@@ -24,6 +26,7 @@ from edgelora.pipeline.patch import patch
 from edgelora.pipeline.perplexity import TOP, Run, measure
 from edgelora.pipeline.quantize import quantize
 from edgelora.progress import OnProgress, silent
+from edgelora.versions import versions
 
 ORIGINAL = "F16"  # what everything else is compared with
 
@@ -156,6 +159,7 @@ class Workshop:
         adapter, engine = (asked.adapter, TORCH) if is_whole and asked.adapter else (None, LLAMA_CPP)
         made_of = [self._digest(name) for name in ("base", "adapter", "text") if name in self._grid.digests]
         recipe = ["reference", *made_of, asked.adapter and asked.adapter[1], asked.windows, asked.context, TOP]
+        recipe += [engine, versions()["torch"]] if engine == TORCH else []
 
         def build(out: Path) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -187,9 +191,14 @@ class Workshop:
     ) -> Path:
         """`beside`: what `build` writes with it."""
         path = self._folder / self._grid.key(*recipe) / name
-        if not all(path.with_name(one).exists() for one in (name, *beside)):
+        if not _stand(path, beside):
             build(path)
         return path
+
+
+def _stand(path: Path, beside: Sequence[str]) -> bool:
+    """Whether a file is there with those that were written with it."""
+    return all(path.with_name(one).exists() for one in (path.name, *beside))
 
 
 class Survey(Workshop):
@@ -198,7 +207,7 @@ class Survey(Workshop):
     def __init__(self, grid: Grid, folder: Path) -> None:
         super().__init__(grid, folder)
         self.missing: dict[Path, int] = {}
-        self._known: dict[str, int] = {}
+        self._levels: dict[str, BaseFacts] = {}
         for place in grid.places:
             with contextlib.suppress(AdapterError):  # its cell will say why
                 self.shipped(place)
@@ -216,10 +225,10 @@ class Survey(Workshop):
         name: str,
         recipe: Sequence[object],
         build: Callable[[Path], object],  # noqa: ARG002
-        beside: Sequence[str] = (),  # noqa: ARG002
+        beside: Sequence[str] = (),
     ) -> Path:
         path = self._folder / self._grid.key(*recipe) / name
-        if not path.exists():
+        if not _stand(path, beside):
             self.missing[path] = self._bytes(recipe[0], str(recipe[1]))
         return path
 
@@ -229,14 +238,26 @@ class Survey(Workshop):
             return asked.windows * (asked.context // 2) * 8 * (TOP + 1)
         if step == "export" and asked.adapter is not None:
             return sum(path.stat().st_size for path in adapter_files(asked.adapter[0]))
-        return 0 if step == "imatrix" else self._model_bytes(quant)
+        return 0 if step == "imatrix" else self._level(quant).size_bytes
 
-    def _model_bytes(self, quant: str) -> int:
-        base = self._grid.base
-        weights = sum(math.prod(shape) for shape in base.tensors.shapes().values())
-        if quant not in self._known:
-            self._known[quant] = weights * (4 if quant == "F32" else 2)
-            if base.is_gguf and quant not in FLOAT_QUANTS:
-                with contextlib.suppress(EdgeloraError):  # such as one that needs importance
-                    self._known[quant] = plan_types(base.file.path, QuantizeOptions(quant)).file_bytes
-        return self._known[quant]
+    def _patched(self, quant: str, folder: Path, made_of: str, live: Live) -> tuple[Path, Path | None]:
+        model, rest = super()._patched(quant, folder, made_of, live)
+        if model in self.missing and live.facts is not None:
+            way = plan_exit(live.facts, self._level(quant)).open.get("patched")
+            self.missing[model] = self.missing[model] if way is None else way.size_bytes  # the LoRA over it too
+        return model, rest
+
+    def _level(self, quant: str) -> BaseFacts:
+        """What the base is at a level; where only quantizing it tells the types, as if they were floats."""
+        if quant not in self._levels:
+            base = self._grid.base
+            found, kind = facts_of_base(base), Type.F32 if quant == "F32" else Type.F16
+            if not base.is_gguf or base.quant != quant:
+                n_bytes = sum(map(math.prod, found.shapes.values())) * (4 if kind == Type.F32 else 2)
+                found = replace(found, size_bytes=n_bytes, types=dict.fromkeys(found.shapes, kind))
+                if base.is_gguf and quant not in FLOAT_QUANTS:
+                    with contextlib.suppress(EdgeloraError):  # such as one that needs importance
+                        planned = plan_types(base.file.path, QuantizeOptions(quant))
+                        found = replace(found, size_bytes=planned.file_bytes, types=planned.types)
+            self._levels[quant] = found
+        return self._levels[quant]

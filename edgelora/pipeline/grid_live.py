@@ -27,6 +27,8 @@ class Live:
     leaves_lora: bool = False
     """Whether something of it lies over a patched base."""
     mergeable: bool = True
+    facts: AdapterFacts | None = None
+    """What it does; None of what was not read."""
 
 
 def how_live(base: Base, adapter: Path, scale: float) -> Live:
@@ -43,16 +45,16 @@ def how_live(base: Base, adapter: Path, scale: float) -> Live:
     found = plan_exit(facts, _as_gguf(facts_of_base(base)))
     mergeable, lora = "merged" in found.open, bool(facts.pairs)
     if facts.prompt_numbers or facts.waits:
-        return Live("torch", BEFORE if facts.prompt_numbers else ASLEEP, mergeable=False)
+        return Live("torch", BEFORE if facts.prompt_numbers else ASLEEP, mergeable=False, facts=facts)
     if "adapter" in found.open:
-        return Live(mergeable=mergeable)
+        return Live(mergeable=mergeable, facts=facts)
     why, _, _ = found.others["adapter"].partition(f"; {NEAREST}")
     if "patched" not in found.open:
-        return Live("torch", why, mergeable=mergeable)
+        return Live("torch", why, mergeable=mergeable, facts=facts)
     if scale != 1.0:
         why = f"a base is patched with the whole adapter, and it was asked for at the scale {scale:g}"
-        return Live("torch", why, lora, mergeable)
-    return Live("patched", why, lora, mergeable)
+        return Live("torch", why, lora, mergeable, facts)
+    return Live("patched", why, lora, mergeable, facts)
 
 
 def _facts(base: Base, adapter: Path) -> AdapterFacts:
