@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ FromFile = Annotated[
 Control = Annotated[
     bool, typer.Option("--control", help="Control tokens: read where a template writes them, not out of any text.")
 ]
+
+if TYPE_CHECKING:
+    from edgelora.pipeline.add_tokens import Enlarged
 
 MOST_SHOWN = 20  # of the new tokens
 
@@ -39,13 +43,13 @@ def add_tokens(
     Example: `edgelora add-tokens base.gguf --token "<tool>" --token "</tool>" --out base-tools.gguf`
     """
     from edgelora.cli.display import Display
-    from edgelora.invocation import command
     from edgelora.pipeline.add_tokens import add_tokens as run
     from edgelora.pipeline.tokenize import read_text, text_of_argument
 
     texts = [text_of_argument(text, "--token") for text in token or ()]
     if from_file is not None:
-        texts += [line for line in read_text(from_file).splitlines() if line]
+        lines = read_text(from_file).removeprefix("\ufeff").split("\n")  # a token may hold what else ends a line
+        texts += [text for line in lines if (text := line.removesuffix("\r"))]
     with Display() as display:
         made = run(base, texts, out, control=control, overwrite=overwrite, on_progress=display.show)
         size = f"{made.size_bytes / 1e6:.1f} MB, {count(made.vocab_size, 'token')}"
@@ -56,11 +60,28 @@ def add_tokens(
         for note in made.notes:
             display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
         display.say(made.certificate.sentence)
-        named = [word for text in list(made.tokens)[:MOST_SHOWN] for word in ("--train-tokens", text)]
-        display.say("next: " + command("train", out, "ROWS", "--method", "token_rows", *named, "--out", "ADAPTER"))
+        for step in _next_steps(made):
+            display.say(step)
     if as_json:
         print(json.dumps({
             "out": str(out), "size_bytes": made.size_bytes, "vocab_size": made.vocab_size, "padding": made.padding,
             "tokens": made.tokens, "pieces": [list(pieces) for pieces in made.pieces], "notes": made.notes,
             "certificate": made.certificate.as_dict(),
         }))  # fmt: skip
+
+
+def _next_steps(made: Enlarged) -> Iterator[str]:
+    """What trains their rows, and before it what an adapter of them needs."""
+    from edgelora.invocation import command
+
+    named = [part for text in list(made.tokens)[:MOST_SHOWN] for part in ("--train-tokens", _typed(text, made))]
+    step, over = "next: ", made.path
+    if made.needs_untying:
+        step, over = "then: ", made.path.with_name(f"{made.path.stem}-untied.gguf")
+        yield f"next: {command('untie', made.path, '--out', over)}  (rows leave as an adapter over that alone)"
+    yield step + command("train", over, "ROWS", "--method", "token_rows", *named, "--out", "ADAPTER")
+
+
+def _typed(text: str, made: Enlarged) -> str:
+    """How a token is named in a command: by its id where its text would be taken for one, or cannot be typed."""
+    return text if text.isprintable() and not text.isdecimal() else str(made.tokens[text])

@@ -15,12 +15,13 @@ import numpy as np
 
 from converters.add_tokens import write_with_tokens
 from converters.add_tokens_to_hf import write_folder_with_tokens
+from converters.untie import require_tied
 from edgelora.base.head import Head
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.encode import Example
 from edgelora.data.new_tokens import Grown, with_tokens
-from edgelora.errors import ConfigError
+from edgelora.errors import ConfigError, ExportError
 from edgelora.evaluate.fidelity import Fidelity, Tally
 from edgelora.evaluate.thresholds import Limits, limits_of
 from edgelora.files.atomic import refuse_existing, require_space
@@ -82,6 +83,8 @@ class Enlarged:
     size_bytes: int
     notes: list[str]
     certificate: TokensCertificate
+    needs_untying: bool
+    """Whether rows that are trained over it leave as an adapter once it has a head of its own, and not before."""
 
 
 def add_tokens(
@@ -120,10 +123,10 @@ def add_tokens(
         Output(out, overwrite, folder=not base.is_gguf), made_from, write,
         lambda draft: certify(draft, base_path, grown, on_progress),
     )  # fmt: skip
-    written = [out] if out.is_file() else sorted(out.iterdir())
+    files, written = [out] if out.is_file() else sorted(out.iterdir()), open_base(out)
     return Enlarged(
         out, dict(zip(grown.texts, grown.ids, strict=True)), grown.pieces, grown.n_tokens, grown.padding,
-        sum(file.stat().st_size for file in written), _notes(open_base(out), grown), certificate,
+        sum(file.stat().st_size for file in files), _notes(written, grown), certificate, _needs_untying(written),
     )  # fmt: skip
 
 
@@ -135,6 +138,17 @@ def _notes(written: Base, grown: Grown) -> list[str]:
         f"{text!r} is a control token once this is a GGUF: its name looks like one to llama.cpp's converter"
         for text in other
     ]
+
+
+def _needs_untying(written: Base) -> bool:
+    """Of a tied GGUF, in a family of which llama.cpp reads a head too."""
+    if not written.is_gguf:
+        return False
+    try:
+        require_tied(written)
+    except ExportError:
+        return False
+    return True
 
 
 def certify(draft: Path, base_path: Path, grown: Grown, on_progress: OnProgress = silent) -> TokensCertificate:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from gguf.constants import TokenType
+
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
 from edgelora.peft.token_rows import require_tokens
+
+ADDED = (TokenType.USER_DEFINED, TokenType.CONTROL)
 
 
 def tokens_of(config: TrainConfig, base: Base) -> TrainConfig:
@@ -28,10 +32,20 @@ def tokens_of(config: TrainConfig, base: Base) -> TrainConfig:
 
 
 def _id_of(text: str, base: Base) -> int:
-    """An id as it is; else that of the token with this text."""
-    if text.isdecimal():
-        return int(text)
+    """An id as it is; else that of the token with this text.
+
+    Digits mean an id, though pieces of words may be digits too; of a token that was added either could be meant.
+    """
     tokens = base.tokenizer.tokens
+    if text.isdecimal():
+        own = tokens.index(text) if text in tokens else None
+        if own is not None and own != int(text) and base.vocabulary.types[own] in ADDED:
+            raise ConfigError(
+                what=f"train_tokens: {text} is an id, and the text of the token {own}",
+                why="the row of the one or of the other would be trained",
+                fix=f"pass {own} for the token with this text, 0{text} for the one with this id",
+            )
+        return int(text)
     if text in tokens:
         return tokens.index(text)
     ids = base.tokenizer.encode(text, parse_special=True).ids
