@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gguf import GGUFReader
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.constants import TokenType
 from test_export import make_adapter
@@ -237,15 +238,22 @@ def test_a_number_that_is_an_added_tokens_text_is_no_id(tiny, settings, tmp_path
     ]
 
 
-def test_a_file_that_computes_something_else_is_not_kept_for_it(tiny, make_tiny, tmp_path, monkeypatch):
-    """What is written is another model's; the certificate must say so."""
-    other = open_base(make_tiny(seed=1).path)
-    monkeypatch.setattr(
-        "edgelora.pipeline.add_tokens.write_with_tokens",
-        lambda draft, _base, grown, _: write_with_tokens(draft, other, grown),
-    )
-    with pytest.raises(CertificateError, match="against the base, on earlier ids: mean KL"):
-        add_tokens(tiny.path, NEW, tmp_path / "new.gguf")
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0], ids=lambda kind: kind.name)
+def test_a_file_with_one_wrong_row_is_not_kept_for_it(make_tiny, tmp_path, monkeypatch, kind):
+    """Torch and llama.cpp agree over it; the certificate must say that it is not the base's."""
+    base = make_tiny(kind).path
+
+    def write_wrongly(draft, of, grown, _):
+        write_with_tokens(draft, of, grown)
+        row = of.tokenizer.encode("the").ids[0]
+        table = next(one for one in GGUFReader(draft, "r+").tensors if one.name == "token_embd.weight")
+        table.data[row] = table.data[row + 1]
+
+    monkeypatch.setattr("edgelora.pipeline.add_tokens.write_with_tokens", write_wrongly)
+    with pytest.raises(CertificateError) as caught:
+        add_tokens(base, NEW, tmp_path / "new.gguf")
+    assert "against the base, on earlier ids: mean KL" in caught.value.what
+    assert "against torch" not in caught.value.what
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "new.gguf.rejected", "new.gguf.rejected.certificate.json",
     ]  # fmt: skip

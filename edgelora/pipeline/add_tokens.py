@@ -23,7 +23,7 @@ from edgelora.data.encode import Example
 from edgelora.data.new_tokens import Grown, with_tokens
 from edgelora.errors import ConfigError, ExportError
 from edgelora.evaluate.fidelity import Fidelity, Tally
-from edgelora.evaluate.thresholds import Limits, limits_of
+from edgelora.evaluate.thresholds import FLOATS, Limits, limits_of
 from edgelora.files.atomic import refuse_existing, require_space
 from edgelora.pipeline.certificate import Output, Reference, stamp, types_of, write_certified
 from edgelora.pipeline.check_rows import CHECK_TEXTS
@@ -49,11 +49,13 @@ class TokensCertificate:
     same_bits: bool
     """Whether these are equal bit for bit."""
     limits: Limits
+    """Of `own`."""
 
     @property
     def faults(self) -> list[str]:
         own = [] if self.own is None else [f"llama.cpp against torch: {f}" for f in self.limits.faults(self.own)]
-        return [*own, *(f"against the base, on earlier ids: {fault}" for fault in self.limits.faults(self.before))]
+        # both sides round their activations alike, whatever the weights are: no type's allowance is due here
+        return [*own, *(f"against the base, on earlier ids: {fault}" for fault in FLOATS.faults(self.before))]
 
     @property
     def sentence(self) -> str:
@@ -66,7 +68,7 @@ class TokensCertificate:
         return {
             "passed": not self.faults, "equal_ids": self.n_ids, "same_bits": self.same_bits,
             "fidelity": self.own.as_dict() if self.own else None, "loss": self.before.as_dict(),
-            "kl_limit": self.limits.kl_mean, "same_top_limit": self.limits.same_top,
+            "kl_limit": self.limits.kl_mean, "same_top_limit": self.limits.same_top, "loss_limit": FLOATS.kl_mean,
         }  # fmt: skip
 
 
