@@ -26,7 +26,7 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
 from edgelora.config import TrainConfig
-from edgelora.errors import AdapterError, ConfigError
+from edgelora.errors import AdapterError, ConfigError, ExportError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.nn import loss
 from edgelora.nn.loss import Target
@@ -34,8 +34,9 @@ from edgelora.nn.trained_head import TrainedHeadCrossEntropy
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach, inject, without_adapter
+from edgelora.peft.methods import METHODS
 from edgelora.peft.targets import Where
-from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.exit_plan import plan, through
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.pipeline.patch import patch
 from edgelora.training.footprint import Model, adapter_numbers
@@ -151,6 +152,18 @@ def test_of_two_matrices_one_is_trained_as_peft_does(make_tiny, transformers_mod
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", [n for n, row in METHODS.items() if row.peft_type == "LORA" and not row.waits])
+def test_whatever_lora_it_stands_beside_it_computes_the_same_when_read_again(made, tmp_path, method):
+    base = open_base(made.gguf)
+    decoder, _ = stirred(base, {"bias": "all", "modules_to_save": ("k_proj", "lm_head")}, method, tmp_path / "mine")
+    live = decoder.logits(IDS)
+    adapter = read(tmp_path / "mine", base)
+    attach(decoder, adapter)
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-4, rtol=1e-5)
+    assert adapter.vocabularies == [EMBEDDING]
+    assert "bias" in adapter.tensors["model.layers.0.self_attn.v_proj"]
+
+
 # -- the ways out -------------------------------------------------------------------------------------------------
 
 WHOLE = {"bias": "all", "modules_to_save": ("layers.1.mlp.down_proj", "norm", "embed_tokens")}
@@ -174,13 +187,17 @@ def test_several_are_blended_as_they_are_merged(made, tmp_path):
     torch.testing.assert_close(decoder.logits(IDS), merged.logits(IDS), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("asked", [{"bias": "all"}, WHOLE], ids=["biases", "everything"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("method", "asked"), [("dora", {"bias": "all"}), ("lora", WHOLE)], ids=["biases", "everything"]
+)
 def test_llama_cpp_computes_the_same_over_a_patched_base(made, tmp_path, method, asked):
     base = open_base(made.gguf)
     decoder, _ = stirred(base, asked, method, tmp_path / "mine")
     found = plan(made.gguf, tmp_path / "mine", allow_unverified=True)
     assert (found.door, found.exact) == ("patched", True)
+    assert "llama.cpp adds B A x to W x and nothing else" in found.others["adapter"]
+    with pytest.raises(ExportError, match="--door out: it leaves as patched"):
+        through(found, "adapter", tmp_path / "mine")
     adapter = read(tmp_path / "mine", base)
     planned = plan_patch(base, adapter)
     assert planned.error <= 1e-7
@@ -281,7 +298,9 @@ def test_an_embedding_that_is_the_head_has_one_gradient_in_a_step(tiny):
 @pytest.fixture(scope="module")
 def run(made, settings, tmp_path_factory):  # noqa: F811
     """The config of a whole run."""
-    config = settings(tmp_path_factory.mktemp("runs") / "mine", base=made.folder, max_steps=2, eval_every=2, **WHOLE)
+    config = settings(
+        tmp_path_factory.mktemp("runs") / "mine", base=made.folder, max_steps=2, eval_every=2, lora_dropout=0.1, **WHOLE
+    )
     run_training(config)
     return config
 

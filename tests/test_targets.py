@@ -192,7 +192,7 @@ def test_every_method_that_takes_them_leaves_as_what_it_is(tiny, tmp_path, metho
     ours = decoder.logits(IDS)
     config = adapter_config(decoder, method, RANK, ALPHA, "-", where)
     write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
-    attach(decoder, read_adapter(tmp_path / "mine", base.linears, base.norms))
+    attach(decoder, read_adapter(tmp_path / "mine", base.linears, base.norms, vocabularies=base.vocabularies))
     torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-4, rtol=1e-5)
 
 
@@ -338,7 +338,9 @@ REFUSED = {
     ("--rank", "200"): "k_proj is only 128 x 256",
     ("--lora-dropout", "0.1", "--method", "dora"): "lora_dropout: nothing that --method dora could use",
     ("--lora-dropout", "0.1", "--objective", "dpo"): "lora_dropout with --objective dpo",
-    ("--modules-to-save", "lm_head"): "nothing is trained beside A and B yet",
+    ("--modules-to-save", "lm_haed"): "did you mean lm_head?",
+    ("--bias", "all"): "bias all: no layer of this model has a bias",
+    ("--bias", "all", "--method", "ia3"): "bias: nothing that --method ia3 could use",
 }
 
 

@@ -25,6 +25,7 @@ from edgelora.peft.fitting import Layers
 from edgelora.peft.full import FullDelta
 from edgelora.peft.kinds import BIAS, WHOLE
 from edgelora.peft.method import Method
+from edgelora.peft.strength import require_taken
 from edgelora.peft.targets import Where
 
 
@@ -91,8 +92,10 @@ def is_saved(module: str, where: Where) -> bool:
 def beside(row: Method, layers: Layers, adapted: Iterable[str], where: Where) -> Beside:
     """What is trained whole of a model with these layers, beside those that are `adapted`.
 
-    Raises ConfigError for names that are no layer's, and for biases where there are none.
+    Raises ConfigError for names that are no layer's, for biases where there are none, and for a method that has none of
+    that beside it.
     """
+    require_taken(row, where)
     matrices = layers.matrices
     _require_known([*layers.linears, *layers.norms, *matrices], where.modules_to_save)
     named = {name for name in matrices if name in row.vocabularies or is_saved(name, where)}
