@@ -442,6 +442,8 @@ def test_a_fault_of_the_data_ends_the_sweep(settings, tmp_path):
     ("bitfit", ["rank=4,8"], "2 of 2 trials cannot be trained, such as rank=4: --method bitfit --rank 4: it has "),
     ("lora", ["rank=4,8", "method=lora,layernorm"], "2 of 4 trials cannot be trained, such as rank=4,method=layernorm"),
     ("lora", ["rank=4,1024"], "1 of 2 trials cannot be trained, such as rank=1024: rank 1024: model.layers.0."),
+    ("lora", ["method=lora,full"], "1 of 2 trials cannot be trained, such as method=full: --method full: "),
+    ("lora", ["method=lora,token_rows"], "1 of 2 trials cannot be trained, such as method=token_rows: train_tokens: "),
     ("lora", ["group_size=8,16"], "2 of 2 trials cannot be trained, such as group_size=8: group_size: nothing that "),
 ])  # fmt: skip
 def test_what_a_trials_method_cannot_take_is_refused_before_any_is_trained(settings, tmp_path, method, words, told):

@@ -181,19 +181,16 @@ def require_trainable(trials: Sequence[Trial], _on_progress: OnProgress) -> None
     """Raise ConfigError, before anything is trained, that tells what is wrong with any trial's settings: a rank where
     the method has none, layers that the base has not. Runs in a child, for the table of methods needs torch."""
     from edgelora.base.model import open_base
-    from edgelora.training.defaults import choose
-    from edgelora.training.footprint import Model
     from edgelora.training.objectives import objective_of
+    from edgelora.training.settle import settle
     from edgelora.training.where import require_place
 
     base = open_base(trials[0].config.base)  # one for all
-    n_weights = Model.of(base).n_weights
     faults: list[tuple[str, ConfigError]] = []
     for trial in trials:
         try:
             objective_of(trial.config)
-            settled, _ = choose(trial.config, n_weights)
-            require_place(settled, base)
+            require_place(settle(trial.config, base).config, base)
         except ConfigError as e:
             faults.append((trial.name, e))
     if faults:
