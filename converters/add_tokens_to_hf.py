@@ -6,7 +6,6 @@ names tokens changes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from gguf.constants import GGMLQuantizationType
 from tokenizers import Tokenizer
 
 from converters.add_tokens import mean_rows, spliced
+from converters.hf_folder import ShardEntry, write_json, write_shard
 from converters.merge_to_hf import BESIDE
 from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base
@@ -71,37 +71,30 @@ def write_folder_with_tokens(
     for name in BESIDE:
         if (file := base.path / name).is_file():
             shutil.copyfile(file, out / name)
-    _write_json(out / CONFIG, {**source.config, "vocab_size": grown.n_tokens})
+    write_json(out / CONFIG, {**source.config, "vocab_size": grown.n_tokens})
     if len(source.shards) > 1:
         index = read_json(base.path / INDEX)
         metadata = index.get("metadata")
         shards = [SafetensorsFile(out / shard.path.name) for shard in source.shards]
         total = sum(tensor.size_bytes for shard in shards for tensor in shard.tensors.values())
         index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
-        _write_json(out / INDEX, index)
+        write_json(out / INDEX, index)
     ids = dict(zip(grown.texts, grown.ids, strict=True))
     _name_tokens(out, HFFolder(base.path), Added(ids, control, base.vocabulary.strip_after_special))
 
 
-def _write_shard(out: Path, shard: SafetensorsFile, grown: Grown) -> Iterator[None]:
-    """Write one file; yields after each of its tensors."""
-    tensors = sorted(shard.tensors.values(), key=lambda tensor: tensor.offset)
-    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    end = 0
-    for tensor in tensors:
-        larger = tensor.name in LARGER
-        shape = (grown.n_tokens, tensor.shape[1]) if larger else tensor.shape
-        begin, end = end, end + (tensor.size_bytes // tensor.shape[0] * shape[0] if larger else tensor.size_bytes)
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with out.open("wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors:
-            for rows in _rows_of(shard, tensor, grown):
-                f.write(np.ascontiguousarray(rows).data)
-            shard.forget(tensor.name)
-            yield
+def _write_shard(out: Path, shard: SafetensorsFile, grown: Grown) -> Iterator[str]:
+    """Write one file; yields the name of each of its tensors once it is written."""
+    entries = {
+        t.name: ShardEntry((grown.n_tokens, *t.shape[1:]) if t.name in LARGER else t.shape, t.dtype)
+        for t in sorted(shard.tensors.values(), key=lambda t: t.offset)
+    }
+
+    def rows_of(name: str) -> Iterator[np.ndarray]:
+        yield from _rows_of(shard, shard.tensors[name], grown)
+        shard.forget(name)
+
+    yield from write_shard(out, entries, rows_of, shard.metadata)
 
 
 def _rows_of(shard: SafetensorsFile, tensor: StoredTensor, grown: Grown) -> Iterator[np.ndarray]:
@@ -118,7 +111,7 @@ def _name_tokens(out: Path, folder: HFFolder, added: Added) -> None:
     if folder.tokenizer is not None:
         told = read_json(out / TOKENIZER, LARGEST_FILE)
         told["added_tokens"] = [*(told.get("added_tokens") or []), *added.listed()]
-        _write_json(out / TOKENIZER, told)
+        write_json(out / TOKENIZER, told)
         _require_ids(out / TOKENIZER, added.ids)
     known = folder.tokenizer_config.added_tokens_decoder
     if known or folder.tokenizer is None:
@@ -127,9 +120,9 @@ def _name_tokens(out: Path, folder: HFFolder, added: Added) -> None:
         # where this list begins to exist, transformers looks at no other
         others = {} if known else {str(token): one.model_dump() for token, one in folder.added_tokens.items()}
         told["added_tokens_decoder"] = {**others, **(told.get("added_tokens_decoder") or {}), **added.decoder()}
-        _write_json(path, told)
+        write_json(path, told)
     if (out / ADDED).is_file():
-        _write_json(out / ADDED, {**read_json(out / ADDED, LARGEST_FILE), **added.ids})
+        write_json(out / ADDED, {**read_json(out / ADDED, LARGEST_FILE), **added.ids})
 
 
 def _require_ids(path: Path, ids: Mapping[str, int]) -> None:
@@ -144,7 +137,3 @@ def _require_ids(path: Path, ids: Mapping[str, int]) -> None:
             why="its ids have gaps, or this tokenizer changes texts before it looks for tokens",
             fix="convert the checkpoint (`edgelora convert`) and add the tokens to the GGUF",
         )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

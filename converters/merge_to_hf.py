@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from converters.adapted import Deltas, added_biases, of_checkpoint, settings_for
 from converters.base_to_gguf import ELEMENTS_AT_ONCE, Slab
+from converters.hf_folder import ShardEntry, write_json, write_shard
 from converters.merge import Part, lineage_of, quantized
 from edgelora.base import ggml
 from edgelora.base.model import Base
@@ -49,7 +48,7 @@ def write_merged_folder(
         )
     settings, added = _new_biases(base, parts)
     deltas = Deltas([(of_checkpoint(part.adapter), part.scale) for part in parts])
-    pace = Pace(len(source.tensors))
+    pace = Pace(len(source.tensors) + len(added))
     for shard in source.shards:
         for _ in _write_shard(out / shard.path.name, shard, deltas, dtype, added):
             _, eta = pace.step(0)
@@ -67,31 +66,24 @@ def _new_biases(base: Base, parts: Sequence[Part]) -> tuple[list[str], dict[str,
 
 def _write_shard(
     out: Path, shard: SafetensorsFile, deltas: Deltas, dtype: str | None, added: Mapping[str, str]
-) -> Iterator[None]:
-    """Write one file, a new bias behind its weight; yields after each of the tensors that the shard has."""
-    tensors = sorted(shard.tensors.values(), key=lambda t: t.offset)
-    kinds = {t.name: GGMLQuantizationType[dtype or t.dtype] for t in tensors}
-    header: dict[str, Any] = {"__metadata__": shard.metadata} if shard.metadata else {}
-    end = 0
-    for t in tensors:
-        shapes = {t.name: t.shape} | ({added[t.name]: t.shape[:1]} if t.name in added else {})
-        for name, shape in shapes.items():
-            begin, end = end, end + _size_bytes(shape, kinds[t.name])
-            header[name] = {"dtype": kinds[t.name].name, "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with out.open("wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        for t in tensors:
-            for rows in _merged(shard, t, deltas, kinds[t.name]):
-                f.write(np.ascontiguousarray(rows).data)
-            if t.name in added:
-                zeros = Slab(0, 0, np.zeros((1, t.shape[0]), np.float32))
-                f.write(
-                    np.ascontiguousarray(quantized(deltas.merged(added[t.name], zeros), kinds[t.name], t.name)).data
-                )
-            shard.forget(t.name)
-            yield
+) -> Iterator[str]:
+    """Write one file, a new bias behind its weight; yields the name of each tensor once it is written."""
+    entries: dict[str, ShardEntry] = {}
+    for t in sorted(shard.tensors.values(), key=lambda t: t.offset):
+        entries[t.name] = ShardEntry(t.shape, dtype or t.dtype)
+        if t.name in added:
+            entries[added[t.name]] = ShardEntry(t.shape[:1], dtype or t.dtype)
+
+    def rows_of(name: str) -> Iterator[np.ndarray]:
+        kind = GGMLQuantizationType[entries[name].dtype]
+        if name in shard.tensors:
+            yield from _merged(shard, shard.tensors[name], deltas, kind)
+            shard.forget(name)
+        else:
+            zeros = Slab(0, 0, np.zeros((1, *entries[name].shape), np.float32))
+            yield quantized(deltas.merged(name, zeros), kind, name)
+
+    yield from write_shard(out, entries, rows_of, shard.metadata)
 
 
 def _merged(
@@ -106,22 +98,18 @@ def _merged(
         yield quantized(deltas.merged(tensor.name, slab), kind, tensor.name)
 
 
-def _size_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * ggml.row_bytes(kind, 1)
-
-
 def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | None, settings: Sequence[str]) -> None:
     """config.json with the lineage, the index, the contract, and the files that go along as they are."""
     source = base.source
     assert isinstance(source, Checkpoint)
     stated = {} if dtype is None else {"torch_dtype" if "torch_dtype" in source.config else "dtype": DTYPES[dtype]}
     biased = dict.fromkeys(settings, True)
-    _write_json(out / CONFIG, {**source.config, **stated, **biased, CHECKPOINT_LINEAGE: lineage_of(base, parts)})
+    write_json(out / CONFIG, {**source.config, **stated, **biased, CHECKPOINT_LINEAGE: lineage_of(base, parts)})
     if len(source.shards) > 1:
         shards = [SafetensorsFile(out / shard.path.name) for shard in source.shards]
         total = sum(t.size_bytes for shard in shards for t in shard.tensors.values())
         weight_map = {name: shard.path.name for shard in shards for name in shard.tensors}
-        _write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name in BESIDE:
         if (file := base.path / name).is_file():
             shutil.copyfile(file, out / name)
@@ -131,7 +119,3 @@ def _write_beside(out: Path, base: Base, parts: Sequence[Part], dtype: str | Non
     if contract is not None:
         unsigned = contract.model_copy(update={"certificate": None})
         (out / FILE_NAME).write_text(unsigned.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
