@@ -197,6 +197,15 @@ def read_contract(text: str, where: str) -> Contract:
         ) from e
 
 
+def contract_in(folder: Path) -> Contract | None:
+    """What an adapter's folder says of its training, whatever the adapter is; None if it says nothing.
+
+    Raises what `read_contract` raises.
+    """
+    own = folder / FILE_NAME
+    return read_contract(own.read_text(encoding="utf-8", errors="replace"), str(own)) if own.is_file() else None
+
+
 def read_lineage(model: GGUFFile | Checkpoint) -> tuple[str, ...]:
     """What was merged into a model, in order. Raises BaseModelError if the statement was tampered with."""
     key = CHECKPOINT_LINEAGE if isinstance(model, Checkpoint) else LINEAGE_KEY

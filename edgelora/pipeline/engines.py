@@ -8,7 +8,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.files.adapter_check import contract_of
-from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.contract import contract_in
 from edgelora.files.gguf import GGUFFile
 
 AUTO, LLAMA_CPP, TORCH = "auto", "llama.cpp", "torch"
@@ -51,9 +51,3 @@ def as_trained(model: Path, adapter: Path | None) -> Base:
     if adapter is None:
         return base
     return base.as_trained(contract_in(adapter) if adapter.is_dir() else contract_of(GGUFFile(adapter)))
-
-
-def contract_in(folder: Path) -> Contract | None:
-    """What an adapter's folder says of its training, whatever the adapter is; None if it says nothing."""
-    own = folder / FILE_NAME
-    return read_contract(own.read_text(encoding="utf-8", errors="replace"), str(own)) if own.exists() else None

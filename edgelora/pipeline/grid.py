@@ -18,8 +18,7 @@ from edgelora.evaluate.cells import WAYS, Sample, Way
 from edgelora.evaluate.choices import alternatives
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.files.checkpoint import read_json
-from edgelora.files.contract import sha256_file
-from edgelora.pipeline.engines import contract_in
+from edgelora.files.contract import contract_in, sha256_file
 from edgelora.pipeline.evaluate import adapter_files, is_choice_file, read_choice_file
 from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.grid_live import Live, how_live

@@ -15,8 +15,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
 from edgelora.files.checkpoint import read_json
-from edgelora.files.contract import FILE_NAME as CONTRACT
-from edgelora.files.contract import Contract, read_contract, require_its_base, sha256_file
+from edgelora.files.contract import Contract, contract_in, require_its_base, sha256_file
 from edgelora.invocation import command
 from edgelora.peft.adapter import (
     CONFIG,
@@ -130,9 +129,7 @@ def _from_peft(path: Path, base: Base) -> Adapter:
             path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies, biased=base.biased
         )
         return with_tied_head(adapter, base)
-    beside = path / CONTRACT
-    text = beside.read_text(encoding="utf-8", errors="replace") if beside.exists() else None
-    return replace(read_peft(path, base), contract=None if text is None else read_contract(text, str(beside)))
+    return replace(read_peft(path, base), contract=contract_in(path))
 
 
 OTHER_NAMES = {"TRAINABLE_TOKENS": "token_rows", "LN_TUNING": "layernorm"}  # PEFT's and ours, where they differ

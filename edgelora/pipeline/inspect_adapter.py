@@ -11,7 +11,7 @@ from typing import Any, Literal
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.files.adapter_check import check_adapter, contract_of, own_shapes
 from edgelora.files.checkpoint import read_json
-from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.contract import Contract, contract_in
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
@@ -81,7 +81,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
     except EdgeloraError as e:
         faults.append(reason(e, path))
     try:
-        contract = _contract(path / FILE_NAME)
+        contract = contract_in(path)
     except AdapterError:
         contract = None  # read_adapter has said so
     base = config.get("base_model_name_or_path")
@@ -111,7 +111,7 @@ def _trained_prompt(path: Path, config: Mapping[str, Any], file: SafetensorsFile
     """The facts of prompt tuning, P-tuning or prefix tuning."""
     faults, contract, base = faults_of(config, file), None, config.get("base_model_name_or_path")
     try:
-        contract = _contract(path / FILE_NAME)
+        contract = contract_in(path)
     except AdapterError as e:
         faults.append(reason(e, path))
     types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
@@ -187,10 +187,6 @@ def _of_a_vera(shapes: Shapes) -> dict[str, tuple[int, int]]:
 
 def _ranks(shapes: Shapes, a: str) -> dict[int, int]:
     return dict(Counter(shape[-2:][0] for name, shape in shapes.items() if name.endswith(f".{a}") and shape))
-
-
-def _contract(path: Path) -> Contract | None:
-    return read_contract(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else None
 
 
 def _peft_method(config: Mapping[str, Any]) -> str:
