@@ -57,7 +57,7 @@ def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> La
 
 def module_faults(kind: Kind, module: str, parts: Parts, layers: Layers) -> list[str]:
     """What is wrong with the parts of one module, its name in front."""
-    if module in layers.norms or is_norm(f"{module}.{NORM}"):
+    if module in layers.norms or (NORM in parts and (not kind.saves or is_norm(f"{module}.{NORM}"))):
         found = list(_norm_faults(parts, layers.norms.get(module)))
     elif ROWS in parts:
         found = [] if module in layers.matrices else [NO_ROWS]
@@ -85,22 +85,18 @@ def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers
 
 
 def tied_faults(kind: Kind, tensors: Mapping[str, Parts]) -> Iterator[str]:
-    """What is wrong with the embedding and the head over a base that has one matrix for both."""
-    there = [tensors[module] for module in (EMBEDDING, HEAD) if module in tensors]
-    part = ROWS if kind.rows else WHOLE
-    if not kind.rows and not kind.saves:
-        if HEAD in tensors:
-            yield f"{HEAD} is another matrix than the embedding in it, and this base has one for both"
-    elif len(there) == 2 and np.array_equal(there[0][part], there[1][part]):
+    """What is wrong with the embedding and the head, one of which is there, over a base with one matrix for both."""
+    embedding, head = tensors.get(EMBEDDING, {}), tensors.get(HEAD, {})
+    if embedding and head and all(np.array_equal(values, embedding.get(part)) for part, values in head.items()):
         return
-    elif kind.rows:
-        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
-    else:
-        apart = "the head is not the embedding" if len(there) == 2 else "one of embedding and head stays as it was"
+    if kind.saves:
+        apart = "the head is not the embedding" if embedding and head else "one of embedding and head stays as it was"
         yield (
             f"{apart}, and this base has one matrix for both: `edgelora untie` writes one of it with two, over which "
             "this adapter runs"
         )
+    elif head:
+        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
 
 
 def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
