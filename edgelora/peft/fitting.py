@@ -87,7 +87,8 @@ def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers
 def tied_faults(kind: Kind, tensors: Mapping[str, Parts]) -> Iterator[str]:
     """What is wrong with the embedding and the head, one of which is there, over a base with one matrix for both."""
     embedding, head = tensors.get(EMBEDDING, {}), tensors.get(HEAD, {})
-    if embedding and head and all(np.array_equal(values, embedding.get(part)) for part, values in head.items()):
+    alike = bool(embedding) and embedding.keys() == head.keys()
+    if alike and all(np.array_equal(values, embedding[part]) for part, values in head.items()):
         return
     if kind.saves:
         apart = "the head is not the embedding" if embedding and head else "one of embedding and head stays as it was"
