@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.adapter_to_gguf import gguf_changes
 from converters.base_to_gguf import Slab
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
 from edgelora.files.lazy import Lazy
@@ -70,15 +71,22 @@ def of_gguf(adapter: Adapter, base: Base) -> Adapted:
     )
 
 
-def of_checkpoint(adapter: Adapter) -> Adapted:
+def of_checkpoint(adapter: Adapter, base: Base) -> Adapted:
     """By HF's names. Raises ExportError for what no weight can hold."""
     if adapter.kind.of_input:
         raise only_in_torch(adapter, "merge")
+    weights = {f"{module}.weight": module for module in (*adapter.linears, *adapter.vocabularies)}
+    rows = {f"{module}.weight": some for module, some in adapter.token_rows.items()}
+    if base.config.tie_word_embeddings:
+        # some checkpoints hold the one matrix twice, and transformers ties what is the same alone
+        embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+        weights |= {head: EMBEDDING for name in weights if name == embedding}
+        rows |= {head: some for name, some in rows.items() if name == embedding}
     return Adapted(
-        Lazy({f"{module}.weight": module for module in (*adapter.linears, *adapter.vocabularies)}, adapter.change),
+        Lazy(weights, adapter.change),
         Lazy({f"{module}.bias": module for module in adapter.linears}, adapter.change),
         Lazy({f"{module}.weight": module for module in adapter.norms}, adapter.norm),
-        {f"{module}.weight": rows for module, rows in adapter.token_rows.items()},
+        rows,
     )
 
 

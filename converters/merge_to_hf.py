@@ -47,7 +47,7 @@ def write_merged_folder(
             fix="merge into the checkpoint that it was made from, or choose another --to, such as F16",
         )
     settings, added = _new_biases(base, parts)
-    deltas = Deltas([(of_checkpoint(part.adapter), part.scale) for part in parts])
+    deltas = Deltas([(of_checkpoint(part.adapter, base), part.scale) for part in parts])
     pace = Pace(len(source.tensors) + len(added))
     for shard in source.shards:
         for _ in _write_shard(out / shard.path.name, shard, deltas, dtype, added):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from exact import draw
 from gguf.constants import GGMLQuantizationType as Type
 from merging import require_merged_computes
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from same_tokens import IDS, loss_of
 from stirred import Stir
 from test_resume import cut_back, data, outcome, settings  # noqa: F401
@@ -20,6 +21,7 @@ from test_vectors import family  # noqa: F401
 from torch.nn import functional
 
 from converters.merge import Part
+from converters.merge_to_hf import write_merged_folder
 from converters.patch import plan_patch, write_patched, write_rest
 from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.decoder import build_decoder
@@ -173,6 +175,29 @@ def test_merged_it_computes_the_same_in_torch_and_llama_cpp(made, tmp_path):
     base = open_base(made.gguf)
     decoder, _ = stirred(base, WHOLE, folder=tmp_path / "mine")
     require_merged_computes(base, tmp_path / "mine", IDS, decoder.logits(IDS))
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [
+        ("lora", Where(modules_to_save=("embed_tokens",))),
+        ("full", Where()),
+        ("token_rows", Where(token_indices=(3, 7))),
+    ],
+    ids=["lora", "full", "token_rows"],
+)
+def test_a_head_that_a_checkpoint_of_one_matrix_stores_too_stays_its_embedding(made, tmp_path, method, where):
+    folder = shutil.copytree(made.folder, tmp_path / "base")
+    stored = load_file(folder / "model.safetensors")
+    before = stored[f"{EMBEDDING}.weight"]
+    save_file(stored | {f"{HEAD}.weight": before}, folder / "model.safetensors", metadata={"format": "pt"})
+    base = open_base(folder)
+    Stir(RANK, ALPHA, by=0.2).on(base, method, where, tmp_path / "mine")
+    (tmp_path / "merged").mkdir()
+    write_merged_folder(tmp_path / "merged", base, [Part(read(tmp_path / "mine", base), 0.5, "0" * 64, "mine")])
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert np.array_equal(merged[f"{HEAD}.weight"], merged[f"{EMBEDDING}.weight"])
+    assert np.abs(merged[f"{HEAD}.weight"] - before).max() > 0.01
 
 
 def test_several_are_blended_as_they_are_merged(made, tmp_path):
