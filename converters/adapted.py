@@ -77,11 +77,12 @@ def of_checkpoint(adapter: Adapter, base: Base) -> Adapted:
         raise only_in_torch(adapter, "merge")
     weights = {f"{module}.weight": module for module in (*adapter.linears, *adapter.vocabularies)}
     rows = {f"{module}.weight": some for module, some in adapter.token_rows.items()}
-    if base.config.tie_word_embeddings:
-        # some checkpoints hold the one matrix twice, and transformers ties what is the same alone
-        embedding, head = f"{EMBEDDING}.weight", f"{HEAD}.weight"
-        weights |= {head: EMBEDDING for name in weights if name == embedding}
-        rows |= {head: some for name, some in rows.items() if name == embedding}
+    # some checkpoints hold the one matrix of both twice, and transformers ties what is the same alone
+    tied, embedding, head = base.config.tie_word_embeddings, f"{EMBEDDING}.weight", f"{HEAD}.weight"
+    if tied and embedding in weights:
+        weights[head] = EMBEDDING
+    if tied and embedding in rows:
+        rows[head] = rows[embedding]
     return Adapted(
         Lazy(weights, adapter.change),
         Lazy({f"{module}.bias": module for module in adapter.linears}, adapter.change),

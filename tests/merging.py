@@ -21,8 +21,7 @@ from runtime.scorer import ScoringEngine
 def require_merged_computes(base: Base, folder: Path, ids: Tensor, live: Tensor, atol: float = 1e-5) -> None:
     """Merged as F32, torch too. `live` (T, V): the logits of `ids` (T,) with the adapter in `folder` on; the merged
     file is written beside it."""
-    more = {"vocabularies": base.vocabularies, "biased": base.biased}
-    parts = [Part(read_adapter(folder, base.linears, base.norms, **more), 1.0, "0" * 64, "mine")]
+    parts = [Part(read_adapter(folder, base.layers), 1.0, "0" * 64, "mine")]
     out = folder.with_name("merged.gguf")
     write_gguf(out, base, parts, Wanted.read("F32", MergeOptions()))
     merged = open_base(out)

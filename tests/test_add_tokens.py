@@ -208,7 +208,7 @@ def test_rows_are_trained_by_the_tokens_texts_and_run_in_llama_cpp(make_tiny, se
         tmp_path / "mine", base=base.path, method="token_rows", train_tokens=texts, max_steps=2, valid=None
     )
     run_training(config)
-    adapter = read_adapter(config.out, base.linears, base.norms, vocabularies=base.vocabularies)
+    adapter = read_adapter(config.out, base.layers)
     assert {name: ids.tolist() for name, (ids, _) in adapter.token_rows.items()} == {
         "model.embed_tokens": [512, 514], "lm_head": [512, 514],
     }  # fmt: skip

@@ -101,7 +101,7 @@ def test_what_peft_saved_computes_the_same_here(base, tiny, transformers_model, 
     theirs.save_pretrained(tmp_path)
     decoder = build_decoder(base)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, base.linears, may_wait=True))
+    attach(decoder, read_adapter(tmp_path, base.layers, may_wait=True))
     with torch.no_grad():
         torch.testing.assert_close(decoder.logits(IDS), theirs(input_ids=IDS[None]).logits[0], atol=1e-4, rtol=1e-4)
     assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
@@ -246,7 +246,7 @@ def test_export_certifies_it(base, decoder, tmp_path):
 def test_no_weight_can_hold_it(base, decoder, tmp_path):
     written(decoder, base, tmp_path / "mine")
     with pytest.raises(AdapterError, match="it acts from there on") as e:
-        read_adapter(tmp_path / "mine", base.linears)
+        read_adapter(tmp_path / "mine", base.layers)
     assert "edgelora export" in e.value.fix
 
 
@@ -263,7 +263,7 @@ def test_a_strange_one_is_refused(base, decoder, tmp_path, change, said):
     config = json.loads((tmp_path / "mine" / CONFIG).read_text())
     (tmp_path / "mine" / CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path / "mine", base.linears, may_wait=True)
+        read_adapter(tmp_path / "mine", base.layers, may_wait=True)
     assert said in e.value.what
 
 
@@ -315,6 +315,6 @@ def test_a_run_writes_one_that_says_what_it_waits_for(base, tmp_path):
     rows = [{"messages": [{"role": r, "content": c} for r, c in (("user", "light"), ("assistant", "on"))]}] * 4
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_training(config_of(base, tmp_path, rank=4, alpha=8, max_steps=2, batch_rows=2, device="cpu"))
-    adapter = read_adapter(run.out, base.linears, may_wait=True)
+    adapter = read_adapter(run.out, base.layers, may_wait=True)
     assert adapter.invocation == (1, *base.tokenizer.encode("assistant").ids)
     assert any(parts["lora_B"].any() for parts in adapter.tensors.values())

@@ -278,7 +278,7 @@ def test_llama_cpp_computes_with_the_sum_what_it_blends_of_the_two(base, folders
     with ScoringEngine(base, n_ctx=64, n_sequences=1, threads=1) as engine:
         for folder in (folders / "one", folders / "two", summed.out):
             file = tmp_path / f"{folder.name}.gguf"
-            write_adapter_gguf(file, read_adapter(folder, base.linears), base, folder.name, "F32")
+            write_adapter_gguf(file, read_adapter(folder, base.layers), base, folder.name, "F32")
             engine.load(folder.name, file)
         found = []
         for active in ({"one": 0.8, "two": -0.5}, {"both": 1.0}, {}):
@@ -291,14 +291,14 @@ def test_llama_cpp_computes_with_the_sum_what_it_blends_of_the_two(base, folders
 def test_peft_computes_with_the_folder_what_we_do(tiny, base, summed, transformers_model):
     theirs = PeftModel.from_pretrained(transformers_model(tiny), summed.out).eval()
     decoder = build_decoder(base)
-    attach(decoder, read_adapter(summed.out, base.linears))
+    attach(decoder, read_adapter(summed.out, base.layers))
     with torch.no_grad():
         torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
     assert summed.ranks == {6: 8, 4: 6}  # both meet in two layers' four attention matrices
 
 
 def test_the_contract_says_what_it_is_made_of(base, summed):
-    contract = read_adapter(summed.out, base.linears).contract
+    contract = read_adapter(summed.out, base.layers).contract
     assert contract.base == base.fingerprint
     assert contract.method == "compose"
     assert contract.certificate is None

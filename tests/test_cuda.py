@@ -195,8 +195,8 @@ def test_a_run_goes_on_where_it_was(settings, tmp_path, optimizer):
         run_training(config("parts"), stop_when=lambda progress: progress.step == 3)
     parts = run_training(config("parts", resume=True))
     assert parts.losses == pytest.approx(whole.losses, abs=1e-4)
-    linears = open_base(whole_config.base).linears
-    one, two = (read_adapter(tmp_path / name, linears).tensors for name in ("whole", "parts"))
+    layers = open_base(whole_config.base).layers
+    one, two = (read_adapter(tmp_path / name, layers).tensors for name in ("whole", "parts"))
     for module, tensors in one.items():
         for name, tensor in tensors.items():
             assert off_by(torch.from_numpy(two[module][name]), torch.from_numpy(tensor)) < 1e-2

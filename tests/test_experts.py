@@ -9,6 +9,7 @@ from test_architectures import CASES, seeded
 from test_export import IDS
 
 from converters.base_to_gguf import write_base_gguf
+from edgelora.architectures.layers import Layers
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import fidelity
@@ -110,4 +111,4 @@ def test_an_adapter_folder_with_experts_says_so(mixture, tmp_path):
         adapter = Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2}, {f"model.layers.0.{name}": pair})
         write_folder(tmp_path / name, adapter)
         with pytest.raises(AdapterError, match=said):
-            read_adapter(tmp_path / name, mixture.linears)
+            read_adapter(tmp_path / name, Layers(mixture.linears))

@@ -135,7 +135,7 @@ def test_export_certifies_and_signs(make_tiny, tmp_path, kind):
     assert inside == certificate.as_dict()
     beside = json.loads((tmp_path / "mine.certificate.json").read_text(encoding="utf-8"))
     assert beside == {"files": {"mine.gguf": sha256_file(tmp_path / "mine.gguf")}, **inside}
-    assert read_adapter(tmp_path / "mine", base.linears).contract.certificate == inside
+    assert read_adapter(tmp_path / "mine", base.layers).contract.certificate == inside
     if kind in (Type.F32, Type.F16):
         assert certificate.adapter.kl_mean <= 1e-4
 

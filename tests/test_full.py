@@ -94,7 +94,7 @@ def test_the_file_holds_what_was_added_to_each_weight(tiny, tmp_path):
     live = decoder.logits(IDS)
     with without_adapter(decoder):  # what preferences are measured against
         assert torch.equal(decoder.logits(IDS), build_decoder(base).logits(IDS))
-    attach(decoder, read_adapter(tmp_path / "mine", base.linears, base.norms, vocabularies=base.vocabularies))
+    attach(decoder, read_adapter(tmp_path / "mine", base.layers))
     assert torch.equal(decoder.logits(IDS), live)
 
 

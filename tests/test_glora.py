@@ -88,7 +88,7 @@ def test_what_peft_saved_computes_the_same_here(family, tmp_path, name, settings
     theirs.save_pretrained(tmp_path)
     decoder = build_decoder(base)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, base.linears, base.norms))
+    attach(decoder, read_adapter(tmp_path, base.layers))
     assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
     torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
 
@@ -102,7 +102,7 @@ def test_a_shift_of_a_bias_is_one_number_or_one_for_each_row(family, tmp_path): 
     for part in ("D", "E"):
         tensors[f"{PREFIX}{module}.glora_{part}.X"] = np.full(1, 0.25 if part == "E" else 0, np.float32)
     save_file(tensors, tmp_path / "mine" / TENSORS)
-    change = read_adapter(tmp_path / "mine", base.linears).change(module)
+    change = read_adapter(tmp_path / "mine", base.layers).change(module)
     assert np.array_equal(change.bias, np.full(base.linears[module][0], 0.25, np.float32))
 
 
@@ -147,7 +147,7 @@ def test_without_its_other_paths_it_leaves_as_a_lora(family, tmp_path, name, zer
     apart = as_a_lora(base, adapter, tmp_path / "a.gguf", IDS, live)
     assert (apart.same_top, apart.kl_mean <= 1e-5) == (1.0, True)
     export_as_lora(base.path, tmp_path / "mine", tmp_path / "plain", allow_unverified=True)
-    plain = read_adapter(tmp_path / "plain", base.linears)
+    plain = read_adapter(tmp_path / "plain", base.layers)
     assert plain.config["peft_type"] == "LORA"
     attach(decoder, plain)
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
@@ -184,7 +184,7 @@ def test_bias_terms_that_only_the_base_could_tell_are_refused(family, tmp_path):
     base = open_base(made.folder)
     torch.manual_seed(0)
     pefts(copy.deepcopy(made.theirs), init_weights=False).save_pretrained(tmp_path)
-    adapter = read_adapter(tmp_path, base.linears)
+    adapter = read_adapter(tmp_path, base.layers)
     with pytest.raises(AdapterError) as e:
         adapter.change(base_module(adapter))
     assert str(e.value).splitlines() == [
@@ -198,4 +198,4 @@ def test_other_supports_of_its_paths_are_refused(family, tmp_path):  # noqa: F81
     made = family("gemma3")
     pefts(copy.deepcopy(made.theirs), config_A_B="vector").save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="config_A_B is vector, and lora is all that is read here"):
-        read_adapter(tmp_path, open_base(made.folder).linears)
+        read_adapter(tmp_path, open_base(made.folder).layers)

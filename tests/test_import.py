@@ -48,7 +48,7 @@ def base(tiny):
 
 def imported(base, source, folder, **options):
     import_adapter(base.path, source, folder, **{"allow_unverified": True, **options})
-    return read_adapter(folder, base.linears)
+    return read_adapter(folder, base.layers)
 
 
 # -- GGUF ---------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_what_llama_cpps_converter_wrote_is_what_peft_saved(
     base = open_base(tmp_path / "hf")
     ours, theirs = (
         imported(base, tmp_path / "a.gguf", tmp_path / "mine"),
-        read_adapter(tmp_path / "theirs", base.linears),
+        read_adapter(tmp_path / "theirs", base.layers),
     )
     assert set(ours.tensors) == set(theirs.tensors) == set(base.linears)
     for module in base.linears:
@@ -332,7 +332,7 @@ def test_an_alora_still_waits(base, tmp_path, source):
     write_adapter_gguf(tmp_path / "GGUF", before, base, "a", "F32")
     made = import_adapter(base.path, tmp_path / source, tmp_path / "mine")
     assert (made.title, made.method) == ("aLoRA", "alora")
-    after = read_adapter(tmp_path / "mine", base.linears, may_wait=True)
+    after = read_adapter(tmp_path / "mine", base.layers, may_wait=True)
     assert after.invocation == tuple(INVOKED)
     np.testing.assert_array_equal(after.pair(Q).b, before.pair(Q).b)
 
@@ -403,7 +403,7 @@ def test_what_is_no_lora_is_imported_as_what_it_is(base, tmp_path, capsys, metho
     assert (made["title"], made["method"]) == (title, named)
     assert f": {title} from PEFT on {len(before.tensors)} layers" in told.err
     assert f" {next_} " in told.err.partition("next: ")[2]
-    after = read_adapter(tmp_path / "mine", base.linears, base.norms, vocabularies=base.vocabularies)
+    after = read_adapter(tmp_path / "mine", base.layers)
     assert after.contract.method == named
     assert dict(after.config) == json.loads(json.dumps(before.config))
     ours, theirs = (load_file(tmp_path / folder / TENSORS) for folder in ("mine", "theirs"))
@@ -444,7 +444,7 @@ def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
     write_adapter(tmp_path / "mine", before)
     words = ["export", str(base.path), str(tmp_path / "mine"), "--as-lora", "--out", str(tmp_path / "plain")]
     assert run([*words, "--allow-unverified-base"]) == 0
-    after = read_adapter(tmp_path / "plain", base.linears)
+    after = read_adapter(tmp_path / "plain", base.layers)
     assert after.config["peft_type"] == "LORA"
     assert not after.config["use_rslora"]
     again = imported(base, tmp_path / "mine", tmp_path / "again")

@@ -127,7 +127,7 @@ def test_a_run_ends_in_a_plain_lora_that_says_what_it_began_from(settings, base,
     decoder = build_decoder(base)
     inject(decoder, "loftq", RANK, ALPHA, seed=0, original=Originals(original))
     begun = decoder.logits(IDS)
-    attach(decoder, read_adapter(run.out, base.linears))
+    attach(decoder, read_adapter(run.out, base.layers))
     assert float((decoder.logits(IDS) - begun).norm()) > 0.01  # four steps have moved it
 
 

@@ -474,7 +474,7 @@ def test_preferences_are_learned_from_file_to_adapter(tiny, tmp_path, objective)
     if objective in AT_THE_START:
         assert first.held_out_numbers["rewards/margins"] == 0
     base = open_base(tiny.path)
-    adapter = read_adapter(run.out, base.linears)
+    adapter = read_adapter(run.out, base.layers)
     assert adapter.contract.training["objective"] == objective
 
 
@@ -497,7 +497,7 @@ def test_with_patience_the_adapter_is_that_of_the_best_step(tiny, tmp_path):
     assert all(line.samples[0].prompt == "red" for line in lines)
     kept = read_checkpoint(checkpoint_path(run.folder / "checkpoints", best.step)).tensors
     base = open_base(tiny.path)
-    adapter = read_adapter(run.out, base.linears)
+    adapter = read_adapter(run.out, base.layers)
     for module, parts in adapter.tensors.items():
         for part, value in parts.items():
             (name,) = [n for n in kept if n.startswith("ema.") and f"{module}." in n and n.endswith(part)]

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from same_tokens import IDS
 
+from edgelora.architectures.layers import Layers
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
@@ -74,7 +75,7 @@ def test_a_fresh_pair_has_the_asked_rank_and_pefts_bounds(decoder, rank):
 
 def test_attaching_nothing_takes_the_adapter_off(base, decoder, trained):
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(trained[0], base.linears))
+    attach(decoder, read_adapter(trained[0], base.layers))
     assert not torch.equal(decoder.logits(IDS), before)
     attach(decoder, None)
     assert torch.equal(decoder.logits(IDS), before)
@@ -82,7 +83,7 @@ def test_attaching_nothing_takes_the_adapter_off(base, decoder, trained):
 
 def test_without_the_adapter_it_is_the_base_and_then_the_adapter_again(base, decoder, trained):
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(trained[0], base.linears))
+    attach(decoder, read_adapter(trained[0], base.layers))
     adapted, parameters = decoder.logits(IDS), list(decoder.parameters())
     with without_adapter(decoder):
         assert torch.equal(decoder.logits(IDS), before)
@@ -95,12 +96,12 @@ def test_without_the_adapter_it_is_the_base_and_then_the_adapter_again(base, dec
 
 def test_a_trained_adapter_computes_the_same_when_read_again(base, decoder, trained):
     folder, logits = trained
-    attach(decoder, read_adapter(folder, base.linears))
+    attach(decoder, read_adapter(folder, base.layers))
     torch.testing.assert_close(decoder.logits(IDS), logits, atol=1e-5, rtol=0)
 
 
 def test_merged_is_unmerged(base, decoder, trained):
-    adapter = read_adapter(trained[0], base.linears)
+    adapter = read_adapter(trained[0], base.layers)
     attach(decoder, adapter)
     live = decoder.logits(IDS)
     attach(decoder, None)
@@ -166,7 +167,7 @@ def made_by_peft(tiny, transformers_model, folder, dtype=torch.float32, **settin
 def test_an_adapter_of_peft_computes_the_same_here(tiny, transformers_model, decoder, tmp_path, settings, dtype):
     theirs = made_by_peft(tiny, transformers_model, tmp_path, dtype, **settings)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, tiny.linears))
+    attach(decoder, read_adapter(tmp_path, Layers(tiny.linears)))
     ours = decoder.logits(IDS)
     assert float((ours - before).abs().max()) > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -174,7 +175,7 @@ def test_an_adapter_of_peft_computes_the_same_here(tiny, transformers_model, dec
 
 def test_the_scale_stands_in_b(tiny, transformers_model, tmp_path):
     made_by_peft(tiny, transformers_model, tmp_path, use_rslora=True, alpha_pattern={"q_proj": 64})
-    adapter = read_adapter(tmp_path, tiny.linears)
+    adapter = read_adapter(tmp_path, Layers(tiny.linears))
     pairs = adapter.pairs()
     for module, alpha in ((Q0, 64), (DOWN1, 12)):
         stored = adapter.tensors[module]
@@ -199,7 +200,7 @@ def test_an_adapter_that_is_more_than_a_and_b_is_refused(tiny, transformers_mode
         warnings.simplefilter("ignore")  # PEFT's own, on tied weights and saved embeddings
         made_by_peft(tiny, transformers_model, tmp_path, **settings)
     with pytest.raises(AdapterError):
-        read_adapter(tmp_path, tiny.linears)
+        read_adapter(tmp_path, Layers(tiny.linears))
 
 
 # -- faults of a file ---------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def damaged(trained, tmp_path, tiny):
         (tmp_path / CONFIG).write_text(json.dumps(config))
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, tmp_path / TENSORS)
         with pytest.raises(AdapterError) as e:
-            read_adapter(tmp_path, tiny.linears).pairs()
+            read_adapter(tmp_path, Layers(tiny.linears)).pairs()
         assert e.value.why
         assert e.value.fix
         return e.value.what.removeprefix(f"{tmp_path}: ")
@@ -274,7 +275,7 @@ def test_a_start_that_leaves_the_base_alone_is_welcome(trained, tmp_path, tiny, 
     config = json.loads((trained[0] / CONFIG).read_text()) | {"init_lora_weights": start}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     save_file(load_file(trained[0] / TENSORS), tmp_path / TENSORS)
-    assert len(read_adapter(tmp_path, tiny.linears).pairs()) == 2 * len(LINEARS)
+    assert len(read_adapter(tmp_path, Layers(tiny.linears)).pairs()) == 2 * len(LINEARS)
 
 
 def test_an_adapter_without_tensors_is_refused(damaged):
@@ -295,7 +296,7 @@ def test_an_alpha_pattern_that_is_no_number_is_refused(damaged, patterns):
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path, tiny.linears)
+        read_adapter(tmp_path, Layers(tiny.linears))
     assert e.value.what == f"{tmp_path}: no adapter here"
     assert CONFIG in e.value.why
     assert "--out" in e.value.fix
@@ -306,11 +307,11 @@ def test_a_config_that_is_no_json_is_refused(tmp_path, tiny, text):
     (tmp_path / CONFIG).write_text(text)
     (tmp_path / TENSORS).write_bytes(b"")
     with pytest.raises(AdapterError, match="not a usable JSON file"):
-        read_adapter(tmp_path, tiny.linears)
+        read_adapter(tmp_path, Layers(tiny.linears))
 
 
 def test_a_config_that_is_not_utf_8_is_refused(tmp_path, tiny):
     (tmp_path / CONFIG).write_bytes(b"\xff{}")
     (tmp_path / TENSORS).write_bytes(b"")
     with pytest.raises(AdapterError, match="not a usable JSON file"):
-        read_adapter(tmp_path, tiny.linears)
+        read_adapter(tmp_path, Layers(tiny.linears))

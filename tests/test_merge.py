@@ -483,7 +483,7 @@ def test_of_an_adapter_one_module_is_in_memory_at_a_time(tiny, tmp_path):
     largest = max(sum(x.nbytes for x in parts.values()) for parts in tensors.values())
     tracemalloc.start()
     try:
-        pairs = gguf_changes(read_adapter(tmp_path / "large", base.linears), base)
+        pairs = gguf_changes(read_adapter(tmp_path / "large", base.layers), base)
         found = {name: pairs[name].pair.b.shape for name in pairs}
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -600,4 +600,4 @@ def test_the_adapter_is_left_as_it_was(tiny, tmp_path):
     before = {file.name: file.read_bytes() for file in mine.iterdir()}
     write(tiny.path, [(mine, 1.0)], tmp_path / "out.gguf", "Q8_0")
     assert {file.name: file.read_bytes() for file in mine.iterdir()} == before
-    assert read_adapter(mine, base.linears).contract is not None
+    assert read_adapter(mine, base.layers).contract is not None

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from same_tokens import IDS, loss_of
 
 from converters.adapter_to_gguf import write_adapter_gguf
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -175,7 +176,7 @@ def test_what_peft_saved_computes_the_same_here(decoder, tiny, transformers_mode
             parameter.data *= 1.1 if "magnitude" in name else 0.3
     theirs.save_pretrained(tmp_path)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, tiny.linears))
+    attach(decoder, read_adapter(tmp_path, Layers(tiny.linears)))
     assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
     torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
 
@@ -278,12 +279,12 @@ def test_a_step_down_the_gradient_lowers_the_loss(decoder, method):
 
 
 @pytest.mark.parametrize("method", LAYERED)
-def test_an_adapter_computes_the_same_when_read_again(base, decoder, tiny, tmp_path, method):
+def test_an_adapter_computes_the_same_when_read_again(base, decoder, tmp_path, method):
     inject(decoder, method, RANK, ALPHA, seed=0)
     stir(decoder)
     live = decoder.logits(IDS)
     written(decoder, base, method, tmp_path / "mine")
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears, base.norms, vocabularies=base.vocabularies))
+    attach(decoder, read_adapter(tmp_path / "mine", base.layers))
     torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
 
 
@@ -434,7 +435,7 @@ def test_a_damaged_magnitude_is_refused(decoder, tiny, tmp_path, damage):
     change(tensors[LAYER1[0]], MAGNITUDE)
     write_adapter(tmp_path / "mine", Adapter(adapter_config(decoder, "dora", RANK, ALPHA, "-"), tensors))
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path / "mine", tiny.linears)
+        read_adapter(tmp_path / "mine", Layers(tiny.linears))
     assert f"{LAYER1[0]}: " in e.value.what
     assert said in e.value.what
 
@@ -444,7 +445,7 @@ def test_a_magnitude_in_what_calls_itself_a_lora_is_refused(decoder, tiny, tmp_p
     config = adapter_config(decoder, "dora", RANK, ALPHA, "-") | {"use_dora": False}
     write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
     with pytest.raises(AdapterError, match="is no part of a plain LoRA"):
-        read_adapter(tmp_path / "mine", tiny.linears)
+        read_adapter(tmp_path / "mine", Layers(tiny.linears))
 
 
 # -- PiSSA and OLoRA ----------------------------------------------------------------------------------------------
@@ -568,7 +569,7 @@ def test_a_damaged_vera_is_refused(decoder, base, tiny, tmp_path, damage):
     change(tensors)
     save_file(tensors, tmp_path / "mine" / TENSORS)
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path / "mine", tiny.linears)
+        read_adapter(tmp_path / "mine", Layers(tiny.linears))
     assert said in e.value.what
 
 
@@ -697,7 +698,7 @@ def saved_by_pefts_adalora(tiny, transformers_model, folder):
 def test_what_pefts_adalora_saved_computes_the_same_here(decoder, tiny, transformers_model, tmp_path):
     theirs = saved_by_pefts_adalora(tiny, transformers_model, tmp_path)
     before = decoder.logits(IDS)
-    adapter = read_adapter(tmp_path, tiny.linears)
+    adapter = read_adapter(tmp_path, Layers(tiny.linears))
     attach(decoder, adapter)
     assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
     torch.testing.assert_close(decoder.logits(IDS), theirs, atol=1e-4, rtol=1e-4)
@@ -721,7 +722,7 @@ def test_a_damaged_adalora_is_refused(tiny, transformers_model, tmp_path, change
     save_file(tensors, tmp_path / TENSORS)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path, tiny.linears)
+        read_adapter(tmp_path, Layers(tiny.linears))
     assert said in e.value.what
 
 
@@ -730,7 +731,7 @@ def test_a_layer_that_lost_every_rank_is_the_bases(decoder, base, tiny, tmp_path
     stir(decoder)
     decoder.linears[LAYER1[0]].delta.pruned.fill_(True)
     written(decoder, base, "adalora", tmp_path / "mine")
-    pairs = read_adapter(tmp_path / "mine", tiny.linears).pairs()
+    pairs = read_adapter(tmp_path / "mine", Layers(tiny.linears)).pairs()
     assert pairs[LAYER1[0]].rank == 1
     assert not (pairs[LAYER1[0]].b @ pairs[LAYER1[0]].a).any()
     assert pairs[LAYER1[1]].rank == 6

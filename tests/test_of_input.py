@@ -96,7 +96,7 @@ def test_one_learns_and_is_scored_in_torch(base, tiny, tmp_path, capsys, method)
         batch_rows=2, warmup_steps=1, learning_rate=1e-2,
     ))  # fmt: skip
     decoder = build_decoder(base)
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears, base.norms))
+    attach(decoder, read_adapter(tmp_path / "mine", base.layers))
     assert float((decoder.logits(IDS) - build_decoder(base).logits(IDS)).abs().max()) > 1e-3
     losses = {}
     for words in ([], ["--adapter", str(tmp_path / "mine")]):

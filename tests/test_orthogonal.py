@@ -8,7 +8,9 @@ import torch
 from conftest import ROOT
 from example_runs import example_rows
 from safetensors.numpy import load_file
+from stirred import Stir
 from test_export import make_adapter, make_dora
+from test_vectors import family  # noqa: F401
 
 import edgelora
 from edgelora.base.decoder import build_decoder
@@ -18,6 +20,8 @@ from edgelora.errors import AdapterError, ConfigError
 from edgelora.peft.adapter import TENSORS, read_adapter, write_adapter
 from edgelora.peft.inject import inject
 from edgelora.peft.orthogonal import complement, start_orthogonally
+from edgelora.peft.targets import Where
+from edgelora.training.avoided import avoided
 
 LAYER = "model.layers.1.self_attn.v_proj"
 
@@ -83,11 +87,45 @@ def test_a_run_starts_there_and_says_so(tiny, base, tmp_path):
     run = edgelora.train(config)
     assert run.choices["start"].value == "orthogonal to earlier"
     a = load_file(tmp_path / "new" / TENSORS)[f"base_model.model.{LAYER}.lora_A.weight"]
-    theirs = read_adapter(tmp_path / "earlier", base.linears).pair(LAYER).a
+    theirs = read_adapter(tmp_path / "earlier", base.layers).pair(LAYER).a
     assert np.abs(a @ theirs.T).max() < 1e-6
-    said = read_adapter(tmp_path / "new", base.linears).contract.training
+    said = read_adapter(tmp_path / "new", base.layers).contract.training
     assert said["choices"]["start"]["value"] == "orthogonal to earlier"
     assert "orthogonal_to" not in said  # a path of this machine
+
+
+def test_one_with_biases_norms_and_an_embedding_lends_its_directions_alone(family, tmp_path):  # noqa: F811
+    base = open_base(family("qwen2").folder)
+    where = Where(("q_proj",), bias="all", modules_to_save=("norm", "embed_tokens"))
+    Stir(2, 2.0, by=0.2).on(base, "lora", where, tmp_path / "earlier")
+    asked = TrainConfig(base=base.path, data="-", out=tmp_path / "new", orthogonal_to=(tmp_path / "earlier",))
+    (earlier,) = avoided(asked, base)
+    decoder = build_decoder(base)
+    inject(decoder, "lora", 4, 8.0, seed=0)
+    drawn = starts(decoder)
+    start_orthogonally(decoder, [earlier])
+    for name, a in starts(decoder).items():
+        parts = earlier.tensors.get(name, {})
+        if "lora_A" in parts:
+            assert float((a @ torch.from_numpy(parts["lora_A"]).T).abs().max()) < 1e-6
+        assert torch.equal(a, drawn[name]) == ("lora_A" not in parts)  # the biases of k and v look at nothing
+
+
+@pytest.mark.parametrize(
+    ("method", "where", "said"),
+    [
+        ("lora", Where(("q_proj",), modules_to_save=("down_proj",)), "down_proj: a layer that is saved whole leaves"),
+        ("ia3", Where(), "what the IA3 makes of it is not B A"),
+        ("layernorm", Where(), "LN tuning adapts no linear layer"),
+    ],
+    ids=["whole", "ia3", "layernorm"],
+)
+def test_what_has_no_directions_is_refused(base, decoder, tmp_path, method, where, said):
+    Stir(2, 2.0, by=0.2).on(base, method, where, tmp_path / "earlier")
+    asked = TrainConfig(base=base.path, data="-", out=tmp_path / "new", orthogonal_to=(tmp_path / "earlier",))
+    inject(decoder, "lora", 4, 8.0, seed=0)
+    with pytest.raises(AdapterError, match=said):
+        start_orthogonally(decoder, avoided(asked, base))
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_is_written(tiny, make_tiny, tmp_path):

@@ -100,7 +100,7 @@ def test_an_adapter_is_trained_over_it_and_belongs_to_it_alone(settings, rest, o
     decoder, ids = build_decoder(rest), torch.arange(3, 27)
     inject(decoder, "loftq", RANK, 32, seed=0, original=Originals(original))
     start = decoder.logits(ids)
-    attach(decoder, read_adapter(run.out, rest.linears))
+    attach(decoder, read_adapter(run.out, rest.layers))
     assert (
         0 < float((decoder.logits(ids) - start).norm()) < 0.2 * float((build_decoder(rest).logits(ids) - start).norm())
     )

@@ -78,7 +78,7 @@ def stirred(base, asked, method="lora", folder=None):
 
 
 def read(folder, base):
-    return read_adapter(folder, base.linears, base.norms, vocabularies=base.vocabularies, biased=base.biased)
+    return read_adapter(folder, base.layers)
 
 
 @pytest.mark.parametrize("asked", BESIDE.values(), ids=BESIDE)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from same_tokens import IDS, loss_of
 
 from edgelora.architectures import ARCHITECTURES
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import linear_modules
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -176,7 +177,7 @@ def test_peft_with_the_same_settings_computes_the_same(tiny, transformers_model,
     with torch.no_grad():
         for theirs in (asked, read):
             torch.testing.assert_close(ours, theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
-    attach(decoder, read_adapter(tmp_path / "mine", tiny.linears))
+    attach(decoder, read_adapter(tmp_path / "mine", Layers(tiny.linears)))
     torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-5, rtol=1e-5)
 
 
@@ -192,7 +193,7 @@ def test_every_method_that_takes_them_leaves_as_what_it_is(tiny, tmp_path, metho
     ours = decoder.logits(IDS)
     config = adapter_config(decoder, method, RANK, ALPHA, "-", where)
     write_adapter(tmp_path / "mine", Adapter(config, collect(decoder)))
-    attach(decoder, read_adapter(tmp_path / "mine", base.linears, base.norms, vocabularies=base.vocabularies))
+    attach(decoder, read_adapter(tmp_path / "mine", base.layers))
     torch.testing.assert_close(decoder.logits(IDS), ours, atol=1e-4, rtol=1e-5)
 
 
@@ -319,7 +320,7 @@ def test_a_run_takes_them_as_options(tiny, rows, tmp_path, capsys):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     words = ["train", str(tiny.path), str(rows), "--out", str(tmp_path / "mine"), "--max-steps=2", "--use-rslora"]
     assert run([*words, *options]) == 0, capsys.readouterr().err
-    adapter = read_adapter(tmp_path / "mine", tiny.linears)
+    adapter = read_adapter(tmp_path / "mine", Layers(tiny.linears))
     ranks = {module: len(parts["lora_A"]) for module, parts in adapter.tensors.items()}
     q, v = "model.layers.1.self_attn.q_proj", [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
     assert ranks == {q: 4, v[0]: 2, v[1]: 2}

@@ -69,7 +69,7 @@ def written(decoder, base, folder):
 
 
 def read(folder, base):
-    return read_adapter(folder, base.linears, base.norms, vocabularies=base.vocabularies)
+    return read_adapter(folder, base.layers)
 
 
 def test_it_begins_as_the_base_and_trains_these_rows_alone(base):
@@ -189,7 +189,7 @@ def test_rows_of_a_head_that_a_base_does_not_have_are_refused(make_tiny, tmp_pat
 def test_who_knows_nothing_of_rows_refuses_them(base, tmp_path):
     written(trained(base), base, tmp_path / "mine")
     with pytest.raises(AdapterError, match="its tokens have no rows that are read here"):
-        read_adapter(tmp_path / "mine", base.linears, base.norms)
+        read_adapter(tmp_path / "mine", base.layers, may_have_rows=False)
 
 
 @pytest.mark.parametrize(

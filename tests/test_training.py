@@ -105,7 +105,7 @@ def test_the_held_out_loss_is_that_of_the_saved_adapter(ran, settings, data):
     base = open_base(config.base)
     examples, decoder = examples_of(base, data[1]), build_decoder(base)
     before = loss_over(decoder, examples, settings)
-    attach(decoder, read_adapter(run.out, base.linears))
+    attach(decoder, read_adapter(run.out, base.layers))
     assert loss_over(decoder, examples, settings) == pytest.approx(run.held_out_loss, rel=1e-4)
     assert run.held_out_loss < before
     assert read_metrics(run.folder / "metrics.jsonl")[0].held_out_loss == pytest.approx(before, rel=1e-6)  # step 0

@@ -120,7 +120,7 @@ def test_what_peft_saved_computes_the_same_here(family, tmp_path, method):
     theirs.save_pretrained(tmp_path)
     decoder = build_decoder(base)
     before = decoder.logits(IDS)
-    attach(decoder, read_adapter(tmp_path, base.linears, base.norms))
+    attach(decoder, read_adapter(tmp_path, base.layers))
     assert float((decoder.logits(IDS) - before).abs().max()) > 0.1
     torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0].detach(), atol=1e-4, rtol=1e-4)
 
@@ -243,7 +243,7 @@ def test_a_damaged_one_is_refused(family, tmp_path, method, damage):
     change(tensors, next(iter(tensors)))
     save_file(tensors, tmp_path / "mine" / TENSORS)
     with pytest.raises(AdapterError) as e:
-        read_adapter(tmp_path / "mine", base.linears, base.norms)
+        read_adapter(tmp_path / "mine", base.layers)
     assert said in e.value.what
 
 
@@ -254,7 +254,7 @@ def test_a_method_that_this_version_does_not_know_is_refused(family, tmp_path):
     assert config["peft_type"] == "EDGELORA"
     (tmp_path / "mine" / CONFIG).write_text(json.dumps(config | {"method": "of tomorrow"}))
     with pytest.raises(AdapterError, match="of the kind EDGELORA of tomorrow, which is not read here"):
-        read_adapter(tmp_path / "mine", base.linears, base.norms)
+        read_adapter(tmp_path / "mine", base.layers)
 
 
 @pytest.mark.parametrize(

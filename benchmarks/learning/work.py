@@ -133,9 +133,7 @@ def artefact(base: Base, folder: Path, method: str) -> dict[str, Any]:
 
 def trained(folder: Path, base: Base) -> Adapter:
     """Of any kind, an aLoRA too."""
-    return read_adapter(
-        folder, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies, biased=base.biased
-    )
+    return read_adapter(folder, base.layers, may_wait=True)
 
 
 def score(base: Base, folder: Path | None, rows: Path, count: int) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Asked:
         base = open_base(room.base(cell.quant))
         with tempfile.TemporaryDirectory(dir=room.folder) as folder:
             written, key = Path(folder) / "adapter.gguf", trained(cell, way)
-            write_adapter_gguf(written, read_adapter(room.file(key), base.linears), base, key, "F32")
+            write_adapter_gguf(written, read_adapter(room.file(key), base.layers), base, key, "F32")
             engine.load_own("adapter", written)
             engine.use({"adapter": 1.0})
             found = self.measured(engine)

@@ -11,8 +11,9 @@ from pathlib import Path
 from gguf.constants import LlamaFileType
 
 from edgelora.architectures import ARCHITECTURES, Architecture, ModelConfig, family_of_gguf
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.metadata import context_in_llama_cpp, unlike_llama_cpp
-from edgelora.architectures.names import EMBEDDING, HEAD, gguf_place, is_norm, linear_modules, tensor_shapes
+from edgelora.architectures.names import gguf_place, tensor_shapes
 from edgelora.architectures.rope import FREQUENCIES, LONG, SHORT
 from edgelora.base import ggml
 from edgelora.base.fingerprint import fingerprint
@@ -70,21 +71,24 @@ class Base:
         return context_in_llama_cpp(self.architecture, self.config)
 
     @cached_property
-    def linears(self) -> dict[str, tuple[int, int]]:
+    def layers(self) -> Layers:
+        """What of it adapters may change."""
+        return Layers.of(self.architecture, self.config, self.biased)
+
+    @property
+    def linears(self) -> Mapping[str, tuple[int, int]]:
         """(d_out, d_in) of every linear layer that adapters attach to, by its full HF name."""
-        return linear_modules(self.architecture, self.config)
+        return self.layers.linears
 
-    @cached_property
-    def norms(self) -> dict[str, int]:
+    @property
+    def norms(self) -> Mapping[str, int]:
         """The width of every norm, by its full HF name."""
-        shapes = tensor_shapes(self.architecture, self.config)
-        return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if is_norm(name)}
+        return self.layers.norms
 
-    @cached_property
-    def vocabularies(self) -> dict[str, tuple[int, int]]:
+    @property
+    def vocabularies(self) -> Mapping[str, tuple[int, int]]:
         """(V, d) of the embedding, and of the head where that is another matrix."""
-        shape, names = (self.config.vocab_size, self.config.hidden_size), [EMBEDDING, HEAD]
-        return dict.fromkeys(names[: 1 if self.config.tie_word_embeddings else 2], shape)
+        return self.layers.vocabularies
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

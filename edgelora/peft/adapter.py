@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError
 from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
-from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.contract import FILE_NAME, Contract, contract_in
 from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.fitting import NO_ROWS, Layers, module_faults, rows_faults, tied_faults
+from edgelora.peft.fitting import NO_ROWS, module_faults, rows_faults, tied_faults
 from edgelora.peft.kinds import (
     BIAS,
     KINDS,
@@ -195,24 +196,33 @@ def refuse_pickle(path: Path) -> None:
         raise AdapterError(fault.what, fault.why, fault.fix)
 
 
-def read_adapter(
-    path: Path,
-    linears: Mapping[str, tuple[int, int]],
-    norms: Mapping[str, int] | None = None,
-    *,
-    may_wait: bool = False,
-    may_have_rows: bool = True,
-    vocabularies: Mapping[str, tuple[int, int]] | None = None,
-    biased: Collection[str] = (),
-) -> Adapter:
-    """Read an adapter of any of KINDS and NATIVE and hold it to `linears` (d_out, d_in) and `norms` (their widths),
-    by their HF names: every fault at once.
+def read_adapter(path: Path, layers: Layers, *, may_wait: bool = False, may_have_rows: bool = True) -> Adapter:
+    """Read an adapter of any of KINDS and NATIVE and hold it to the `layers` that may change: every fault at once.
 
-    may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold.
-    vocabularies: (V, d) of the embedding, and of a head of its own, where they may change: as a whole, or in the rows
-    of some tokens (may_have_rows).
-    biased: the layers that have a bias, by their names in a block (`self_attn.q_proj`), where it may change.
+    may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold; may_have_rows:
+    whether it may be new rows of some tokens.
     """
+    settings = _settings(path)
+    file = SafetensorsFile(path / TENSORS)
+    kind, faults = _kind(settings, may_wait)
+    tensors: Mapping[str, Parts] = {}
+    if kind is not None:
+        if kind.rows and not may_have_rows:
+            layers = replace(layers, vocabularies={})
+        tensors, more_faults = _read(file, kind, layers)
+        faults += more_faults
+        if kind.rows and not faults:
+            faults += rows_faults(settings["token_indices"], tensors, layers)
+        if not faults and layers.tied and {EMBEDDING, HEAD} & set(tensors):
+            faults += tied_faults(kind, tensors)
+            tensors = _without(HEAD, tensors)
+    if faults:
+        raise _unfit(path, faults)
+    return Adapter(settings, tensors, contract_in(path))
+
+
+def _settings(path: Path) -> Any:
+    """What its adapter_config.json says. Raises AdapterError where there is no adapter."""
     refuse_pickle(path)
     if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
         raise AdapterError(
@@ -221,40 +231,25 @@ def read_adapter(
             fix="pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
         )
     try:
-        settings = read_json(path / CONFIG)
+        return read_json(path / CONFIG)
     except FileFormatError as e:
         raise AdapterError(e.what, e.why, "train or download the adapter again") from e
-    file = SafetensorsFile(path / TENSORS)
-    kind, faults = _kind(settings, may_wait)
-    tensors: Mapping[str, Parts] = {}
-    if kind is not None:
-        may_change = {} if kind.rows and not may_have_rows else vocabularies or {}
-        layers = Layers(linears, norms or {}, may_change, biased)
-        tensors, more_faults = _read(file, kind, layers)
-        faults += more_faults
-        if kind.rows and not faults:
-            faults += rows_faults(settings["token_indices"], tensors, layers)
-        if not faults and may_change and HEAD not in may_change and {EMBEDDING, HEAD} & set(tensors):
-            faults += tied_faults(kind, tensors)
-            tensors = _without(HEAD, tensors)
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        if all(fault.endswith((WAITS, NO_ROWS)) for fault in faults):
-            raise AdapterError(
-                what=f"{path}: " + "; ".join(faults),
-                why="this works on the weights of linear layers, and what the adapter does is in none of them",
-                fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
-            )
-        raise AdapterError(
-            what=f"{path}: " + "; ".join(faults[:8]) + more,
-            why="the adapter was trained on another base model, by another method, or is damaged",
-            fix="pass the base it was trained on, or train again on this one",
+
+
+def _unfit(path: Path, faults: Sequence[str]) -> AdapterError:
+    """The error for an adapter with these faults."""
+    if all(fault.endswith((WAITS, NO_ROWS)) for fault in faults):
+        return AdapterError(
+            what=f"{path}: " + "; ".join(faults),
+            why="this works on the weights of linear layers, and what the adapter does is in none of them",
+            fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
         )
-    contract_file = path / FILE_NAME
-    contract = None
-    if contract_file.exists():
-        contract = read_contract(contract_file.read_text(encoding="utf-8", errors="replace"), str(contract_file))
-    return Adapter(settings, tensors, contract)
+    more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+    return AdapterError(
+        what=f"{path}: " + "; ".join(faults[:8]) + more,
+        why="the adapter was trained on another base model, by another method, or is damaged",
+        fix="pass the base it was trained on, or train again on this one",
+    )
 
 
 def _without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:

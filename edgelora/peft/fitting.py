@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.peft.kinds import BIAS, NORM, ROWS, WHOLE, Kind, Parts
 from edgelora.peft.strangers import no_linear
 
 NO_ROWS = "its tokens have no rows that are read here"
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What may change of a base, by HF's names: (d_out, d_in) of linear layers, the widths of norms, (V, d) of the
-    embedding and of a head of its own; and the layers with a bias by their names in a block."""
-
-    linears: Mapping[str, tuple[int, int]]
-    norms: Mapping[str, int]
-    vocabularies: Mapping[str, tuple[int, int]]
-    biased: Collection[str] = ()
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """The vocabularies; of a base with one matrix for both PEFT saves that twice."""
-        both = dict.fromkeys((EMBEDDING, HEAD), next(iter(self.vocabularies.values()))) if self.vocabularies else {}
-        return both | dict(self.vocabularies)
 
 
 def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> Layers:

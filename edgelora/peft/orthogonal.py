@@ -27,8 +27,10 @@ def start_orthogonally(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
     directions than its rank; AdapterError for adapters that look at all of x.
     """
     for name, linear in decoder.linears.items():
-        earlier = [_rows(adapter, name) for adapter in adapters if name in adapter.tensors]
-        if is_adapted(linear.delta) and earlier:
+        if not is_adapted(linear.delta):
+            continue
+        earlier = [rows for adapter in adapters if name in adapter.tensors and len(rows := _rows(adapter, name))]
+        if earlier:
             a = _fresh_a(name, within(linear.delta))
             with torch.no_grad():
                 a.copy_(complement(name, a, torch.cat(earlier)))
@@ -54,14 +56,17 @@ def complement(name: str, a: Tensor, earlier: Tensor) -> Tensor:
 
 
 def _rows(adapter: Adapter, module: str) -> Tensor:
-    pair = adapter.pair(module)
-    if pair.magnitude is not None:
+    """(n, d_in): what a LoRA looks at in a layer; nothing of x where it trains its bias alone."""
+    change = adapter.change(module)
+    pair = change.pair if adapter.kind.saves else adapter.pair(module)
+    if change.whole is not None or (pair is not None and pair.magnitude is not None):
+        whole = pair is None
         raise AdapterError(
-            what=f"{module}: a DoRA leaves nothing to be orthogonal to",
-            why="it scales whole rows of W, and so looks at all of x",
+            what=f"{module}: {'a layer that is saved whole' if whole else 'a DoRA'} leaves nothing to be orthogonal to",
+            why=f"it {'changes all' if whole else 'scales whole rows'} of W, and so looks at all of x",
             fix="name LoRAs in --orthogonal-to",
         )
-    return torch.from_numpy(pair.a)
+    return torch.from_numpy(pair.a) if pair is not None else torch.empty(0)
 
 
 def _fresh_a(name: str, delta: nn.Module | object) -> nn.Parameter:

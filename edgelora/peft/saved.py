@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Delta, Factors, Linear, Weight, product
 from edgelora.peft import remade
 from edgelora.peft.adapter import Adapter
-from edgelora.peft.fitting import Layers
 from edgelora.peft.full import FullDelta
 from edgelora.peft.kinds import BIAS, WHOLE
 from edgelora.peft.method import Method

@@ -12,7 +12,7 @@ import numpy as np
 from edgelora.architectures.config import ModelConfig
 from edgelora.errors import AdapterError, FileFormatError
 from edgelora.files.checkpoint import read_json
-from edgelora.files.contract import FILE_NAME, Contract, read_contract
+from edgelora.files.contract import Contract, contract_in
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft.adapter import CONFIG, TENSORS, VIRTUAL, refuse_pickle
 
@@ -61,10 +61,7 @@ def read_trained_prompt(path: Path, config: ModelConfig) -> TrainedPrompt:
             why="it was trained on another base model, with settings that change more than the prompt, or is damaged",
             fix="pass the base it was trained on, or train again on this one",
         )
-    values, contract = file.floats(SAVED), None
-    if (path / FILE_NAME).exists():
-        text = (path / FILE_NAME).read_text(encoding="utf-8", errors="replace")
-        contract = read_contract(text, str(path / FILE_NAME))
+    values, contract = file.floats(SAVED), contract_in(path)
     if not prefixed:
         return TrainedPrompt(embeddings=values, contract=contract)
     # (n, 2 · layers · KV · d_head): of a position its layers one after the other, of a layer its key and its value

@@ -120,10 +120,7 @@ def read_checked(
 ) -> Adapter:
     """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA; with_rows:
     or new rows of tokens."""
-    adapter = read_adapter(
-        path, base.linears, base.norms, may_wait=may_wait, may_have_rows=with_rows, vocabularies=base.vocabularies,
-        biased=base.biased,
-    )  # fmt: skip
+    adapter = read_adapter(path, base.layers, may_wait=may_wait, may_have_rows=with_rows)
     require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
     return adapter
 

@@ -155,9 +155,7 @@ def _more_than_a_lora(path: Path, base: Base) -> str | None:
 
 
 def _read(path: Path, base: Base) -> Adapter:
-    return read_adapter(
-        path, base.linears, base.norms, may_have_rows=False, vocabularies=base.vocabularies, biased=base.biased
-    )
+    return read_adapter(path, base.layers, may_have_rows=False)
 
 
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:

@@ -125,10 +125,7 @@ def _from_peft(path: Path, base: Base) -> Adapter:
             fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
         )
     if kind_of(settings) not in (LORA, DORA):
-        adapter = read_adapter(
-            path, base.linears, base.norms, may_wait=True, vocabularies=base.vocabularies, biased=base.biased
-        )
-        return with_tied_head(adapter, base)
+        return with_tied_head(read_adapter(path, base.layers, may_wait=True), base)
     return replace(read_peft(path, base), contract=contract_in(path))
 
 

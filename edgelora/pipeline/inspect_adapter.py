@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
     try:
         # whether its base has one matrix for both or two, nothing here says
         adapter = read_adapter(
-            path, linears, norms, may_have_rows=False, vocabularies=layers.matrices, biased=layers.biased
+            path, replace(layers, linears=linears, vocabularies=layers.matrices), may_have_rows=False
         )
         pairs = all(adapter.change(module).is_pair for module in adapter.linears)
         more_than_a_lora = bool(norms or layers.vocabularies) or not pairs

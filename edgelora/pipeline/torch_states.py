@@ -29,11 +29,7 @@ class Reference:
 
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
         base = open_base(self.base)
-        read = partial(
-            read_adapter, linears=base.linears, norms=base.norms, may_wait=True, vocabularies=base.vocabularies,
-            biased=base.biased,
-        )  # fmt: skip
-        adapters = [(read(path), scale) for path, scale in self.adapters]
+        adapters = [(read_adapter(path, base.layers, may_wait=True), scale) for path, scale in self.adapters]
         for adapter, _ in adapters:
             base = base.as_trained(adapter.contract)
         return (base if self.template is None else base.with_template(self.template)), adapters

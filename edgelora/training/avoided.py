@@ -7,6 +7,7 @@ import hashlib
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
+from edgelora.errors import AdapterError
 from edgelora.files.contract import require_same_base, sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter, read_adapter
 
@@ -14,11 +15,18 @@ from edgelora.peft.adapter import TENSORS, Adapter, read_adapter
 def avoided(config: TrainConfig, base: Base) -> list[Adapter]:
     """The adapters at config.orthogonal_to. Raises AdapterError for one that is none, or another base's.
 
-    One made elsewhere that does not say its base is taken for this one's: it lends its directions alone.
+    One made elsewhere that does not say its base is taken for this one's: it lends its directions alone. So does one
+    that has biases, norms or the embedding beside them.
     """
     adapters = []
     for path in config.orthogonal_to:
-        adapter = read_adapter(path, base.linears)
+        adapter = read_adapter(path, base.layers, may_have_rows=False)
+        if not adapter.linears:
+            raise AdapterError(
+                what=f"{path}: {adapter.kind.one} adapts no linear layer",
+                why="a start is orthogonal to what earlier adapters look at in those",
+                fix="name LoRAs in --orthogonal-to",
+            )
         if adapter.contract is not None:
             identity = base.as_trained(adapter.contract).identity
             require_same_base(adapter.contract, identity, str(path), str(base.path))

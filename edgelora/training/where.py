@@ -5,7 +5,6 @@ from __future__ import annotations
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.peft.fitting import Layers
 from edgelora.peft.inject import chosen
 from edgelora.peft.longlora import SHARE
 from edgelora.peft.methods import METHODS
@@ -79,4 +78,4 @@ def require_place(config: TrainConfig, base: Base) -> None:
     where, row = where_of(config), METHODS[config.method]
     names, _ = chosen(config.method, base.linears, base.norms, where)
     strengths(row, {name: base.linears[name] for name in names}, where, config.rank, config.alpha)
-    beside(row, Layers(base.linears, base.norms, base.vocabularies, base.biased), names, where)
+    beside(row, base.layers, names, where)
