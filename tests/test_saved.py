@@ -366,6 +366,12 @@ def test_the_plan_counts_what_is_trained(made, asked):
 FAULTS = {
     "a name that is no layer's": ("lora", {"modules_to_save": ("lm_haed", "mlp")}, "did you mean lm_head"),
     "a method of its own": ("ia3", {"bias": "all"}, "nothing that --method ia3 could use"),
+    "no layer left": ("lora", {"modules_to_save": ("proj", "norm")}, "modules_to_save leaves no layer to adapt"),
+    "a target": (
+        "lora",
+        {"target_modules": ("q_proj", "up_proj"), "modules_to_save": ("q_proj",)},
+        "modules_to_save leaves no q_proj to adapt",
+    ),
     "one that waits": ("alora", {"modules_to_save": ("norm",)}, "it waits for its invocation"),
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from edgelora.architectures.names import EMBEDDING, HEAD
+from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear
 from edgelora.nn.vocabulary import Vocabulary
@@ -94,14 +95,31 @@ def chosen(
     if row.before is not None or row.rows:
         require_taken(row, where)
         return [], []
-    linears = [name for name in linears if not is_saved(name, where)] if row.linears else []
-    norms = [name for name in norms if row.norms or is_saved(name, where)]
-    names = linears or norms
+    linears, norms = list(linears), [name for name in norms if row.norms or is_saved(name, where)]
+    if not row.linears:
+        return [], select(norms, where, "norm")
     if not where.target_modules and row.targets:
-        own = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in names))
+        own = tuple(end for end in row.targets if any(name.endswith(f".{end}") for name in linears))
         where = replace(where, target_modules=own)
-    among = select(names, where, "linear layer" if linears else "norm")
-    return (among, norms) if linears else ([], among)
+    return _left(select(linears, where), where), norms
+
+
+def _left(found: Sequence[str], where: Where) -> list[str]:
+    """Those of these layers that are not saved whole. Raises ConfigError if none is left, or none that a target
+    names."""
+    left = [name for name in found if not is_saved(name, where)]
+    both = [one for one in where.target_modules if _names(one, found) and not _names(one, left)]
+    if both or not left:
+        raise ConfigError(
+            what=f"modules_to_save leaves no {' and no '.join(both) if left else 'layer'} to adapt",
+            why="a layer is saved whole, or it is adapted",
+            fix="name fewer of them there" + (", or leave them out of target_modules" if left else ""),
+        )
+    return left
+
+
+def _names(end: str, layers: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for name in layers)
 
 
 def _where(targets: Iterable[str] | Where) -> Where:
