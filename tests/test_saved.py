@@ -33,10 +33,12 @@ from edgelora.evaluate.fidelity import fidelity
 from edgelora.nn import loss
 from edgelora.nn.loss import Target
 from edgelora.nn.trained_head import TrainedHeadCrossEntropy
+from edgelora.peft import saved
 from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, read_adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach, inject, without_adapter
 from edgelora.peft.methods import METHODS
+from edgelora.peft.saved import SavedDelta
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan, through
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
@@ -315,6 +317,18 @@ def test_an_embedding_that_is_the_head_has_one_gradient_in_a_step(tiny):
         parameter += 1
     with without_adapter(decoder):
         assert torch.equal(decoder.logits(IDS), before)
+
+
+def test_what_is_saved_is_put_together_a_few_rows_at_a_time(monkeypatch):
+    """Beside the card: it has no room for the whole embedding in float32."""
+    own = draw(12, 8).float()
+    delta = SavedDelta(Dense(own))
+    with torch.no_grad():
+        delta.delta += 1
+    monkeypatch.setattr(saved, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(Dense, "dequantize", None)
+    assert torch.equal(delta.tensors()["weight"], own + 1)
+    assert bool((delta.delta == 1).all())
 
 
 # -- a run --------------------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from edgelora.peft.method import Method
 from edgelora.peft.strength import require_taken
 from edgelora.peft.targets import Where
 
+ROWS_AT_ONCE = 4096  # of a weight, in float32
+
 
 class SavedDelta(FullDelta):
     """`delta` (d_out, d_in) float32 is trained, and `frozen` + `delta` is saved."""
@@ -37,8 +39,12 @@ class SavedDelta(FullDelta):
         self.frozen = frozen
 
     def tensors(self) -> dict[str, Tensor]:
-        # an embedding may lie in the machine's memory while a card computes
-        return {WHOLE: self.frozen.dequantize().to(self.delta.device) + self.delta.detach()}
+        # a card that is full has no room for either of them in float32, and a frozen embedding may lie beside it
+        whole = self.delta.detach().to("cpu", copy=True)
+        for first in range(0, len(whole), ROWS_AT_ONCE):
+            some = whole[first : first + ROWS_AT_ONCE]
+            some += self.frozen.rows(first, first + len(some)).cpu()
+        return {WHOLE: whole}
 
 
 class BiasedDelta(nn.Module):
