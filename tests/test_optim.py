@@ -19,6 +19,7 @@ from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.defaults import NO_SOURCE
 from edgelora.peft.inject import inject
 from edgelora.peft.methods import METHODS, pair
+from edgelora.peft.targets import Where
 from edgelora.training import optim
 from edgelora.training.adafactor import Adafactor
 from edgelora.training.defaults import choose
@@ -27,6 +28,7 @@ from edgelora.training.lion import Lion
 from edgelora.training.neftune import neftune
 from edgelora.training.optim import OPTIMIZERS, build_optimizer, flatten_state, load_state, set_share
 from edgelora.training.schedule import share_at
+from edgelora.training.settle import settle
 
 OWN_SCALE = ["vera", "glora", "houlsby", "galore"]  # of which galore alone has one
 # They have A and B, and something beside them; or take a share of a LoRA's rate, and say so.
@@ -158,10 +160,27 @@ def test_b_learns_faster_under_loraplus():
     assert rates(build_optimizer(named()[:2], config)) == {"lora_A": (0.01, 0.1), "lora_B": (0.08, 0.1)}
 
 
+@pytest.mark.parametrize("method", ["lora", "longlora"])
+def test_matrices_that_are_trained_whole_beside_a_lora_learn_a_tenth_as_fast(tiny, method):
+    """As full fine-tuning trains them; vectors as a LoRA, which is what trains them alone."""
+    decoder, base = build_decoder(open_base(tiny.path)), open_base(tiny.path)
+    saved = () if method == "longlora" else ("norm", "down_proj", "lm_head")
+    inject(decoder, method, 2, 4, seed=0, targets=Where(modules_to_save=saved))
+    asked = config_of(method=method, modules_to_save=saved, base_dtype="f32")
+    found = {name: rate for name, (rate, _) in rates(build_optimizer(decoder.named_parameters(), asked)).items()}
+    assert found == {"lora_A": 0.01, "lora_B": 0.01, "delta": pytest.approx(1e-3), "weight": 0.01}
+    told = settle(asked, base, 10**10).choices
+    assert told["whole_learning_rate"].value == "0.001"
+    assert "LoRA Without Regret" in told["whole_learning_rate"].why
+    for other in ({"method": "lora", "modules_to_save": ("norm",)}, {"method": "full", "modules_to_save": ()}):
+        assert "whole_learning_rate" not in settle(asked.model_copy(update=other), base, 10**10).choices
+
+
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.faster])
 def test_all_matrices_learn_as_fast_and_lengths_do_not_decay(method):
     found = rates(build_optimizer(named(), config_of(method=method, weight_decay=0.1)))
-    assert found == {"lora_A": (0.01, 0.1), "lora_B": (0.01, 0.1), "lora_magnitude_vector": (0.01, 0.0)}
+    of_vectors = 0.0025 if METHODS[method].projects else 0.01  # GaLore's α, which is still to multiply the others
+    assert found == {"lora_A": (0.01, 0.1), "lora_B": (0.01, 0.1), "lora_magnitude_vector": (of_vectors, 0.0)}
 
 
 def test_a_share_of_the_peak_is_a_share_in_every_group():

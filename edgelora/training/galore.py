@@ -2,7 +2,8 @@
 
 Of G (n, m) with n ≥ m: R = G P (n, r), P (m, r) the right singular vectors of the r largest singular values, found anew
 every T steps; W ← W − η α N Pᵀ, N (n, r) what Adam makes of R. Where n < m, P (n, r) is to the left. Moments stay as
-they are when P changes, as in the authors' code. Vectors, the embedding and the head learn by plain AdamW.
+they are when P changes, as in the authors' code. Vectors, the embedding and the head learn by plain AdamW, and their
+groups come with α η for a rate (`optim.py`; the authors leave it at η).
 """
 
 from __future__ import annotations

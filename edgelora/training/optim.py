@@ -17,10 +17,13 @@ from edgelora.errors import ConfigError, FileFormatError
 from edgelora.peft.methods import METHODS
 from edgelora.training import galore
 from edgelora.training.adafactor import Adafactor
+from edgelora.training.defaults import WHOLE_BESIDE
 from edgelora.training.lion import Lion
 from edgelora.training.offloaded_adamw import OffloadedAdamW
 
 BETA2 = {"adamw": 0.999, "adamw8bit": 0.999, "lion": 0.99}  # where the config leaves it open: each paper's own
+
+SAVED = "delta"  # the parameter of a weight that is trained whole (`peft/full.py`)
 
 Named = Iterable[tuple[str, nn.Parameter]]
 Group = dict[str, Any]
@@ -29,28 +32,37 @@ Group = dict[str, Any]
 def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
     """The optimizer of `config` over `decoder.named_parameters()`; config.learning_rate must have been chosen.
 
-    Its groups differ in learning rate (LoRA+) and in weight decay, which pulls matrices towards the base and would pull
-    a vector, such as a DoRA's lengths, away from it.
+    Its groups differ in learning rate (`_ratio`) and in weight decay, which pulls matrices towards the base and would
+    pull a vector, such as a DoRA's lengths, away from it.
     Raises ConfigError if the optimizer cannot run here.
     """
     assert config.learning_rate is not None
     _without_the_compiler()
     row, groups = METHODS[config.method], dict[tuple[float, float, bool], Group]()
+    rank = config.rank or int(row.defaults.rank.value)
+    scale = config.alpha or row.defaults.alpha(rank).value
     for name, parameter in named_parameters:
-        ratio = config.loraplus_ratio if name.rpartition(".")[2] in row.faster else 1.0
+        projected = row.projects and parameter.dim() > 1 and not name.startswith((EMBEDDING, HEAD))
+        # the learning rate is one that α is still to multiply, for all that GaLore trains
+        ratio = scale if row.projects and not projected else _ratio(name, config)
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         rate = config.learning_rate * ratio
-        projected = row.projects and parameter.dim() > 1 and not name.startswith((EMBEDDING, HEAD))
         group = groups.setdefault((ratio, decay, projected), {
             "params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay,
             **({"projected": projected} if row.projects else {}),
         })  # fmt: skip
         group["params"].append((name, parameter))
     if row.projects:
-        rank = config.rank or int(row.defaults.rank.value)
-        scale = config.alpha or row.defaults.alpha(rank).value
         return galore.GaLore(groups.values(), rank, scale, config.update_proj_gap, _betas(config, "adamw"))
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
+
+
+def _ratio(name: str, config: TrainConfig) -> float:
+    """Of the learning rate, that of a parameter: LoRA+'s for B, and its share for a matrix that is saved whole."""
+    row, last = METHODS[config.method], name.rpartition(".")[2]
+    if last in row.faster:
+        return config.loraplus_ratio
+    return WHOLE_BESIDE.value if row.peft_type == "LORA" and last == SAVED else 1.0
 
 
 def set_share(optimizer: Optimizer, share: float) -> None:

@@ -19,7 +19,7 @@ from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
 from edgelora.training.trained_tokens import tokens_of
-from edgelora.training.whole import optimizer_of, require_whole, size_of
+from edgelora.training.whole import optimizer_of, rate_of_whole, require_whole, size_of
 
 
 def settle(
@@ -44,7 +44,7 @@ def settle(
     chosen |= of_invocation
     require_whole(settled, base)
     settled, of_optimizer = optimizer_of(settled, model, machine.budget)
-    chosen |= of_optimizer | size_of(settled, model)
+    chosen |= of_optimizer | size_of(settled, model) | rate_of_whole(settled, model)
     if (original := original_of(settled, base)) is not None:
         chosen["original"] = why_original(original, base, held.value)
     if avoided(settled, base):

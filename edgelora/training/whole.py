@@ -1,4 +1,4 @@
-"""What training whole weights asks for: floats, memory for their moments, and a word on the size of what it leaves."""
+"""What training whole weights asks for: floats, a rate, memory for moments, and a word on the size that it leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
 from edgelora.peft.remade import no_floats
+from edgelora.training.defaults import WHOLE_BESIDE
 from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes, norm_widths, trained_whole
 
 MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
@@ -50,6 +51,15 @@ def optimizer_of(config: TrainConfig, model: Model, budget: int | None) -> tuple
         "those of rows and columns, and trained T5 so (arXiv:1804.04235, arXiv:1910.10683)"
     )
     return config.model_copy(update={"optimizer": "adafactor"}), {"optimizer": Choice("adafactor", why)}
+
+
+def rate_of_whole(config: TrainConfig, model: Model) -> dict[str, Choice]:
+    """At what rate the matrices learn that are trained whole beside A and B, and why; nothing where there are none."""
+    whole = trained_whole(model, config)
+    if METHODS[config.method].peft_type != "LORA" or not (whole.linears or whole.vocabularies):
+        return {}
+    assert config.learning_rate is not None
+    return {"whole_learning_rate": Choice(f"{config.learning_rate * WHOLE_BESIDE.value:g}", WHOLE_BESIDE.why)}
 
 
 def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
