@@ -17,6 +17,7 @@ from conftest import TEMPLATE
 from gguf.constants import GGMLQuantizationType as Type
 from rich.cells import cell_len
 from safetensors.numpy import load_file, save_file
+from stirred import Stir
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.metadata import copy_metadata
@@ -26,6 +27,7 @@ from edgelora.cli import run
 from edgelora.files.contract import CERTIFICATE_KEY, LINEAGE_KEY, Contract
 from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.peft.adapter import Adapter, write_adapter
+from edgelora.peft.targets import Where
 from edgelora.pipeline.inspect import DIMENSIONS, inspect
 from edgelora.pipeline.inspect_facts import shares, template_facts
 from edgelora.pipeline.quantize import QuantizeSettings, prepare, quantize
@@ -373,16 +375,35 @@ def test_a_peft_adapter(peft, tiny, capsys):
     assert (facts.export.answer, facts.merge, facts.chat.answer) == ("yes", facts.export, "export first")
 
 
-def test_a_dora_is_merged_not_exported(tiny, tmp_path, capsys):
+def test_a_dora_leaves_as_a_patched_base(tiny, tmp_path, capsys):
     adapter = an_adapter(tiny.path, use_dora=True)
     for parts in adapter.tensors.values():
         parts["lora_magnitude_vector"] = np.ones(len(parts["lora_B"]), np.float32)
     write_adapter(tmp_path / "mine", adapter)
     facts = inspect(tmp_path / "mine")
     assert facts.faults == []
-    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("no", "yes", "no")
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("yes", "yes", "export first")
     shown = " ".join(printed(capsys, tmp_path / "mine").split())
-    assert shown.count("no: a DoRA cannot be an adapter of llama.cpp: merge it into its base with") == 2
+    assert "export ✓ yes: as a patched base, " in shown
+    assert "chat ! export first: the base that is patched with it answers" in shown
+
+
+DOORS = {
+    "saved modules": ("lora", Where(modules_to_save=("norm", "lm_head")), "yes", "as a patched base, ", "yes"),
+    "longlora": ("longlora", Where(), "yes", "as a patched base, ", "yes"),
+    "full": ("full", Where(), "no", "a full fine-tuning changes whole weights: merge it into its base with", "yes"),
+    "token_rows": ("token_rows", Where(token_indices=(3, 7)), "yes", "if that has a head of its own", "yes"),
+    "alora": ("alora", Where(alora_invocation_tokens=(4,)), "yes", "over the base it was trained on", "no"),
+}
+
+
+@pytest.mark.parametrize(("method", "where", "export", "why", "merge"), DOORS.values(), ids=DOORS)
+def test_without_its_base_the_doors_are_those_of_the_plan(tiny, tmp_path, method, where, export, why, merge):
+    Stir(2, 2.0, by=0.2).on(open_base(tiny.path), method, where, tmp_path / "mine")
+    facts = inspect(tmp_path / "mine")
+    assert (facts.faults, facts.export.answer, facts.merge.answer) == ([], export, merge)
+    assert facts.chat.answer == ("export first" if export == "yes" else "no")
+    assert why in facts.export.why
 
 
 def test_a_gguf_adapter(tiny, tmp_path, capsys):

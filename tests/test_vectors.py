@@ -266,8 +266,8 @@ def test_one_is_inspected(family, tmp_path, method, targets):
     facts: Any = inspect(tmp_path / "mine")
     assert not facts.faults
     assert targets.items() <= facts.targets.items()
-    assert "merge" in facts.export.why
-    assert facts.merge.answer == "yes"
+    assert facts.export.why.startswith("as a patched base, ")
+    assert (facts.export.answer, facts.merge.answer, facts.chat.answer) == ("yes", "yes", "export first")
 
 
 def test_a_norm_that_there_is_not_is_named_with_those_there_are(family):

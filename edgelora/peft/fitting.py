@@ -15,7 +15,8 @@ NO_ROWS = "its tokens have no rows that are read here"
 
 
 def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> Layers:
-    """What a file's tensors, of these shapes, were made for: (d_out, d_in), 0 where none tells it, and the others."""
+    """What a file's tensors, of these shapes, were made for: (d_out, d_in), (V, d), 0 where none tells it, and the
+    others."""
     linears: dict[str, tuple[int, int]] = {}
     norms: dict[str, int] = {}
     matrices: dict[str, tuple[int, int]] = {}
@@ -25,7 +26,9 @@ def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> La
         if kind is None or place is None:
             continue
         module, part = place
-        if part == NORM and (is_norm(f"{module}.{NORM}") or not kind.saves):
+        if part == ROWS:
+            matrices[module] = (0, shape[-1] if shape else 0)
+        elif part == NORM and (is_norm(f"{module}.{NORM}") or not kind.saves):
             norms[module] = shape[0] if shape else 0
         elif module in (EMBEDDING, HEAD) and kind.vocabularies:
             matrices[module] = (shape[0], shape[-1]) if shape else (0, 0)
@@ -63,7 +66,7 @@ def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers
         n, d = layers.matrices[module]
         if parts[ROWS].shape != (len(ids), d):
             yield f"{module}: {ROWS} is {parts[ROWS].shape}, expected ({len(ids)}, {d})"
-        if max(ids) >= n:
+        if n and max(ids) >= n:
             yield f"{module}: it has the id {max(ids)}, and the base has {n} tokens"
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from converters.exit_facts import DOWN
+from converters.exit_plan import Door
 from edgelora.errors import AdapterError, EdgeloraError
 from edgelora.files.adapter_check import check_adapter, contract_of, own_shapes
 from edgelora.files.checkpoint import read_json
@@ -15,14 +17,18 @@ from edgelora.files.contract import Contract, contract_in
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.files.soft_prompt import is_soft, require_sound
-from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, read_adapter, refuse_pickle
+from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, Adapter, read_adapter, refuse_pickle
+from edgelora.peft.change import Change
 from edgelora.peft.fitting import layers_told
 from edgelora.peft.kinds import kind_of
+from edgelora.peft.of_weight import InPlaceOf
 from edgelora.peft.soft_prompt import faults_of, is_trained_prompt
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
 
 CHAT_OF_A_FOLDER = Ability("export first", "llama.cpp hot-loads GGUF adapters, and `edgelora export` writes one")
 CHAT_OF_A_PROMPT = Ability("export first", "a GGUF of it is put before prompts, and `edgelora export` writes one")
+CHAT_OF_A_PATCH = Ability("export first", "the base that is patched with it answers, and `edgelora export` writes one")
+IF_UNTIED = "if that has a head of its own (`edgelora untie` writes one)"
 MERGE_IT = "merge it into its base with `edgelora merge`"
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -69,42 +75,56 @@ def peft_adapter(path: Path) -> AdapterFacts:
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
     kind = kind_of(config) if isinstance(config, dict) else None
     layers = layers_told(kind, {name: t.shape for name, t in file.tensors.items()})
-    linears, norms = _of_a_vera(shapes) or layers.linears, layers.norms
-    faults, more_than_a_lora = [], False
-    try:
-        # whether its base has one matrix for both or two, nothing here says
-        adapter = read_adapter(
-            path, replace(layers, linears=linears, vocabularies=layers.matrices), may_have_rows=False
-        )
-        pairs = all(adapter.change(module).is_pair for module in adapter.linears)
-        more_than_a_lora = bool(norms or layers.vocabularies) or not pairs
-    except EdgeloraError as e:
-        faults.append(reason(e, path))
+    layers = replace(layers, linears=_of_a_vera(shapes) or layers.linears)
+    contract, faults = None, list[str]()
     try:
         contract = contract_in(path)
-    except AdapterError:
-        contract = None  # read_adapter has said so
+        # whether its base has one matrix for both or two, nothing here says
+        adapter = read_adapter(path, replace(layers, vocabularies=layers.matrices), may_wait=True)
+        export, merge, chat = _doors(adapter, _ability(contract, []))
+    except EdgeloraError as e:
+        faults.append(reason(e, path))
+        export = merge = chat = _ability(contract, faults)
     base = config.get("base_model_name_or_path")
     alpha = config.get("lora_alpha")
     types = shares((t.dtype, t.shape, t.size_bytes) for t in file.tensors.values())
-    merge = _ability(contract, faults)
-    export, chat = merge, CHAT_OF_A_FOLDER
-    if more_than_a_lora and kind is not None:
-        export = chat = Ability("no", f"{kind.one} cannot be an adapter of llama.cpp: {MERGE_IT}")
-    if kind is not None and kind.of_input:
-        export = chat = merge = Ability("no", f"{kind.of_input}: {IN_TORCH}")
-    if faults:
-        export = chat = merge = _ability(contract, faults)
     return AdapterFacts(
         "PEFT adapter", str(path), file.size_bytes, contract.method if contract else _peft_method(config), None,
         contract.base_file.name if contract else str(base) if base else None,
         float(alpha) if isinstance(alpha, int | float) and abs(alpha) < 1e9 else None,
         _ranks(shapes, "lora_A") or _ranks(shapes, "vera_lambda_d"),
-        dict(Counter(name.rpartition(".")[2] for name in (*linears, *norms, *layers.vocabularies))),
+        dict(Counter(name.rpartition(".")[2] for name in (*layers.linears, *layers.norms, *layers.vocabularies))),
         sum(share.parameters for share in types), types, contract_facts(contract) if contract else None,
         contract.certificate if contract else None, faults,
         export=export, merge=merge, chat=chat,
     )  # fmt: skip
+
+
+def _doors(adapter: Adapter, can: Ability) -> tuple[Ability, Ability, Ability]:
+    """Export, merge and chat of a sound adapter, as `converters/exit_plan.py` opens its doors once there is a base;
+    `can`: what is said where it can be done."""
+    if adapter.kind.of_input:
+        never = Ability("no", f"{adapter.kind.of_input}: {IN_TORCH}")
+        return never, never, never
+    if adapter.invocation:
+        return can, Ability("no", "it acts from its invocation on, and a weight on every token"), CHAT_OF_A_FOLDER
+    if adapter.token_rows:
+        return Ability("yes", f"{can.why}, {IF_UNTIED}"), can, CHAT_OF_A_FOLDER
+    ways = {_way(module, adapter.change(module)) for module in (*adapter.linears, *adapter.vocabularies)}
+    if "merged" in ways:
+        never = Ability("no", f"{adapter.kind.one} changes whole weights: {MERGE_IT}")
+        return never, can, never
+    if "patched" in ways or adapter.norms:
+        return Ability("yes", f"as a patched base, {can.why}"), can, CHAT_OF_A_PATCH
+    return can, can, CHAT_OF_A_FOLDER
+
+
+def _way(module: str, change: Change) -> Door:
+    """How this change of a layer leaves."""
+    if change.is_pair:
+        return "adapter"
+    rewrites = change.whole is not None and not isinstance(change.whole, InPlaceOf)
+    return "merged" if rewrites or (change.columns is not None and not module.endswith(DOWN)) else "patched"
 
 
 def _trained_prompt(path: Path, config: Mapping[str, Any], file: SafetensorsFile) -> AdapterFacts:
