@@ -121,7 +121,8 @@ def _measure(path: Path, case: Case) -> dict[str, Any]:
     from edgelora.base.model import open_base
     from edgelora.kernels import load as kernels
     from edgelora.peft.inject import inject
-    from edgelora.training.footprint import Load, Model, footprint
+    from edgelora.training.base_footprint import Model
+    from edgelora.training.footprint import Load, footprint
     from edgelora.training.memory import resident_bytes
     from edgelora.training.objectives import objective_of
     from edgelora.training.objectives.objective import mean_losses

@@ -18,7 +18,7 @@ from memory import table as recorded
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.training.footprint import Model
+from edgelora.training.base_footprint import Model
 from edgelora.training.memory import SHARE, Machine, plan
 
 ROOT = Path(__file__).resolve().parent.parent

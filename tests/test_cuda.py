@@ -23,7 +23,8 @@ from edgelora.nn.decoder import Decoder, Frozen
 from edgelora.nn.scores import Scores
 from edgelora.peft.adapter import read_adapter
 from edgelora.peft.inject import inject
-from edgelora.training.footprint import Load, Model, footprint
+from edgelora.training.base_footprint import Model
+from edgelora.training.footprint import Load, footprint
 from edgelora.training.metrics import read_metrics
 from edgelora.training.optim import build_optimizer, flatten_state, load_state
 from edgelora.training.run import run_training

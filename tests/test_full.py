@@ -18,7 +18,9 @@ from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
-from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
+from edgelora.training.footprint import Load, footprint
 from edgelora.training.memory import SHARE, Machine, what_would_fit
 from edgelora.training.optim import build_optimizer
 from edgelora.training.settle import settle

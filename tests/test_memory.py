@@ -29,19 +29,10 @@ from edgelora.kernels import load
 from edgelora.peft.inject import kept_beside
 from edgelora.peft.methods import METHODS
 from edgelora.training import loop, settle
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model, base_bytes, held_bytes
 from edgelora.training.exhausted import explained
-from edgelora.training.footprint import (
-    LOST,
-    Load,
-    Model,
-    activation_bytes,
-    adapter_numbers,
-    attention_buffers,
-    base_bytes,
-    footprint,
-    held_bytes,
-    kept_by_a_layer,
-)  # fmt: skip
+from edgelora.training.footprint import LOST, Load, activation_bytes, attention_buffers, footprint, kept_by_a_layer
 from edgelora.training.memory import SHARE, SIZES, Machine, plan
 from edgelora.training.optim import build_optimizer, flatten_state
 from edgelora.training.run import run_training

@@ -43,7 +43,8 @@ from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan, through
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.pipeline.patch import patch
-from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
 from edgelora.training.run import run_training
 from edgelora.training.settle import settle
 from runtime.scorer import ScoringEngine

@@ -35,8 +35,10 @@ from edgelora.peft.virtual_tokens import begin_as, given, saved
 from edgelora.pipeline.export import export
 from edgelora.pipeline.inspect_adapter import peft_adapter
 from edgelora.pipeline.merge import merge
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
-from edgelora.training.footprint import Load, Model, adapter_numbers, footprint
+from edgelora.training.footprint import Load, footprint
 from edgelora.training.objectives.log_p import token_nll
 from edgelora.training.run import run_training
 from edgelora.training.settle import settle

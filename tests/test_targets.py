@@ -30,7 +30,8 @@ from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import NAME, Placed, Where, by_pattern, placed, require_ranks, select, target_modules
-from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
 from edgelora.training.loop import _chance
 from edgelora.training.world import Alone
 

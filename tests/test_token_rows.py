@@ -25,7 +25,8 @@ from edgelora.peft.blend import blend
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 from edgelora.peft.targets import Where
 from edgelora.pipeline.merge import merge
-from edgelora.training.footprint import Model, adapter_numbers
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
 from edgelora.training.run import run_training
 from edgelora.training.trained_tokens import tokens_of
 

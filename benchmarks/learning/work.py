@@ -32,8 +32,9 @@ from edgelora.pipeline.quantize import prepare
 from edgelora.pipeline.residual import write_residual
 from edgelora.pipeline.torch_scorer import TorchScorer
 from edgelora.progress import silent
+from edgelora.training.adapter_footprint import adapter_numbers
+from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
-from edgelora.training.footprint import Model, adapter_numbers
 from edgelora.training.run import Run, run_training
 from learning.jobs import Training
 from learning.rows import BATCH_ROWS, ORIGINAL, Q4_0, Q4_1, STEPS, TEST_ROWS, VALID_ROWS, WARMUP, Row, named

@@ -7,21 +7,9 @@ from math import prod
 from edgelora.config import TrainConfig
 from edgelora.nn.loss import VOCABULARY_ROWS_CUDA, positions
 from edgelora.peft.methods import METHODS
-from edgelora.training.footprint import (
-    CUDA_CONTEXT,
-    LOST,
-    Footprint,
-    Load,
-    Model,
-    adapter_numbers,
-    base_bytes,
-    held_beside,
-    kept_by_a_layer,
-    optimizer_bytes,
-    remade_bytes,
-    tile_bytes,
-    trains_head,
-)  # fmt: skip
+from edgelora.training.adapter_footprint import adapter_numbers, held_beside, optimizer_bytes, trains_head
+from edgelora.training.base_footprint import Model, base_bytes
+from edgelora.training.footprint import CUDA_CONTEXT, LOST, Footprint, Load, kept_by_a_layer, remade_bytes, tile_bytes
 
 
 def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None = None) -> Footprint:

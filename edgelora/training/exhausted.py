@@ -9,7 +9,8 @@ import torch
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.training.footprint import Load, Model, footprint
+from edgelora.training.base_footprint import Model
+from edgelora.training.footprint import Load, footprint
 from edgelora.training.memory import SHARE, Machine, what_would_fit
 
 LESS = 0.2  # so much less of what a run takes, beside the process itself, is what is proposed

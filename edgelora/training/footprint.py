@@ -1,99 +1,38 @@
 """Where the memory of a training run goes, from dimensions alone: each part in bytes. Reads no weight.
 
-What a layer keeps is counted as `nn/` saves it (its docstrings say what); the last constants are measured on glibc.
+Of the base `base_footprint.py` counts, of what is trained `adapter_footprint.py`, on a card `card_footprint.py`. What a
+layer keeps is counted as `nn/` saves it (its docstrings say what); the last constants are measured on glibc.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import NamedTuple
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType as Type
 
-from edgelora.architectures import Architecture, ModelConfig
-from edgelora.architectures.names import EMBEDDING, HEAD, is_norm, linear_modules, tensor_shapes
-from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
-from edgelora.base.model import Base
 from edgelora.config import TrainConfig
-from edgelora.device import compute_threads
-from edgelora.kernels import load as kernels
 from edgelora.nn.attention import QUERY_TILE
-from edgelora.nn.compiled import LANES
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
-from edgelora.peft.fitting import Layers
-from edgelora.peft.inject import chosen
 from edgelora.peft.methods import METHODS
-from edgelora.peft.saved import Beside, beside
-from edgelora.peft.targets import by_pattern
-from edgelora.peft.virtual_tokens import shapes
-from edgelora.training import galore
-from edgelora.training.where import where_of
+from edgelora.training.adapter_footprint import (
+    adapted,
+    adapter_numbers,
+    held_beside,
+    most_adapted,
+    optimizer_bytes,
+    trained_whole,
+    trains_head,
+    virtual_tokens,
+)  # fmt: skip
+from edgelora.training.base_footprint import Model, base_bytes
 
-Type = GGMLQuantizationType
-Shape = tuple[int, int]
-
-MOMENTS = {"adamw": 8.0, "adamw8bit": 2.03, "lion": 4.0}  # bytes for each trained number
-NF4_BITS = 4.127
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
 # Memory between live tensors that the allocator cannot hand out again: glibc asks for more than a hole of the same
 # size holds where memory must be aligned. Both as benchmarks/memory.py finds them, here as a share of activations.
 LOST = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
-
-
-def compiled_threads() -> int:
-    """How many threads run the code of `kernels/` on this CPU; 0 where it was not compiled, and torch does its work."""
-    return 0 if kernels.library() is None else compute_threads()
-
-
-@dataclass(frozen=True)
-class Model:
-    """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers.
-
-    shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
-    threads: of the compiled code, should it compute on a CPU (see `compiled_threads`).
-    """
-
-    architecture: Architecture
-    config: ModelConfig
-    matrices: Mapping[str, tuple[Shape, Type]]
-    n_vector: int
-    biased: tuple[str, ...] = ()
-    """The layers that have a bias, by their names in a block."""
-    shares: int = 1
-    threads: int = field(default_factory=compiled_threads)
-
-    @classmethod
-    def of(cls, base: Base) -> Model:
-        shapes = tensor_shapes(base.architecture, base.config, base.biased)
-        return cls(
-            base.architecture, base.config,
-            {n: ((s[0], s[1]), base.tensors.kind(n)) for n, s in shapes.items() if len(s) == 2},
-            sum(prod(s) for s in shapes.values() if len(s) == 1), base.biased,
-        )  # fmt: skip
-
-    @classmethod
-    def stored_as(cls, architecture: Architecture, config: ModelConfig, kind: Type) -> Model:
-        """A model with these dimensions, all of whose matrices are stored as `kind`."""
-        shapes = tensor_shapes(architecture, config)
-        matrices = {n: ((s[0], s[1]), kind) for n, s in shapes.items() if len(s) == 2}
-        return cls(architecture, config, matrices, sum(prod(s) for s in shapes.values() if len(s) == 1))
-
-    @property
-    def n_weights(self) -> int:
-        return sum(prod(shape) for shape, _ in self.matrices.values()) + self.n_vector
-
-    def attention_threads(self, device: str) -> int:
-        """How many compute attention in compiled code, as nn/flash.py can; 0: torch does, tile by tile."""
-        return self.threads if device == "cpu" and self.config.head_dim % LANES == 0 else 0
-
-    @property
-    def head(self) -> tuple[Shape, Type]:
-        tied = self.config.tie_word_embeddings
-        return self.matrices[f"{EMBEDDING if tied else HEAD}.weight"]
 
 
 @dataclass(frozen=True)
@@ -129,137 +68,6 @@ class Footprint:
     def in_words(self) -> str:
         """`process 375, base 140, …`, in MB."""
         return ", ".join(f"{name} {n / 1e6:.0f}" for name, n in self.as_dict().items() if n)
-
-
-def stored_bytes(shape: Shape, kind: Type) -> int:
-    """Of a matrix as a file stores it."""
-    per_block, block_bytes = GGML_QUANT_SIZES[kind]
-    return prod(shape) // per_block * block_bytes
-
-
-def held_bytes(shape: Shape, kind: Type, how: str) -> int:
-    """What `base/hold.py` keeps of a matrix."""
-    if how == "blocks":
-        return stored_bytes(shape, kind)
-    if how == "nf4":
-        return int(prod(shape) * NF4_BITS / 8)
-    if how in FLOATS:
-        return prod(shape) * FLOATS[how].itemsize
-    kind = BLOCKS[how]
-    kind = FALLBACK.get(kind, kind) if shape[1] % GGML_QUANT_SIZES[kind][0] else kind
-    return 2 * prod(shape) if shape[1] % GGML_QUANT_SIZES[kind][0] else stored_bytes(shape, kind)
-
-
-def base_bytes(model: Model, how: str, device: str = "cpu") -> int:
-    """All weights as they are held; embedding and head stay as they are stored. Rotary rows of a GGUF are copies.
-
-    An embedding beside a head stays with the machine where a CUDA card computes (`base/host_rows.py`).
-
-    Of layers that are dealt out one share, and the buffer in which one of them is put together.
-    """
-    layers: dict[str, int] = {}
-    total = 4 * model.n_vector
-    on_host = device == "cuda" and model.shares == 1 and not model.config.tie_word_embeddings
-    for name, (shape, kind) in model.matrices.items():
-        if on_host and name == f"{EMBEDDING}.weight":
-            continue
-        if name in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
-            total += stored_bytes(shape, kind)
-        else:
-            layer = name.partition(".layers.")[2].partition(".")[0]
-            layers[layer] = layers.get(layer, 0) + held_bytes(shape, kind, how)
-    if model.shares == 1:
-        return total + sum(layers.values())
-    return total + sum(-(-n // model.shares) for n in layers.values()) + max(layers.values())
-
-
-def norm_widths(model: Model) -> dict[str, int]:
-    """Of every norm, by its HF name."""
-    shapes = tensor_shapes(model.architecture, model.config)
-    return {name.removesuffix(".weight"): shape[0] for name, shape in shapes.items() if is_norm(name)}
-
-
-class Adapted(NamedTuple):
-    """A linear layer with an adapter: (d_out, d_in), and the adapter's rank."""
-
-    shape: Shape
-    rank: int
-
-
-def adapted(model: Model, config: TrainConfig) -> dict[str, Adapted]:
-    """Every linear layer that gets an adapter, by its HF name."""
-    assert config.rank is not None
-    shapes, where = linear_modules(model.architecture, model.config), where_of(config)
-    names, _ = chosen(config.method, shapes, norm_widths(model), where)
-    return {name: Adapted(shapes[name], by_pattern(where.rank_pattern, name, config.rank)) for name in names}
-
-
-def most_adapted(model: Model, config: TrainConfig) -> list[Adapted]:
-    """Those of the decoder layer whose adapters have the most ranks."""
-    layers: dict[str, list[Adapted]] = {}
-    for name, one in adapted(model, config).items():
-        layers.setdefault(name.partition(".layers.")[2].partition(".")[0], []).append(one)
-    return max(layers.values(), key=lambda of_one: sum(one.rank for one in of_one), default=[])
-
-
-def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
-    """Of every tensor that is trained."""
-    row, widths = METHODS[config.method], norm_widths(model)
-    if row.rows:
-        n = len(config.train_tokens)
-        return [(n, model.config.hidden_size)] * (1 if model.config.tie_word_embeddings else 2)
-    if row.before is not None:
-        return shapes(row, model.config, where_of(config).virtual)
-    _, norms = chosen(config.method, linear_modules(model.architecture, model.config), widths, where_of(config))
-    of_linears = [
-        shape for name, one in adapted(model, config).items() for shape in row.trained(name, *one.shape, one.rank)
-    ]
-    whole = trained_whole(model, config)
-    matrices = [model.matrices[f"{name}.weight"][0] for name in (*whole.linears, *whole.vocabularies)]
-    biases = [model.matrices[f"{name}.weight"][0][:1] for name in whole.biases]
-    return of_linears + [(widths[name],) for name in norms] + matrices + biases
-
-
-def trained_whole(model: Model, config: TrainConfig) -> Beside:
-    """What is trained beside the adapted layers as a whole, and norms: named layers, embedding and head, biases."""
-    row, where = METHODS[config.method], where_of(config)
-    if row.rows or row.before is not None:
-        return Beside()
-    names = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
-    vocabularies = {n.removesuffix(".weight"): model.matrices[n][0] for n in names if n in model.matrices}
-    linears = linear_modules(model.architecture, model.config)
-    layers = Layers(linears, norm_widths(model), vocabularies, model.biased)
-    return beside(row, layers, adapted(model, config), where)
-
-
-def virtual_tokens(config: TrainConfig) -> int:
-    """How many of them stand before every row."""
-    return config.num_virtual_tokens if METHODS[config.method].before is not None else 0
-
-
-def adapter_numbers(model: Model, config: TrainConfig) -> int:
-    """How many numbers are trained."""
-    return sum(map(prod, trained_shapes(model, config)))
-
-
-def held_beside(model: Model, config: TrainConfig) -> int:
-    """How many numbers the adapter holds beside those."""
-    return METHODS[config.method].held * sum(one.rank * sum(one.shape) for one in adapted(model, config).values())
-
-
-def optimizer_bytes(model: Model, config: TrainConfig) -> int:
-    """What the optimizer keeps between steps: moments, or for Adafactor those of rows and columns."""
-    if METHODS[config.method].projects:
-        assert config.rank is not None
-        projected, plain = trained_shapes(model, config), trained_whole(model, config).vocabularies
-        moments = 0
-        for name in plain:  # by plain AdamW
-            projected.remove(model.matrices[f"{name}.weight"][0])
-            moments += 2 * prod(model.matrices[f"{name}.weight"][0])
-        return 4 * (moments + sum(galore.moments_of(shape, config.rank) for shape in projected))
-    if config.optimizer != "adafactor":
-        return int(MOMENTS[config.optimizer] * adapter_numbers(model, config))
-    return 4 * sum(sum(shape) for shape in trained_shapes(model, config))  # a vector has one side
 
 
 def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
@@ -333,11 +141,6 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
     return 4 * wide + 2 * narrow + 4 * moved
-
-
-def trains_head(model: Model, config: TrainConfig) -> bool:
-    """Whether all rows of the head are trained, which then are put together of two a slice at a time."""
-    return (EMBEDDING if model.config.tie_word_embeddings else HEAD) in trained_whole(model, config).vocabularies
 
 
 def remade_bytes(model: Model, config: TrainConfig) -> int:

@@ -12,7 +12,9 @@ from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
-from edgelora.training.footprint import Footprint, Load, Model, footprint, virtual_tokens
+from edgelora.training.adapter_footprint import virtual_tokens
+from edgelora.training.base_footprint import Model
+from edgelora.training.footprint import Footprint, Load, footprint
 
 # Sizes of a micro-batch, the best first. Every frozen weight is dequantized for each, and products of more rows are
 # faster: on two cores 1024 tokens at once are 10 to 13 % faster than 512, and take a third more memory. A graphics card

@@ -24,12 +24,12 @@ from edgelora.peft.soft_prompt import SAVED
 from edgelora.peft.virtual_tokens import begin_as, saved
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.avoided import avoided, avoided_sha256
+from edgelora.training.base_footprint import Model
 from edgelora.training.certified import contract_of
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.distributed import Processes, choose_threads, joined
 from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
-from edgelora.training.footprint import Model
 from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, how_to_go_on, interruptible
 from edgelora.training.loop import Job, averaged, not_finite, train
 from edgelora.training.metrics import read_metrics

@@ -13,8 +13,8 @@ from edgelora.kernels import load
 from edgelora.nn import compiled
 from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.training.avoided import avoided, why_avoided
+from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
-from edgelora.training.footprint import Model
 from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original

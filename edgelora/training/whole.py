@@ -10,8 +10,9 @@ from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.peft.methods import METHODS
 from edgelora.peft.remade import no_floats
+from edgelora.training.adapter_footprint import adapted, adapter_numbers, trained_whole
+from edgelora.training.base_footprint import Model, held_bytes
 from edgelora.training.defaults import WHOLE_BESIDE
-from edgelora.training.footprint import Model, adapted, adapter_numbers, held_bytes, norm_widths, trained_whole
 
 MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
 
@@ -67,7 +68,7 @@ def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
     row, layers = METHODS[config.method], adapted(model, config)
     if not row.leaves_weights:
         return {}
-    norms = norm_widths(model).values() if row.norms else ()
+    norms = model.layers.norms.values() if row.norms else ()
     matrices = [one.shape for one in layers.values()]
     matrices += [model.matrices[f"{name}.weight"][0] for name in trained_whole(model, config).vocabularies]
     numbers = sum(map(prod, matrices)) + sum(norms)
