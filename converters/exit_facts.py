@@ -2,15 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gguf.constants import GGMLQuantizationType
+
 from converters.base_to_gguf import plan
-from converters.exit_plan import AdapterFacts, BaseFacts, Type
+from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.change import Change
 from edgelora.peft.of_weight import InPlaceOf
 from edgelora.peft.soft_prompt import TrainedPrompt
 
+Type = GGMLQuantizationType
+
 DOWN = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter does, by GGUF's names of the tensors."""
+
+    one: str
+    """`a DoRA`."""
+    pairs: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    """(d_out, d_in, r) of every B A."""
+    scaled: frozenset[str] = frozenset()
+    """The weights whose rows are multiplied: a DoRA's, an IA3's; for columns of down_proj the rows before them."""
+    whole: frozenset[str] = frozenset()
+    """The weights that change in another way."""
+    replaced: frozenset[str] = frozenset()
+    """The weights in whose place others stand, trained whole: the embedding, the head, named layers."""
+    biases: frozenset[str] = frozenset()
+    """The layers, by their names in a block (`self_attn.q_proj`), whose bias changes or is new."""
+    norms: int = 0
+    """How many norms have new weights."""
+    token_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of the embedding or the head are trained."""
+    prompt_numbers: int = 0
+    """How many numbers stand before every prompt."""
+    prefix: bool = False
+    """Whether these are keys and values."""
+    waits: bool = False
+    """Whether it acts from an invocation on (aLoRA)."""
+    of_input: str = ""
+    """Why no weight can hold it; empty where one can."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What a base is. `types`: of its tensors, by their GGUF names; none of a checkpoint's."""
+
+    quant: str
+    size_bytes: int
+    tied: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, Type] = field(default_factory=dict)
+    own_biases: frozenset[str] = frozenset()
+    loaded_biases: frozenset[str] = frozenset()
+    """The layers whose bias llama.cpp loads in this family."""
+    windowed: bool = False
+    """Whether some of its layers see a window of tokens only."""
+
+    @property
+    def is_gguf(self) -> bool:
+        return bool(self.types)
+
+    @property
+    def floats(self) -> bool:
+        """Whether no matrix is quantized."""
+        return all(kind in ggml.FLOATS for kind in self.types.values())
 
 
 def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:

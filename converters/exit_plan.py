@@ -6,83 +6,36 @@ THE TABLE of doors is DOORS, in the order in which they are taken: the first tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Literal, TypeAlias
 
 from gguf.constants import GGMLQuantizationType
 
+from converters.exit_facts import AdapterFacts, BaseFacts, Type
+from converters.exit_words import (
+    LAYERED,
+    NEAREST,
+    UNTIE,
+    UNTIED,
+    beyond_a_pair,
+    instead,
+    no_weights,
+    notes_of_patched,
+    unloaded,
+    why_patched,
+)  # fmt: skip
 from converters.pair_types import stored_as
 from converters.scaled_rows import can_scale
 from converters.stream import Entry
 from edgelora.base import ggml
 
-Type = GGMLQuantizationType
 Door: TypeAlias = Literal["adapter", "patched", "soft prompt", "merged", "refused"]
 
 # How far a number moves that is rounded to this type, at most, relative to its own size; of blocks it is their scale
 # that is rounded, a float16, once more. Q8_0: relative to the largest of its 32 numbers.
 ROUNDING = {Type.F32: 2.0**-24, Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.Q8_0: 1 / 254}
 OF_A_SCALE = 2.0**-11
-UNTIE = "edgelora untie BASE --out FILE"
-UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
-NEAREST = "--svd-rank R writes the nearest LoRA of a rank"
-LAYERED = "it changes layers, and puts nothing before a prompt"
-
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What an adapter does, by GGUF's names of the tensors."""
-
-    one: str
-    """`a DoRA`."""
-    pairs: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    """(d_out, d_in, r) of every B A."""
-    scaled: frozenset[str] = frozenset()
-    """The weights whose rows are multiplied: a DoRA's, an IA3's; for columns of down_proj the rows before them."""
-    whole: frozenset[str] = frozenset()
-    """The weights that change in another way."""
-    replaced: frozenset[str] = frozenset()
-    """The weights in whose place others stand, trained whole: the embedding, the head, named layers."""
-    biases: frozenset[str] = frozenset()
-    """The layers, by their names in a block (`self_attn.q_proj`), whose bias changes or is new."""
-    norms: int = 0
-    """How many norms have new weights."""
-    token_rows: Mapping[str, int] = field(default_factory=dict)
-    """How many rows of the embedding or the head are trained."""
-    prompt_numbers: int = 0
-    """How many numbers stand before every prompt."""
-    prefix: bool = False
-    """Whether these are keys and values."""
-    waits: bool = False
-    """Whether it acts from an invocation on (aLoRA)."""
-    of_input: str = ""
-    """Why no weight can hold it; empty where one can."""
-
-
-@dataclass(frozen=True)
-class BaseFacts:
-    """What a base is. `types`: of its tensors, by their GGUF names; none of a checkpoint's."""
-
-    quant: str
-    size_bytes: int
-    tied: bool
-    shapes: Mapping[str, tuple[int, ...]]
-    types: Mapping[str, Type] = field(default_factory=dict)
-    own_biases: frozenset[str] = frozenset()
-    loaded_biases: frozenset[str] = frozenset()
-    """The layers whose bias llama.cpp loads in this family."""
-    windowed: bool = False
-    """Whether some of its layers see a window of tokens only."""
-
-    @property
-    def is_gguf(self) -> bool:
-        return bool(self.types)
-
-    @property
-    def floats(self) -> bool:
-        """Whether no matrix is quantized."""
-        return all(kind in ggml.FLOATS for kind in self.types.values())
 
 
 @dataclass(frozen=True)
@@ -133,7 +86,7 @@ def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> Exi
     }  # fmt: skip
     if taken is None:
         why = adapter.of_input or others["soft prompt" if adapter.prompt_numbers else "merged"]
-        return ExitPlan("refused", False, None, 0, False, why, _nearest(adapter), others, ways)
+        return ExitPlan("refused", False, None, 0, False, why, instead(adapter), others, ways)
     notes = (UNTIED, *taken.notes) if _could_be_untied(adapter, base) else taken.notes
     return ExitPlan(
         taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, notes,
@@ -146,9 +99,9 @@ def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> Exi
 
 def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:
     """A GGUF LoRA."""
-    if other := _no_weights(adapter):
+    if other := no_weights(adapter):
         return other
-    if more := _beyond_a_pair(adapter):
+    if more := beyond_a_pair(adapter):
         near = f"; {NEAREST}" if _has_a_nearest(adapter) else ""
         return f"llama.cpp adds B A x to W x and nothing else, and {adapter.one} {more}{near}"
     if adapter.token_rows and base.tied:
@@ -169,16 +122,16 @@ def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
 
 def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:
     """The base with the adapter in its own numbers, and a LoRA over it for what is B A."""
-    if other := _no_weights(adapter):
+    if other := no_weights(adapter):
         return other
-    if not _beyond_a_pair(adapter):
+    if not beyond_a_pair(adapter):
         return "nothing of it would go into the base: B A is added over it"
     if adapter.whole:
         return f"{len(adapter.whole)} weights change as a whole, and would be quantized again as a merge does"
     if not base.is_gguf:
         return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
-    if unloaded := _unloaded(adapter, base):
-        return unloaded
+    if fault := unloaded(adapter, base):
+        return fault
     becomes = {name: base.types[name] if can_scale(base.types[name]) else Type.F16 for name in adapter.scaled}
     becomes |= {name: type_of_trained(base.types[name]) for name in adapter.replaced}
     left = {name: shape for name, shape in adapter.pairs.items() if name not in adapter.whole}
@@ -187,7 +140,8 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     if left:
         error = max(error, *(ROUNDING[kind] for shape in left.values() for kind in _kinds(shape, dtype)))
     size = base.size_bytes + grown + _pair_bytes(left, dtype)
-    return Way("patched", True, error, size, False, _why_patched(adapter, base), _notes(adapter, base, becomes, left))
+    why, notes = why_patched(adapter, base, becomes), notes_of_patched(adapter, base, becomes, left)
+    return Way("patched", True, error, size, False, why, notes)
 
 
 def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
@@ -202,12 +156,12 @@ def as_soft_prompt(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str
 
 def as_merged(adapter: AdapterFacts, base: BaseFacts, _: Type) -> Way | str:
     """A model of its own."""
-    if other := _no_weights(adapter):
+    if other := no_weights(adapter):
         return other
     if adapter.waits:
         return "it acts from its invocation on, and a weight is the same for every token"
-    if unloaded := _unloaded(adapter, base):
-        return unloaded
+    if fault := unloaded(adapter, base):
+        return fault
     if base.floats:
         own = set(base.types.values()) or {Type.F16}
         why = "it becomes part of the weights, whose floats are rounded once"
@@ -224,35 +178,9 @@ DOORS: dict[Door, Callable[[AdapterFacts, BaseFacts, Type], Way | str]] = {
 # -- what they ask ------------------------------------------------------------------------------------------------
 
 
-def _no_weights(adapter: AdapterFacts) -> str:
-    """Why nothing of it can be in a weight, if so."""
-    return adapter.of_input or ("what stands before a prompt is no weight" if adapter.prompt_numbers else "")
-
-
-def _beyond_a_pair(adapter: AdapterFacts) -> str:
-    """What it does beside adding B A, in words; empty for a LoRA."""
-    found = {
-        "multiplies whole rows": adapter.scaled, "changes weights as a whole": adapter.whole,
-        "puts other weights in the place of the base's": adapter.replaced,
-        "changes biases": adapter.biases, "changes norms": adapter.norms,
-    }  # fmt: skip
-    return " and ".join(words for words, there in found.items() if there)
-
-
 def _could_be_untied(adapter: AdapterFacts, base: BaseFacts) -> bool:
     """Whether a head of its own is all that this GGUF lacks for rows of tokens to leave as an adapter."""
-    return bool(adapter.token_rows) and base.tied and base.is_gguf and not _beyond_a_pair(adapter)
-
-
-def _why_patched(adapter: AdapterFacts, base: BaseFacts) -> str:
-    """Where in the base's own numbers this adapter goes, in words."""
-    goes = [f"factors of rows go into {'the weights' if base.floats else 'the scales of blocks'}"]
-    floats = [words for words, there in (("biases", adapter.biases), ("norms", adapter.norms)) if there]
-    found = [*(goes if adapter.scaled else []), *([f"{' and '.join(floats)} are floats"] if floats else [])]
-    if adapter.replaced:
-        found.append("what was trained whole stands in the place of the base's own")
-    quantized = any(type_of_trained(base.types[name]) not in ggml.FLOATS for name in adapter.replaced)
-    return f"{', '.join(found)}, and nothing {'else ' * quantized}is quantized again"
+    return bool(adapter.token_rows) and base.tied and base.is_gguf and not beyond_a_pair(adapter)
 
 
 def type_of_trained(kind: Type) -> Type:
@@ -266,46 +194,9 @@ def _rounding(kind: Type, replaced: bool) -> float:
     return ROUNDING[kind] if replaced or kind in ggml.FLOATS else OF_A_SCALE
 
 
-def _notes(
-    adapter: AdapterFacts, base: BaseFacts, becomes: Mapping[str, Type], left: Mapping[str, object]
-) -> tuple[str, ...]:
-    """What whoever takes a patched base should know."""
-    widened = {name for name, kind in becomes.items() if kind != base.types[name]}
-    notes = [
-        f"{len(names)} tensors become F16: {why}"
-        for names, why in (
-            (widened - adapter.replaced, "blocks of their type have no float16 scale"),
-            (
-                widened & adapter.replaced,
-                "they were trained whole, and blocks of their type would lose too much of that",
-            ),
-        )
-        if names
-    ]
-    if left:
-        notes.append(
-            "what is B A of it lies over the patched base as a LoRA, which comes and goes with that base alone"
-        )
-    return tuple(notes)
-
-
 def _has_a_nearest(adapter: AdapterFacts) -> bool:
     """Whether a LoRA can come near it: what else it changes are weights."""
     return bool(adapter.scaled or adapter.whole) and not adapter.replaced and not adapter.biases and not adapter.norms
-
-
-def _unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:
-    """Why llama.cpp would not load what becomes of the base, if so."""
-    other = adapter.biases - base.own_biases - base.loaded_biases
-    return f"llama.cpp loads no bias for {', '.join(sorted(other))} of this family" if other else ""
-
-
-def _nearest(adapter: AdapterFacts) -> tuple[str, ...]:
-    if adapter.of_input:
-        return ("score it in torch (`edgelora eval --in torch`), or train a LoRA (--method lora)",)
-    if adapter.prefix:
-        return ("train --method prompt_tuning, whose embeddings every family takes",)
-    return ("train with --target-modules, so that only layers with biases that llama.cpp loads are changed",)
 
 
 def _pair_bytes(pairs: Mapping[str, tuple[int, int, int]], dtype: Type) -> int:

@@ -18,8 +18,8 @@ from test_export import make_adapter as make_a_lora
 from test_vectors import FAMILIES, family, trained
 
 from converters.adapter_to_gguf import write_adapter_gguf
-from converters.exit_facts import facts_of_adapter, facts_of_base
-from converters.exit_plan import DOORS, AdapterFacts, plan_exit
+from converters.exit_facts import AdapterFacts, facts_of_adapter, facts_of_base
+from converters.exit_plan import DOORS, plan_exit
 from converters.pair_types import stored
 from converters.scaled_rows import SCALES
 from converters.svd import nearest_lora

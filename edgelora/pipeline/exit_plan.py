@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from converters.exit_facts import facts_of_adapter, facts_of_base, facts_of_prompt
-from converters.exit_plan import LAYERED, NEAREST, UNTIED, Door, ExitPlan, Way, plan_exit
+from converters.exit_plan import Door, ExitPlan, Way, plan_exit
+from converters.exit_words import LAYERED, NEAREST, UNTIED
 from converters.pair_types import pair_type
 from converters.patch import plan_patch
 from converters.quant_types import QUANT_TYPES

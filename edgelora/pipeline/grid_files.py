@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.exit_facts import facts_of_base
-from converters.exit_plan import BaseFacts, Type, plan_exit
+from converters.exit_facts import BaseFacts, Type, facts_of_base
+from converters.exit_plan import plan_exit
 from converters.plan import QuantizeOptions, plan_types
 from edgelora.base.model import FLOAT_QUANTS
 from edgelora.errors import AdapterError, EdgeloraError

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from converters.exit_facts import facts_of_adapter, facts_of_base, facts_of_prompt
-from converters.exit_plan import NEAREST, AdapterFacts, BaseFacts, Type, plan_exit
+from converters.exit_facts import AdapterFacts, BaseFacts, Type, facts_of_adapter, facts_of_base, facts_of_prompt
+from converters.exit_plan import plan_exit
+from converters.exit_words import NEAREST
 from edgelora.base.model import Base
 from edgelora.errors import EdgeloraError
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt

@@ -1,0 +1,77 @@
+"""What is said of the doors of `exit_plan.py`: why one is shut, what stands behind one, and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from converters.exit_facts import AdapterFacts, BaseFacts, Type
+from edgelora.base import ggml
+
+UNTIE = "edgelora untie BASE --out FILE"
+UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
+NEAREST = "--svd-rank R writes the nearest LoRA of a rank"
+LAYERED = "it changes layers, and puts nothing before a prompt"
+
+
+def no_weights(adapter: AdapterFacts) -> str:
+    """Why nothing of it can be in a weight, if so."""
+    return adapter.of_input or ("what stands before a prompt is no weight" if adapter.prompt_numbers else "")
+
+
+def beyond_a_pair(adapter: AdapterFacts) -> str:
+    """What it does beside adding B A; empty for a LoRA."""
+    found = {
+        "multiplies whole rows": adapter.scaled, "changes weights as a whole": adapter.whole,
+        "puts other weights in the place of the base's": adapter.replaced,
+        "changes biases": adapter.biases, "changes norms": adapter.norms,
+    }  # fmt: skip
+    return " and ".join(words for words, there in found.items() if there)
+
+
+def why_patched(adapter: AdapterFacts, base: BaseFacts, becomes: Mapping[str, Type]) -> str:
+    """Where in the base's own numbers this adapter goes; `becomes`: as what its tensors are stored."""
+    goes = [f"factors of rows go into {'the weights' if base.floats else 'the scales of blocks'}"]
+    floats = [words for words, there in (("biases", adapter.biases), ("norms", adapter.norms)) if there]
+    found = [*(goes if adapter.scaled else []), *([f"{' and '.join(floats)} are floats"] if floats else [])]
+    if adapter.replaced:
+        found.append("what was trained whole stands in the place of the base's own")
+    quantized = any(becomes[name] not in ggml.FLOATS for name in adapter.replaced)
+    return f"{', '.join(found)}, and nothing {'else ' * quantized}is quantized again"
+
+
+def notes_of_patched(
+    adapter: AdapterFacts, base: BaseFacts, becomes: Mapping[str, Type], left: Mapping[str, object]
+) -> tuple[str, ...]:
+    """What whoever takes a patched base should know."""
+    widened = {name for name, kind in becomes.items() if kind != base.types[name]}
+    notes = [
+        f"{len(names)} tensors become F16: {why}"
+        for names, why in (
+            (widened - adapter.replaced, "blocks of their type have no float16 scale"),
+            (
+                widened & adapter.replaced,
+                "they were trained whole, and blocks of their type would lose too much of that",
+            ),
+        )
+        if names
+    ]
+    if left:
+        notes.append(
+            "what is B A of it lies over the patched base as a LoRA, which comes and goes with that base alone"
+        )
+    return tuple(notes)
+
+
+def unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:
+    """Why llama.cpp would not load what becomes of the base, if so."""
+    other = adapter.biases - base.own_biases - base.loaded_biases
+    return f"llama.cpp loads no bias for {', '.join(sorted(other))} of this family" if other else ""
+
+
+def instead(adapter: AdapterFacts) -> tuple[str, ...]:
+    """What to do where no door is open."""
+    if adapter.of_input:
+        return ("score it in torch (`edgelora eval --in torch`), or train a LoRA (--method lora)",)
+    if adapter.prefix:
+        return ("train --method prompt_tuning, whose embeddings every family takes",)
+    return ("train with --target-modules, so that only layers with biases that llama.cpp loads are changed",)
