@@ -165,7 +165,7 @@ class TrainConfig(BaseModel):
     """
     modules_to_save: Names = ()
     """PEFT's: layers that are trained whole beside A and B, by how their names end: `norm`, `embed_tokens`, `lm_head`,
-    and linear layers over a base of floats."""
+    and linear layers over a base of floats. Matrices learn at a tenth of the learning rate."""
     invocation: str | None = Field(None, min_length=1)
     """aLoRA: the text from whose last place in a prompt on the adapter acts. None: what the chat template writes before
     an answer."""
