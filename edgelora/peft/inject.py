@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -53,7 +53,6 @@ def inject(
     names, norm_names = chosen(method, linears, norms, where)
     adapted = {name: linears[name] for name in names}
     sizes = strengths(row, {name: linear.weight.shape for name, linear in adapted.items()}, where, rank, alpha)
-    weights = [linear.weight for linear in adapted.values()]
     attach(decoder, None)
     if row.before is not None:
         put_before(decoder, row, where.virtual, seed)
@@ -61,18 +60,11 @@ def inject(
     if row.rows:
         put_rows(decoder, where.token_indices)
         return list(decoder.parameters())
-    deltas: Sequence[Delta]
     if row.together is not None:
-        deltas = row.together(weights, rank, alpha, generator)
-    elif row.from_original is not None and original is not None:
-        deltas = [
-            row.from_original(linear.weight, original(name), *sizes[name], generator)
-            for name, linear in adapted.items()
-        ]
-    elif row.of_layer is not None:
-        deltas = [row.of_layer(name, linear) for name, linear in adapted.items()]
+        deltas = row.together([linear.weight for linear in adapted.values()], rank, alpha, generator)
     else:
-        deltas = [row.fresh(linear.weight, *sizes[name], generator) for name, linear in adapted.items()]
+        fresh = _fresh(row, sizes, generator, original)
+        deltas = [fresh(name, linear) for name, linear in adapted.items()]
     for linear, delta in zip(adapted.values(), deltas, strict=True):
         if row.with_bias is not None and linear.bias is not None:
             row.with_bias(delta, linear)
@@ -83,6 +75,18 @@ def inject(
         norms[name].delta = layernorm.fresh(norms[name].weight, norms[name].shift)
     put_beside(decoder, row, beside(row, layers_of(decoder), names, where))
     return list(decoder.parameters())
+
+
+def _fresh(
+    row: Method,
+    sizes: Mapping[str, tuple[int, float]],
+    generator: torch.Generator,
+    original: Callable[[str], torch.Tensor] | None,
+) -> Callable[[str, Linear], Delta]:
+    """What makes the delta of a layer, given its name; `sizes`: the rank and α of each."""
+    if (from_original := row.from_original) is not None and original is not None:
+        return lambda name, linear: from_original(linear.weight, original(name), *sizes[name], generator)
+    return row.of_layer or (lambda name, linear: row.fresh(linear.weight, *sizes[name], generator))
 
 
 def chosen(
