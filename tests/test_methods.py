@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_mode
 from peft.utils import get_peft_model_state_dict
 from pefts import require_pefts_gradients
 from safetensors.numpy import load_file, save_file
-from same_tokens import IDS, loss_of
+from same_tokens import IDS, NEARLY_TIED, loss_of
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.architectures.layers import Layers
@@ -347,7 +347,7 @@ def test_a_method_leaves_by_the_doors_it_names_and_no_other(base, decoder, tiny,
             theirs = engine.logits([IDS.tolist()], [list(range(len(IDS)))])
         found = fidelity([(live.numpy(), theirs)])
         assert found.kl_mean <= 1e-5
-        assert found.same_top == 1.0
+        assert found.same_top == 1.0 or found.worst_flip_nats <= NEARLY_TIED
 
 
 # -- DoRA ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from same_tokens import IDS
+from same_tokens import IDS, NEARLY_TIED
 from test_vectors import BIASED, FAMILIES, family, trained
 
 from converters.merge import Part
@@ -124,7 +124,7 @@ def test_over_blocks_nothing_but_scales_is_rounded(make_tiny, tmp_path, kind):
     ours = build_decoder(written).logits(IDS).detach()
     found = fidelity([(live.numpy(), ours.numpy())])
     assert found.kl_mean <= 1e-5  # 3e-6 to 4e-6 where a minimum is rounded beside the scale, else below 1e-6
-    assert found.same_top == 1.0 or found.worst_flip_nats <= 1e-3
+    assert found.same_top == 1.0 or found.worst_flip_nats <= NEARLY_TIED
 
 
 def test_scales_too_small_for_a_float16_become_f16(make_tiny):
