@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,25 @@ def test_nothing_is_called_better_whose_interval_holds_zero():
     assert verdict({"value": -0.1, "is_clear": False}) == "no difference"
     assert verdict({"value": -0.1, "is_clear": True}) == "better"
     assert verdict({"value": 0.1, "is_clear": True}) == "worse"
+
+
+def against_merging(**values: float) -> dict[str, dict[str, Any]]:
+    """Ways by their numbers, each clearly so much above merging's loss."""
+    ways = {name.removeprefix("way"): value for name, value in values.items()}
+    return {n: {"loss_against_usual": {"value": v, "is_clear": v != 0.0}} for n, v in ways.items()}
+
+
+def test_a_conclusion_follows_from_what_is_clear():
+    from study.page import conclusion
+
+    kept_live = {"b": 5, "a": 4, "loss": {"value": 0.1, "is_clear": True}}
+    nothing = {"ways": against_merging(way1=0.0, way2=0.0, way4=0.2, way6=0.0), "questions": []}
+    trained = {"ways": against_merging(way1=0.0, way4=-0.2, way6=-0.3), "questions": [kept_live]}
+    matrix = {"ways": against_merging(way1=0.0, way4=0.0, way6=-0.3), "questions": [kept_live]}
+    assert conclusion(nothing).startswith("No way is shown to be better than merging")
+    assert conclusion(trained) == "Train over the very file that will run and keep the adapter live."
+    assert conclusion(trained | {"questions": []}) == "Train over the very file that will run."
+    assert conclusion(matrix).startswith("Merge, with an importance matrix")
 
 
 @pytest.mark.skipif(not SUMMARY.exists(), reason="the study has not been summed up yet")

@@ -62,6 +62,7 @@ Difference of loss in nats, below 0 is better; * where the interval does not hol
 """
 
 PLOT = "which-way.svg"
+TRAINED_OVER_IT = {4, 5, 7}
 # Okabe and Ito's colours, which people who see few colours can tell apart
 COLORS = {2: "#0072B2", 3: "#56B4E9", 4: "#CC79A7", 5: "#E69F00", 6: "#009E73", 7: "#D55E00"}
 
@@ -102,8 +103,28 @@ def _reading(quant: str, level: Mapping[str, Any]) -> str:
     as_good = ", ".join(f"({number})" for number in level["as_good"])
     near = f", not shown to be better than {as_good}" if as_good else ", better than all others"
     return (
-        f"**{quant}**: ({best}) has the lowest loss, {ways[str(best)]['loss']:.3f}{near}. Against (1), merging: {said}."
+        f"**{quant}**: {conclusion(level)} ({best}) has the lowest loss, {ways[str(best)]['loss']:.3f}{near}. Against "
+        f"(1), merging: {said}."
     )
+
+
+def conclusion(level: Mapping[str, Any]) -> str:
+    """What to do at a level, from what is clearly better there than merging an adapter that was trained over F16."""
+    better = {
+        int(n) for n, of in level["ways"].items() if int(n) != 1 and verdict(of["loss_against_usual"]) == "better"
+    }
+    asked = {(q["b"], q["a"]): q["loss"] for q in level["questions"]}
+    if better & TRAINED_OVER_IT:
+        merged = asked.get((5, 4))
+        kept = " and keep the adapter live" if merged is not None and verdict(merged) == "worse" else ""
+        return f"Train over the very file that will run{kept}."
+    if 6 in better:
+        return (
+            "Merge, with an importance matrix of the task; what the adapter is trained over makes no clear difference."
+        )
+    if better:
+        return f"Take {' or '.join(f'({n})' for n in sorted(better))}."
+    return "No way is shown to be better than merging: take one file, or adapters that can be switched, as you like."
 
 
 def verdict(figure: Mapping[str, Any]) -> str:
