@@ -278,7 +278,7 @@ def test_the_rest_of_a_dora_may_be_q8_0_too(base, tiny, tmp_path):
 
 def test_the_plan_says_what_the_study_of_ways_says(make_tiny, tmp_path):
     """Of what was trained over another level alone."""
-    path = make_tiny(Type.Q4_0).path
+    path = make_tiny(Type.Q2_K).path
     base = open_base(path)
     for folder, quant, said in (("here", base.quant, False), ("elsewhere", "F16", True)):
         adapter = make_a_lora(base)

@@ -111,6 +111,14 @@ def test_ways_are_compared_on_what_all_of_them_did():
     assert found == {1: {"sql": {1: one}}, 4: {"sql": {1: two}}}
 
 
+def test_a_training_that_broke_down_is_told():
+    from study.summary import broken
+
+    steady = {"sql": {0: run(0.1), 1: run(0.12), 2: run(0.3)}}
+    found = broken({1: steady, 5: {"sql": steady["sql"] | {2: run(1.7)}}})
+    assert found == [{"way": 5, "task": "sql", "seed": 2, "loss": 1.7, "median": 0.12}]
+
+
 def test_a_padded_model_is_the_same_function(tiny, tmp_path):
     """Twice as wide, with the same dithering: the same hidden states, and zeros behind them."""
     from peers.padded import write_dithered

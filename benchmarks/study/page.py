@@ -148,7 +148,16 @@ def _level(found: Mapping[str, Any], quant: str) -> str:
     head = ["way", "loss", "against (1)", "", "right, %", "against (1), points"]
     runs = len(level["runs"])
     about = f"\n### {quant}, {level['bytes'] / 1e6:.0f} MB, {runs} run{'s' * (runs != 1)}\n\n"
-    return about + markdown(head, rows) + "\n"
+    return about + markdown(head, rows) + "\n" + "".join(_broken(one) for one in level["broken"])
+
+
+def _broken(run: Mapping[str, Any]) -> str:
+    way = run["way"]
+    return (
+        f"\nOne training of ({way}), {run['task']} with seed {run['seed']}, broke down at its learning rate: loss "
+        f"{run['loss']:.3f}, where the median of its seeds is {run['median']:.3f}. It is counted as it is, so that the "
+        f"figures of ({way}) say little here.\n"
+    )
 
 
 def _questions(found: Mapping[str, Any]) -> str:

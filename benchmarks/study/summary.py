@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from edgelora.device import processor_name
@@ -26,6 +27,7 @@ from study.ways import (
 )  # fmt: skip
 
 USUAL = 1  # the way that the others are compared with
+BROKEN = 4.0  # times the median of a way's seeds on a task: a training that broke down
 QUESTIONS = (
     ("live over the quantized base rather than merged", 2, 1),
     ("merged with the task's importance matrix rather than without", 6, 1),
@@ -83,6 +85,7 @@ def level(of_ways: Mapping[int, Runs], size_bytes: int) -> dict[str, Any]:
             }
             for number, runs in of_ways.items()
         },
+        "broken": broken(of_ways),
         "best": best,
         "as_good": [number for number, found in against_best.items() if found is not None and not found.is_clear],
         "questions": [
@@ -91,6 +94,20 @@ def level(of_ways: Mapping[int, Runs], size_bytes: int) -> dict[str, Any]:
             if {a, b} <= of_ways.keys()
         ],
     }
+
+
+def broken(of_ways: Mapping[int, Runs]) -> list[dict[str, Any]]:
+    """Runs whose loss is nothing like those of the same way on the same task with other seeds."""
+    found = []
+    for number, runs in of_ways.items():
+        for task, seeds in runs.items():
+            usual = median(float(run["loss"]) for run in seeds.values())
+            found += [
+                {"way": number, "task": task, "seed": seed, "loss": run["loss"], "median": usual}
+                for seed, run in seeds.items()
+                if run["loss"] > BROKEN * usual
+            ]
+    return found
 
 
 def figures(runs: Runs) -> dict[str, float]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 STUDY = "docs/which-way.md"
-COARSE = ("Q2_", "Q3_", "IQ1_", "IQ2_", "IQ3_", "TQ1_", "TQ2_")  # below 4 bits a weight
-EXACT = ("Q8_0", "F16", "BF16", "F32")
+TWO_BITS = ("Q2_", "IQ1_", "IQ2_", "TQ1_", "TQ2_")  # or fewer a weight
+COARSE = (*TWO_BITS, "Q3_", "IQ3_")  # below 4 bits; from there on no way was clearly better than another
 
 
 def advice(quant: str, measured: Collection[str]) -> str | None:
@@ -17,14 +17,13 @@ def advice(quant: str, measured: Collection[str]) -> str | None:
 
     measured: the ways that were, by their names in WAYS (edgelora/evaluate/cells.py).
     """
-    if quant.upper() in EXACT or "trained" in measured:
+    level = quant.upper()
+    if not level.startswith(COARSE) or "trained" in measured:
         return None
-    if quant.upper().startswith(COARSE):
-        return (
-            f"Below 4 bits it matters most what an adapter is trained over. One trained over the {quant} file itself, "
-            f"live over it, was not measured: `edgelora train` takes that file as its base ({STUDY})."
-        )
-    return (
-        f"An adapter trained over the {quant} file itself and run live over it was not measured; what that is worth "
-        f"shrinks with every bit ({STUDY})."
+    said = (
+        f"Below 4 bits it matters most what an adapter is trained over. One trained over the {quant} file itself, "
+        f"live over it, was not measured: `edgelora train` takes that file as its base ({STUDY})."
     )
+    if level.startswith(TWO_BITS) and "merged" in measured and "imatrix" not in measured:
+        said += " Merged with the task's importance matrix (`--ways imatrix`) comes next."
+    return said
