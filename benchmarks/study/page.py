@@ -62,7 +62,11 @@ Difference of loss in nats, below 0 is better; * where the interval does not hol
 """
 
 PLOT = "which-way.svg"
-SCALES = "Bars are 95 % intervals; each level has a scale of its own."
+PICTURE = f"""
+![Difference of each way to merging]({PLOT})
+
+Bars are 95 % intervals; each level has a scale of its own.
+"""
 TRAINED_OVER_IT = {4, 5, 7}
 # Okabe and Ito's colours, which people who see few colours can tell apart
 COLORS = {2: "#0072B2", 3: "#56B4E9", 4: "#CC79A7", 5: "#E69F00", 6: "#009E73", 7: "#D55E00"}
@@ -72,7 +76,7 @@ def written(found: Mapping[str, Any]) -> str:
     """The whole text."""
     parts = [HEAD.format(**found), STATE.format(**found, runs=_runs(found))]
     if found["levels"]:
-        parts += ["\n## What was found\n\n", *_readings(found), f"\n![Difference of each way to merging]({PLOT})\n\n{SCALES}\n"]
+        parts += ["\n## What was found\n\n", *_readings(found), PICTURE]
         parts += [_level(found, quant) for quant in found["levels"]]
         parts.append(_questions(found))
     return "".join([*parts, _how(found), _rates(found)])
