@@ -174,3 +174,12 @@ def test_the_page_is_what_was_recorded():
 
     text = (ROOT / "docs" / "which-way.md").read_text(encoding="utf-8")
     assert written(json.loads(SUMMARY.read_text(encoding="utf-8"))) == text, "run: which_way.py --room FOLDER --write"
+
+
+@pytest.mark.skipif(not SUMMARY.exists(), reason="the study has not been summed up yet")
+def test_the_readme_tells_its_figures():
+    ways = json.loads(SUMMARY.read_text(encoding="utf-8"))["levels"]["Q2_K"]["ways"]
+    over_it, merged, matrix = (f"{ways[number]['loss']:.2f}" for number in "416")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"at Q2_K its loss is {over_it} nats live over it" in text
+    assert f"ends at {merged}, with the task's importance matrix at {matrix}." in text

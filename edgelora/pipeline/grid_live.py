@@ -16,7 +16,7 @@ from edgelora.pipeline.export import read_checked
 
 # llama.cpp can run these, conversation by conversation; scores come of many side by side (runtime/scorer.py)
 ASLEEP = "it acts from its invocation on, and answers are scored side by side in llama.cpp with the same weights"
-BEFORE = "it stands before a prompt, where our engine puts it one conversation at a time; it is not scored there"
+BEFORE = "it stands before a prompt, where edgelora's engine puts it one conversation at a time; it is not scored there"
 
 
 @dataclass(frozen=True)

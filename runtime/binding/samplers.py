@@ -57,7 +57,21 @@ class Candidates:
         return int(table["id"][table["logit"].argmax()])
 
 
-class SamplerChain(InC):
+class _Sampler(InC):
+    """What all of llama.cpp's samplers can do."""
+
+    def accept(self, token: int) -> None:
+        """Go on behind `token`; a grammar must allow it, or C would abort the process."""
+        C.llama_sampler_accept(self.handle, token)
+
+    def close(self) -> None:
+        """Free the sampler, and in a chain all that it owns."""
+        if self._handle is not None:
+            C.llama_sampler_free(self._handle)
+            self._handle = None
+
+
+class SamplerChain(_Sampler):
     """llama.cpp's samplers in a row, the last of which picks a token. It holds what it needs of the past."""
 
     _kind, _fix = "sampler", "make a new one"
@@ -98,16 +112,8 @@ class SamplerChain(InC):
             raise refused("llama.cpp picked no token", "check the settings of sampling")
         return int(array.data[array.selected].id)
 
-    def accept(self, token: int) -> None:
-        C.llama_sampler_accept(self.handle, token)
 
-    def close(self) -> None:
-        if self._handle is not None:
-            C.llama_sampler_free(self._handle)
-            self._handle = None
-
-
-class GrammarSampler(InC):
+class GrammarSampler(_Sampler):
     """llama.cpp's state of a grammar (GBNF, rule `root`). The text must have passed `grammar.py`: C dies of some."""
 
     _kind, _fix = "grammar", "make a new one"
@@ -127,12 +133,3 @@ class GrammarSampler(InC):
         self._one.fill(np.zeros(1, np.float32), np.array([token], np.int32))
         self.restrict(self._one)
         return self._one.keep_possible() == 1
-
-    def accept(self, token: int) -> None:
-        """Go on behind `token`, which must be allowed: C would abort the process."""
-        C.llama_sampler_accept(self.handle, token)
-
-    def close(self) -> None:
-        if self._handle is not None:
-            C.llama_sampler_free(self._handle)
-            self._handle = None
