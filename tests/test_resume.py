@@ -407,6 +407,15 @@ def test_a_disk_too_small_is_refused_before_the_first_step(settings, tmp_path, m
     assert heard == []
 
 
+def test_checkpoints_that_will_never_be_written_need_no_disk(settings, tmp_path, monkeypatch):
+    """A thousand may be kept, of a run of two steps: two, the best, and the one being written are looked for."""
+    asked: list[int] = []
+    monkeypatch.setattr(run, "require_space", lambda _folder, needed_bytes, _what: asked.append(needed_bytes))
+    for kept in (1, 2, 1000):
+        run_training(settings(tmp_path / str(kept), keep_checkpoints=kept, max_steps=2))
+    assert asked[1] == asked[2] == asked[0] // 3 * 4
+
+
 def test_a_disk_that_refuses_at_any_call_costs_no_more_than_the_last_checkpoint(settings, tmp_path):
     """Every fifth of the writes, syncs and renames of a run fails in turn: a typed error, and the run goes on."""
     changes = {"max_steps": 3, "save_every": 1, "keep_checkpoints": 2}

@@ -79,7 +79,7 @@ def untrained(key: str, room: Room) -> dict[str, Any]:
 
 
 def config_of(row: Row, training: Training, room: Room, out: Path) -> TrainConfig:
-    """Rank, α and learning rate: the method's own, the last times the training's factor."""
+    """The learning rate: the method's own times the training's factor. Rank and α: the method's own, as None."""
     base = path_of(row.over, room)
     config = TrainConfig(
         base=base, data=room.rows(training.task, "train"), out=out, method=row.method, rank=row.rank,
@@ -91,7 +91,7 @@ def config_of(row: Row, training: Training, room: Room, out: Path) -> TrainConfi
     settled, _ = choose(config, Model.of(open_base(base)).n_weights)
     assert settled.learning_rate is not None
     rate = float(f"{settled.learning_rate * training.factor:.3g}")
-    return settled.model_copy(update={"learning_rate": rate})
+    return config.model_copy(update={"learning_rate": rate})
 
 
 def fit(key: str, room: Room) -> dict[str, Any]:
@@ -113,8 +113,9 @@ def fit(key: str, room: Room) -> dict[str, Any]:
         shutil.rmtree(folder)
 
 
-def facts(run: Run, config: TrainConfig, base: Base) -> dict[str, Any]:
+def facts(run: Run, asked: TrainConfig, base: Base) -> dict[str, Any]:
     """Of the run: losses of the steps, each before it learned from its rows, and what it took."""
+    config, _ = choose(asked, Model.of(base).n_weights)
     return {
         "losses": [round(loss, 5) for loss in run.losses], "skipped": run.skipped_steps, "alpha": config.alpha,
         "rank": config.rank if METHODS[config.method].ranked else None, "learning_rate": config.learning_rate,

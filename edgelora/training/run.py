@@ -138,7 +138,7 @@ def _trained(ready: Ready, folder: RunFolder, heard: Listeners, world: World, st
     if ready.earlier is not None:
         state.restore(ready.earlier.snapshot)
     if writes:
-        _require_space(folder, state, ready.config)
+        _require_space(folder, state, job)
         folder.write_facts(ready.facts)
     with _recorder(folder, ready, state, writes) as recorder, interruptible() as interrupt:
         recorder.interrupt = interrupt
@@ -278,12 +278,15 @@ def _text_ids(text: str, base: Base) -> list[int]:
     return ids if bos is None else [bos, *ids]
 
 
-def _require_space(folder: RunFolder, state: State, config: TrainConfig) -> None:
-    """For the checkpoints that will stand there at once: the kept ones, the best, and the one being written."""
-    copies = 4 + (config.ema_decay > 0)  # weights, two moments, a gradient in the midst of a step
+def _require_space(folder: RunFolder, state: State, job: Job) -> None:
+    """For the checkpoints that will stand there at once: the kept ones, the best, and the one being written.
+
+    No more are kept than there are steps, however many one asked for.
+    """
+    copies = 4 + (job.config.ema_decay > 0)  # weights, two moments, a gradient in the midst of a step
     one = copies * sum(parameter.nbytes for parameter in state.parameters.values())
     one += sum(tensor.nbytes for tensor in state.beside.values())
-    require_space(folder.path, (config.keep_checkpoints + 2) * one, "the checkpoints")
+    require_space(folder.path, (min(job.config.keep_checkpoints, job.total) + 2) * one, "the checkpoints")
 
 
 def _keep(
