@@ -25,7 +25,7 @@ from edgelora.nn.generate import Until, generate
 from edgelora.peft.adapter import CONFIG, INVOCATION, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
 from edgelora.peft.targets import Where
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import ExportOptions, export
 from edgelora.training.invoked import invocation_of, require_invoked
 from edgelora.training.objectives.log_p import answers, learned
 from edgelora.training.run import run_training
@@ -238,7 +238,8 @@ def test_export_certifies_it(base, decoder, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     waits = dict(adapter.config) | {INVOCATION: [1, *base.tokenizer.encode("assistant").ids]}
     write_adapter(tmp_path / "mine", replace(adapter, config=waits), overwrite=True)
-    export(base.path, tmp_path / "mine", tmp_path / "mine.gguf", data=tmp_path / "rows.jsonl", allow_unverified=True)
+    options = ExportOptions(data=tmp_path / "rows.jsonl", allow_unverified=True)
+    export(base.path, tmp_path / "mine", tmp_path / "mine.gguf", options)
     file = GGUFFile(tmp_path / "mine.gguf")
     assert file.metadata[INVOCATION_KEY].data.tolist() == waits[INVOCATION]
 

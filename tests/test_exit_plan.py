@@ -38,7 +38,7 @@ from edgelora.peft.lora_config import as_lora
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.exit_plan import plan, through
-from edgelora.pipeline.export import Certificate, export
+from edgelora.pipeline.export import Certificate, ExportOptions, export
 from edgelora.pipeline.patch import patch
 from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
 from runtime.scorer import ScoringEngine
@@ -223,7 +223,7 @@ def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path
         assert "--method prompt_tuning" in found.notes[0]
         return
     assert found.door == "soft prompt"
-    apart = export(path, folder, tmp_path / "it.gguf", allow_unverified=True).adapter
+    apart = export(path, folder, tmp_path / "it.gguf", ExportOptions(allow_unverified=True)).adapter
     assert apart.kl_mean <= 1e-4
     assert apart.same_top == 1.0 or apart.worst_flip_nats <= FLOATS.flip_nats
 
@@ -231,7 +231,8 @@ def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path
 @pytest.mark.real
 def test_three_doors_of_the_real_base(smollm, tmp_path):
     """SmolLM2-135M at Q4_1: as near to torch with each as the bare base is."""
-    base, rows = open_base(smollm), example_rows(tmp_path / "rows.jsonl", 0, 2)
+    base = open_base(smollm)
+    options = ExportOptions(data=example_rows(tmp_path / "rows.jsonl", 0, 2), allow_unverified=True)
     for method, door, write in (("lora", "adapter", export), ("ia3", "patched", patch)):
         decoder = build_decoder(base)
         inject(decoder, method, 8, 16.0, seed=0)
@@ -241,12 +242,11 @@ def test_three_doors_of_the_real_base(smollm, tmp_path):
         folder = tmp_path / method
         write_adapter(folder, Adapter(adapter_config(decoder, method, 8, 16.0, str(smollm)), collect(decoder)))
         assert plan(smollm, folder, allow_unverified=True).door == door
-        made = write(smollm, folder, tmp_path / f"{method}.gguf", data=rows, allow_unverified=True)
+        made = write(smollm, folder, tmp_path / f"{method}.gguf", options)
         assert getattr(made, "certificate", made).passed
-    svd = SvdOptions(4, data=rows, allow_unverified=True)
-    assert not export_svd(smollm, tmp_path / "ia3", tmp_path / "svd.gguf", svd).faults
+    assert not export_svd(smollm, tmp_path / "ia3", tmp_path / "svd.gguf", SvdOptions(4, options)).faults
     folder = prompt_folder(base, tmp_path / "prompt", "PROMPT_TUNING")
-    assert export(smollm, folder, tmp_path / "prompt.gguf", data=rows, allow_unverified=True).passed
+    assert export(smollm, folder, tmp_path / "prompt.gguf", options).passed
 
 
 @pytest.mark.parametrize(("method", "door"), [("dora", "patched"), ("full", "merged"), ("lora", "adapter")])
@@ -270,7 +270,7 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
 
 def test_the_rest_of_a_dora_may_be_q8_0_too(base, tiny, tmp_path):
     trained(base, "dora", folder=tmp_path / "mine")
-    made = patch(tiny.path, tmp_path / "mine", tmp_path / "made.gguf", dtype="Q8_0", allow_unverified=True)
+    made = patch(tiny.path, tmp_path / "mine", tmp_path / "made.gguf", ExportOptions("Q8_0", allow_unverified=True))
     assert made.certificate.passed
     assert made.certificate.kl_limit == 2e-3
     assert {info.type for name, info in GGUFFile(made.rest).tensors.items() if name.endswith("_a")} == {Type.Q8_0}

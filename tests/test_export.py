@@ -19,7 +19,7 @@ from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract, sha256_
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import ExportOptions, export
 from runtime.scorer import ScoringEngine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
@@ -147,10 +147,11 @@ def test_export_compares_where_something_is_learned(tiny, tmp_path):
     unlearned = {"messages": [learned["messages"][0], {**learned["messages"][1], "weight": 0}]}
     for name, rows in (("some", [unlearned, learned]), ("none", [unlearned])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    certificate = export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", data=tmp_path / "some.jsonl")
+    some, none = (ExportOptions(data=tmp_path / f"{name}.jsonl") for name in ("some", "none"))
+    certificate = export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", some)
     assert (certificate.passed, certificate.n_prompts) == (True, 1)
     with pytest.raises(DataError, match="no row has an answer to compare"):
-        export(tiny.path, tmp_path / "mine", tmp_path / "other.gguf", data=tmp_path / "none.jsonl")
+        export(tiny.path, tmp_path / "mine", tmp_path / "other.gguf", none)
     assert not (tmp_path / "other.gguf").exists()
 
 
@@ -170,7 +171,7 @@ def test_an_adapter_without_a_contract_must_be_allowed(tiny, tmp_path):
     write_adapter(tmp_path / "foreign", Adapter(adapter.config, adapter.tensors))
     with pytest.raises(AdapterError, match="does not say which base"):
         export(tiny.path, tmp_path / "foreign", tmp_path / "f.gguf")
-    assert export(tiny.path, tmp_path / "foreign", tmp_path / "f.gguf", allow_unverified=True).passed
+    assert export(tiny.path, tmp_path / "foreign", tmp_path / "f.gguf", ExportOptions(allow_unverified=True)).passed
 
 
 def test_a_value_too_large_for_f16_is_named(tiny, tmp_path):
@@ -207,7 +208,7 @@ def test_exporting_a_dora_is_refused_before_anything_is_written(tiny, tmp_path):
 def test_overwriting_never_replaces_a_folder_by_a_file(tiny, tmp_path):
     write_adapter(tmp_path / "mine", make_adapter(open_base(tiny.path)))
     with pytest.raises(OutputError, match="this is a folder"):
-        export(tiny.path, tmp_path / "mine", tmp_path / "mine", overwrite=True)
+        export(tiny.path, tmp_path / "mine", tmp_path / "mine", ExportOptions(overwrite=True))
     assert (tmp_path / "mine" / "adapter_config.json").exists()
 
 

@@ -32,7 +32,7 @@ from edgelora.errors import BaseModelError, EdgeloraError, OutputError
 from edgelora.peft.adapter import TENSORS, write_adapter
 from edgelora.pipeline.certificate import Reference
 from edgelora.pipeline.convert import convert
-from edgelora.pipeline.export import Certificate, export
+from edgelora.pipeline.export import Certificate, ExportOptions, export
 from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
 from edgelora.pipeline.merge import merge
 from edgelora.pipeline.quantize import QuantizeSettings, quantize
@@ -95,7 +95,7 @@ def run_convert(bench: Bench, on_progress: OnProgress = silent) -> None:
 
 
 def run_export(bench: Bench, on_progress: OnProgress = silent) -> None:
-    export(bench.base, bench.adapter, bench.out, overwrite=True, on_progress=on_progress)
+    export(bench.base, bench.adapter, bench.out, ExportOptions(overwrite=True), on_progress)
 
 
 def run_merge(bench: Bench, on_progress: OnProgress = silent) -> None:

@@ -21,6 +21,7 @@ from edgelora.peft.adapter import PREFIX, TENSORS, Adapter, read_adapter, write_
 from edgelora.peft.glora import GloraDelta, Path
 from edgelora.peft.inject import attach
 from edgelora.pipeline.exit_plan import plan
+from edgelora.pipeline.export import ExportOptions
 from edgelora.pipeline.import_adapter import export_as_lora
 from edgelora.pipeline.patch import patch
 
@@ -166,7 +167,7 @@ def test_one_path_more_in_one_layer_and_it_is_none(family, tmp_path):  # noqa: F
         write_adapter(tmp_path / door, adapter)
         found = plan(base.path, tmp_path / door, allow_unverified=True)
         assert (found.door, "adapter" in found.open) == (door, False)
-    made = patch(base.path, tmp_path / "patched", tmp_path / "made.gguf", allow_unverified=True)
+    made = patch(base.path, tmp_path / "patched", tmp_path / "made.gguf", ExportOptions(allow_unverified=True))
     assert made.certificate.passed
 
 

@@ -20,7 +20,7 @@ from edgelora.peft.adapter import read_adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach
 from edgelora.peft.lora_config import as_lora
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import ExportOptions, export
 from edgelora.pipeline.inspect import inspect
 from edgelora.training.run import run_training
 
@@ -111,7 +111,7 @@ def test_one_learns_and_is_scored_in_torch(base, tiny, tmp_path, capsys, method)
 def test_no_door_leads_out_of_torch(base, tiny, tmp_path, method):
     _, adapter = trained(base, method, folder=tmp_path / "mine")
     with pytest.raises(ExportError, match="runs in torch alone"):
-        export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", allow_unverified=True)
+        export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", ExportOptions(allow_unverified=True))
     for fold in (lambda: as_lora(adapter, base.linears, "-"), lambda: adapter.pair(adapter.linears[0])):
         with pytest.raises(AdapterError):
             fold()

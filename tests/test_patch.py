@@ -20,6 +20,7 @@ from edgelora.base.model import open_base
 from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.evaluate.thresholds import FLOATS
+from edgelora.pipeline.export import ExportOptions
 from edgelora.pipeline.patch import patch
 from runtime.scorer import ScoringEngine
 
@@ -143,7 +144,7 @@ def test_a_dora_over_blocks_goes_on_as_a_lora_over_the_patched_file(make_tiny, t
     """End to end: certified, the rest's contract names the patched file, and the original is refused under it."""
     base = open_base(make_tiny(Type.Q8_0).path)
     trained(base, "dora", folder=tmp_path / "mine")
-    made = patch(base.path, tmp_path / "mine", tmp_path / "patched.gguf", allow_unverified=True)
+    made = patch(base.path, tmp_path / "mine", tmp_path / "patched.gguf", ExportOptions(allow_unverified=True))
     assert made.rest == tmp_path / "patched.lora.gguf"
     assert made.certificate.passed
     written = open_base(tmp_path / "patched.gguf")

@@ -41,6 +41,7 @@ from edgelora.peft.methods import METHODS
 from edgelora.peft.saved import SavedDelta
 from edgelora.peft.targets import Where
 from edgelora.pipeline.exit_plan import plan, through
+from edgelora.pipeline.export import ExportOptions
 from edgelora.pipeline.merge import MergeOptions, Wanted, write_gguf
 from edgelora.pipeline.patch import patch
 from edgelora.training.adapter_footprint import adapter_numbers
@@ -246,7 +247,7 @@ def test_over_blocks_what_storing_an_embedding_lost_is_counted(make_tiny, tmp_pa
     _, adapter = stirred(base, {"modules_to_save": ("norm", "embed_tokens")}, folder=tmp_path / "mine")
     found = plan(base.path, tmp_path / "mine", allow_unverified=True)
     assert (found.door, found.exact) == ("patched", True)
-    made = patch(base.path, tmp_path / "mine", tmp_path / "patched.gguf", allow_unverified=True)
+    made = patch(base.path, tmp_path / "mine", tmp_path / "patched.gguf", ExportOptions(allow_unverified=True))
     assert made.certificate.passed
     assert made.path.stat().st_size + made.rest.stat().st_size == pytest.approx(found.size_bytes, rel=0.05)
     written = open_base(made.path)

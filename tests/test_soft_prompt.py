@@ -34,7 +34,7 @@ from edgelora.files.soft_prompt import _array, read_soft, require_sound
 from edgelora.peft.adapter import CONFIG as SETTINGS
 from edgelora.peft.adapter import TENSORS
 from edgelora.peft.soft_prompt import TrainedPrompt, read_trained_prompt
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import ExportOptions, export
 from edgelora.pipeline.inspect_adapter import gguf_adapter
 from edgelora.pipeline.soft_states import soft_states
 from edgelora.progress import silent
@@ -79,7 +79,7 @@ def made(tiny, transformers_model, tmp_path_factory):
                     parameter.normal_(0, 0.5 if "prefix" in kind else 0.1)
                 theirs = model(torch.tensor([IDS])).logits[0, -len(IDS) :].numpy()
             model.save_pretrained(folder / "peft")
-            export(tiny.path, folder / "peft", folder / f"{kind}.gguf", allow_unverified=True)
+            export(tiny.path, folder / "peft", folder / f"{kind}.gguf", ExportOptions(allow_unverified=True))
             known[kind, seed] = folder / "peft", folder / f"{kind}.gguf", theirs
         return known[kind, seed]
 
@@ -256,7 +256,7 @@ def test_it_goes_over_any_quantization_of_its_base(made, make_tiny, tmp_path, ki
     """Certified over that file, and one made over the F32 file passes its test over it as well."""
     folder, path, _ = made(kind)
     base = make_tiny(GGMLQuantizationType[quant]).path
-    assert export(base, folder, tmp_path / "it.gguf", allow_unverified=True).passed
+    assert export(base, folder, tmp_path / "it.gguf", ExportOptions(allow_unverified=True)).passed
     with Engine.open(base, CONFIG) as engine:
         for name, file in (("own", tmp_path / "it.gguf"), ("other", path)):
             engine.load(name, file, allow_unverified=True)
@@ -443,8 +443,9 @@ EMBEDDED = {"prompt_embeddings": np.ones((4, 256), np.float32)}
     ids=["width", "prefix", "vector", "nan", "more", "task", "settings"],
 )  # fmt: skip
 def test_a_folder_that_does_not_fit_is_refused(tiny, tmp_path, tensors, settings, fault):
+    folder, allowed = saved(tmp_path / "it", tensors, **settings), ExportOptions(allow_unverified=True)
     with pytest.raises(AdapterError, match=fault):
-        export(tiny.path, saved(tmp_path / "it", tensors, **settings), tmp_path / "it.gguf", allow_unverified=True)
+        export(tiny.path, folder, tmp_path / "it.gguf", allowed)
     assert not (tmp_path / "it.gguf").exists()
 
 

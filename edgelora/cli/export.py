@@ -14,6 +14,7 @@ from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Display
+    from edgelora.pipeline.export import ExportOptions
     from edgelora.progress import OnProgress, Progress
 
 
@@ -45,21 +46,9 @@ class Asked:
     adapter: Path
     out: Path
     dtype: str | None
-    data: Path | None
-    n_rows: int
+    """As it was given; the options have the default."""
     for_: str | None
-    allow_unverified: bool
-    overwrite: bool
-
-    @property
-    def checked(self) -> dict[str, Any]:
-        """What every door is told."""
-        return {"allow_unverified": self.allow_unverified, "overwrite": self.overwrite}
-
-    @property
-    def rows(self) -> dict[str, Any]:
-        """What the doors are told that have their own certificate."""
-        return {"dtype": (self.dtype or "F16").upper(), "data": self.data, "n_rows": self.n_rows}
+    options: ExportOptions
 
 
 def export(
@@ -99,6 +88,7 @@ def export(
     """
     from edgelora.cli.display import Display
     from edgelora.errors import ConfigError
+    from edgelora.pipeline.export import ExportOptions
 
     _require_one_way(as_lora, door, svd_rank, plan)
     if plan:
@@ -106,7 +96,8 @@ def export(
         return
     if out is None:
         raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
-    asked = Asked(base, adapter, out, type_, data, check_rows, for_, allow_unverified_base, overwrite)
+    options = ExportOptions((type_ or "F16").upper(), data, check_rows, allow_unverified_base, overwrite)
+    asked = Asked(base, adapter, out, type_, for_, options)
     with Display() as display:
         if as_lora:
             made = _as_lora(asked, display)
@@ -144,7 +135,7 @@ def _by_door(asked: Asked, door: Door | None, display: Display) -> dict[str, Any
     from edgelora.pipeline.exit_plan import plan, through
 
     dtype = "F16" if door is Door.merged or asked.dtype is None else asked.dtype
-    found = plan(asked.base, asked.adapter, dtype, allow_unverified=asked.allow_unverified)
+    found = plan(asked.base, asked.adapter, dtype, allow_unverified=asked.options.allow_unverified)
     way = through(found, None if door is None else door.value.replace("-", " "), asked.adapter)
     return {"door": way.door, **WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))}
 
@@ -169,8 +160,8 @@ def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
     from edgelora.pipeline.runners import prepare_for
 
     out, reference = asked.out, Reference(asked.base, ((asked.adapter, 1.0),))
-    delivery = prepare_for(asked.for_, reference, out, live=True, overwrite=asked.overwrite)
-    found = run(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
+    delivery = prepare_for(asked.for_, reference, out, live=True, overwrite=asked.options.overwrite)
+    found = run(asked.base, asked.adapter, out, asked.options, show)
     display.say(
         f"{out}: {_megabytes(out)}, checked on {found.n_prompts} prompts: mean KL "
         f"{found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), same top {found.adapter.same_top:.1%}"
@@ -191,7 +182,7 @@ def _patched(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
 
     _require_no_runner(asked, "--door patched")
     out = asked.out
-    made = patch(asked.base, asked.adapter, out, **asked.rows, **asked.checked, on_progress=show)
+    made = patch(asked.base, asked.adapter, out, asked.options, show)
     found = made.certificate
     rest = f", and {made.rest}, {_megabytes(made.rest)}, which belongs over it" if made.rest else ""
     display.say(
@@ -211,9 +202,11 @@ def _merged(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
     from edgelora.pipeline.merge import MergeOptions, merge
 
     _require_no_runner(asked, "--door merged")
+    options = asked.options
     made = merge(
         asked.base, [(asked.adapter, 1.0)], asked.out, quant=asked.dtype or own_type(asked.base),
-        options=MergeOptions(check=asked.data, check_rows=asked.n_rows), **asked.checked, on_progress=show,
+        options=MergeOptions(check=options.data, check_rows=options.n_rows),
+        allow_unverified=options.allow_unverified, overwrite=options.overwrite, on_progress=show,
     )  # fmt: skip
     display.say(f"{made.path}: {made.kind}, {made.size_bytes / 1e6:.1f} MB")
     display.say(made.certificate.sentence)
@@ -232,7 +225,7 @@ def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
 
     _require_no_runner(asked, "--svd-rank")
     out = asked.out
-    found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, **asked.rows, **asked.checked), display.show)
+    found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, asked.options), display.show)
     display.say(f"{out}: the nearest LoRA of rank {rank}, {_megabytes(out)}")
     display.note(
         f"it is not the adapter: {found.error:.1%} of what that changes in the weights is lost (by layer at most "
@@ -262,12 +255,15 @@ def _as_lora(asked: Asked, display: Display) -> dict[str, Any]:
     from edgelora.errors import ConfigError
     from edgelora.pipeline.import_adapter import export_as_lora
 
-    if asked.for_ is not None or asked.data is not None or asked.dtype is not None:
+    if asked.for_ is not None or asked.options.data is not None or asked.dtype is not None:
         raise ConfigError(
             what="--as-lora with --for, --data or --type",
             why="PEFT's files run nowhere in llama.cpp, and keep their numbers",
             fix="leave them out",
         )
-    made = export_as_lora(asked.base, asked.adapter, asked.out, **asked.checked)
+    options = asked.options
+    made = export_as_lora(
+        asked.base, asked.adapter, asked.out, allow_unverified=options.allow_unverified, overwrite=options.overwrite
+    )
     display.say(f"{asked.out}: a LoRA on {made.layers} layers, rank {', '.join(map(str, made.ranks))}")
     return made.as_dict()

@@ -66,32 +66,44 @@ class Certificate:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is asked of every door that has a certificate of its own."""
+
+    dtype: str = "F16"
+    """Numbers of a LoRA: F16, F32 or Q8_0."""
+    data: Path | None = None
+    """Rows whose prompts and answers are compared; a few built-in ones without it."""
+    n_rows: int = CHECKED_ROWS
+    """How many of these rows: the first ones."""
+    allow_unverified: bool = False
+    """Whether an adapter may come that does not name its base."""
+    overwrite: bool = False
+
+
+DEFAULT_OPTIONS = ExportOptions()
+
+
 def export(
     base_path: Path,
     adapter_path: Path,
     out: Path,
-    *,
-    dtype: str = "F16",
-    data: Path | None = None,
-    n_rows: int = CHECKED_ROWS,
-    allow_unverified: bool = False,
-    overwrite: bool = False,
+    options: ExportOptions = DEFAULT_OPTIONS,
     on_progress: OnProgress = silent,
 ) -> Certificate:
     """Write `out`, a GGUF LoRA for llama.cpp or what edgelora's engine puts before prompts.
 
     Returns its certificate, which is also kept inside and in the adapter's edgelora.json.
-
-    `data`: rows whose prompts and answers are compared (the first `n_rows`; without it, a few built-in ones).
     Raises CertificateError, and keeps the file aside as `out`.rejected, if llama.cpp does not compute what torch
     computes.
     """
-    refuse_existing(out, overwrite)
-    made_from = stamp(base_path, adapter_path)
-    base, rows, result = open_base(base_path), rows_to_check(data, n_rows), Output(out, overwrite)
+    refuse_existing(out, options.overwrite)
+    made_from, result = stamp(base_path, adapter_path), Output(out, options.overwrite)
+    base, rows = open_base(base_path), rows_to_check(options.data, options.n_rows)
+    dtype, allowed = options.dtype, options.allow_unverified
     if is_trained_prompt(adapter_path):
         prompt = read_trained_prompt(adapter_path, base.config)
-        require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
+        require_contract(prompt.contract, adapter_path, base, allow_unverified=allowed)
         contract, check = prompt.contract, SoftCheck(base.as_trained(prompt.contract), adapter_path, rows)
         states = check.states(on_progress)
         certificate = write_certified(
@@ -101,7 +113,7 @@ def export(
             lambda draft: judged(base, len(rows), *check.compare(draft, states, on_progress)),
         )
     else:
-        adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
+        adapter = read_checked(adapter_path, base, allow_unverified=allowed, may_wait=True, with_rows=True)
         contract = adapter.contract
         certificate = write_certified(
             result,

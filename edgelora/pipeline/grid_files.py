@@ -17,7 +17,7 @@ from edgelora.files.atomic import require_space
 from edgelora.pipeline.convert import convert
 from edgelora.pipeline.engines import LLAMA_CPP, TORCH
 from edgelora.pipeline.evaluate import adapter_files
-from edgelora.pipeline.export import export
+from edgelora.pipeline.export import ExportOptions, export
 from edgelora.pipeline.grid import Grid, Place
 from edgelora.pipeline.grid_live import Live
 from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
@@ -94,8 +94,8 @@ class Workshop:
         name = f"{self._stem}-{folder.resolve().name}-{quant}-patched"
         beside = [f"{name}.lora.gguf"] if live.leaves_lora else []
         model = self._made(f"{name}.gguf", ["patch", quant, *map(self._digest, ("base", made_of))], lambda out: patch(
-            base, folder, out, allow_unverified=self._grid.asked.allow_unverified, overwrite=True,
-            on_progress=self.on_progress,
+            base, folder, out, ExportOptions(allow_unverified=self._grid.asked.allow_unverified, overwrite=True),
+            self.on_progress,
         ), beside)  # fmt: skip
         return model, model.with_name(beside[0]) if beside else None
 
@@ -112,7 +112,7 @@ class Workshop:
         asked = self._grid.asked
         recipe = ["export", base.name, *map(self._digest, made_of)]
         return self._made(f"{adapter.resolve().name}.gguf", recipe, lambda out: export(
-            base, adapter, out, allow_unverified=asked.allow_unverified, on_progress=self.on_progress
+            base, adapter, out, ExportOptions(allow_unverified=asked.allow_unverified), self.on_progress
         ))  # fmt: skip
 
     def merged(self, quant: str, *, spared: bool = False) -> Path:

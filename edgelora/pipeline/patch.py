@@ -20,9 +20,9 @@ from edgelora.files.certificate_keys import fill
 from edgelora.files.contract import Contract, sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
-from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
+from edgelora.pipeline.check_rows import rows_to_check
 from edgelora.pipeline.contracts import contract_over
-from edgelora.pipeline.export import Certificate, judged, read_checked
+from edgelora.pipeline.export import DEFAULT_OPTIONS, Certificate, ExportOptions, judged, read_checked
 from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
@@ -48,12 +48,7 @@ def patch(
     base_path: Path,
     adapter_path: Path,
     out: Path,
-    *,
-    dtype: str = "F16",
-    data: Path | None = None,
-    n_rows: int = CHECKED_ROWS,
-    allow_unverified: bool = False,
-    overwrite: bool = False,
+    options: ExportOptions = DEFAULT_OPTIONS,
     on_progress: OnProgress = silent,
 ) -> PatchedBase:
     """Write `out`, the patched base, and where something of the adapter is left OUT.lora.gguf, a LoRA over it.
@@ -62,31 +57,34 @@ def patch(
     patched base kept aside, if llama.cpp does not compute with both what torch does.
     """
     rest = out.with_name(f"{out.name.removesuffix('.gguf')}.lora.gguf")
-    refuse_existing(out, overwrite)
+    refuse_existing(out, options.overwrite)
     made_from, base = stamp(base_path, adapter_path), open_base(base_path)
     require_space(out.parent, base.file.path.stat().st_size, "the patched base")
-    adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified)
+    adapter = read_checked(adapter_path, base, allow_unverified=options.allow_unverified)
     base = base.as_trained(adapter.contract)
-    plan, rows = plan_patch(base, adapter), rows_to_check(data, n_rows)
+    plan, rows = plan_patch(base, adapter), rows_to_check(options.data, options.n_rows)
     changes_biases = any(adapter.change(module).bias is not None for module in adapter.linears)
     if not plan.patches and not adapter.norms and not changes_biases:
         raise _is_a_lora(adapter_path)
     part = Part(adapter, 1.0, sha256_file(adapter_path / TENSORS), adapter_path.resolve().name)
     reference = Reference(base_path, ((adapter_path, 1.0),))
     with ExitStack() as stack:
-        lora = stack.enter_context(staged(rest, overwrite=overwrite)) if plan.rest else None
+        lora = stack.enter_context(staged(rest, overwrite=options.overwrite)) if plan.rest else None
 
         def check(draft: Path) -> Certificate:
             if lora is not None:
-                write_rest(lora, base, plan, rest.stem, None, dtype)
+                write_rest(lora, base, plan, rest.stem, None, options.dtype)
             equal, (floor, own) = side_by_side(SideBySide(draft, lora, (reference,), rows), on_progress)
-            return judged(base, len(rows), equal, floor, own, coarse=lora is not None and dtype == "Q8_0")
+            return judged(base, len(rows), equal, floor, own, coarse=lora is not None and options.dtype == "Q8_0")
 
         certificate = write_certified(
-            Output(out, overwrite), made_from, lambda draft: write_patched(draft, base, plan, part, on_progress), check
+            Output(out, options.overwrite),
+            made_from,
+            lambda draft: write_patched(draft, base, plan, part, on_progress),
+            check,
         )
         if lora is not None:  # again, now that the file it belongs to has its name and its certificate
-            write_rest(lora, base, plan, rest.stem, _contract(adapter, open_base(out)), dtype)
+            write_rest(lora, base, plan, rest.stem, _contract(adapter, open_base(out)), options.dtype)
             fill(lora, certificate.as_dict())
     return PatchedBase(out, rest if plan.rest else None, plan.error, plan.notes, certificate)
 

@@ -22,7 +22,7 @@ from edgelora.files.contract import sha256_file
 from edgelora.home import example, models_folder
 from edgelora.invocation import command, short
 from edgelora.pipeline.evaluate import Cell, evaluate
-from edgelora.pipeline.export import Certificate, export
+from edgelora.pipeline.export import Certificate, ExportOptions, export
 from edgelora.pipeline.merge import merge
 from edgelora.pipeline.quantize import quantize
 from edgelora.progress import OnProgress, silent
@@ -107,7 +107,7 @@ def quickstart(
         f"trained {run.n_steps} steps in {run.seconds:.0f} s: {run.tokens_per_s:.0f} tokens/s, "
         f"peak memory {run.peak_bytes / 1e6:.0f} MB, held-out loss {run.held_out_loss:.3f} (torch)"
     )
-    certificate = export(base, adapter, live, data=test, overwrite=True, on_progress=on_progress)
+    certificate = export(base, adapter, live, ExportOptions(data=test, overwrite=True), on_progress)
     say(
         f"adapter: {live.stat().st_size / 1e6:.1f} MB; checked on {certificate.n_prompts} prompts: token ids equal, "
         f"mean KL {certificate.adapter.kl_mean:.4f} (without adapter {certificate.floor.kl_mean:.4f}), "

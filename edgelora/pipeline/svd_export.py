@@ -18,8 +18,8 @@ from edgelora.evaluate.fidelity import Fidelity
 from edgelora.files.atomic import refuse_existing
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.pipeline.certificate import Output, stamp, write_certified
-from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
-from edgelora.pipeline.export import Certificate, judged, read_checked
+from edgelora.pipeline.check_rows import rows_to_check
+from edgelora.pipeline.export import DEFAULT_OPTIONS, Certificate, ExportOptions, judged, read_checked
 from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
@@ -55,14 +55,10 @@ class SvdCertificate:
 
 @dataclass(frozen=True)
 class SvdOptions:
-    """What the LoRA is to be, and what it is checked on."""
+    """The most rank that the LoRA may have, and what is asked of every door."""
 
     rank: int
-    dtype: str = "F16"
-    data: Path | None = None
-    n_rows: int = CHECKED_ROWS
-    allow_unverified: bool = False
-    overwrite: bool = False
+    export: ExportOptions = DEFAULT_OPTIONS
 
 
 def export_svd(
@@ -72,11 +68,12 @@ def export_svd(
 
     Raises ExportError for an adapter that changes more than weights, CertificateError as `export` does.
     """
-    refuse_existing(out, options.overwrite)
+    asked = options.export
+    refuse_existing(out, asked.overwrite)
     made_from, base = stamp(base_path, adapter_path), open_base(base_path)
-    adapter = read_checked(adapter_path, base, allow_unverified=options.allow_unverified)
+    adapter = read_checked(adapter_path, base, allow_unverified=asked.allow_unverified)
     base = base.as_trained(adapter.contract)
-    rows = rows_to_check(options.data, options.n_rows)
+    rows = rows_to_check(asked.data, asked.n_rows)
     nearest = nearest_lora(base, adapter, options.rank, on_progress)
     lora = _signed(nearest, adapter, options.rank)
     with tempfile.TemporaryDirectory(prefix="edgelora-svd-") as room:
@@ -86,13 +83,13 @@ def export_svd(
         def check(draft: Path) -> SvdCertificate:
             wholes = tuple(Reference(base_path, ((path, 1.0),)) for path in (folder, adapter_path))
             equal, (floor, own, lost) = side_by_side(SideBySide(base_path, draft, wholes, rows), on_progress)
-            found = judged(base, len(rows), equal, floor, own, coarse=options.dtype == "Q8_0")
+            found = judged(base, len(rows), equal, floor, own, coarse=asked.dtype == "Q8_0")
             return SvdCertificate(options.rank, dict(nearest.errors), nearest.whole, lost, found)
 
         return write_certified(
-            Output(out, options.overwrite),
+            Output(out, asked.overwrite),
             made_from,
-            lambda draft: write_adapter_gguf(draft, lora, base, out.stem, options.dtype),
+            lambda draft: write_adapter_gguf(draft, lora, base, out.stem, asked.dtype),
             check,
         )
 
