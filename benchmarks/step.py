@@ -28,7 +28,8 @@ from edgelora.base.tensors import Stored
 from edgelora.base.weights import Dense
 from edgelora.data.pack import IGNORE, Batch
 from edgelora.device import choose_products, physical_cores, processor_name
-from edgelora.nn.decoder import Decoder, Frozen
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.frozen import Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
 from edgelora.training.objectives.log_p import token_nll

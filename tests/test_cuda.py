@@ -19,7 +19,8 @@ from edgelora.base.model import open_base
 from edgelora.base.weights import Dense, GGUFBlocks
 from edgelora.nn import gpu, gpu_attention
 from edgelora.nn.attention import SegmentAttention
-from edgelora.nn.decoder import Decoder, Frozen
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.frozen import Frozen
 from edgelora.nn.scores import Scores
 from edgelora.peft.adapter import read_adapter
 from edgelora.peft.inject import inject

@@ -11,8 +11,8 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.cache import KeyValues
-from edgelora.nn.decoder import Attention
 from edgelora.nn.generate import Sampling, Until, generate, growing
+from edgelora.nn.layer import Attention
 from edgelora.nn.scores import Scores
 from edgelora.peft.inject import inject
 

@@ -17,7 +17,7 @@ from step import WIDTH, floats_of, padded
 from edgelora.architectures.config import ModelConfig
 from edgelora.architectures.names import EMBEDDING
 from edgelora.base.model import Base, open_base
-from edgelora.nn.decoder import Frozen
+from edgelora.nn.frozen import Frozen
 
 
 def write(gguf: Path, folder: Path, width: int | None) -> None:

@@ -26,7 +26,8 @@ from edgelora.base.weights import Dense, GGUFBlocks
 from edgelora.config import TrainConfig
 from edgelora.data.encode import Example
 from edgelora.data.order import Order
-from edgelora.nn.decoder import Decoder, Frozen
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.frozen import Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
 from edgelora.progress import Progress

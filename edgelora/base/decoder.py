@@ -12,7 +12,8 @@ from edgelora.base.hold import hold
 from edgelora.base.host_rows import HostRows
 from edgelora.base.model import Base
 from edgelora.base.weights import from_rows
-from edgelora.nn.decoder import Decoder, Frozen
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.frozen import Frozen
 from edgelora.nn.linear import Weight
 
 # `--dtype` → what matrix products are computed in

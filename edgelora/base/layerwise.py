@@ -18,9 +18,11 @@ from edgelora.base.hold import hold
 from edgelora.base.model import Base
 from edgelora.data.pack import Batch
 from edgelora.nn.awake import Awake
-from edgelora.nn.decoder import Adaptable, Frozen, Layer, Tables, adaptable, final_norm
+from edgelora.nn.decoder import Adaptable, adaptable, final_norm
+from edgelora.nn.frozen import Frozen
+from edgelora.nn.layer import Layer
 from edgelora.nn.primitives import bound_primitives
-from edgelora.nn.rotary import rotary_tables
+from edgelora.nn.rotary import tables_of
 from edgelora.nn.vocabulary import Vocabulary
 
 Adapt: TypeAlias = Callable[[Mapping[str, Adaptable]], None]
@@ -40,7 +42,7 @@ def hidden_states(
     bound_primitives()
     config = base.config
     states = _embedded(base, batches, adapt)
-    tables = [_tables(base, batch) for batch in batches]
+    tables = [tables_of(config, torch.from_numpy(b.positions), b.segment_starts, b.prefix) for b in batches]
     for i in range(config.num_hidden_layers):
         layer = _layer(base, i, adapt)
         for row, (table, batch) in enumerate(zip(tables, batches, strict=True)):
@@ -66,12 +68,6 @@ def _embedded(base: Base, batches: Sequence[Batch], adapt: Adapt) -> list[Tensor
     ]
     base.tensors.forget(name)
     return states
-
-
-def _tables(base: Base, batch: Batch) -> Tables:
-    config, positions = base.config, torch.from_numpy(batch.positions)
-    ropes = {rope for i in range(config.num_hidden_layers) if (rope := config.rope_of(i)) is not None}
-    return {rope: rotary_tables(positions, rope, batch.segment_starts, batch.prefix) for rope in ropes}
 
 
 def _layer(base: Base, number: int, adapt: Adapt) -> Layer:

@@ -18,7 +18,7 @@ from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.base.model import Base
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Weight
-from edgelora.nn.rotary import rotary_tables
+from edgelora.nn.rotary import tables_of
 
 
 class OutputKL:
@@ -29,14 +29,11 @@ class OutputKL:
 
     def __init__(self, decoder: Decoder, windows: np.ndarray, scored: np.ndarray) -> None:
         n, size = windows.shape
-        config = decoder.config
         self.decoder = decoder
         self.ids = torch.from_numpy(np.ascontiguousarray(windows).reshape(-1))  # (n · T,)
         self.positions = torch.from_numpy((np.arange(n)[:, None] * size + scored).reshape(-1))
         self.starts = [i * size for i in range(n + 1)]
-        ropes = {rope for i in range(config.num_hidden_layers) if (rope := config.rope_of(i)) is not None}
-        places = torch.arange(n * size) % size
-        self.tables = {rope: rotary_tables(places, rope, self.starts, 0) for rope in ropes}
+        self.tables = tables_of(decoder.config, torch.arange(n * size) % size, self.starts)
         with torch.no_grad():
             self.reference = self._log_p(self._through(0, self.embedded()))
 

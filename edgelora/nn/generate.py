@@ -16,7 +16,8 @@ from torch import Tensor
 
 from edgelora.nn.awake import last_place
 from edgelora.nn.cache import KeyValues
-from edgelora.nn.decoder import Attention, Decoder
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.layer import Attention
 from edgelora.nn.rotary import inverse_frequencies
 
 

@@ -1,13 +1,51 @@
-"""RMSNorm as an autograd function that saves as little as it can. Computed in float32, whatever it reads and gives."""
+"""RMSNorm: a layer whose weight an adapter can put another in the place of, over a function that saves little.
+
+Computed in float32, whatever it reads and gives.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgelora.nn import compiled, gpu
+
+
+class NewWeight(Protocol):
+    """What an adapter puts in the place of a norm's weight (d,)."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved of it, by PEFT's names."""
+        ...
+
+
+class Norm(nn.Module):
+    """x / rms(x) · w, where w is `weight`, or its `delta`'s. shift: what HF's weight lacks of w."""
+
+    delta: NewWeight | None
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32, shift: float = 0.0) -> None:
+        super().__init__()
+        self.eps, self.dtype, self.shift = eps, dtype, shift
+        self.delta = None
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RMSNorm.apply(x, self._weight, self.eps, self.dtype)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same values without a place in the graph."""
+        return rms_norm(x, self._weight.detach(), self.eps, self.dtype)[0]
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.weight if self.delta is None else self.delta.weight
 
 
 class RMSNorm(torch.autograd.Function):

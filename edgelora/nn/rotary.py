@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgelora.architectures.config import ModelConfig
 from edgelora.architectures.rope import Rope
 from edgelora.errors import DataError
 from edgelora.nn import compiled, gpu
+
+Tables = dict[Rope, tuple[Tensor, Tensor]]
+"""The cos and sin (T, 1, rope.dim / 2) of each rope that some layer has."""
 
 
 class Rotary(torch.autograd.Function):
@@ -81,6 +85,12 @@ def rotary_tables(
         inverse = inverse.to(positions.device)  # (T, r / 2)
     angles = positions.to(torch.float32)[:, None] * inverse
     return (angles.cos() * rope.attention_factor)[:, None], (angles.sin() * rope.attention_factor)[:, None]
+
+
+def tables_of(config: ModelConfig, positions: Tensor, starts: Sequence[int], prefix: int = 0) -> Tables:
+    """`rotary_tables` of every rope of a model, for a packed row: made once, for all layers."""
+    ropes = {rope for i in range(config.num_hidden_layers) if (rope := config.rope_of(i)) is not None}
+    return {rope: rotary_tables(positions, rope, starts, prefix) for rope in ropes}
 
 
 def inverse_frequencies(rope: Rope, length: int = 0) -> Tensor:

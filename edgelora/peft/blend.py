@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgelora.nn.awake import Awake
-from edgelora.nn.decoder import Adaptable, Decoder, Norm
+from edgelora.nn.decoder import Adaptable, Decoder
 from edgelora.nn.linear import Delta, Linear, Weight, bias_of
+from edgelora.nn.norm import Norm
 from edgelora.nn.vocabulary import Vocabulary
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.alora import waiting

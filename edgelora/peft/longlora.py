@@ -8,7 +8,8 @@ modules_to_save.
 
 from __future__ import annotations
 
-from edgelora.nn.decoder import Attention, Decoder
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.layer import Attention
 from edgelora.peft.lora import fresh
 
 __all__ = ["attend_in_groups", "fresh"]

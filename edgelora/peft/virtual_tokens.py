@@ -11,7 +11,8 @@ from torch import Tensor
 
 from edgelora.architectures.config import ModelConfig
 from edgelora.nn.cache import KeyValues
-from edgelora.nn.decoder import Attention, Decoder
+from edgelora.nn.decoder import Decoder
+from edgelora.nn.layer import Attention
 from edgelora.nn.scores import Scores
 from edgelora.nn.virtual import Given, KeysValues, Virtual
 from edgelora.peft.method import Method
