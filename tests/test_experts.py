@@ -5,11 +5,15 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+import torch
+from merging import as_a_lora
+from peft import LoraConfig, get_peft_model
+from stirred import Stir
 from test_architectures import CASES, seeded
 from test_export import IDS
 
 from converters.base_to_gguf import write_base_gguf
-from edgelora.architectures.layers import Layers
+from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import fidelity
@@ -20,6 +24,8 @@ from edgelora.peft.adapter import write_adapter as write_folder
 from edgelora.pipeline.inspect_adapter import gguf_adapter
 from runtime.scorer import ScoringEngine
 
+# PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 UP, DOWN, Q, RANK, ALPHA = "blk.0.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight", "blk.0.attn_q.weight", 3, 6.0
 
 
@@ -103,12 +109,76 @@ def test_what_is_known_of_it_without_a_base(mixture, tmp_path):
     assert facts.ranks == {RANK: 2}
 
 
-def test_an_adapter_folder_with_experts_says_so(mixture, tmp_path):
-    """As PEFT has them: one by one, or all of a layer as one parameter."""
-    for name, said in (("block_sparse_moe.experts.3.w1", r"experts\.3\.w1 is of the experts of a mixture"),
-                       ("mlp.experts", r"mlp\.experts is of the experts of a mixture")):  # fmt: skip
-        pair = {"lora_A": np.ones((2, 64), np.float32), "lora_B": np.ones((96, 2), np.float32)}
-        adapter = Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2}, {f"model.layers.0.{name}": pair})
-        write_folder(tmp_path / name, adapter)
-        with pytest.raises(AdapterError, match=said):
-            read_adapter(tmp_path / name, Layers(mixture.linears))
+REFUSED = [
+    "  why: of a mixture edgelora adapts the layers around its experts, and without the rest this adapter would "
+    "compute something else",
+    "  fix: merge it where it was trained (PEFT's merge_and_unload), save that and `edgelora convert` it; or train "
+    "the layers of attention alone (--target-modules q_proj --target-modules v_proj)",
+]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("block_sparse_moe.experts.3.w1", "block_sparse_moe.gate"), ("mlp.experts.3.up_proj", "mlp.gate")],
+    ids=["mixtral", "qwen3_moe"],
+)
+def test_an_adapter_of_single_experts_is_refused_with_the_way_out(mixture, tmp_path, names):
+    """Under the names that PEFT gave them while transformers had a module for each."""
+    pair = {"lora_A": np.ones((2, 256), np.float32), "lora_B": np.ones((384, 2), np.float32)}
+    tensors = {f"model.layers.0.{name}": pair for name in names}
+    write_folder(tmp_path / "mine", Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2}, tensors))
+    with pytest.raises(AdapterError) as refused:
+        read_adapter(tmp_path / "mine", mixture.layers)
+    expert, router = tensors
+    what, *rest = str(refused.value).splitlines()
+    assert f"{expert} is of the experts of a mixture" in what
+    assert f"{router} is of a mixture's router" in what
+    assert rest == REFUSED
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
+def pefts(request, tmp_path_factory, vocabulary, write_tokenizer):
+    """(the folder of a mixture, PEFT's model with an adapter of its experts' parameters, the folder of that)."""
+    folder, name = tmp_path_factory.mktemp(request.param), request.param
+    model = seeded(CASES[name])
+    model.save_pretrained(folder / "hf")
+    write_tokenizer(folder / "hf", vocabulary, None)
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=2, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )  # fmt: skip
+    theirs = get_peft_model(model, config).eval()
+    theirs.save_pretrained(folder / "adapter")
+    return folder / "hf", theirs, folder / "adapter"
+
+
+def test_an_adapter_of_pefts_target_parameters_leaves_by_the_way_that_its_refusal_names(
+    pefts, vocabulary, write_tokenizer, tmp_path
+):
+    hf, theirs, adapter = pefts
+    with pytest.raises(AdapterError) as refused:
+        read_adapter(adapter, open_base(hf).layers)
+    what, *rest = str(refused.value).splitlines()
+    assert "target_parameters is set; model.layers.0.mlp.experts" in what
+    assert "q_proj" not in what
+    assert rest == REFUSED
+    ids = torch.tensor(IDS[0])
+    with torch.no_grad():
+        wanted, plain = theirs(ids[None]).logits[0], build_decoder(open_base(hf)).logits(ids)
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    write_tokenizer(tmp_path / "merged", vocabulary, None)
+    write_base_gguf(tmp_path / "merged.gguf", open_base(tmp_path / "merged"), "F32")
+    found = build_decoder(open_base(tmp_path / "merged.gguf")).logits(ids)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert float((plain - wanted).abs().max()) > 0.1
+
+
+def test_a_lora_of_the_layers_around_the_experts_leaves_as_one(mixture, tmp_path):
+    ids = torch.tensor(IDS[0])
+    decoder, adapter = Stir(rank=2, alpha=4.0, by=0.4).on(mixture, "lora")
+    live = decoder.logits(ids)
+    found = as_a_lora(mixture, adapter, tmp_path / "a.gguf", ids, live)
+    assert found.kl_mean <= 1e-4
+    assert found.same_top == 1.0
+    assert float((build_decoder(mixture).logits(ids) - live).abs().max()) > 0.1

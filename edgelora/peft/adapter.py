@@ -36,6 +36,7 @@ from edgelora.peft.kinds import (
     Parts,
     kind_of,
 )
+from edgelora.peft.strangers import why_and_fix
 
 __all__ = [
     "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
@@ -245,11 +246,7 @@ def _unfit(path: Path, faults: Sequence[str]) -> AdapterError:
             fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
         )
     more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-    return AdapterError(
-        what=f"{path}: " + "; ".join(faults[:8]) + more,
-        why="the adapter was trained on another base model, by another method, or is damaged",
-        fix="pass the base it was trained on, or train again on this one",
-    )
+    return AdapterError(f"{path}: " + "; ".join(faults[:8]) + more, *why_and_fix(faults))
 
 
 def _without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:

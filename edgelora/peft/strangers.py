@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+
+EXPERTS = "of the experts of a mixture, which stay as they are here"
+ROUTER = "of a mixture's router, which stays as it is here"
 
 # What a tensor is that belongs to no linear layer of the decoder, by a part of its name. The first that fits.
 NO_LINEAR = (
-    (r"experts|_exps\b|switch_mlp|shared_expert", "of the experts of a mixture, which stay as they are here"),
-    (r"block_sparse_moe\.gate|mlp\.gate(\.|$)|ffn_gate_inp", "of a mixture's router, which stays as it is here"),
+    (r"experts|_exps\b|switch_mlp|shared_expert", EXPERTS),
+    (r"block_sparse_moe\.gate|mlp\.gate(\.|$)|ffn_gate_inp", ROUTER),
     (r"embed_tokens|embedding|token_embd|\bwte\b", "of the token embeddings"),
     (r"lm_head|^output\.", "of the head"),
     (r"norm", "of a norm"),
@@ -21,3 +25,18 @@ def no_linear(name: str) -> str:
     """What is said of a tensor or module that is no linear layer's."""
     found = next((what for pattern, what in NO_LINEAR if re.search(pattern, name)), None)
     return f"{name} is {found}" if found else f"{name} is no linear layer of this model"
+
+
+def why_and_fix(faults: Iterable[str]) -> tuple[str, str]:
+    """Why an adapter with these faults is refused, and what helps."""
+    if any(fault.endswith((EXPERTS, ROUTER)) for fault in faults):
+        return (
+            "of a mixture edgelora adapts the layers around its experts, and without the rest this adapter would "
+            "compute something else",
+            "merge it where it was trained (PEFT's merge_and_unload), save that and `edgelora convert` it; or train "
+            "the layers of attention alone (--target-modules q_proj --target-modules v_proj)",
+        )
+    return (
+        "the adapter was trained on another base model, by another method, or is damaged",
+        "pass the base it was trained on, or train again on this one",
+    )
