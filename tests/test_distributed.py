@@ -20,10 +20,10 @@ import torch
 from conftest import ROOT
 from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
+from resumed import outcome, run_folder
 from safetensors.numpy import load_file
 from test_architectures import family  # noqa: F401  (a fixture)
 from test_recompute import adapted, gradients
-from test_resume import outcome, run_folder
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base

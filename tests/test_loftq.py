@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
+from resumed import require_same_when_resumed
 from same_tokens import IDS
 
 from converters.plan import QuantizeOptions
@@ -19,10 +19,9 @@ from edgelora.base.weights import Dense
 from edgelora.errors import ConfigError
 from edgelora.files.contract import read_contract
 from edgelora.peft import loftq
-from edgelora.peft.adapter import CONFIG, TENSORS, read_adapter
+from edgelora.peft.adapter import CONFIG, read_adapter
 from edgelora.peft.inject import attach, inject
 from edgelora.progress import silent
-from edgelora.training.checkpoint import checkpoint_path
 from edgelora.training.original import Originals
 from edgelora.training.run import run_training
 from edgelora.training.settle import settle
@@ -132,16 +131,10 @@ def test_a_run_ends_in_a_plain_lora_that_says_what_it_began_from(settings, base,
 
 
 def test_a_run_goes_on_from_its_checkpoint_without_an_svd(settings, tmp_path, monkeypatch):
-    out = tmp_path / "mine"
-    run_training(settings(out))
-    wanted = (out / TENSORS).read_bytes()
-    shutil.rmtree(out)
-    for path in (tmp_path / "mine.run" / "checkpoints").glob("step-*"):
-        if path.name > checkpoint_path(path.parent, 2).name:
-            shutil.rmtree(path)
+    config = settings(tmp_path / "mine")
+    run_training(config)
     monkeypatch.setattr(loftq, "leading", None)
-    run_training(settings(out, resume=True))
-    assert (out / TENSORS).read_bytes() == wanted
+    require_same_when_resumed(config, 2)
 
 
 def test_a_base_that_is_quantized_on_opening_is_its_own_original(settings, tiny, original):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from resumed import require_same_when_resumed, run_folder
 from same_tokens import IDS
-from test_resume import cut_back, data, outcome, run_folder, settings  # noqa: F401
+from test_resume import data, settings  # noqa: F401
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
@@ -190,10 +191,7 @@ def trained(settings, tmp_path_factory):  # noqa: F811
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained):
-    wanted = outcome(trained.out)
-    cut_back(trained.out, 1)
-    run_training(trained.model_copy(update={"resume": True}))
-    assert outcome(trained.out) == wanted
+    require_same_when_resumed(trained, 1)
 
 
 def test_a_run_learns_in_groups_and_is_measured_on_everything(trained, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from conftest import ROOT
 from example_runs import example_rows
 from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
+from resumed import cut_back, kill, outcome, require_same_when_resumed, run_folder
 from test_atomic import Disk, tree
 
 from edgelora.config import TrainConfig
@@ -37,14 +37,6 @@ from edgelora.training.run import run_training
 
 STEPS = 12  # 24 rows, four a step, two epochs: an epoch ends at step 6
 KILLS = 30  # benchmarks/kill.py does 200, on a real model
-
-spec = importlib.util.spec_from_file_location("kill", ROOT / "benchmarks" / "kill.py")
-assert spec is not None
-assert spec.loader is not None
-kill = importlib.util.module_from_spec(spec)
-sys.modules["kill"] = kill  # dataclasses look their module up
-spec.loader.exec_module(kill)
-outcome, run_folder = kill.outcome, kill.run_folder
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +87,6 @@ def stop_after(step: int) -> Callable[[Any], None]:
             raise Stopped
 
     return listen
-
-
-def cut_back(out: Path, step: int, micro: int = 0) -> None:
-    """As if the run had died behind that checkpoint: no adapter and none later; the lines of later steps stay."""
-    shutil.rmtree(out)
-    for path in (run_folder(out) / "checkpoints").glob("step-*"):
-        if path.name > checkpoint_path(Path(), step, micro).name:
-            shutil.rmtree(path)
 
 
 @pytest.fixture(scope="module")
@@ -157,30 +141,23 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_a_step_depends_on_comes_back(settings, tmp_path, way):
-    out = tmp_path / "mine"
-    run_training(settings(out, **WAYS[way]))
-    wanted = outcome(out)
-    last = wanted.curve[-1][0]
-    for step in (last // 2, last):
-        cut_back(out, step)
-        run_training(settings(out, resume=True, **WAYS[way]))
-        assert outcome(out) == wanted, f"from step {step}"
+    config = settings(tmp_path / "mine", **WAYS[way])
+    run_training(config)
+    last = outcome(config.out).curve[-1][0]
+    require_same_when_resumed(config, last // 2, last)
 
 
 def test_a_start_that_was_computed_comes_back_too(settings, tmp_path, monkeypatch):
     """On another machine an SVD has other signs: what was learned belongs to those of the first."""
-    out, leading = tmp_path / "mine", pissa.leading
-    run_training(settings(out, method="pissa", max_steps=4))
-    wanted = outcome(out)
-    cut_back(out, 2)
+    config, leading = settings(tmp_path / "mine", method="pissa", max_steps=4), pissa.leading
+    run_training(config)
 
     def of_other_signs(weight, rank, generator):
         u, s, vt = leading(weight, rank, generator)
         return -u, s, -vt
 
     monkeypatch.setattr(pissa, "leading", of_other_signs)
-    run_training(settings(out, method="pissa", max_steps=4, resume=True))
-    assert outcome(out) == wanted
+    require_same_when_resumed(config, 2)
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])

@@ -13,10 +13,11 @@ from exact import draw
 from gguf.constants import GGMLQuantizationType as Type
 from merging import require_merged_computes
 from peft import LoraConfig, PeftModel, get_peft_model
+from resumed import require_same_when_resumed
 from safetensors.numpy import load_file, save_file
 from same_tokens import IDS, loss_of
 from stirred import Stir
-from test_resume import cut_back, data, outcome, settings  # noqa: F401
+from test_resume import data, settings  # noqa: F401
 from test_vectors import family  # noqa: F401
 from torch.nn import functional
 
@@ -347,10 +348,7 @@ def run(made, settings, tmp_path_factory):  # noqa: F811
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(run):
-    wanted = outcome(run.out)
-    cut_back(run.out, 1)
-    run_training(run.model_copy(update={"resume": True}))
-    assert outcome(run.out) == wanted
+    require_same_when_resumed(run, 1)
 
 
 def test_a_run_leaves_what_it_trained_whole(run):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from resumed import outcome, require_same_when_resumed
 from same_tokens import IDS, loss_of
 from test_architectures import family  # noqa: F401
-from test_resume import cut_back, data, outcome, settings  # noqa: F401
+from test_resume import data, settings  # noqa: F401
 from test_soft_prompt import CONFIG as ENGINE
 
 from edgelora.base.decoder import build_decoder
@@ -248,11 +249,7 @@ def trained(settings, tiny, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_resumed_run_is_the_uninterrupted_one(trained, kind):
-    config = trained(kind)
-    wanted = outcome(config.out)
-    cut_back(config.out, 2)
-    run_training(config.model_copy(update={"resume": True}))
-    assert outcome(config.out) == wanted
+    require_same_when_resumed(trained(kind), 2)
 
 
 @pytest.mark.parametrize("kind", RUNS)

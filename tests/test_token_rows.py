@@ -10,8 +10,9 @@ import torch
 import transformers
 from gguf.constants import GGMLQuantizationType as Type
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
+from resumed import require_same_when_resumed
 from same_tokens import IDS
-from test_resume import cut_back, data, outcome, settings  # noqa: F401
+from test_resume import data, settings  # noqa: F401
 
 from converters.merge import Part
 from converters.merge_to_hf import write_merged_folder
@@ -241,10 +242,7 @@ def test_what_is_no_token_is_refused(settings, tiny, tmp_path, changes, said):  
 def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):  # noqa: F811
     config = settings(tmp_path / "a", method="token_rows", train_tokens=("<|im_start|>", "77"), max_steps=2)
     run_training(config)
-    wanted = outcome(config.out)
-    cut_back(config.out, 1)
-    run_training(config.model_copy(update={"resume": True}))
-    assert outcome(config.out) == wanted
+    require_same_when_resumed(config, 1)
     base = open_base(config.base)
     (ids, rows), own = read(config.out, base).token_rows["model.embed_tokens"], build_decoder(base).embedding
     assert ids.tolist() == [1, 77]
