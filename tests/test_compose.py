@@ -27,7 +27,7 @@ from edgelora.errors import AdapterError, BaseModelError, ConfigError, OutputErr
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import FILE_NAME, TENSORS, Adapter, LoraPair, read_adapter, write_adapter
 from edgelora.peft.inject import attach
-from edgelora.peft.kinds import ROWS
+from edgelora.peft.kind import ROWS
 from edgelora.pipeline.compose import ComposeOptions, compose_adapters
 from edgelora.pipeline.task_scores import Task
 from runtime.scorer import ScoringEngine

@@ -23,19 +23,8 @@ from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
 from edgelora.peft.fitting import NO_ROWS, module_faults, rows_faults, tied_faults
-from edgelora.peft.kinds import (
-    BIAS,
-    KINDS,
-    MAGNITUDE,
-    NATIVE_TYPE,
-    NORM,
-    PREFIX,
-    ROWS,
-    SAVED_BIASES,
-    Kind,
-    Parts,
-    kind_of,
-)
+from edgelora.peft.kind import BIAS, NORM, PREFIX, ROWS, Kind, Parts
+from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, SAVED_BIASES, kind_of
 from edgelora.peft.strangers import why_and_fix
 
 __all__ = [

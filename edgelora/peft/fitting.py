@@ -8,7 +8,7 @@ import numpy as np
 
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
-from edgelora.peft.kinds import BIAS, NORM, ROWS, WHOLE, Kind, Parts
+from edgelora.peft.kind import BIAS, NORM, ROWS, WHOLE, Kind, Parts
 from edgelora.peft.strangers import no_linear
 
 NO_ROWS = "its tokens have no rows that are read here"

@@ -19,7 +19,8 @@ from edgelora.peft import alora, layernorm, vera_file
 from edgelora.peft.adapter import INVOCATION, Adapter
 from edgelora.peft.attached import delta_of
 from edgelora.peft.dropout import DroppedDelta
-from edgelora.peft.kinds import NATIVE_TYPE, ROWS, WHOLE
+from edgelora.peft.kind import ROWS, WHOLE
+from edgelora.peft.kinds import NATIVE_TYPE
 from edgelora.peft.layernorm import NormDelta
 from edgelora.peft.method import Method
 from edgelora.peft.methods import METHODS

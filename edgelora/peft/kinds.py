@@ -7,117 +7,25 @@ adapter_config.json which `method` they are; their tensors are called `base_mode
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from edgelora.errors import AdapterError
 from edgelora.peft import vera_file
 from edgelora.peft.change import Change, LoraPair
+from edgelora.peft.kind import BIAS, NORM, WHOLE, Kind, Parts, Settings
 from edgelora.peft.of_input import Bottleneck, Mixture
 from edgelora.peft.of_weight import InPlaceOf, TimesAndPlus, WhereNotZero
 from edgelora.peft.targets import by_pattern
 
-Parts: TypeAlias = Mapping[str, np.ndarray]
-Settings: TypeAlias = Mapping[str, Any]
-Make: TypeAlias = Callable[[Parts, Settings, str], Change]
-
 NATIVE_TYPE = "EDGELORA"
-PREFIX = "base_model.model."
-MAGNITUDE, SINGULAR, NORM = "lora_magnitude_vector", "lora_E", "weight"
-WHOLE, BIAS = NORM, "bias"  # of a layer that PEFT saves whole
-ROWS = "trainable_tokens_delta"
+MAGNITUDE, SINGULAR = "lora_magnitude_vector", "lora_E"
 SAVED_BIASES = ("all", "lora_only")
 LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
 STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How adapters of one kind lie in a file, and what they make of a linear layer."""
-
-    title: str
-    parts: Mapping[str, str]
-    """The tensors of an adapted linear layer, with their shapes in words: `r in`, `out r`, `out`, or `out 1|1 in` for
-    one or the other. `out` and `in` are the weight's; any other letter is one number for all parts of a layer."""
-    change: Make
-    """change(parts, settings, module), the parts in float32."""
-    optional: Mapping[str, str] = field(default_factory=dict)
-    """Parts that a layer may have besides."""
-    norms: bool = False
-    """Whether norms may have new weights (d,), as the part `weight`: HF's values, before a family's shift."""
-    rows: bool = False
-    """Whether tokens may have new rows (k, d) in the embedding and the head, those of `token_indices`."""
-    vocabularies: bool = False
-    """Whether the embedding and the head may be changed as linear layers are."""
-    saves: bool = False
-    """Whether layers may be there whole (PEFT's `modules_to_save`), in the place of the parts, and biases (`bias`)."""
-    adds_bias: bool = False
-    """Whether a layer may get a bias that it had not."""
-    endings: Mapping[str, str] = field(default_factory=dict)
-    """What a part is called in the file, where that is not its own name."""
-    faults: Callable[[Settings], list[str]] = lambda _: []
-    """What is wrong with its adapter_config.json."""
-    of_input: str = ""
-    """Why no weight can hold it; empty where one can."""
-
-    @property
-    def one(self) -> str:
-        """`a DoRA`, `an IA3`."""
-        return f"{'an' if self.title[0] in 'AEI' else 'a'} {self.title}"
-
-    def name(self, module: str, part: str, among: Collection[str] = ()) -> str:
-        """What the file calls a tensor, one `among` the parts of its module."""
-        if part == BIAS and self.saves and not set(self.parts) & set(among):
-            return f"{PREFIX}{module}.{part}"  # of a layer that PEFT has not wrapped
-        return f"{PREFIX}{module}.{self.endings.get(part, part)}"
-
-    def place(self, name: str) -> tuple[str, str] | None:
-        """The module and the part that a tensor of the file is; None: no part of this kind."""
-        inside = name.removeprefix(PREFIX)
-        for part in (*self.parts, *self.optional, *([NORM] if self.norms else []), *([ROWS] if self.rows else [])):
-            for ending in (self.endings.get(part, part), part, f"{part}.weight"):
-                if name.startswith(PREFIX) and inside.endswith(f".{ending}"):
-                    return inside.removesuffix(f".{ending}"), part
-        return None
-
-    def sizes(self, part: str, shape: tuple[int, ...]) -> dict[str, int]:
-        """What a tensor tells of the numbers in its shape's words: `out`, `in`, `r` …; nothing if it has another."""
-        for words in {**self.parts, **self.optional}[part].split("|"):
-            if _fits(shape, expected := shape_of(words, {})):
-                return {word: n for word, n in zip(expected, shape, strict=True) if isinstance(word, str)}
-        return {}
-
-    def shape_faults(self, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
-        """What is wrong with the shapes of a linear layer's parts."""
-        sizes = {"out": d_out, "in": d_in}
-        for part, words in {**self.parts, **self.optional}.items():
-            if part not in parts:
-                continue
-            shape, expected = parts[part].shape, [shape_of(one, sizes) for one in words.split("|")]
-            fitting = next((one for one in expected if _fits(shape, one)), None)
-            if fitting is None:
-                yield f"{part} is {shape}, expected {' or '.join(map(_shown, expected))}"
-            else:
-                sizes |= {letter: n for letter, n in zip(fitting, shape, strict=True) if isinstance(letter, str)}
-
-
-def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int | str, ...]:
-    """`out r` → (256, "r"), or (256, 8) where `sizes` knows r."""
-    return tuple(int(word) if word.isdigit() else sizes.get(word, word) for word in words.split())
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(expected) and all(
-        n > 0 and (isinstance(wanted, str) or n == wanted) for n, wanted in zip(shape, expected, strict=True)
-    )
-
-
-def _shown(shape: tuple[int | str, ...]) -> str:
-    return f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
 
 
 # -- LoRA and what PEFT makes of it -------------------------------------------------------------------------------

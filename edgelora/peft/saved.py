@@ -23,7 +23,7 @@ from edgelora.nn.linear import Delta, Factors, Linear, Weight, product
 from edgelora.peft import remade
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.full import FullDelta
-from edgelora.peft.kinds import BIAS, WHOLE
+from edgelora.peft.kind import BIAS, WHOLE
 from edgelora.peft.method import Method
 from edgelora.peft.strength import require_taken
 from edgelora.peft.targets import Where

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Weight
-from edgelora.peft.kinds import ROWS
+from edgelora.peft.kind import ROWS
 
 
 class TokenRows(nn.Module):
