@@ -475,5 +475,5 @@ def test_every_micro_batch_is_dealt_once_and_all_have_as_many(size, n):
         dealt.append(world_of(rank, size).share(batches))
     assert {len(part) for part in dealt} == {-(-n // size)}
     assert sorted(batch.n_tokens for part in dealt for batch in part if batch is not None) == list(range(n))
-    for rank, part in enumerate(dealt):  # `loop._noise` counts on these numbers
+    for rank, part in enumerate(dealt):  # `loop._chance` counts on these numbers
         assert [b.n_tokens for b in part if b is not None] == list(range(rank, n, size))

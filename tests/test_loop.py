@@ -27,7 +27,9 @@ from edgelora.peft.inject import collect, inject
 from edgelora.progress import Sample
 from edgelora.training import loop, neftune
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
-from edgelora.training.loop import MAX_BAD_STEPS, Job, averaged, measurements, over_held_out, train
+from edgelora.training.job import Job, measurements
+from edgelora.training.loop import MAX_BAD_STEPS, train
+from edgelora.training.measure import averaged, over_held_out
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.run import run_training

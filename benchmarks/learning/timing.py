@@ -16,7 +16,8 @@ from edgelora.device import choose_products, compute_threads, computing
 from edgelora.errors import EdgeloraError
 from edgelora.peft.inject import inject, kept_beside
 from edgelora.progress import Progress
-from edgelora.training.loop import Job, train
+from edgelora.training.job import Job
+from edgelora.training.loop import train
 from edgelora.training.objectives import objective_of
 from edgelora.training.rows import load_rows
 from edgelora.training.settle import settle

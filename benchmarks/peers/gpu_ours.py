@@ -31,7 +31,8 @@ from edgelora.nn.frozen import Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
 from edgelora.progress import Progress
-from edgelora.training.loop import Job, train
+from edgelora.training.job import Job
+from edgelora.training.loop import train
 from edgelora.training.objectives import objective_of
 from edgelora.training.recorder import Silent
 from edgelora.training.state import State

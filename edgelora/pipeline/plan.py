@@ -19,7 +19,7 @@ from edgelora.data.order import Order
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
-from edgelora.training.loop import Numbered, measurements
+from edgelora.training.job import Numbered, measurements
 from edgelora.training.memory import Plan
 from edgelora.training.objectives import objective_of
 from edgelora.training.objectives.objective import Objective, held_out, mean_losses

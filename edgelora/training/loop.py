@@ -4,102 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from edgelora.config import TrainConfig
-from edgelora.data.order import Order
 from edgelora.data.pack import Batch
 from edgelora.errors import EdgeloraError
-from edgelora.nn.decoder import Decoder
-from edgelora.nn.linear import Delta
 from edgelora.peft import dropout
 from edgelora.peft.inject import without_adapter
 from edgelora.peft.longlora import attend_in_groups
-from edgelora.peft.method import Method
-from edgelora.peft.methods import METHODS
-from edgelora.peft.saved import within
-from edgelora.progress import Pace, Progress, Sample
+from edgelora.progress import Pace, Progress
+from edgelora.training.job import Job
+from edgelora.training.measure import measure
 from edgelora.training.neftune import neftune
-from edgelora.training.objectives.objective import Objective, added, mean_losses, over_all, score_held_out
+from edgelora.training.objectives.objective import added, mean_losses, over_all
 from edgelora.training.optim import set_share
 from edgelora.training.schedule import share_at
-from edgelora.training.state import Best, State
+from edgelora.training.state import State
 from edgelora.training.where import group_of
-from edgelora.training.world import Alone, World
 
 MAX_BAD_STEPS = 3
 SAVE_EVERY_S = 600.0  # also in the midst of a step, whose micro-batches may take longer than this
 SAVE_EVERY_STEPS = 100
-MEASUREMENTS = 10  # of the held-out loss in a run, beside that of the base
-
-
-class Numbered(Protocol):
-    """Rows by their numbers: a `Dataset`, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained on what: rows by their numbers, the order in which they are seen, and rows held out.
-
-    config: rank, learning_rate, micro_batch_tokens … must have been chosen. `sampler` answers a few fixed prompts.
-    """
-
-    decoder: Decoder
-    objective: Objective[Any]
-    rows: Numbered
-    order: Order
-    config: TrainConfig
-    held_out: Numbered = ()
-    sampler: Callable[[Decoder], tuple[Sample, ...]] | None = None
-    world: World = field(default_factory=Alone)
-
-    @property
-    def total(self) -> int:
-        return self.order.n_steps(self.config.epochs, self.config.max_steps)
-
-    @property
-    def method(self) -> Method:
-        return METHODS[self.config.method]
-
-    @property
-    def deltas(self) -> list[Delta]:
-        found = (within(linear.delta) for linear in self.decoder.linears.values())
-        return [delta for delta in found if delta is not None]
-
-    @property
-    def eval_every(self) -> int:
-        return eval_every(self.config, self.total)
-
-    def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of a step: the same whenever it is asked for."""
-        assert self.config.micro_batch_tokens is not None
-        return self.objective.pack([self.rows[i] for i in self.order.rows(step)], self.config.micro_batch_tokens)
-
-
-def eval_every(config: TrainConfig, total: int) -> int:
-    """Steps between two measurements, in a run of `total` steps."""
-    return config.eval_every or max(1, math.ceil(total / MEASUREMENTS))
-
-
-def measurements(config: TrainConfig, total: int) -> int:
-    """How many are made in a run that patience does not end: every `eval_every` steps, of the last one, of the base."""
-    every = eval_every(config, total)
-    return math.ceil(total / every) + (every <= total)
 
 
 class Watch(Protocol):
-    """Who is told of a run while it goes on, keeps its checkpoints, and may ask it to stop."""
+    """Who is told of a run while it goes on, keeps its checkpoints, and may ask it to stop.
+
+    stepped: behind a step of `tokens`, `seconds` after the run began. peak_bytes: None where another process tells it.
+    """
 
     def stepped(self, progress: Progress, tokens: int, seconds: float) -> None: ...
 
@@ -116,25 +53,24 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     A step whose loss or gradient is not finite is skipped and counted; MAX_BAD_STEPS in a row end the run with an
     error, the last good state saved. Deterministic on the CPU under config.seed, wherever it was stopped and resumed.
     """
-    clock, pace = _Clock(state), Pace(job.total, state.step)
+    clock = _Clock(job.total, state, watch)
     if state.micro and job.world.size > 1:
         _begin_again(state)
     if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
-        with pace.aside():
+        with clock.pace.aside():
             _tell_of_the_base(job, state, watch, clock)
     while state.step < job.total and not _is_enough(job, state):
         batches = job.world.share(job.batches(state.step))
         for _ in _accumulate(job, state, batches):
             # what other processes have summed is not known here
             if job.world.size == 1 and clock.since_save() > SAVE_EVERY_S and state.micro < len(batches):
-                with pace.aside():
-                    clock.save(watch, state)
+                clock.save()
         numbers = over_all(job.objective.shows, state.numbers, job.world.sum)
         loss, norm, rate = _update(job, state)
         tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
-        speed, eta = pace.step(tokens)
-        with pace.aside():
-            measured = _measure(job, state, state.step)
+        speed, eta = clock.pace.step(tokens)
+        with clock.pace.aside():
+            measured = measure(job, state, state.step)
         watch.stepped(
             Progress(
                 "train", state.step, job.total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
@@ -145,16 +81,23 @@ def train(job: Job, state: State, watch: Watch) -> bool:
             tokens, clock.now(),
         )  # fmt: skip
         if state.in_a_row >= MAX_BAD_STEPS:
-            clock.save(watch, state)
+            clock.save()
             raise not_finite(f"in {state.in_a_row} steps in a row (step {state.step})", job.config.learning_rate)
         stop = job.world.any(watch.asked_to_stop())
         is_over = state.step == job.total or _is_enough(job, state)
         if stop or is_over or _is_due(job, state.step, clock):
-            with pace.aside():
-                clock.save(watch, state)
+            clock.save()
         if stop and not is_over:
             return False
     return True
+
+
+def _tell_of_the_base(job: Job, state: State, watch: Watch, clock: _Clock) -> None:
+    """Before the first step: what there is to improve on. A prompt that nothing has learned yet would be in its way."""
+    with without_adapter(job.decoder):
+        measured = measure(job, state, 0)
+    if measured:
+        watch.stepped(Progress("train", 0, job.total, epoch=0.0, **measured), 0, clock.now())
 
 
 class NotFinite(EdgeloraError):
@@ -171,9 +114,10 @@ def not_finite(when: str, learning_rate: float | None) -> NotFinite:
 
 
 class _Clock:
-    """The seconds of the run, those of earlier processes included, and how long ago it was saved."""
+    """The seconds of the run, those of earlier processes included, its pace, and how long ago it was saved."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, total: int, state: State, watch: Watch) -> None:
+        self._state, self._watch, self.pace = state, watch, Pace(total, state.step)
         self._before, self._start = state.seconds, time.perf_counter()
         self._saved = self._start
 
@@ -183,9 +127,11 @@ class _Clock:
     def since_save(self) -> float:
         return time.perf_counter() - self._saved
 
-    def save(self, watch: Watch, state: State) -> None:
-        state.seconds = self.now()
-        watch.save(state)
+    def save(self) -> None:
+        """Have the state kept. What that takes is no part of the pace."""
+        with self.pace.aside():
+            self._state.seconds = self.now()
+            self._watch.save(self._state)
         self._saved = time.perf_counter()
 
 
@@ -270,52 +216,3 @@ def _update(job: Job, state: State) -> tuple[float, float, float]:
     state.optimizer.zero_grad(set_to_none=True)
     state.step, state.micro, state.partial, state.numbers = state.step + 1, 0, 0.0, {}
     return loss, norm, share * config.learning_rate
-
-
-def averaged(state: State) -> AbstractContextManager[None]:
-    """In here the parameters are what is kept: their moving average, where there is one."""
-    return nullcontext() if state.ema is None or not state.ema.steps else state.ema.swapped()
-
-
-def over_held_out(job: Job, state: State) -> tuple[float, dict[str, float]]:
-    """The objective's mean loss over the rows held out (for answers mean −log p in nats), and its numbers beside it."""
-    assert job.config.micro_batch_tokens is not None
-    rows = [job.held_out[i] for i in range(len(job.held_out))]
-    batches = job.world.share(job.objective.pack(rows, job.config.micro_batch_tokens))
-    with averaged(state):
-        scored = score_held_out(job.objective, job.decoder, batches, job.config, job.world.sum)
-    (loss,) = job.world.sum([sum(float(one.loss) for one in scored)])
-    return loss, over_all(job.objective.shows, added({}, (one.numbers for one in scored)), job.world.sum)
-
-
-def _measure(job: Job, state: State, step: int) -> dict[str, Any]:
-    """The held-out loss and the answers to the fixed prompts, if their time has come."""
-    if step % job.eval_every and step != job.total:
-        return {}
-    measured: dict[str, Any] = {}
-    if len(job.held_out):
-        loss, numbers = over_held_out(job, state)
-        measured |= {"held_out_loss": loss, "held_out_numbers": numbers}
-        if step:  # what there is to improve on is no candidate
-            measured["best"] = _is_best(state, step, loss)
-    if job.sampler is not None:
-        with averaged(state):
-            measured["samples"] = job.sampler(job.decoder)
-    return measured
-
-
-def _is_best(state: State, step: int, loss: float) -> bool:
-    """Whether no held-out loss before was as low; `state` remembers it, and for how long there was none."""
-    is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
-    state.stale = 0 if is_best else state.stale + 1
-    if is_best:
-        state.best = Best(step, loss)
-    return is_best
-
-
-def _tell_of_the_base(job: Job, state: State, watch: Watch, clock: _Clock) -> None:
-    """Before the first step: what there is to improve on. A prompt that nothing has learned yet would be in its way."""
-    with without_adapter(job.decoder):
-        measured = _measure(job, state, 0)
-    if measured:
-        watch.stepped(Progress("train", 0, job.total, epoch=0.0, **measured), 0, clock.now())

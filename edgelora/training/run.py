@@ -31,7 +31,9 @@ from edgelora.training.distributed import Processes, choose_threads, joined
 from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
 from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, how_to_go_on, interruptible
-from edgelora.training.loop import Job, averaged, not_finite, train
+from edgelora.training.job import Job
+from edgelora.training.loop import not_finite, train
+from edgelora.training.measure import averaged
 from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.original import Originals, original_of
