@@ -344,6 +344,6 @@ def test_more_layers_than_tensors_are_refused_at_once(make_checkpoint, monkeypat
     folder = make_checkpoint()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2_000_000}))
-    monkeypatch.setattr("edgelora.base.model.tensor_shapes", lambda *_: pytest.fail("names were made for every layer"))
+    monkeypatch.setattr("edgelora.base.header.tensor_shapes", lambda *_: pytest.fail("names were made for every layer"))
     with pytest.raises(BaseModelError, match="claims 2000000 layers"):
         open_base(folder)
