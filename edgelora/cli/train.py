@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Json
+from edgelora.cli.importing import uncollected
 from edgelora.cli.options import as_toml, settled, with_options
 from edgelora.config import TrainConfig
 
@@ -58,9 +59,9 @@ def train(
         sweeping.sweep(asked, sweep, as_json)
         return
     with listener(as_json) as display:
-        from edgelora.training.interrupt import at_once
-        from edgelora.training.run import run_training
-
+        with uncollected():
+            from edgelora.training.interrupt import at_once
+            from edgelora.training.run import run_training
         try:
             run = run_training(
                 asked, display.show, lambda name, c: display.say(f"{name}: {c.value} ({c.why})"), display.note

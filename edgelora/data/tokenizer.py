@@ -124,8 +124,10 @@ class Tokenizer:
         The longest token anywhere in the text goes first, not the leftmost.
         """
         pieces: list[tuple[int | str, int, int]] = [(text, 0, len(text))] if text else []
-        heads = {text[i : i + n] for i in range(len(text)) for n in (1, 2)}
         readable = self._readable[parse_special]
+        if not readable:
+            return pieces
+        heads = {text[i : i + n] for i in range(len(text)) for n in (1, 2)}
         candidates = sorted(rank for head in heads & readable.keys() for rank in readable[head])
         for _, token in candidates:
             if self.tokens[token] in text:
