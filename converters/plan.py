@@ -75,6 +75,7 @@ class TensorPlan:
 
     @property
     def size_bytes(self) -> int:
+        """In the type that it gets."""
         return tensor_bytes(self.shape, self.type)
 
 

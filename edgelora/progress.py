@@ -92,6 +92,7 @@ class Smoothed:
         return [self._sum.hex(), self._weight.hex()]
 
     def restore(self, state: list[str]) -> None:
+        """Go on from what `state` told."""
         self._sum, self._weight = (float.fromhex(number) for number in state)
 
     def add(self, loss: float | None) -> float | None:

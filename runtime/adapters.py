@@ -85,6 +85,7 @@ class Adapters:
         return key
 
     def loras(self, key: Key) -> list[tuple[Lora, float]]:
+        """The LoRAs of a key at their scales; what stands before prompts is left out."""
         contents = [(self._held[digest].content, scale) for digest, scale in key]
         return [(content, scale) for content, scale in contents if isinstance(content, Lora)]
 
@@ -108,10 +109,12 @@ class Adapters:
         ]
 
     def hold(self, key: Key) -> None:
+        """Keep the contents of a key for an answer, until `release`."""
         for digest, _ in key:
             self._held[digest].uses += 1
 
     def release(self, key: Key) -> None:
+        """An answer has ended: what no name and no other answer needs is freed."""
         for digest, _ in key:
             self._held[digest].uses -= 1
             self._free_unused(digest)

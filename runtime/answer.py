@@ -20,8 +20,13 @@ from runtime.text import TextStream
 class Vocabulary(Protocol):
     """What an answer asks of the model."""
 
-    def piece(self, token: int) -> bytes: ...
-    def ends_generation(self, token: int) -> bool: ...
+    def piece(self, token: int) -> bytes:
+        """The bytes of its text."""
+        ...
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether an answer ends with it."""
+        ...
 
 
 @dataclass(frozen=True)

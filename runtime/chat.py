@@ -105,6 +105,7 @@ class Chat:
 
     @property
     def single_turn(self) -> bool:
+        """Whether all active adapters (and there are some) were trained on single questions."""
         return one_by_one(self._infos(self.active))
 
     @property

@@ -57,6 +57,7 @@ class Rules:
     n_symbols: int = 0
 
     def symbol(self, name: str | None = None) -> int:
+        """The number of the rule of this name; of a new one where there is none."""
         if name is None or name not in self.names:
             if name is not None:
                 self.names[name] = self.n_symbols
@@ -70,6 +71,7 @@ class Rules:
 
 
 def refused(what: str, why: str, fix: str = "write a smaller grammar") -> ConfigError:
+    """The error for a grammar, `what` and `why` in its user's terms."""
     return ConfigError(what=f"the grammar: {what}", why=why, fix=fix)
 
 

@@ -28,14 +28,17 @@ class Lane:
 
     @property
     def has_room(self) -> bool:
+        """Whether a sequence is free for an answer."""
         return any(not slot.busy for slot in self.slots)
 
     @property
     def idle(self) -> bool:
+        """Whether no sequence is in work."""
         return not any(slot.busy for slot in self.slots)
 
     @property
     def last_used(self) -> int:
+        """The turn in which one of its sequences was last taken."""
         return max(slot.used for slot in self.slots)
 
     def attach(self, key: Key) -> None:

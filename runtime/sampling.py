@@ -127,12 +127,15 @@ class Form:
         self._grammar.restrict(candidates)
 
     def is_text(self, token: int) -> bool:
+        """Whether the answer stays UTF-8 with it."""
         return self._characters.allows(self._model.piece(token), last=self._model.ends_generation(token))
 
     def allows(self, token: int) -> bool:
+        """Whether it stays UTF-8 with it and fits the grammar."""
         return self.is_text(token) and self._grammar.allows(token)
 
     def accept(self, token: int) -> None:
+        """Go on behind this token. Raises EngineError if it is not allowed."""
         if not self.allows(token):  # C would abort the process
             raise EngineError(
                 what=f"token {token} does not fit the grammar",

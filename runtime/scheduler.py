@@ -32,6 +32,7 @@ class Turns:
         self._now = 0
 
     def next(self, groups: set[Group]) -> Group:
+        """Whose turn it is: of these groups (one at least) the one served longest ago."""
         self._served = {g: n for g, n in self._served.items() if g in groups}
         for group in groups:
             self._served.setdefault(group, self._now)
@@ -62,6 +63,7 @@ class Scheduler:
         return sum(map(len, self._waiting.values()))
 
     def submit(self, answer: Answer) -> None:
+        """Let an answer wait for its turn, and hold its adapters until it has ended."""
         self._adapters.hold(answer.key)
         self._waiting.setdefault(answer.key, deque()).append(answer)
 
@@ -72,6 +74,7 @@ class Scheduler:
                 self._end(answer, "cancelled")
 
     def fail_all(self, error: EdgeloraError) -> None:
+        """End every answer with this error, those that wait too."""
         for answer in (*self._running, *(a for queue in self._waiting.values() for a in queue)):
             self._fail(answer, error)
 

@@ -106,9 +106,17 @@ class Snapshot:
 class Archive(Protocol):
     """Where snapshots go that RAM has no room for."""
 
-    def longest(self, chain: Chain) -> tuple[int, Snapshot] | None: ...
-    def shares(self, chain: Chain) -> int: ...
-    def keep(self, snapshot: Snapshot) -> None: ...
+    def longest(self, chain: Chain) -> tuple[int, Snapshot] | None:
+        """(how many chunks it shares with `chain`, the snapshot) that shares the most; None if none does."""
+        ...
+
+    def shares(self, chain: Chain) -> int:
+        """How many chunks the best shares with `chain`, without reading it."""
+        ...
+
+    def keep(self, snapshot: Snapshot) -> None:
+        """Take one, unless it is there or has no room."""
+        ...
 
 
 class Snapshots:

@@ -40,11 +40,14 @@ class LiveStream:
     # -- the owner's side -----------------------------------------------------------------------------------------
 
     def give(self, piece: Piece) -> None:
+        """One more piece."""
         self._pieces.put(piece)
 
     def end(self, usage: Usage) -> None:
+        """No piece comes any more."""
         self._usage = usage
         self._pieces.put(None)
 
     def fail(self, error: EdgeloraError) -> None:
+        """The answer ends with this error, raised where it is iterated."""
         self._pieces.put(error)

@@ -63,6 +63,7 @@ class WholeCharacters:
         return not b"\xed\xa0" <= begun < b"\xee"  # half a surrogate pair, which Python notices a byte later
 
     def accept(self, raw: bytes) -> None:
+        """Go on behind `raw`, which must be allowed."""
         self._decoder.decode(raw)
 
 

@@ -58,6 +58,7 @@ class Verdicts:
         return None if row is None else Verdict(row[0], tuple(map(int, row[1].split())))
 
     def keep(self, digest: str, place: str, verdict: Verdict) -> None:
+        """Remember what passed over the base of `place`."""
         self._tell("passed", digest, place, verdict.contract, " ".join(map(str, verdict.invocation)))
 
     def _ask(self, question: str, *values: str) -> tuple[str, ...] | None:

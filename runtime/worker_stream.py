@@ -32,6 +32,7 @@ class Pending:
         return self._inbox.qsize() if self.wanted else 0
 
     def bring(self, message: FromChild) -> None:
+        """A message of the child; a result or a fault is the last."""
         self._inbox.put(message)
         if isinstance(message, Result):
             self.value = message.value

@@ -54,6 +54,7 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
+        """What q·k is multiplied by before the softmax."""
         return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
 
     def window(self, layer: int) -> int | None:

@@ -127,6 +127,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
+        """The same at any quantization. Reads 64 rows of each layer and all norms."""
         return fingerprint(self.tensors, self.architecture, self.config, self.vocabulary.tokens, self.lineage)
 
     @cached_property
@@ -136,6 +137,7 @@ class Base:
 
     @cached_property
     def template_sha256(self) -> str:
+        """Of the template in use; of the empty text where there is none."""
         return sha256_text(self.template_source or "")
 
     @cached_property
@@ -145,6 +147,7 @@ class Base:
 
     @cached_property
     def base_file(self) -> BaseFile:
+        """Its digest is of the whole file, or of the digests of several: all of them are read."""
         digests = [sha256_file(path) for path in self.source.files]
         digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
         name = self.path.name if self.is_gguf else self.path.resolve().name

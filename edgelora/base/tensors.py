@@ -36,7 +36,9 @@ class Tensors(Protocol):
         """The shape of every tensor there is, by its HF name where it has one, else by its own."""
         ...
 
-    def matrix(self, name: str) -> Stored: ...
+    def matrix(self, name: str) -> Stored:
+        """A matrix as it is stored, its rows in HF's order."""
+        ...
 
     def kind(self, name: str) -> GGMLQuantizationType:
         """How a tensor is stored; reads nothing of it."""

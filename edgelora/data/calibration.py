@@ -56,6 +56,7 @@ class Calibration:
 
     @property
     def sequences(self) -> tuple[np.ndarray, ...]:
+        """Those of the task, then the general ones."""
         return self.task + self.general
 
 

@@ -50,6 +50,7 @@ class BPE(BaseModel):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
+        """The merges in their order; a file has each as a text with a blank, or as a list of two."""
         pairs = [merge.partition(" ")[::2] if isinstance(merge, str) else merge for merge in self.merges]
         return [(left, right) for left, right in pairs]
 
@@ -173,6 +174,7 @@ class HFFolder:
         return size
 
     def sentencepiece_model(self) -> bytes:
+        """The bytes of tokenizer.model. Raises FileFormatError if it is empty, too large or cannot be read."""
         path = self.path / "tokenizer.model"
         try:
             if not 0 < (size := path.stat().st_size) <= LARGEST_FILE:
@@ -182,6 +184,7 @@ class HFFolder:
             raise self.broken(path.name, f"it cannot be read ({e.strerror})") from e
 
     def broken(self, name: str, why: str, fix: str | None = None) -> FileFormatError:
+        """The error for what the file `name` of this folder says."""
         return FileFormatError(
             what=f"{self.path / name}: it describes no tokenizer that llama.cpp could reproduce",
             why=why,

@@ -42,6 +42,7 @@ class Grown:
 
     @property
     def ids(self) -> range:
+        """Of the new tokens."""
         return range(self.first, self.first + len(self.pieces))
 
     @property
@@ -51,10 +52,12 @@ class Grown:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """Of the new tokens, by their ids."""
         return self.vocabulary.tokens[self.first : self.ids.stop]
 
     @property
     def n_tokens(self) -> int:
+        """Of the larger vocabulary."""
         return len(self.vocabulary.tokens)
 
 

@@ -32,6 +32,7 @@ class Batch:
 
     @property
     def n_loss_tokens(self) -> int:
+        """Positions that are learned from, whatever they count."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
     @property

@@ -61,6 +61,7 @@ class Faults:
     count: int = 0
 
     def add(self, place: Place, reason: object) -> None:
+        """Count a fault; the first MAX_FAULTS_SHOWN are shown."""
         self.count += 1
         if self.count <= MAX_FAULTS_SHOWN:
             self._shown.append(f"{place}: {reason}")

@@ -79,6 +79,7 @@ class Store:
 
     @property
     def on_disk(self) -> bool:
+        """Whether an array (4 bytes a token) has outgrown `in_memory_bytes`."""
         return bool(self._limit) and 4 * self._starts[-1] > self._limit
 
     def _file(self) -> IO[bytes]:

@@ -113,6 +113,7 @@ class CellResult:
 
     @property
     def name(self) -> str:
+        """`Q4_K_M merged`: the level, and the way as WAYS calls it."""
         return f"{self.quant} {WAYS[self.way]}"
 
     @property
@@ -179,6 +180,7 @@ _CELL, _REPORT = TypeAdapter(CellResult), TypeAdapter(Report)
 
 
 def cell_to_json(cell: CellResult) -> str:
+    """What `cell_from_json` reads."""
     return _CELL.dump_json(cell, indent=1).decode()
 
 

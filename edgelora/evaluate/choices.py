@@ -44,6 +44,7 @@ class ChoiceScore:
     chance: float
 
     def share(self, custom: str) -> float:
+        """The share of rows that are right by one of CUSTOMS."""
         return sum(self.right[custom]) / len(self.right[custom])
 
 

@@ -68,6 +68,7 @@ class Candidate:
 
     @property
     def top(self) -> np.ndarray:
+        """int64 (n,): the likeliest token of each row."""
         return np.asarray(self.logits.argmax(-1))
 
     def of_targets(self, values: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ class Window:
 
     @property
     def targets(self) -> np.ndarray:
+        """The tokens that are scored."""
         return self.ids[self.first :]
 
 

@@ -54,10 +54,21 @@ class Layout(Protocol):
     about: About
 
     @property
-    def record_bytes(self) -> int: ...
-    def header(self, tokens: np.ndarray) -> bytes: ...
-    def rows(self, candidate: Candidate) -> bytes: ...
-    def read(self, record: bytes) -> Reference: ...
+    def record_bytes(self) -> int:
+        """Of one window."""
+        ...
+
+    def header(self, tokens: np.ndarray) -> bytes:
+        """What the file begins with; tokens: int32 (windows, context)."""
+        ...
+
+    def rows(self, candidate: Candidate) -> bytes:
+        """The record of a window, of the logits of its scored positions."""
+        ...
+
+    def read(self, record: bytes) -> Reference:
+        """A record as what a candidate is compared with."""
+        ...
 
 
 class Whole:
@@ -179,6 +190,7 @@ class ReferenceFile:
         return self.layout.about
 
     def window(self, number: int) -> Reference:
+        """The predictions of a window, counted from 0."""
         with _opened(self.path) as file:
             file.seek(self._start + number * self.layout.record_bytes)
             return self.layout.read(file.read(self.layout.record_bytes))

@@ -185,6 +185,7 @@ class GGUFFile:
 
     @cached_property
     def architecture(self) -> str:
+        """llama.cpp's name of the family; empty where none is stated."""
         return str(self.get("general.architecture", str, ""))
 
     # -- reading --------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class SoftPrompt:
 
     @property
     def length(self) -> int:
+        """Positions that it takes, n."""
         return len(self.embeddings)
 
 
@@ -75,6 +76,7 @@ class Prefix:
 
     @property
     def length(self) -> int:
+        """Positions that it takes, n."""
         return int(self.keys.shape[1])
 
 

@@ -16,6 +16,7 @@ from edgelora.nn import gpu
 
 
 def usable(x: Tensor, scales: Sequence[float]) -> bool:
+    """Whether this computes it: in bfloat16, on a card with Triton, with one scale for all pairs."""
     return x.dtype == torch.bfloat16 and len(set(scales)) == 1 and gpu.has_triton(x.device)
 
 

@@ -88,6 +88,7 @@ class Linear(nn.Module):
         return together(x, (self,), read)[0]
 
     def finish(self, y: Tensor) -> Tensor:
+        """y (T, d_out) with the bias, or with what the delta makes of it."""
         bias = bias_of(self.delta, self.bias)
         return y if bias is None else y + bias.to(y.dtype)
 

@@ -32,6 +32,7 @@ class TrainedPrompt:
 
     @property
     def length(self) -> int:
+        """Positions that it takes, n."""
         if self.embeddings is not None:
             return len(self.embeddings)
         assert self.keys is not None

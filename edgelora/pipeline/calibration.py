@@ -28,6 +28,7 @@ class Windows:
 
     @property
     def n_scored(self) -> int:
+        """Positions of all windows together."""
         return len(self.ids) * len(self.scored)
 
 

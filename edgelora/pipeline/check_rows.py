@@ -24,10 +24,14 @@ class Speaks(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     @property
-    def template_source(self) -> str | None: ...
+    def template_source(self) -> str | None:
+        """The text of its chat template; None where it has none."""
+        ...
 
     @property
-    def template(self) -> ChatTemplate: ...
+    def template(self) -> ChatTemplate:
+        """Raises BaseModelError where it has none."""
+        ...
 
 
 DEFAULT_CHECK = tuple(

@@ -111,9 +111,13 @@ def stepper(n_groups: int, on_progress: OnProgress) -> Callable[[int], None]:
 class Run(Protocol):
     """The written model where it runs: whether it reads a text alike, where it ends a turn, and what it computes."""
 
-    def same_ids(self, base: Speaks, row: Tokenized) -> bool: ...
+    def same_ids(self, base: Speaks, row: Tokenized) -> bool:
+        """Whether it reads the row's text as the same ids."""
+        ...
 
-    def ends_generation(self, token: int) -> bool: ...
+    def ends_generation(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        ...
 
     def logits(self, group: Group) -> np.ndarray | None:
         """float32 (n, V) of what predicts the learned tokens of the group; None: what torch computes."""
@@ -126,7 +130,9 @@ class Computes(Protocol):
     @property
     def model(self) -> Model: ...
 
-    def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray: ...
+    def logits(self, sequences: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 (n, V) at the `wanted` positions of each sequence, one behind another."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ class Cell:
 
     @property
     def size_bytes(self) -> int:
+        """Of all files of the model and of its adapter."""
         files = [*open_base(self.model).source.files, *(adapter_files(self.adapter) if self.adapter else [])]
         return sum(file.stat().st_size for file in files)
 

@@ -63,6 +63,7 @@ class Place:
 
     @property
     def name(self) -> str:
+        """`Q4_K_M merged`: the level, and the way as WAYS calls it."""
         return f"{self.quant} {WAYS[self.way]}"
 
 
@@ -82,6 +83,7 @@ class Task:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
+        """The rows that are shown, each as its last question and its answer."""
         rows = [self.rows[i] for i in self.shown]
         return tuple(Sample(row.messages[-2].content or "", row.answer) for row in rows)
 

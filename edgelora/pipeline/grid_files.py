@@ -43,6 +43,7 @@ class Shipped:
 
     @property
     def size_bytes(self) -> int:
+        """Of what its user would get: without the importance matrix."""
         files = [self.model, *(adapter_files(self.adapter) if self.adapter else [])]
         return sum(path.stat().st_size for path in files)
 

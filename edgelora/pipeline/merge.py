@@ -167,6 +167,7 @@ class Wanted:
 
     @classmethod
     def read(cls, quant: str | None, options: MergeOptions) -> Wanted:
+        """Raises ConfigError if type, plan and importance matrix contradict each other."""
         plan = None if options.plan is None else read_plan(options.plan)
         kind = (quant or (plan.kind if plan else "F16")).upper()
         parse_type(kind)

@@ -31,10 +31,12 @@ class Parity:
 
     @property
     def against_file(self) -> float:
+        """How much higher torch's perplexity is than llama.cpp's over the same file, as a share of it."""
         return self.torch.value / self.llama_cpp.value - 1
 
     @property
     def against_f16(self) -> float:
+        """How much higher it is than llama.cpp's over the F16 form, as a share of that."""
         return self.torch.value / self.llama_cpp_f16.value - 1
 
 

@@ -35,6 +35,7 @@ class Repair:
 
     @property
     def kept(self) -> bool:
+        """Whether it does more than its bytes do as bits, and anything at all."""
         return self.kl_with < min(self.kl_without, self.kl_bits)
 
     def as_dict(self) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class RestCertificate:
 
     @property
     def sentence(self) -> str:
+        """What was compared, for who waits for the file."""
         found = self.brought_back.adapter
         return (
             f"checked on {found.n_tokens} tokens, these ranks as a LoRA over it: llama.cpp computes what torch does "

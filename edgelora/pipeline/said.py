@@ -42,6 +42,7 @@ class Said:
 
     @property
     def examples(self) -> list[Example]:
+        """Those of all groups, one group behind another."""
         return [example for group in self.groups for example in group]
 
 

@@ -38,6 +38,7 @@ class SideBySide:
 
     @property
     def models(self) -> tuple[Reference, ...]:
+        """What torch computes: first what stands for `bare`, then each of `wholes`."""
         return Reference(self.bare), *self.wholes
 
 

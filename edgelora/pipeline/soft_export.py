@@ -43,6 +43,7 @@ class SoftCheck:
 
     @property
     def groups(self) -> list[Group]:
+        """The rows as token ids, a few at a time."""
         return list(groups_of([encode_conversation(row, self.base.tokenizer, self.base.template) for row in self.rows]))
 
     def states(self, on_progress: OnProgress) -> SoftStates:

@@ -93,6 +93,7 @@ class SweepFolder:
         return self._read() if config.resume else None
 
     def write(self, record: Record) -> None:
+        """Replace the record in one step."""
         text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
         write_text(self.record, text + "\n", overwrite=True)
 

@@ -28,6 +28,7 @@ class Reference:
     template: str | None = None
 
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
+        """The base, speaking by the template of its adapters or the chosen one, and these at their scales."""
         base = open_base(self.base)
         adapters = [(read_adapter(path, base.layers, may_wait=True), scale) for path, scale in self.adapters]
         for adapter, _ in adapters:

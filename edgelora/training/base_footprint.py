@@ -69,6 +69,7 @@ class Model:
 
     @property
     def n_weights(self) -> int:
+        """Numbers of all matrices and vectors."""
         return sum(prod(shape) for shape, _ in self.matrices.values()) + self.n_vector
 
     def attention_threads(self, device: str) -> int:
@@ -77,6 +78,7 @@ class Model:
 
     @property
     def head(self) -> tuple[Shape, Type]:
+        """Shape and stored type of what makes logits: the embedding where they are tied."""
         tied = self.config.tie_word_embeddings
         return self.matrices[f"{EMBEDDING if tied else HEAD}.weight"]
 

@@ -33,6 +33,7 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
+        """Whether a checkpoint stands here."""
         return self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*"))
 
     @property
@@ -93,4 +94,5 @@ class RunFolder:
             )
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Replace run.json in one step."""
         write_text(self.facts, json.dumps(facts, indent=2, ensure_ascii=False) + "\n", overwrite=True)

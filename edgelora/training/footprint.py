@@ -60,6 +60,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
+        """Bytes on the device: without what is offloaded."""
         return sum(self.as_dict().values()) - self.offloaded
 
     def as_dict(self) -> dict[str, int]:

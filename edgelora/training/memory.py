@@ -40,6 +40,7 @@ class Machine:
 
     @property
     def kind(self) -> str:
+        """The device without its number: cpu, cuda, mps."""
         return self.device.partition(":")[0]
 
     @property

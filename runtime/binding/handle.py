@@ -28,6 +28,7 @@ C.llama_backend_init()
 
 
 def refused(what: str, fix: str) -> EngineError:
+    """The error for what llama.cpp did not do; its last words are the reason."""
     return EngineError(what=what, why=" | ".join(last_words) or "llama.cpp gave no reason", fix=fix)
 
 
@@ -40,6 +41,7 @@ class InC:
 
     @property
     def handle(self) -> Any:
+        """What C is given. Raises EngineError once it is closed."""
         if self._handle is None:
             raise EngineError(what=f"a closed {self._kind} was used", why="close() frees it", fix=self._fix)
         return self._handle

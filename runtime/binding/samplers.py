@@ -90,6 +90,7 @@ class SamplerChain(_Sampler):
         self._append(name, getattr(C, f"llama_sampler_init_{name}")(*arguments))
 
     def add_bias(self, bias: Mapping[int, float]) -> None:
+        """Add so much to the logits of these tokens."""
         entries = (C.llama_logit_bias * len(bias))(*[C.llama_logit_bias(*item) for item in bias.items()])
         self._append("logit_bias", C.llama_sampler_init_logit_bias(self._model.n_vocab, len(bias), entries))
 
@@ -130,6 +131,7 @@ class GrammarSampler(_Sampler):
         C.llama_sampler_apply(self.handle, ctypes.byref(candidates.array))
 
     def allows(self, token: int) -> bool:
+        """Whether the text may go on with this token."""
         self._one.fill(np.zeros(1, np.float32), np.array([token], np.int32))
         self.restrict(self._one)
         return self._one.keep_possible() == 1

@@ -31,6 +31,7 @@ class Meter:
         self._deadline = time.thread_time() + MAX_SECONDS
 
     def step(self, steps: int = 1) -> None:
+        """Count steps; the clock is read at every sixteenth."""
         before, self._steps = self._steps, self._steps - steps
         if self._steps < 0:
             raise LimitError(f"it takes more than {MAX_STEPS} steps")

@@ -32,6 +32,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Bubble:
+    """A cell, in pixels; its area tells its speed."""
+
     x: float
     y: float
     radius: float
@@ -76,6 +78,7 @@ class Axis:
     end: float
 
     def at(self, value: float) -> float:
+        """The pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:

@@ -18,6 +18,8 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Value:
+    """What stands in a column of the table, in words."""
+
     text: str
     is_best: bool = False
 
@@ -74,6 +76,8 @@ class Change:
 
 @dataclass(frozen=True)
 class SpeedLine:
+    """A cell's speed in words: tokens/s of prompt and answer, each with its range, and the time to load."""
+
     name: str
     way: str
     prompt: str
@@ -95,6 +99,8 @@ class Alike:
 
 @dataclass(frozen=True)
 class AnswersOf:
+    """A prompt, the answer that was expected, and those that cells gave: equal ones once."""
+
     prompt: str
     reference: str
     given: tuple[Alike, ...]
