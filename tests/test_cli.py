@@ -319,7 +319,7 @@ def test_a_stop_before_a_checkpoint_says_that_nothing_was_saved(files, tmp_path,
     def stopped(*_):
         raise stop
 
-    monkeypatch.setattr("edgelora.training.run.load_rows", stopped)
+    monkeypatch.setattr("edgelora.training.ready.load_rows", stopped)
     assert run(trains(files, tmp_path / "mine")) == code
     assert capsys.readouterr().err.splitlines() == [
         "stopped at once, before there was a checkpoint: nothing was saved",

@@ -313,14 +313,14 @@ OTHERS = """
 import os, sys
 from pathlib import Path
 from edgelora.config import Source
-from edgelora.training import run
+from edgelora.training import ready
 from edgelora.__main__ import main
 
 _, other, *words = sys.argv
 sys.argv[1:] = words
-load = run.load_rows
+load = ready.load_rows
 if os.environ["RANK"] == "1":
-    run.load_rows = lambda config, *rest: load(config.model_copy(update={"data": (Source(Path(other)),)}), *rest)
+    ready.load_rows = lambda config, *rest: load(config.model_copy(update={"data": (Source(Path(other)),)}), *rest)
 main()
 """
 

@@ -30,7 +30,7 @@ from edgelora.files.lock import locked
 from edgelora.kernels import load
 from edgelora.peft import pissa
 from edgelora.peft.methods import METHODS
-from edgelora.training import loop, run
+from edgelora.training import loop, ready, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.metrics import read_metrics
 from edgelora.training.run import run_training
@@ -227,7 +227,7 @@ def test_what_computes_otherwise_where_a_run_goes_on_is_said_and_written_down(se
     other = {"threads": str(threads + 1), "torch": "0.0.1", "attention": "torch"}
     monkeypatch.setenv("OMP_NUM_THREADS", other["threads"])
     monkeypatch.setattr(load, "library", lambda: None)
-    monkeypatch.setattr(run, "versions", lambda: before["versions"] | {"torch": other["torch"]})
+    monkeypatch.setattr(ready, "versions", lambda: before["versions"] | {"torch": other["torch"]})
     was = {"threads": str(threads), "torch": before["versions"]["torch"],
            "attention": before["choices"]["attention"]["value"]}  # fmt: skip
     differ = [name for name in other if was[name] != other[name]]
@@ -346,17 +346,17 @@ def test_a_checkpoint_is_read_by_who_holds_the_folder(settings, whole, again, mo
     """Else a run that ends meanwhile could remove what is being read, or go on behind it."""
     cut_back(again, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "earlier_run", lambda *_: pytest.fail("read what another run is writing"))
+        patch.setattr(ready, "earlier_run", lambda *_: pytest.fail("read what another run is writing"))
         with locked(run_folder(again) / "lock"), pytest.raises(OutputError, match="a run is at work here"):
             run_training(settings(again, resume=True))
-    real = run.earlier_run
+    real = ready.earlier_run
 
     def read(*arguments: Any) -> Any:
         with pytest.raises(OutputError), locked(run_folder(again) / "lock"):
             pass
         return real(*arguments)
 
-    monkeypatch.setattr(run, "earlier_run", read)
+    monkeypatch.setattr(ready, "earlier_run", read)
     run_training(settings(again, resume=True))
     assert outcome(again) == outcome(whole)
 
@@ -364,13 +364,13 @@ def test_a_checkpoint_is_read_by_who_holds_the_folder(settings, whole, again, mo
 @pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_a_run_that_began_while_this_one_read_its_rows_is_left_alone(settings, tmp_path, monkeypatch, changes):
     out = tmp_path / "mine"
-    begun, load = checkpoint_path(run_folder(out) / "checkpoints", 1), run.load_rows
+    begun, load = checkpoint_path(run_folder(out) / "checkpoints", 1), ready.load_rows
 
     def slowly(*arguments: Any) -> Any:
         begun.mkdir(parents=True)
         return load(*arguments)
 
-    monkeypatch.setattr(run, "load_rows", slowly)
+    monkeypatch.setattr(ready, "load_rows", slowly)
     with pytest.raises(OutputError, match="another run was begun here while this one read its rows"):
         run_training(settings(out, **changes))
     assert begun.exists()

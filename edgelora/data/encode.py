@@ -59,6 +59,11 @@ def encode_prompt(
     return _with_bos([i for i, _, _ in _pieces(rendered, tokenizer)], tokenizer)
 
 
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text that goes on: BOS in front, if the model's texts have one. Special-token text stays text."""
+    return _with_bos(tokenizer.encode(text).ids, tokenizer)
+
+
 def encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, template: ChatTemplate, loss_on: LossOn = "all"
 ) -> Example:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from edgelora.base.model import Base
 from edgelora.data.conversation import Message
-from edgelora.data.encode import encode_prompt
+from edgelora.data.encode import encode_prompt, encode_text
 from edgelora.errors import DataError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.generate import Until, generate
@@ -49,9 +49,7 @@ class Sampler:
 
 def _prompt_ids(prompt: str, base: Base, system: str | None) -> list[int]:
     if base.template_source is None:
-        ids = base.tokenizer.encode(prompt).ids
-        bos = base.tokenizer.bos_id if base.tokenizer.add_bos else None
-        return ids if bos is None else [bos, *ids]
+        return encode_text(prompt, base.tokenizer)
     before = [] if system is None else [Message("system", system)]
     return encode_prompt([*before, Message("user", prompt)], base.tokenizer, base.template)
 
