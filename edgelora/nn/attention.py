@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgelora.nn import compiled, flash, gpu_attention
-from edgelora.nn.scores import Scores
+from edgelora.nn.scores import Scores, bent, slope_of_bent
 
 QUERY_TILE = 128  # of 9 heads and 1024 keys: 5 MiB of scores. With 256 a row of 1024 took twice as long
 
@@ -50,8 +50,7 @@ def _ungroup(x: Tensor, n: int) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, how: Scores) -> Tensor:
     """q (KV, G * n, d), times how.scale already, and k (KV, m, d) → (KV, G * n, m)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    return scores if how.softcap is None else scores.div_(how.softcap).tanh_().mul_(how.softcap)
+    return bent(torch.bmm(q, k.transpose(1, 2)), how.softcap)
 
 
 def _hide(scores: Tensor, n: int, window: int | None) -> Tensor:
@@ -138,7 +137,7 @@ def _backward(
         keys, values = _keys(k, seen), _keys(v, seen)
         queries, d_rows = _group(q[first:last], kv_heads) * how.scale, _group(d_out[first:last], kv_heads)
         scores = _scores(queries, keys, how)
-        slope = None if how.softcap is None else 1 - (scores / how.softcap).square_()
+        slope = slope_of_bent(scores, how.softcap)
         p = _hide(scores, n, how.window).softmax(-1)  # (KV, G * n, m)
         _add(dv, torch.bmm(p.transpose(1, 2), d_rows).transpose(0, 1), seen)
         dp = torch.bmm(d_rows, values.transpose(1, 2))

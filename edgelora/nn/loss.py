@@ -10,12 +10,12 @@ from torch import Tensor
 
 from edgelora.nn import compiled, gpu
 from edgelora.nn.linear import Weight
+from edgelora.nn.scores import bent, slope_of_bent
 from edgelora.nn.scratch import scratch
 
 LOGITS = 48 << 18  # alive at once, 48 MiB of them: 256 positions of a vocabulary of 49,152
-LOGITS_CUDA = (
-    64 << 20
-)  # the head comes out of its blocks for each piece, and products over few positions are slow there
+# the head comes out of its blocks for each piece, and products over few positions are slow there
+LOGITS_CUDA = 64 << 20
 VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
 VOCABULARY_ROWS_CUDA = 16384
 
@@ -29,17 +29,13 @@ def logits(hidden: Tensor, head: Weight, softcap: float | None = None, out: Tens
     """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time, bent below `softcap` (Gemma 2)."""
     out = hidden.new_empty(len(hidden), head.shape[0]) if out is None else out
     for first, last in slices(head.shape[0]):
-        part = out[:, first:last]
-        torch.mm(hidden, head.rows(first, last).T, out=part)
-        if softcap is not None:
-            part.div_(softcap).tanh_().mul_(softcap)
+        bent(torch.mm(hidden, head.rows(first, last).T, out=out[:, first:last]), softcap)
     return out
 
 
 def put_logits(z: Tensor, hidden: Tensor, ids: Tensor, rows: Tensor, softcap: float | None = None) -> Tensor:
     """Of logits z (P, V) those of the tokens `ids` (k,), in place, as rows (k, d) in the head make them."""
-    own = hidden @ rows.T
-    z[:, ids] = own if softcap is None else own.div_(softcap).tanh_().mul_(softcap)
+    z[:, ids] = bent(hidden @ rows.T, softcap)
     return z
 
 
@@ -130,7 +126,7 @@ def logits_of(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
     narrow = hidden.to(torch.bfloat16)
     for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA):
         torch.mm(narrow, head.rows(first, last, torch.bfloat16).T, out_dtype=torch.float32, out=out[:, first:last])
-    return out if how.softcap is None else out.div_(how.softcap).tanh_().mul_(how.softcap)
+    return bent(out, how.softcap)
 
 
 def nll_of(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -147,7 +143,7 @@ def nll_of(z: Tensor, labels: Tensor, how: Target, dtype: torch.dtype) -> tuple[
         found: tuple[Tensor, Tensor] = gpu.kernels().cross_entropy(z, labels, narrow)
         return found
     label = labels[:, None]
-    slope = None if how.softcap is None else 1 - (z / how.softcap).square_()
+    slope = slope_of_bent(z, how.softcap)
     target = z.gather(1, label)
     if how.smoothing:
         target.mul_(1 - how.smoothing).add_(z.mean(-1, keepdim=True), alpha=how.smoothing)

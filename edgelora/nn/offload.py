@@ -54,10 +54,8 @@ class _Away:
         """Set off for the card, if it is not there."""
         if self._here is not None:
             return
-        self._here, side = (
-            torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device),
-            _stream(self._device),
-        )
+        side = _stream(self._device)
+        self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))  # whatever had this memory before
         with torch.cuda.stream(side):
             self._here.copy_(self._host, non_blocking=True)
