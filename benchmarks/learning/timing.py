@@ -11,7 +11,6 @@ from study.room import Room
 
 from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.model import open_base
-from edgelora.data.order import Order
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.errors import EdgeloraError
 from edgelora.peft.inject import inject, kept_beside
@@ -95,9 +94,8 @@ def _stepping(room: Room, asked: Iterable[Row]) -> Iterator[Stepping]:
             continue
         assert config.rank is not None
         assert config.alpha is not None
-        data = load_rows(config, base, lambda _: None).train
+        loaded = load_rows(config, base, lambda _: None)
         decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype])
         inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
-        order = Order(data.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
-        job = Job(decoder, objective_of(config), data, order, config)
+        job = Job(decoder, objective_of(config), loaded.train, loaded.order(config), config)
         yield Stepping(row, job, State(decoder.named_parameters(), config, kept_beside(decoder)), [])

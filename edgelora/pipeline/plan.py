@@ -15,7 +15,6 @@ from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.dataset import Dataset
-from edgelora.data.order import Order
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
@@ -81,7 +80,7 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
     loaded, objective = load_rows(config, base, on_note), objective_of(config)
     rows = loaded.train
     sampler = Sampler(config.samples, base, rows.system, MEASURED_TOKENS) if config.samples else None
-    order = Order(rows.counts, config.batch_rows, config.seed, [source.weight for source in config.data])
+    order = loaded.order(config)
     total = order.n_steps(config.epochs, config.max_steps)
     seconds, tokens = [], 0
     with computing(choose_products(config.device), compute_threads()):

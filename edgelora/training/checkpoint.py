@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from edgelora.errors import FileFormatError, OutputError
-from edgelora.files.atomic import remove, staged
+from edgelora.files.atomic import remove, share, staged
 from edgelora.files.checkpoint import read_json
 from edgelora.files.manifest import verify, write_manifest
 from edgelora.files.safetensors import SafetensorsFile
@@ -44,7 +44,7 @@ class Snapshot:
     facts: Mapping[str, Any]
 
 
-class State(BaseModel):
+class StateFile(BaseModel):
     """What a checkpoint's JSON file holds: a Snapshot without its tensors."""
 
     step: int = Field(ge=0, strict=True)
@@ -99,7 +99,7 @@ def read_checkpoint(path: Path) -> Snapshot:
     try:
         verify(path)
         SafetensorsFile(path / TENSORS)  # bounds what the library below is given
-        state = State.model_validate(read_json(path / STATE))
+        state = StateFile.model_validate(read_json(path / STATE))
         # cloned: what is mapped would change, or kill the process, with the file
         tensors = {name: tensor.clone() for name, tensor in load_file(path / TENSORS).items()}
         if checkpoint_path(path.parent, state.step, state.micro) != path:
@@ -120,6 +120,7 @@ def _write(draft: Path, snapshot: Snapshot) -> None:
             why=str(e),
             fix="free some space or choose another disk, then go on with --resume",
         ) from e
+    share(draft / TENSORS)
     state = {"step": snapshot.step, "micro": snapshot.micro, "facts": snapshot.facts}
     (draft / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
     SafetensorsFile(draft / TENSORS)  # what could not be read again is not committed

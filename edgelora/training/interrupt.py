@@ -36,10 +36,15 @@ def how_to_go_on(config: TrainConfig) -> str:
     return f"go on{', under torchrun as before,' * several} with: {again}"
 
 
+def stopped(config: TrainConfig, step: int, total: int, exit_code: int) -> Stopped:
+    """What a first signal left, behind a step of `total`: everything."""
+    what = f"stopped behind step {step} of {total}; nothing is lost"
+    return Stopped(what, _why(exit_code), how_to_go_on(config), exit_code)
+
+
 def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
     """What a second signal left, or one before the first step: the last checkpoint, or nothing."""
-    why = "Ctrl-C" if exit_code == 130 else "the signal SIGTERM"
-    step = RunFolder(config.out).newest_step
+    why, step = _why(exit_code), RunFolder(config.out).newest_step
     if step is None:
         return Stopped(
             "stopped at once, before there was a checkpoint: nothing was saved", why, "give the same command again",
@@ -49,6 +54,10 @@ def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
         f"stopped at once; what was learned until step {step} is saved, what came behind it is not", why,
         how_to_go_on(config), exit_code,
     )  # fmt: skip
+
+
+def _why(exit_code: int) -> str:
+    return "Ctrl-C" if exit_code == 130 else "the signal SIGTERM"
 
 
 class Interrupt:

@@ -12,6 +12,7 @@ from edgelora.config import TrainConfig
 from edgelora.data.check import Check, Tally
 from edgelora.data.dataset import Dataset, Options, load_examples, load_labelled, load_pairs
 from edgelora.data.fit import Encoder
+from edgelora.data.order import Order
 from edgelora.files.contract import sha256_file
 from edgelora.training.invoked import require_invoked
 
@@ -38,6 +39,10 @@ class Rows:
     @property
     def valid_sha256(self) -> str:
         return self.valid.sha256 if isinstance(self.valid, Dataset) else ""
+
+    def order(self, config: TrainConfig) -> Order:
+        """In which order they are learned, each source by its weight."""
+        return Order(self.train.counts, config.batch_rows, config.seed, [source.weight for source in self.sources])
 
 
 def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -> Rows:

@@ -13,7 +13,6 @@ from edgelora.base.decoder import COMPUTE, build_decoder
 from edgelora.base.device_memory import hold_to
 from edgelora.config import Method, TrainConfig
 from edgelora.data.encode import encode_text
-from edgelora.data.order import Order
 from edgelora.device import Choice, computing, peak_memory_bytes
 from edgelora.errors import FileFormatError
 from edgelora.files.atomic import require_space
@@ -31,7 +30,7 @@ from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.distributed import Processes, choose_threads, joined
 from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
-from edgelora.training.interrupt import SIGNALS, Interrupt, Stopped, how_to_go_on, interruptible
+from edgelora.training.interrupt import SIGNALS, Interrupt, interruptible, stopped
 from edgelora.training.job import Job
 from edgelora.training.loop import not_finite, train
 from edgelora.training.measure import averaged
@@ -118,7 +117,7 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
         if not whole:
             recorder.draw()
             _agree(interrupt, world)
-            raise _stopped(ready.asked, state, job, interrupt)
+            raise stopped(ready.asked, state.step, job.total, interrupt.exit_code)
         run = world.first(lambda: _keep(ready, job, state, started))
         recorder.draw()
     if writes:
@@ -144,12 +143,11 @@ def _agree(interrupt: Interrupt, world: World) -> None:
 
 def _build(ready: Ready, world: World) -> tuple[Job, State]:
     """What is trained, as it starts, the same in all processes; and what its steps will change."""
-    c = ready.config
+    c, rows = ready.config, ready.rows
     decoder = _decoder(ready, world)
     asks = bool(c.samples) and world.rank == 0
-    sampler = Sampler(c.samples, ready.base, ready.rows.train.system) if asks else None
-    order = Order(ready.rows.train.counts, c.batch_rows, c.seed, [source.weight for source in c.data])
-    job = Job(decoder, objective_of(c), ready.rows.train, order, c, ready.rows.valid, sampler, world)
+    sampler = Sampler(c.samples, ready.base, rows.train.system) if asks else None
+    job = Job(decoder, objective_of(c), rows.train, rows.order(c), c, rows.valid, sampler, world)
     beside = kept_beside(decoder)
     start = beside | {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     # an SVD may have other signs on another machine
@@ -246,12 +244,3 @@ def _result(run: Run) -> dict[str, Any]:
         "last_loss": run.losses[-1] if run.losses and run.losses[-1] == run.losses[-1] else None,
         "held_out_loss": run.held_out_loss,
     }  # fmt: skip
-
-
-def _stopped(config: TrainConfig, state: State, job: Job, interrupt: Interrupt) -> Stopped:
-    return Stopped(
-        what=f"stopped behind step {state.step} of {job.total}; nothing is lost",
-        why="Ctrl-C" if interrupt.exit_code == 130 else f"the signal {getattr(interrupt.asked, 'name', 'SIGTERM')}",
-        fix=how_to_go_on(config),
-        exit_code=interrupt.exit_code,
-    )
