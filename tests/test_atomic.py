@@ -10,11 +10,14 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgelora.child import run_in_child
 from edgelora.errors import CertificateError, EngineError, OutputError
-from edgelora.files.atomic import REPLACED, refuse_existing, remove, require_space, staged, sweep, write_text
+from edgelora.files.atomic import REPLACED, refuse_existing, remove, require_space, share, staged, sweep, write_text
+from edgelora.peft.adapter import CONFIG, TENSORS
+from edgelora.peft.adapter import write_folder as write_adapter_folder
 from edgelora.progress import OnProgress, Progress
 
 
@@ -163,6 +166,28 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     write_file(tmp_path / "out")
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_what_was_private_is_as_readable_as_any_other(tmp_path, umask):
+    file = tmp_path / "out"
+    file.touch(0o600)
+    share(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_files_of_an_adapter_can_be_read_by_whoever_may(tmp_path, umask):
+    tensors = {"q_proj.lora_A": np.zeros((2, 4), np.float32)}
+    write_adapter_folder(tmp_path / "mine", {"peft_type": "LORA"}, tensors, None)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "mine").iterdir()}
+    assert modes == dict.fromkeys((CONFIG, TENSORS), 0o666 & ~umask)
 
 
 def test_text_is_utf8_with_unix_line_ends(tmp_path):

@@ -134,6 +134,12 @@ def test_exact_bytes(tmp_path):
 # -- which are kept -----------------------------------------------------------------------------------------------
 
 
+def test_its_files_can_be_read_by_whoever_may_read_the_others(tmp_path):
+    (tmp_path / "plain").touch()
+    path = write_checkpoint(tmp_path, snapshot(1), keep_last=1, best=None)
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_names_sort_in_the_order_of_the_moments():
     moments = [(0, 0), (1, 0), (1, 1), (1, 10), (2, 0), (10, 0), (10**8 - 1, 99999)]
     paths = [checkpoint_path(Path(), *moment) for moment in moments]

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +151,17 @@ def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
     """Write `text` as UTF-8 to `path` in one step."""
     with staged(path, overwrite=overwrite) as draft:
         draft.write_text(text, encoding="utf-8", newline="\n")
+
+
+def share(path: Path) -> None:
+    """Let others read `path`, a file in the making, as far as the umask has it: safetensors makes its own private.
+
+    The umask is read off a file made beside it; asking for it would set it, for other threads too. Raises OSError.
+    """
+    probe = path.with_name(f"{path.name}.mode")
+    probe.touch()
+    path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    probe.unlink()
 
 
 def remove(path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError
-from edgelora.files.atomic import refuse_existing, staged
+from edgelora.files.atomic import refuse_existing, share, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, contract_in
 from edgelora.files.lazy import Lazy
@@ -174,6 +174,7 @@ def write_folder(
                 why=f"{e}; nothing stands there that was not there before",
                 fix="free some space or choose another disk, then run the command again",
             ) from e
+        share(draft / TENSORS)
         (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if contract is not None:
             (draft / FILE_NAME).write_text(contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
