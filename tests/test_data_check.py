@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,8 +141,11 @@ def test_pairs_and_rated_rows(base, tmp_path):
     assert (c.formats, c.duplicates, c.special) == ({"preference": 2}, 1, 2)
     rated = [{"prompt": "a", "completion": "light on", "label": True}]
     assert found(base, tmp_path, *rated).check.formats == {"kto": 1}
-    with pytest.raises(DataError, match="a row of the format kto"):
+    with pytest.raises(DataError) as caught:
         found(base, tmp_path, *pairs, *rated)
+    assert caught.value.what == f"{tmp_path / 'rows.jsonl'}:3: a row of the format kto"
+    assert caught.value.why == "the first are rows with `chosen` and `rejected`: no run learns from both"
+    assert caught.value.fix == "put these rows into a file of their own"
 
 
 def test_several_files(base, tmp_path):
@@ -200,6 +205,24 @@ def test_the_command_takes_files_as_training_does(base, tmp_path):
     refused = run(f"{rows}:0", "--base", base.path)
     assert isinstance(refused.exception, ConfigError)
     assert refused.exception.what == f"the weight of {rows} is 0, it must lie between 0 and 1000"
+
+
+def test_the_command_refuses_a_format_that_is_none(base, tmp_path):
+    done = run(write(tmp_path / "rows.jsonl", *GOOD), "--base", base.path, "--data-format", "chatt")
+    assert isinstance(done.exception, ConfigError)
+    assert done.exception.what == "the data format chatt, did you mean chat?"
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="the system names no pipes")
+def test_the_command_reads_a_pipe_once(base, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", *GOOD)
+    end, start = os.pipe()
+    with os.fdopen(end):
+        with os.fdopen(start, "wb") as pipe:
+            pipe.write(rows.read_bytes())  # less than a pipe holds
+        done = run(f"/dev/fd/{end}", "--base", base.path, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads(run(rows, "--base", base.path, "--json").stdout)
 
 
 def test_the_command_as_json(base, tmp_path):

@@ -47,21 +47,20 @@ def silent(_: EncodedRow) -> None:
     """Who does not want to see the rows go by."""
 
 
-def encode_rows(path: Path, encoder: Encoder, objective: str = "sft", data_format: str = AUTO) -> Iterator[EncodedRow]:
-    """Each row of a file or folder, encoded.
+def encode_rows(
+    path: Path, encoder: Encoder, objective: str | None = "sft", data_format: str = AUTO
+) -> Iterator[EncodedRow]:
+    """Each row of a file or folder, encoded, which is read once. objective: None for the one that the first row is for.
 
     Raises DataError for what is broken in the file, and with up to 20 rows at once that cannot be encoded or are too
     long; ConfigError for an unknown format.
     """
-    wanted, name = LEARNS_FROM[objective]
     refused, long = _Refused(), _Long(encoder)
+    learned_by = objective
     for place, known_as, row in read_rows(path, require_format(data_format)):
-        if not isinstance(row, wanted):
-            raise DataError(
-                what=f"{place}: a row of the format {known_as}",
-                why=f"{objective} learns from {name}",
-                fix="choose another objective (sft, dpo, ipo, orpo, kto), or other data",
-            )
+        learned_by = learned_by or _learned_by(row)
+        if not isinstance(row, LEARNS_FROM[learned_by][0]):
+            raise _of_another(place, known_as, learned_by, is_asked=objective is not None)
         try:
             encoded = encoder.encode(row)
         except DataError as e:
@@ -71,6 +70,22 @@ def encode_rows(path: Path, encoder: Encoder, objective: str = "sft", data_forma
             yield EncodedRow(place, known_as, row, encoded)
     refused.report()
     long.report()
+
+
+def _learned_by(row: Row) -> str:
+    """The first objective that learns from such a row."""
+    return next(name for name, (kinds, _) in LEARNS_FROM.items() if isinstance(row, kinds))
+
+
+def _of_another(place: Place, known_as: str, objective: str, is_asked: bool) -> DataError:
+    """What is raised for a row that `objective` does not learn from; it was asked for, or is that of the first row."""
+    name = LEARNS_FROM[objective][1]
+    return DataError(
+        what=f"{place}: a row of the format {known_as}",
+        why=f"{objective} learns from {name}" if is_asked else f"the first are {name}: no run learns from both",
+        fix="choose another objective (sft, dpo, ipo, orpo, kto), or other data" if is_asked
+        else "put these rows into a file of their own",
+    )  # fmt: skip
 
 
 class Dataset(Generic[Item]):

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from edgelora.base.model import Base
 from edgelora.data.check import Check, Tally, histogram
-from edgelora.data.dataset import LEARNS_FROM, EncodedRow, encode_rows
+from edgelora.data.dataset import EncodedRow, encode_rows
 from edgelora.data.encode import Example, LossOn
 from edgelora.data.fit import Encoder
 from edgelora.data.formats import AUTO
-from edgelora.data.rows import Row
-from edgelora.data.sources import read_rows
 from edgelora.progress import OnProgress, Progress, silent
 
 TELL_EVERY = 200  # rows
@@ -73,14 +71,15 @@ def check_data(
     """Read and encode every row of files and folders as training would, one at a time, and count.
 
     Rows longer than max_length (None: the base's context) are cut as with --truncate, to see what that would cost.
-    Raises DataError for files that are broken.
+    Each file is read once, so it may be a pipe; its rows are for the objective that its first row is for. Raises
+    DataError for files that are broken, and ConfigError for an unknown format.
     """
     ask = ask or Ask()
     max_length = min(ask.max_length or base.context, base.context)
     encoder = Encoder(base, max_length, truncate=True, loss_on=ask.loss_on)
     tally, shown, done = Tally(base.tokenizer), list[Shown](), 0
     for path in paths:
-        for row in encode_rows(path, encoder, objective_of(path, ask.data_format), ask.data_format):
+        for row in encode_rows(path, encoder, None, ask.data_format):
             tally.add(row)
             if len(shown) < ask.preview:
                 shown.append(_shown(row, base))
@@ -90,7 +89,7 @@ def check_data(
     held_out = None
     if valid is not None:
         held_out = Tally(base.tokenizer)
-        for row in encode_rows(valid, encoder, objective_of(valid, ask.data_format), ask.data_format):
+        for row in encode_rows(valid, encoder, None, ask.data_format):
             held_out.add(row)
     return Checked(tally.result(held_out), held_out.result() if held_out else None, max_length, tuple(shown))
 
@@ -107,9 +106,3 @@ def _parts(example: Example, base: Base) -> tuple[Part, ...]:
         raw = b"".join(base.tokenizer.piece(token, special=True) for token, _ in run)
         parts.append(Part(raw.decode("utf-8", "replace"), is_learned))
     return tuple(parts)
-
-
-def objective_of(path: Path, data_format: str = AUTO) -> str:
-    """The objective that learns from rows like the first one of a file."""
-    first: Row = next(read_rows(path, data_format)).row
-    return next(name for name, (kinds, _) in LEARNS_FROM.items() if isinstance(first, kinds))
