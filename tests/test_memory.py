@@ -37,6 +37,7 @@ from edgelora.training.memory import SHARE, SIZES, Machine, plan
 from edgelora.training.optim import build_optimizer, flatten_state
 from edgelora.training.run import run_training
 from edgelora.training.sharding import frozen, shard
+from edgelora.training.unused import refuse_unused
 
 GB = 10**9
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -239,6 +240,39 @@ def test_what_is_asked_for_is_done_or_refused(model):
     assert "a step over 1024 tokens takes" in caught.value.what
     assert "activations" in caught.value.why
     assert caught.value.fix == "pass --recompute full"
+
+
+def test_a_length_beyond_the_context_is_cut_and_said(model):
+    asked = settled(max_length=99_999)
+    found = plan(model, asked, Machine("cpu", 4 * GB, 0), 2048)
+    assert found.config.max_length == 2048
+    assert found.choices["max_length"].value == "2048"
+    assert found.choices["max_length"].why.startswith("99999 was asked for, and the base's context is 2048; ")
+    assert "max_length" not in plan(model, settled(max_length=2048), Machine("cpu", 4 * GB, 0), 2048).choices
+
+
+UNUSED = {
+    "--patience 1 without --valid": {"patience": 1},
+    "--eval-every 2 without --valid or --samples": {"eval_every": 2},
+    "--beta 0.2 with the objective sft": {"beta": 0.2},
+}
+USED = [
+    {"patience": 1, "eval_every": 2, "valid": "rows"}, {"eval_every": 2, "samples": ["Lock the door"]},
+    {"objective": "dpo", "beta": 0.2}, {"beta": 0.1},  # as --print-config writes it
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "given"), UNUSED.items(), ids=UNUSED)
+def test_a_setting_that_would_do_nothing_is_refused(tiny, what, given):
+    with pytest.raises(ConfigError) as fault:
+        settle.settle(settled(**given), tiny)
+    assert fault.value.what == what
+    assert "or leave it out" in fault.value.fix or fault.value.fix.startswith("leave it out")
+
+
+@pytest.mark.parametrize("given", USED, ids=str)
+def test_one_that_does_something_passes(given):
+    refuse_unused(settled(**given))
 
 
 def test_what_would_fit_fits(model):

@@ -95,6 +95,11 @@ def test_the_command_counts_the_measurements_that_the_run_makes(tiny, files, tmp
     )
 
 
+def test_a_recipe_is_planned_before_there_are_rows_to_hold_out(tiny):
+    recipe = ROOT / "examples" / "recipes" / "short-answers.toml"
+    assert run(["plan", str(tiny.path), "--config", str(recipe)]) == 0
+
+
 def test_what_is_odd_about_the_rows_is_said(tiny, files, capsys):
     assert run(["plan", str(tiny.path), str(files[0]), "--rank", "2", "--batch-rows", "4"]) == 0
     shown = capsys.readouterr()

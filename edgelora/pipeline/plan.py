@@ -62,6 +62,7 @@ def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1)
     processes: how many torchrun would start on this machine; the plan is that of one of them. Raises ConfigError if
     nothing fits.
     """
+    config = config.model_copy(update={"patience": None})  # a recipe has it, and no rows are held out yet
     base = open_base(config.base)
     if config.chat_template is not None:
         base = base.with_template(config.chat_template)

@@ -131,12 +131,19 @@ def _fitting(
         choices["recompute"] = Choice(config.recompute, why)
     length = min(asked.max_length or _longest_row(model, config, machine, context), context)
     at_longest = footprint(model, config, _row(length, size, load.recompute), machine.kind, machine.process)
-    if asked.max_length is None:
-        virtual = virtual_tokens(config)
-        whole = f"the base's context is {context + virtual}" + (f", {virtual} of it virtual tokens" if virtual else "")
-        why = whole if length == context else "a longer row would not fit"
+    if length != asked.max_length:
+        why = _why_that_length(asked, length, context)
         choices["max_length"] = Choice(str(length), f"{why}; one of that length takes {at_longest.total / 1e9:.2f} GB")
     return Plan(config.model_copy(update={"max_length": length}), choices, load, parts, at_longest, machine.budget)
+
+
+def _why_that_length(asked: TrainConfig, length: int, context: int) -> str:
+    """Why rows are no longer: the base, which may see less than was asked for, or the memory."""
+    if length < context:
+        return "a longer row would not fit"
+    virtual = virtual_tokens(asked)
+    whole = f"the base's context is {context + virtual}" + (f", {virtual} of it virtual tokens" if virtual else "")
+    return whole if asked.max_length is None else f"{asked.max_length} was asked for, and {whole}"
 
 
 def _row(length: int, size: int, recompute: bool) -> Load:

@@ -19,6 +19,7 @@ from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
 from edgelora.training.original import original_of, why_original
 from edgelora.training.trained_tokens import tokens_of
+from edgelora.training.unused import refuse_unused
 from edgelora.training.whole import optimizer_of, rate_of_whole, require_whole, size_of
 
 
@@ -28,8 +29,9 @@ def settle(
     """The plan of a run, whose `config` leaves nothing open, as one of its `processes` sees it.
 
     memory: bytes that this one may take in all; None: its part of what is free, which those `on_this_machine` share.
-    Raises ConfigError for what cannot be here, and if nothing fits.
+    Raises ConfigError for what cannot be here or would do nothing, and if nothing fits.
     """
+    refuse_unused(config)
     shares = processes if config.shard_base else 1
     model, device = replace(Model.of(base), shares=shares), choose_device(config.device)
     dtype = choose_dtype(config.dtype, device.value)

@@ -1,0 +1,33 @@
+"""Settings that would do nothing in the run they were said for: refused, so that nobody believes they did something."""
+
+from __future__ import annotations
+
+from edgelora.config import TrainConfig
+from edgelora.errors import ConfigError
+
+HELD_OUT = "pass --valid ROWS, with rows that are not in the data, or leave it out"
+
+
+def refuse_unused(config: TrainConfig) -> None:
+    """Raise ConfigError for a setting of `config` that nothing in its run reads.
+
+    One that is as it would be by itself passes: a file that `--print-config` wrote says all of them.
+    """
+    if config.patience is not None and config.valid is None:
+        raise ConfigError(
+            what=f"--patience {config.patience} without --valid",
+            why="it counts measurements without a better held-out loss, and no rows are held out",
+            fix=HELD_OUT,
+        )
+    if config.eval_every is not None and config.valid is None and not config.samples:
+        raise ConfigError(
+            what=f"--eval-every {config.eval_every} without --valid or --samples",
+            why="no rows are held out and no prompts given: there is nothing to measure",
+            fix=HELD_OUT,
+        )
+    if config.objective == "sft" and config.beta != TrainConfig.model_fields["beta"].default:
+        raise ConfigError(
+            what=f"--beta {config.beta:g} with the objective sft",
+            why="it weighs one answer against another, or the adapter against the base; here none are compared",
+            fix="leave it out, or train with --objective dpo, ipo, orpo or kto",
+        )
