@@ -28,6 +28,7 @@ from edgelora.peft.adapter import (
     invocation_faults,
     refuse_pickle,
 )
+from edgelora.peft.fitting import rank_faults
 from edgelora.peft.kinds import kind_of
 from edgelora.peft.lora_config import StoredPair, adapter_of
 from edgelora.peft.strangers import no_linear
@@ -60,6 +61,8 @@ def read_peft(path: Path, base: Base) -> Adapter:
         alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"]) if readable else 0.0
         a, b, *lengths = (file.floats(name) for name in parts.values())
         pairs[module] = StoredPair(a, b, alpha, *lengths)
+        if readable and a.ndim == b.ndim == 2 and len(a) == b.shape[1]:  # else `fitting` says so
+            faults += rank_faults(settings, module, {"lora_A": a})
     return adapter_of(
         fitting(path, pairs, base, faults + part_faults(places, wanted, base)),
         base.linears,

@@ -306,6 +306,7 @@ PEFT_FAULTS = {
     "norm": ("base_model.model.model.layers.0.input_layernorm.weight", {}, "is of a norm"),
     "vision": (SEEN, {}, "of the part of the model that sees"),
     "pissa": ({}, {"init_lora_weights": "pissa"}, "changing the base's own weights"),
+    "rank": ({}, {"r": 8}, rf"{Q}: its rank is 4, and its settings say 8"),
     "repeated": ({}, {"layer_replication": [[0, 2], [0, 2]]}, "layer_replication is set"),
     "another model": ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", {}, "9.*is no linear layer"),
     "no DoRA": (f"base_model.model.{Q}.{MAGNITUDE}", {}, f"{MAGNITUDE} is not said of it"),

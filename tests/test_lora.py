@@ -259,6 +259,21 @@ def test_a_setting_under_which_a_and_b_are_not_the_adapter_is_refused(damaged, s
     assert damaged(lambda config, _: config.update({setting: {"some": "thing"}})) == f"{setting} is set"
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 8}, f"{Q0}: its rank is 4, and its settings say 8"),
+        ({"rank_pattern": {"q_proj": 2}}, f"{Q0}: its rank is 4, and its settings say 2"),
+        ({"rank_pattern": {"(q_proj": 2}}, "rank_pattern: (q_proj is no regular expression"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is no table of names and numbers"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_is_not_that_of_its_settings_is_refused(damaged, settings, said):
+    """PEFT loads no such file; with α over either rank it might be another adapter."""
+    assert said in damaged(lambda config, _: config.update(settings))
+
+
 def test_an_adapter_of_another_kind_is_refused(damaged):
     said = damaged(lambda config, _: config.update(peft_type="OFT"))
     assert said == f"{CONFIG} is that of an adapter of the kind OFT, which is not read here"

@@ -22,7 +22,7 @@ from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.fitting import NO_ROWS, module_faults, rows_faults, tied_faults
+from edgelora.peft.fitting import NO_ROWS, module_faults, rank_faults, rows_faults, tied_faults
 from edgelora.peft.kind import BIAS, NORM, PREFIX, ROWS, Kind, Parts
 from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, SAVED_BIASES, kind_of
 from edgelora.peft.strangers import why_and_fix
@@ -200,7 +200,7 @@ def read_adapter(path: Path, layers: Layers, *, may_wait: bool = False, may_have
     if kind is not None:
         if kind.rows and not may_have_rows:
             layers = replace(layers, vocabularies={})
-        tensors, more_faults = _read(file, kind, layers)
+        tensors, more_faults = _read(file, kind, layers, {} if faults else settings)
         faults += more_faults
         if kind.rows and not faults:
             faults += rows_faults(settings["token_indices"], tensors, layers)
@@ -273,8 +273,13 @@ def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -
     return [] if may_wait else [WAITS]
 
 
-def _read(file: SafetensorsFile, kind: Kind, layers: Layers) -> tuple[Mapping[str, Parts], list[str]]:
-    """The tensors by their modules, which stay in the file until they are asked for; and every fault."""
+def _read(
+    file: SafetensorsFile, kind: Kind, layers: Layers, settings: Mapping[str, Any]
+) -> tuple[Mapping[str, Parts], list[str]]:
+    """The tensors by their modules, which stay in the file until they are asked for; and every fault.
+
+    settings: what they must be as, where that is sound.
+    """
     if kind is KINDS["VERA"]:
         return vera_file.read(file, layers.linears)
     places: dict[str, dict[str, str]] = {}
@@ -293,5 +298,5 @@ def _read(file: SafetensorsFile, kind: Kind, layers: Layers) -> tuple[Mapping[st
     if not tensors:
         faults.append(f"it holds no {kind.title.removeprefix('plain ')} tensors")
     for module, parts in tensors.items():
-        faults += module_faults(kind, module, parts, layers)
+        faults += module_faults(kind, module, parts, layers) or rank_faults(settings, module, parts)
     return tensors, faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.peft.kind import BIAS, NORM, ROWS, WHOLE, Kind, Parts
 from edgelora.peft.strangers import no_linear
+from edgelora.peft.targets import by_pattern
 
 NO_ROWS = "its tokens have no rows that are read here"
 
@@ -58,6 +60,17 @@ def module_faults(kind: Kind, module: str, parts: Parts, layers: Layers) -> list
     if not found and not all(np.isfinite(part).all() for part in parts.values()):
         found = ["it holds NaN or infinite values"]
     return [f"{module}: {fault}" for fault in found]
+
+
+def rank_faults(settings: Mapping[str, Any], module: str, parts: Parts) -> Iterator[str]:
+    """Whether A of a LoRA has another rank than its settings say: PEFT divides α by that one, and loads no other.
+
+    settings: those of a sound adapter_config.json.
+    """
+    if settings.get("peft_type") == "LORA" and "lora_A" in parts and "r" in settings:
+        rank, stated = len(parts["lora_A"]), by_pattern(settings.get("rank_pattern") or {}, module, settings["r"])
+        if rank != stated:
+            yield f"{module}: its rank is {rank}, and its settings say {stated}"
 
 
 def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers) -> Iterator[str]:

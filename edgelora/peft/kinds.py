@@ -55,28 +55,33 @@ def _vera(parts: Parts, _: Settings, __: str) -> Change:
 
 
 def _lora_faults(settings: Settings) -> list[str]:
+    return _scale_faults(settings) + _pattern_faults(settings, "rank_pattern")
+
+
+def _scale_faults(settings: Settings) -> list[str]:
     faults, start = [], settings.get("init_lora_weights", True)
     if isinstance(start, str) and start not in STARTS_AT_THE_BASE:
         faults.append(f"it began by changing the base's own weights (init_lora_weights: {start})")
     if not _is_number(settings.get("lora_alpha")):
         faults.append(f"lora_alpha is {settings.get('lora_alpha')}")
-    return faults + _pattern_faults(settings.get("alpha_pattern") or {})
+    return faults + _pattern_faults(settings, "alpha_pattern")
 
 
 def _adalora_faults(settings: Settings) -> list[str]:
     r = settings.get("init_r")
-    return [*([] if isinstance(r, int) and r > 0 else [f"init_r is {r}"]), *_lora_faults(settings)]
+    return [*([] if isinstance(r, int) and r > 0 else [f"init_r is {r}"]), *_scale_faults(settings)]
 
 
-def _pattern_faults(patterns: Any) -> list[str]:
+def _pattern_faults(settings: Settings, name: str) -> list[str]:
+    patterns = settings.get(name) or {}
     if not isinstance(patterns, dict):
-        return ["alpha_pattern is no table of names and numbers"]
-    faults = [f"alpha_pattern: {value} for {key}" for key, value in patterns.items() if not _is_number(value)]
+        return [f"{name} is no table of names and numbers"]
+    faults = [f"{name}: {value} for {key}" for key, value in patterns.items() if not _is_number(value)]
     for key in patterns:
         try:
             re.compile(key)
         except re.error as e:
-            faults.append(f"alpha_pattern: {key} is no regular expression ({e})")
+            faults.append(f"{name}: {key} is no regular expression ({e})")
     return faults
 
 
