@@ -114,6 +114,12 @@ def test_what_max_length_costs(base, tmp_path):
     assert found(base, tmp_path, *GOOD, ask=Ask(max_length=10_000)).max_length == base.context
 
 
+def test_a_cut_conversation_may_begin_with_an_empty_answer(base, tmp_path):
+    rows = [row("a", empty, "b", "light on " * 20, "c", "light off") for empty in ("", " \n")]
+    c = found(base, tmp_path, *GOOD, *rows, ask=Ask(max_length=60)).check
+    assert (c.rows, c.cut, c.lost_turns, c.lost_ends, c.empty, c.left_out) == (5, 2, 2, 2, 2, 0)
+
+
 def test_masked_labels_stop_a_run(base, tmp_path):
     rows = [SILENT, {"input_ids": [5, 6, 7], "labels": [-100] * 3}, {"input_ids": [5, 6], "labels": [5, -100]}]
     c = found(base, tmp_path, *rows).check

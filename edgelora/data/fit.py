@@ -90,7 +90,8 @@ class Encoder:
         def up_to(end: int) -> Example:
             return self._whole(replace(row, messages=row.messages[:end]))
 
-        ends = [i for i, message in enumerate(row.messages, 1) if message.role == "assistant"]
+        # where an answer says nothing there is nothing to learn up to it
+        ends = [i for i, m in enumerate(row.messages, 1) if m.role == "assistant" and m.says_something]
         fitting = bisect.bisect_right(ends, self.max_length, key=lambda end: len(up_to(end)))
         dropped = len(ends) - fitting
         if fitting and (kept := up_to(ends[fitting - 1])).n_loss_tokens:

@@ -25,6 +25,11 @@ class Message:
     reasoning_content: str | None = None
     weight: float = 1.0
 
+    @property
+    def says_something(self) -> bool:
+        """Whether there is a word, a thought or a call in it."""
+        return bool((self.content or "").strip() or (self.reasoning_content or "").strip() or self.tool_calls)
+
 
 @dataclass(frozen=True)
 class Conversation:

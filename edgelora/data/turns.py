@@ -150,8 +150,8 @@ def _common(left: str, right: str) -> int:
 
 
 def _check_shown(number: int, message: Message, spans: list[Span], origin: str) -> None:
-    says = (message.content or "").strip() or (message.reasoning_content or "").strip() or message.tool_calls
-    if (says and not spans) or (message.tool_calls and not any(s.part == "tool_calls" for s in spans)):
+    calls_shown = any(span.part == "tool_calls" for span in spans)
+    if (message.says_something and not spans) or (message.tool_calls and not calls_shown):
         what = "tool calls" if message.tool_calls else "words"
         raise DataError(
             what=f"message {number + 1} has no token to learn: the chat template leaves out the assistant's {what}",
