@@ -393,6 +393,30 @@ def test_checkpoints_that_will_never_be_written_need_no_disk(settings, tmp_path,
     assert asked[1] == asked[2] == asked[0] // 3 * 4
 
 
+def test_a_disk_that_a_run_could_begin_on_is_large_enough_to_go_on(settings, tmp_path, monkeypatch):
+    """What it keeps stands there by then, and is replaced: not a byte more is asked for."""
+    out, changes = tmp_path / "mine", {"max_steps": 6, "keep_checkpoints": 2}
+    asked: list[int] = []
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run, "require_space", lambda _folder, needed_bytes, _what: asked.append(needed_bytes))
+        run_training(settings(tmp_path / "asks", **changes), stop_after(1))
+    (size,) = asked
+
+    def usage(_: Path) -> Any:
+        used = sum(len(raw) for name, raw in tree(tmp_path).items() if name.startswith("mine.run/checkpoints/"))
+        return shutil._ntuple_diskusage(size, used, size - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for step in (1, 4):  # the second time with all that may be kept
+        with pytest.raises(Stopped):
+            run_training(settings(out, resume=True, **changes), stop_after(step))
+    run_training(settings(out, resume=True, **changes))
+    shutil.rmtree(out)
+    size -= 1
+    with pytest.raises(OutputError, match="the checkpoints need"):
+        run_training(settings(out, resume=True, **changes))
+
+
 def test_a_disk_that_refuses_at_any_call_costs_no_more_than_the_last_checkpoint(settings, tmp_path):
     """Every fifth of the writes, syncs and renames of a run fails in turn: a typed error, and the run goes on."""
     changes = {"max_steps": 3, "save_every": 1, "keep_checkpoints": 2}

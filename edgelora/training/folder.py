@@ -41,6 +41,11 @@ class RunFolder:
         """That of the last checkpoint, or None if there is none. Reads names alone."""
         return max((int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*")), default=None)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What the checkpoints that stand here take of the disk."""
+        return sum(file.stat().st_size for file in self.checkpoints.rglob("*") if file.is_file())
+
     @contextmanager
     def held_if_there(self) -> Iterator[None]:
         """Alone in the folder, if there is one: a checkpoint is read while nobody writes the next. Makes nothing."""

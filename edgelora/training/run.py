@@ -182,12 +182,14 @@ def _decoder(ready: Ready, world: World) -> Decoder:
 def _require_space(folder: RunFolder, state: State, job: Job) -> None:
     """For the checkpoints that will stand there at once: the kept ones, the best, and the one being written.
 
-    No more are kept than there are steps, however many one asked for.
+    No more are kept than there are steps, however many one asked for. Those of a run that goes on stand there already,
+    and make room one after the other: behind each that was written.
     """
     copies = 4 + (job.config.ema_decay > 0)  # weights, two moments, a gradient in the midst of a step
     one = copies * sum(parameter.nbytes for parameter in state.parameters.values())
     one += sum(tensor.nbytes for tensor in state.beside.values())
-    require_space(folder.path, (min(job.config.keep_checkpoints, job.total) + 2) * one, "the checkpoints")
+    needed = (min(job.config.keep_checkpoints, job.total) + 2) * one
+    require_space(folder.path, max(needed - folder.checkpoint_bytes, one), "the checkpoints")
 
 
 def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
