@@ -335,6 +335,25 @@ def test_overwrite_begins_again(settings, whole, again):
     assert outcome(again) == outcome(whole)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer": "adamw8bit"}, "adamw8bit"), ({"samples": ["word " * 5000]}, "sample"),
+        ({"tensorboard": True}, "tensorboard is not installed"), ({}, "the checkpoints need"),
+    ],
+    ids=["optimizer", "samples", "package", "disk"],
+)  # fmt: skip
+def test_what_is_refused_overwrites_nothing(settings, again, monkeypatch, changes, told):
+    cut_back(again, 6)
+    before = tree(again.parent)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    if not changes:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(EdgeloraError, match=told):
+        run_training(settings(again, overwrite=True, **changes))
+    assert unlocked(tree(again.parent)) == unlocked(before)
+
+
 def test_two_runs_in_one_folder(settings, tmp_path):
     out = tmp_path / "mine"
     with locked(run_folder(out) / "lock"), pytest.raises(OutputError, match=f"process {os.getpid()}"):
@@ -397,9 +416,10 @@ def test_a_disk_that_a_run_could_begin_on_is_large_enough_to_go_on(settings, tmp
     """What it keeps stands there by then, and is replaced: not a byte more is asked for."""
     out, changes = tmp_path / "mine", {"max_steps": 6, "keep_checkpoints": 2}
     asked: list[int] = []
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(run, "require_space", lambda _folder, needed_bytes, _what: asked.append(needed_bytes))
-        run_training(settings(tmp_path / "asks", **changes), stop_after(1))
+        with pytest.raises(Stopped):
+            run_training(settings(tmp_path / "asks", **changes), stop_after(1))
     (size,) = asked
 
     def usage(_: Path) -> Any:

@@ -57,8 +57,8 @@ class RunFolder:
             yield
 
     @contextmanager
-    def held(self, config: TrainConfig) -> Iterator[None]:
-        """Alone in the folder, with what killed processes left swept away; empty, unless the run is to go on.
+    def held(self) -> Iterator[None]:
+        """Alone in the folder, with what killed processes left swept away.
 
         Raises OutputError if another run began there since `held_if_there` found none.
         """
@@ -72,11 +72,10 @@ class RunFolder:
             sweep(self.path)
             sweep(self.checkpoints)
             sweep(self.out.absolute().parent, self.out.name)
-            if not config.resume:
-                self._empty()
             yield
 
-    def _empty(self) -> None:
+    def empty(self) -> None:
+        """Remove what an earlier run left: behind all that can be refused, for there is no way back."""
         for path in (self.path / name for name in MADE_BY_A_RUN):
             try:
                 remove(path)

@@ -32,6 +32,7 @@ class Recorder:
     ) -> None:
         self._folder, self._config, self._facts, self._title = folder, config, dict(facts), title
         self._after, self._drawn = after, time.perf_counter()
+        self._board = TensorBoardLog(folder.tensorboard, after) if config.tensorboard else None
         self._steps = 0
         self.on_progress: OnProgress | None = None
         self.on_note: Callable[[str], None] | None = None
@@ -42,9 +43,8 @@ class Recorder:
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
             self._log = stack.enter_context(MetricsLog(self._folder.metrics, self._after))
-            self._board = None
-            if self._config.tensorboard:
-                self._board = stack.enter_context(TensorBoardLog(self._folder.tensorboard, self._after))
+            if self._board is not None:
+                stack.enter_context(self._board)
             self._stack = stack.pop_all()
         return self
 

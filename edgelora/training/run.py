@@ -95,7 +95,7 @@ def _run(config: TrainConfig, heard: Listeners, world: World) -> Run:
     with folder.held_if_there() if writes else nullcontext():
         ready = make_ready(config, folder, heard, world)
         with (
-            folder.held(ready.asked) if writes else nullcontext(),
+            folder.held() if writes else nullcontext(),
             computing(ready.choices["products"], int(choose_threads(world).value)),
             explained(Model.of(ready.base), ready.config, int(ready.rows.train.lengths.max())),
         ):
@@ -108,10 +108,7 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
     job, state = _build(ready, world)
     if ready.earlier is not None:
         state.restore(ready.earlier.snapshot)
-    if writes:
-        _require_space(ready.folder, state, job)
-        ready.folder.write_facts(ready.facts)
-    with _recorder(ready, state, writes) as recorder, interruptible() as interrupt:
+    with _recorder(ready, job, state) if writes else Silent() as recorder, interruptible() as interrupt:
         recorder.interrupt = interrupt
         whole = train(job, state, recorder)
         if not whole:
@@ -125,13 +122,16 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
     return run
 
 
-def _recorder(ready: Ready, state: State, writes: bool) -> Recorder | Silent:
-    if not writes:
-        return Silent()
+def _recorder(ready: Ready, job: Job, state: State) -> Recorder:
+    """Who writes the run down. What can be refused has been when the folder is emptied for it."""
     c, heard = ready.config, ready.heard
+    _require_space(ready.folder, state, job)
     title = f"{ready.base.path.name} · {c.method} r {c.rank} · {c.data[0].path.name}"
     recorder = Recorder(ready.folder, c, ready.facts, title, None if ready.earlier is None else state.step)
     recorder.on_progress, recorder.on_note, recorder.stop_when = heard.on_progress, heard.on_note, heard.stop_when
+    if not c.resume:
+        ready.folder.empty()
+    ready.folder.write_facts(ready.facts)
     return recorder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +23,8 @@ TAGS = {
 class TensorBoardLog:
     """Event files in `folder`, for a run that goes on behind step `after` (None: for a new run); a context.
 
-    TensorBoard hides what an earlier process wrote of later steps. Raises ConfigError if tensorboard is not installed.
+    TensorBoard hides what an earlier process wrote of later steps. Made, it has written nothing yet, and has raised
+    ConfigError if tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, after: int | None) -> None:
@@ -34,7 +36,7 @@ class TensorBoardLog:
                 why="edgelora writes its event files with it, and does not need it for anything else",
                 fix="pip install 'edgelora[tensorboard]', or leave --tensorboard out: curve.png shows the same",
             ) from e
-        self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
+        self._open = partial(SummaryWriter, str(folder), purge_step=None if after is None else after + 1)
 
     def append(self, metrics: Metrics) -> None:
         """Write what was measured; an answer to a prompt as text."""
@@ -48,6 +50,7 @@ class TensorBoardLog:
             self._writer.add_text(f"sample/{sample.prompt}", sample.text, metrics.step)
 
     def __enter__(self) -> TensorBoardLog:
+        self._writer = self._open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
