@@ -147,6 +147,7 @@ REFUSED = {
     "train {base} {rows} --out {out} --max-length 8": "4 rows are longer than 8 tokens",
     "train {base} {rows}:0 --out {out}": "DATA: the weight of ",
     "train {base} {rows} --out {out} --max-gpu-memory 8": "--max-gpu-memory: ",
+    "train {base} {rows} --out {out} --patience 1": "--patience 1 without --valid",
     "train {base} {rows} --out {out} --target-modules q_porj": "no linear layer of this model is named q_porj",
     "train {base} {rows} --out {out} --data-format csv": "the data format csv",
     "train {base} {rows} --out {out} --device tpu": "--device tpu: there is none that torch can use",
@@ -220,6 +221,31 @@ def test_wrong_usage_is_exit_code_2(capsys, files, tmp_path, line):
     assert shown.out == ""
     assert "Usage" in shown.err
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    "line", ["train {base} {rows} --out {here} --json", "export {missing} {adapter} --json --out {out}"]
+)
+def test_a_program_is_told_of_an_error_in_one_event(capsys, files, tmp_path, line):
+    assert run(called(files, tmp_path, line)) == 1
+    asked = capsys.readouterr()
+    event = json.loads(asked.err)
+    assert (asked.out, list(event)) == ("", ["event", "what", "why", "fix"])
+    assert run(called(files, tmp_path, line.replace("--json ", "").replace(" --json", ""))) == 1
+    what, why, fix = (event[name] for name in ("what", "why", "fix"))
+    assert capsys.readouterr().err == f"error: {what}\n  why: {why}\n  fix: {fix}\n"
+
+
+@pytest.mark.parametrize(("words", "as_json"), [(["plan", "b", "--json"], True), (["plan", "--", "--json"], False)])
+def test_a_program_is_told_that_a_command_was_stopped(monkeypatch, capsys, words, as_json):
+    def stopped(_):
+        raise SystemExit(130)
+
+    monkeypatch.setattr("edgelora.cli.app", stopped)
+    assert run(words) == 130
+    line = "stopped; what was not finished was not written"
+    event = {"event": "error", "what": line, "why": "Ctrl-C", "fix": "give the same command again"}
+    assert capsys.readouterr().err == (f"{json.dumps(event)}\n" if as_json else f"\n{line}\n")
 
 
 def test_debug_raises(files, tmp_path):
@@ -345,7 +371,9 @@ def test_the_result_as_json(files, tmp_path, capsys):
     assert (found["steps"], found["adapter_of_step"], found["rows"], found["skipped_steps"]) == (1, 1, 4, 0)
     assert all(found[name] > 0 for name in ("seconds", "tokens_per_s", "peak_bytes", "last_loss", "held_out_loss"))
     events = [json.loads(line) for line in shown.err.splitlines()]
-    assert {event["event"] for event in events} == {"said", "note", "progress"}
+    assert {event["event"] for event in events} == {"said", "choice", "note", "progress"}
+    chosen = {e["name"]: (e["value"], bool(e["why"])) for e in events if e["event"] == "choice"}
+    assert (chosen["base_dtype"], chosen["learning_rate"]) == (("blocks", True), ("0.001", True))
     assert [e["step"] for e in events if e["event"] == "progress"] == [0, 1]
 
 

@@ -6,13 +6,16 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
+from conftest import ROOT
 from rich.console import Console, Group
 
 from edgelora.cli import display as module
 from edgelora.cli.display import Display, describe, drawn, duration, listener
+from edgelora.device import Choice
+from edgelora.errors import ConfigError
 from edgelora.progress import Progress, Sample
 
 STEP = Progress(
@@ -203,14 +206,27 @@ def test_json_lines_are_an_object_each_on_stderr(capsys):
     with listener(as_json=True) as events:
         events.show(replace(STEP, loss=math.nan, samples=(Sample("Hi", "a\nb"),), numbers={"rewards/margins": 0.5}))
         events.say("done\n")
+        events.choice("rank", Choice("16", "its paper's"))
         events.note("odd")
+        events.error(ConfigError("what", "why", "fix"))
     shown = capsys.readouterr()
     assert shown.out == ""
     first, *others = [json.loads(line) for line in shown.err.splitlines()]
     assert (first["event"], first["stage"], first["step"], first["loss"]) == ("progress", "train", 12, None)
     assert first["samples"] == [{"prompt": "Hi", "text": "a\nb", "ended": True}]
     assert first["numbers"] == {"rewards/margins": 0.5}
-    assert others == [{"event": "said", "text": "done\n"}, {"event": "note", "text": "odd"}]
+    assert others == [
+        {"event": "said", "text": "done\n"},
+        {"event": "choice", "name": "rank", "value": "16", "why": "its paper's"},
+        {"event": "note", "text": "odd"},
+        {"event": "error", "what": "what", "why": "why", "fix": "fix"},
+    ]
+
+
+def test_the_page_of_events_knows_every_field():
+    page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in page.splitlines() if line[:1] == "|")))
+    assert told == {f.name for f in fields(Progress)} | {"event", "choice", "note", "progress", "said", "error"}
 
 
 def test_a_person_gets_the_display():

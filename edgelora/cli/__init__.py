@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 
 import typer
 
@@ -69,16 +70,29 @@ def _options(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. An EdgeloraError prints three lines: what, why, fix."""
+    """Run one command; returns the exit code. An EdgeloraError is told in three lines: what, why, fix; or as JSON."""
+    words = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in takewhile("--".__ne__, words)
     try:
-        app(arguments)
+        app(words)
     except SystemExit as e:  # typer's own: done, wrong usage, or stopped by Ctrl-C
         if e.code == 130:
-            print("\nstopped; what was not finished was not written", file=sys.stderr)
+            line = "stopped; what was not finished was not written"
+            _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
         return e.code if isinstance(e.code, int) else 1
     except EdgeloraError as e:
         if state.debug:
             raise
-        print(f"{e}" if e.exit_code > 128 else f"error: {e}", file=sys.stderr)
+        _tell(e, f"{e}" if e.exit_code > 128 else f"error: {e}", as_json)
         return e.exit_code
     return 0
+
+
+def _tell(error: EdgeloraError, text: str, as_json: bool) -> None:
+    """The end of a command that did not come to its own, on stderr: `text` for people, an event for programs."""
+    if as_json:
+        from edgelora.cli.display import JsonLines
+
+        JsonLines().error(error)
+    else:
+        print(text, file=sys.stderr)

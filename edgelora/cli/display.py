@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -18,6 +19,10 @@ from rich.text import Text
 
 from edgelora.cli.words import count, visible
 from edgelora.progress import Progress, Sample, as_json
+
+if TYPE_CHECKING:
+    from edgelora.device import Choice
+    from edgelora.errors import EdgeloraError
 
 PLAIN_LINE_EVERY_S = 15.0
 BAR_CELLS = 24
@@ -31,7 +36,8 @@ def output() -> Console:
 
 
 class Display:
-    """For people, a context: `show` is an OnProgress, `say` prints a finished line, `note` a warning.
+    """For people, a context: `show` is an OnProgress, `say` prints a finished line, `choice` a setting that was chosen,
+    `note` a warning.
 
     On a terminal the last moment stands in up to four live lines, which change in place; evaluations and answers
     are printed above them. Elsewhere a line is printed every PLAIN_LINE_EVERY_S and for each evaluation.
@@ -80,6 +86,9 @@ class Display:
         self._training = self._held_out = None  # what was said ends what was shown
         self._told.clear()
 
+    def choice(self, name: str, choice: Choice) -> None:
+        self.say(f"{name}: {choice.value} ({choice.why})")
+
     def note(self, line: str) -> None:
         self._print(Text(f"note: {line}", "yellow"))
 
@@ -89,7 +98,7 @@ class Display:
 
 
 class JsonLines:
-    """For programs: what `Display` shows, as lines of JSON on stderr, an object with an `event` each."""
+    """For programs: what `Display` shows, as JSON on stderr, a line for each `event`; docs/events.md has them all."""
 
     def __enter__(self) -> JsonLines:
         return self
@@ -103,8 +112,14 @@ class JsonLines:
     def say(self, line: str) -> None:
         self._print({"event": "said", "text": line})
 
+    def choice(self, name: str, choice: Choice) -> None:
+        self._print({"event": "choice", "name": name, "value": choice.value, "why": choice.why})
+
     def note(self, line: str) -> None:
         self._print({"event": "note", "text": line})
+
+    def error(self, error: EdgeloraError) -> None:
+        self._print({"event": "error", "what": error.what, "why": error.why, "fix": error.fix})
 
     def _print(self, event: dict[str, object]) -> None:
         print(json.dumps(event, allow_nan=False), file=sys.stderr, flush=True)
