@@ -110,7 +110,14 @@ def test_what_max_length_costs(base, tmp_path):
     assert (checked.max_length, c.cut, c.lost_turns, c.lost_ends) == (40, 1, 1, 1)
     assert c.lost_tokens == whole[3] - 40
     assert c.lengths.tolist() == whole  # what rows have, not what is left of them
-    assert c.warnings == ("1 answer cut before the end: the model learns to break off there",)
+    assert c.warnings == (
+        "1 answer left out whole: the rows are longer than max_length",
+        "1 answer cut before the end: the model learns to break off there",
+    )
+    assert c.summary == (
+        f"chat (4), {c.tokens - c.lost_tokens:,} tokens, {c.loss_share:.1%} of them learned; "
+        f"cut: 1 row, by {c.lost_tokens} tokens, 1 whole answer and the end of 1"
+    )
     assert found(base, tmp_path, *GOOD, ask=Ask(max_length=10_000)).max_length == base.context
 
 

@@ -167,6 +167,7 @@ def test_run_json_says_what_was_asked_chosen_and_reached(ran):
     assert {"edgelora", "torch"} <= facts["versions"].keys()
     assert facts["revision"] == revision()
     assert facts["processor"] == processor_name()
+    assert (facts["data"]["formats"], facts["data"]["valid"]["rows"]) == ({"chat": 24}, 8)
     assert all(len(facts["digests"][name]) == 64 for name in ("base", "rows", "held-out rows"))
     assert (settled.seed, settled.device) == (0, facts["choices"]["device"]["value"])
     assert facts["result"]["peak_bytes"] == run.peak_bytes > 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
+from edgelora.errors import DataError
 from edgelora.training.rows import load_rows
 
 
@@ -45,3 +47,29 @@ def test_a_cut_conversation_may_begin_with_an_empty_answer(read):
     rows, _ = read([*GOOD, chat("a", "", "b", "light on " * 20)], max_length=60, truncate=True)
     assert (len(rows.train), len(rows.train[3])) == (4, 60)
     assert rows.train[3].n_loss_tokens > 0
+
+
+def test_what_was_read_and_cut_is_said_and_kept(read, tmp_path):
+    long, valid = chat("a", "light on", "b", "light on " * 20), write(tmp_path / "valid.jsonl", chat("b", "it is off"))
+    rows, said = read([*GOOD, long], max_length=60, truncate=True, valid=valid)
+    assert said == [
+        f"data: {rows.check.summary}", *rows.check.warnings, f"held-out data: {rows.valid_check.summary}",
+    ]  # fmt: skip
+    assert re.fullmatch(
+        r"data: chat \(4\), [\d,]+ tokens, \d+\.\d% of them learned; "
+        r"cut: 1 row, by \d+ tokens, 1 whole answer and the end of 0",
+        said[0],
+    )
+    assert said[1] == "1 answer left out whole: the rows are longer than max_length"
+    assert said[2].startswith("held-out data: chat (1), ")
+    assert (rows.facts["formats"], rows.facts["cut"], rows.facts["lost_turns"]) == ({"chat": 4}, 1, 1)
+    assert rows.facts["tokens"] - rows.facts["lost_tokens"] == rows.train.n_tokens
+    assert rows.facts["valid"]["tokens"] == rows.valid.n_tokens
+    assert json.loads(json.dumps(rows.facts))["warnings"] == [said[1]]
+
+
+def test_held_out_rows_that_teach_nothing_are_refused(read, tmp_path):
+    valid = write(tmp_path / "valid.jsonl", {"input_ids": [5, 6, 7], "labels": [-100] * 3})
+    with pytest.raises(DataError) as caught:
+        read(GOOD, valid=valid)
+    assert caught.value.what == "held-out data: no row has a token to learn: all labels are masked"

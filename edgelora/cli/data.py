@@ -116,9 +116,8 @@ def _print(found: Checked, console: Console) -> None:
 
 def _lines(found: Checked) -> list[str]:
     c = found.check
-    kinds = ", ".join(f"{name} ({n:,})" for name, n in c.formats.items())
     lines = [
-        f"format    {kinds}",
+        f"format    {c.kinds}",
         f"rows      {c.rows:,}" + ("" if found.valid is None else f", held-out {found.valid.rows:,}"),
         f"tokens    {c.tokens:,}, of which {c.loss_share:.1%} are learned ({c.loss_tokens:,})",
         f"answers   {c.one_token:,} of one token",

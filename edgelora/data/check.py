@@ -62,6 +62,20 @@ class Check:
         return self.loss_tokens / max(1, self.tokens - self.lost_tokens)
 
     @property
+    def kinds(self) -> str:
+        """`chat (924), text (1)`: how many rows there are of each format."""
+        return ", ".join(f"{name} ({n:,})" for name, n in self.formats.items())
+
+    @property
+    def summary(self) -> str:
+        """`chat (924), 57,808 tokens, 31.6% of them learned`, and what was cut, in one line."""
+        said = f"{self.kinds}, {self.tokens - self.lost_tokens:,} tokens, {self.loss_share:.1%} of them learned"
+        if not self.cut:
+            return said
+        lost = f"{_count(self.lost_tokens, 'token')}, {_count(self.lost_turns, 'whole answer')}"
+        return f"{said}; cut: {_count(self.cut, 'row')}, by {lost} and the end of {self.lost_ends:,}"
+
+    @property
     def faults(self) -> tuple[str, ...]:
         """What makes training pointless."""
         if self.rows and self.left_out == self.rows:
@@ -79,16 +93,17 @@ class Check:
             "empty": "with an empty answer among the turns",
         }
         said = [self._warning(name, what) for name, what in found.items() if getattr(self, name)]
+        if self.lost_turns:
+            said.append(f"{_count(self.lost_turns, 'answer')} left out whole: the rows are longer than max_length")
         if self.lost_ends:
-            s = "s" * (self.lost_ends != 1)
-            said.append(f"{self.lost_ends} answer{s} cut before the end: the model learns to break off there")
+            said.append(f"{_count(self.lost_ends, 'answer')} cut before the end: the model learns to break off there")
         return tuple(said)
 
-    def raise_faults(self) -> None:
-        """Raise DataError if there is one."""
+    def raise_faults(self, of: str = "") -> None:
+        """Raise DataError if there is one; `of`: the words before it, where it is not the rows to learn."""
         if self.faults:
             raise DataError(
-                what="; ".join(self.faults),
+                what=of + "; ".join(self.faults),
                 why="message weights, labels or max_length leave nothing to learn, so no step would change anything",
                 fix="see what is learned with `edgelora data check FILE --base BASE --preview 3`",
             )
@@ -101,7 +116,7 @@ class Check:
     def _warning(self, name: str, what: str) -> str:
         n = getattr(self, name)
         places = ", ".join(self.named[name]) + (" …" if n > len(self.named[name]) else "")
-        return f"{n} row{'s' * (n != 1)} {what} ({places})"
+        return f"{_count(n, 'row')} {what} ({places})"
 
 
 class Tally:
@@ -187,6 +202,10 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
     edges = np.unique(np.rint(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1)).astype(np.int64))
     counts = np.histogram(lengths, edges)[0]
     return [(low, high - 1, n) for (low, high), n in zip(pairwise(edges.tolist()), counts.tolist(), strict=True)]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _digest(examples: Iterable[Example]) -> int:

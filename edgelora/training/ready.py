@@ -92,6 +92,7 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
         "settled": settings(settled),
         "choices": {name: asdict(choice) for name, choice in choices.items()},
         "digests": digests,
+        "data": rows.facts,
         "versions": versions(),
         "processor": processor_name(),
         "changed": changed,

@@ -29,12 +29,18 @@ class Described:
 
 @dataclass(frozen=True)
 class Rows:
-    """train: the rows to learn. valid: those held out, empty if there are none."""
+    """train: the rows to learn. valid: those held out, empty if there are none. check, valid_check: what is in them."""
 
     train: Dataset[Any]
     valid: Dataset[Any] | tuple[()]
     check: Check
+    valid_check: Check | None
     sources: tuple[Described, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was read and what was cut, as `data check --json` says it."""
+        return {**self.check.as_dict(), "valid": None if self.valid_check is None else self.valid_check.as_dict()}
 
     @property
     def valid_sha256(self) -> str:
@@ -46,7 +52,7 @@ class Rows:
 
 
 def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -> Rows:
-    """Everything that `config` names, held to its max_length. `on_note` hears what is odd.
+    """Everything that `config` names, held to its max_length. `on_note` hears what was read and cut, and what is odd.
 
     Raises DataError for what is broken, too long, or has nothing to learn.
     """
@@ -59,10 +65,14 @@ def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -
     valid: Dataset[Any] | tuple[()] = ()
     if config.valid is not None:
         valid = load([config.valid], encoder, options=Options(config.data_format, folder, on_row=held_out.add))
-    check = tally.result(held_out)
+    check, valid_check = tally.result(held_out), None if config.valid is None else held_out.result()
     check.raise_faults()
+    on_note(f"data: {check.summary}")
     for warning in check.warnings:
         on_note(warning)
+    if valid_check is not None:
+        valid_check.raise_faults("held-out data: ")
+        on_note(f"held-out data: {valid_check.summary}")
     if config.alora_invocation_tokens:
         require_invoked(config, (train[i] for i in range(len(train))), "data")
         require_invoked(config, (valid[i] for i in range(len(valid))), "valid")
@@ -70,7 +80,7 @@ def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -
         Described(source.path.name, n, source.weight, sha256_file(source.path) if source.path.is_file() else "")
         for source, n in zip(config.data, train.counts, strict=True)
     ]
-    return Rows(train, valid, check, tuple(described))
+    return Rows(train, valid, check, valid_check, tuple(described))
 
 
 def _loader(objective: str) -> Callable[..., Dataset[Any]]:
