@@ -489,7 +489,7 @@ def newest(out: Path) -> Path:
     return max((run_folder(out) / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_lets_the_step_finish_saves_and_says_how_to_go_on(child, number, code):
     process, out = child()
     process.send_signal(number)

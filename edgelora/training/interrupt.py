@@ -1,4 +1,6 @@
-"""Ctrl-C and a polite kill: the first one asks the run to stop where it can go on later, the second stops it now."""
+"""Ctrl-C, a polite kill, a terminal that is closed: the first signal asks the run to stop where it can go on later, the
+second stops it now.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from edgelora.errors import EdgeloraError
 from edgelora.invocation import command
 from edgelora.training.folder import RunFolder
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(one for one in signal.Signals if one.name in {"SIGINT", "SIGTERM", "SIGHUP"})  # not all have the last
 
 
 class Stopped(EdgeloraError):
@@ -57,7 +59,7 @@ def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
 
 
 def _why(exit_code: int) -> str:
-    return "Ctrl-C" if exit_code == 130 else "the signal SIGTERM"
+    return "Ctrl-C" if exit_code == 130 else f"the signal {signal.Signals(exit_code - 128).name}"
 
 
 class Interrupt:
@@ -72,25 +74,29 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for SIGTERM: as a shell has it."""
+        """130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP: as a shell has it."""
         return 128 + (self.asked or signal.SIGINT)
 
 
 def now(asked: signal.Signals) -> NoReturn:
-    """Stop here, as Python would by itself: KeyboardInterrupt, or SystemExit(143) for SIGTERM."""
-    if asked is signal.SIGTERM:
-        raise SystemExit(128 + asked)
-    raise KeyboardInterrupt
+    """Stop here, as Python would by itself: KeyboardInterrupt for Ctrl-C, or SystemExit(143) for SIGTERM."""
+    if asked is signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + asked)
 
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Listen to both signals in this block. Only the main thread can: elsewhere nothing is changed."""
+    """Listen to SIGNALS in this block. Only the main thread can: elsewhere nothing is changed.
+
+    SIGHUP is left as it is where it is ignored: `nohup` is there to outlive it.
+    """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
         yield interrupt
         return
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    heard = [one for one in SIGNALS if one.name != "SIGHUP" or signal.getsignal(one) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield interrupt
     finally:

@@ -56,13 +56,20 @@ class Recorder:
         self._log.append(metrics)
         if self._board is not None:
             self._board.append(metrics)
+        self._steps += 1
+        try:
+            self._tell(progress)
+        except OSError:  # a terminal that was closed: what is saved behind this step must not be lost with it
+            if self.interrupt.asked is None:
+                raise
+        self._enough = self.stop_when is not None and self.stop_when(progress)
+
+    def _tell(self, progress: Progress) -> None:
         if self.on_progress is not None:
             self.on_progress(progress)
-        self._steps += 1
         left_s = progress.eta_s or 0.0
         if self._steps == PACED and left_s >= WORTH_SAYING_S and self.on_note is not None:
             self.on_note(f"about {left_s / 60:.0f} min to go, at the pace of the first {PACED} steps")
-        self._enough = self.stop_when is not None and self.stop_when(progress)
 
     def save(self, state: State) -> None:
         self._log.sync()

@@ -81,9 +81,9 @@ def run_training(
 ) -> Run:
     """Train and write the adapter to config.out (PEFT's format and `edgelora.json`), the run's own files beside it.
 
-    Raises EdgeloraError for every fault of the input before the first step. Asked to stop (Ctrl-C, SIGTERM), it ends
-    the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. `stop_when` is asked behind
-    each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
+    Raises EdgeloraError for every fault of the input before the first step. Asked to stop (Ctrl-C, SIGTERM, SIGHUP), it
+    ends the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. `stop_when` is asked
+    behind each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
     """
     with joined() as world:
         heard = Listeners(on_progress, on_choice, on_note, stop_when) if world.rank == 0 else Listeners()
