@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from test_atomic import Disk, tree
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
+from edgelora.files.contract import read_contract
 from edgelora.files.lock import locked
 from edgelora.kernels import load
 from edgelora.peft import pissa
 from edgelora.peft.methods import METHODS
 from edgelora.training import loop, ready, run
-from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
-from edgelora.training.metrics import read_metrics
+from edgelora.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from edgelora.training.metrics import as_line, read_metrics
 from edgelora.training.run import run_training
 
 STEPS = 12  # 24 rows, four a step, two epochs: an epoch ends at step 6
@@ -182,6 +184,21 @@ def test_a_run_goes_on_within_a_step(settings, pairs, tmp_path, monkeypatch, obj
         assert shown_numbers(out) == numbers
         shutil.rmtree(run_folder(out))
         shutil.copytree(kept, run_folder(out))
+
+
+def test_time_and_memory_are_those_of_all_processes(settings, again):
+    """As if an earlier process had taken 1,000 s for the first six steps, and a petabyte."""
+    cut_back(again, 6)
+    folder, metrics = run_folder(again), run_folder(again) / "metrics.jsonl"
+    found = read_checkpoint(newest(again))
+    facts = {**found.facts, "state": {**found.facts["state"], "seconds": 1000.0}}
+    write_checkpoint(folder / "checkpoints", replace(found, facts=facts), keep_last=1000, best=None)
+    metrics.write_text("".join(as_line(replace(m, peak_bytes=10**15)) for m in read_metrics(metrics) if m.step <= 6))
+    ended = run_training(settings(again, resume=True))
+    result, contract = json.loads((folder / "run.json").read_text())["result"], read_contract(again)
+    assert 1000 < ended.seconds == pytest.approx(result["seconds"], abs=0.1)
+    assert ended.peak_bytes == result["peak_bytes"] == contract.training["peak_bytes"] == 10**15
+    assert contract.training["seconds"] == result["seconds"]
 
 
 def test_a_run_that_failed_in_the_middle_goes_on(settings, whole, tmp_path):

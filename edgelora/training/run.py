@@ -51,7 +51,7 @@ class Run:
     """What a run ended in: the adapter, and what it measured on the way.
 
     step: whose adapter it is; method: what kind. losses: of each step, mean over what it learned. seconds and
-    peak_bytes: of this process.
+    peak_bytes: of all processes that worked on it, this one from its start and those before it at their steps.
     """
 
     out: Path
@@ -108,6 +108,7 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
     job, state = _build(ready, world)
     if ready.earlier is not None:
         state.restore(ready.earlier.snapshot)
+        started -= state.seconds
     with _recorder(ready, job, state) if writes else Silent() as recorder, interruptible() as interrupt:
         recorder.interrupt = interrupt
         whole = train(job, state, recorder)
@@ -201,9 +202,10 @@ def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
     held_out = next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
     step, held_out = _back_at_the_best(ready, state) or (state.step, held_out)
     skipped, speed = metrics[-1].skipped_steps, metrics[-1].tokens_per_s or 0.0
+    peak_bytes = max(peak_memory_bytes(), *(m.peak_bytes or 0 for m in metrics))
     run = Run(
         c.out, ready.folder.path, step, c.method, losses, held_out, skipped, speed, ready.choices,
-        len(ready.rows.train), time.perf_counter() - started, peak_memory_bytes(),
+        len(ready.rows.train), time.perf_counter() - started, peak_bytes,
     )  # fmt: skip
     with averaged(state):
         _write(ready, job.decoder, _result(run))
