@@ -95,7 +95,7 @@ def test_a_misspelt_value_is_answered_with_the_nearest(cook, tmp_path):
     (tmp_path / "recipe.toml").write_text("dish = 'stew'\nkind = 'salad'\n", encoding="utf-8")
     with pytest.raises(ConfigError) as fault:
         settled(Recipe, tmp_path / "recipe.toml", {})
-    assert fault.value.what == "kind: salad is none of its values: it is one of soup, cake"
+    assert fault.value.what == f"{tmp_path / 'recipe.toml'}: kind: salad is none of its values: it is one of soup, cake"
 
 
 def test_a_misspelt_method_is_answered_with_where_they_stand(capsys):
@@ -138,8 +138,30 @@ def test_every_fault_is_named_as_it_was_written(tmp_path):
     with pytest.raises(ConfigError) as fault:
         settled(Recipe, tmp_path / "recipe.toml", {"minutes": 0})
     first, second = fault.value.what.split("; ")
-    assert first.startswith("--minutes: Input should be greater than")
-    assert second.startswith("salt: Input should be a valid number")
+    assert first == "--minutes: it is 0, and must be at least 1"
+    assert second == f"{tmp_path / 'recipe.toml'}: salt: it is much, and must be a number"
+    assert fault.value.fix == "`edgelora train --print-config` prints each setting with what it is"
+
+
+WRONG = {
+    "rank": {0: "it is 0, and must be at least 1", 2000: "it is 2000, and must be at most 1024",
+             "many": "it is many, and must be a whole number", 1.5: "it is 1.5, and must be a whole number"},
+    "alpha": {0: "it is 0, and must be above 0", "inf": "it is inf, and must be a finite number"},
+    "lora_dropout": {1: "it is 1, and must be below 1"},
+    "truncate": {"maybe": "it is maybe, and must be true or false"},
+    "samples": {3: "it is 3, and must be a list", (3,): "it is 3, and must be a text"},
+    "invocation": {"": "it is empty, and must not be"},
+    "max_gpu_memory": {"8": r"it is 8, and must match ^\d+(\.\d+)?\s*(GB|GiB|MB|MiB)$"},
+    "rank_pattern": {"q_proj": "q_proj is no NAME=NUMBER, such as q_proj=4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [(n, v, s) for n, of in WRONG.items() for v, s in of.items()])
+def test_what_is_wrong_with_a_setting_is_said_in_our_words(name, value, said):
+    with pytest.raises(ConfigError) as fault:
+        settled(TrainConfig, None, {"base": "b", "data": "d", "out": "o", name: value}, command="plan")
+    assert fault.value.what == f"--{name.replace('_', '-')}: {said}"
+    assert fault.value.fix == "see `edgelora plan --help`"
 
 
 def test_what_is_missing_in_both_places_is_wrong_usage():

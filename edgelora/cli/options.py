@@ -21,6 +21,16 @@ from pydantic_core import ErrorDetails
 
 from edgelora.errors import ConfigError
 
+# What a setting must, by the kinds of pydantic's faults that our models know.
+MUST = {
+    "greater_than_equal": "be at least {ge:g}", "greater_than": "be above {gt:g}",
+    "less_than_equal": "be at most {le:g}", "less_than": "be below {lt:g}",
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "be a whole number"),
+    **dict.fromkeys(("float_parsing", "float_type"), "be a number"), "finite_number": "be a finite number",
+    **dict.fromkeys(("bool_parsing", "bool_type"), "be true or false"),
+    "string_type": "be a text", "path_type": "be a path", "tuple_type": "be a list",
+    "string_too_short": "not be", "too_short": "not be", "string_pattern_mismatch": "match {pattern}",
+}  # fmt: skip
 LISTED = {"method": "`edgelora methods` lists all"}  # settings that have too many values for one message
 
 
@@ -95,12 +105,17 @@ def _unlike(name: str, values: Collection[str], text: object) -> str:
 
 
 def settled(
-    model: type[BaseModel], file: Path | None, given: Mapping[str, Any], arguments: Collection[str] = ()
+    model: type[BaseModel],
+    file: Path | None,
+    given: Mapping[str, Any],
+    arguments: Collection[str] = (),
+    command: str = "train",
 ) -> Any:
     """A `model` of the settings in a TOML file and, over them, those `given` on the command line (None: not given).
 
-    arguments: those that are given by their place. Raises ConfigError that names every setting that cannot be, each as
-    it was written, and for unknown ones the nearest name; what is missing in both places is wrong usage.
+    arguments: those that are given by their place; command: the name under which its help is found. Raises ConfigError
+    that names every setting that cannot be, each as it was written and where, and for unknown ones the nearest name;
+    what is missing in both places is wrong usage.
     """
     settings = {} if file is None else read_toml(file, model)
     said = {name: value for name, value in given.items() if value is not None and value != []}
@@ -111,15 +126,21 @@ def settled(
         faults = [(str(fault["loc"][0]), fault["type"], _said(model, fault)) for fault in e.errors()]
         if missing := [typed[name] for name, kind, _ in faults if kind == "missing"]:
             raise typer.BadParameter("missing, and not in a --config file", param_hint=missing) from e
-        listed = "; ".join(f"{typed[name] if name in said else name}: {message}" for name, _, message in faults)
-        raise ConfigError(listed, "these settings cannot train anything", "see `edgelora train --help`") from e
+        where = {name: typed[name] if name in said else f"{file}: {name}" for name, *_ in faults}
+        listed = "; ".join(f"{where[name]}: {text}" for name, _, text in faults)
+        printed = "`edgelora train --print-config` prints each setting with what it is"
+        fix = f"see `edgelora {command} --help`" if where.keys() <= said.keys() else printed
+        raise ConfigError(listed, "these settings cannot train anything", fix) from e
 
 
 def _said(model: type[BaseModel], fault: ErrorDetails) -> str:
-    """pydantic's words, without those of its own making."""
-    name = str(fault["loc"][0])
-    if fault["type"] == "literal_error" and (values := _values(model.model_fields[name])):
-        return _unlike(name, values, fault["input"])
+    """What is wrong with a setting: `it is 0, and must be at least 1`; in pydantic's words where that is rare."""
+    name, kind, value = str(fault["loc"][0]), fault["type"], fault["input"]
+    if kind == "literal_error" and (values := _values(model.model_fields[name])):
+        return _unlike(name, values, value)
+    if kind in MUST:
+        shown = "empty" if value in ("", [], ()) else value
+        return f"it is {shown}, and must {MUST[kind].format(**fault.get('ctx', {}))}"
     return fault["msg"].removeprefix("Value error, ")
 
 

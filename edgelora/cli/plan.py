@@ -51,7 +51,7 @@ def plan(
     from edgelora.pipeline.plan import estimate, lines, plan_run
 
     places = {"base": base, "data": data or [str(base)], "out": Path("adapter")}  # nothing is written there
-    asked = settled(TrainConfig, config, {**places, **settings}, arguments=("base", "data"))
+    asked = settled(TrainConfig, config, {**places, **settings}, arguments=("base", "data"), command="plan")
     opened, found = plan_run(asked, None if memory is None else parse_size(memory), processes)
     timed = None
     if data and processes == 1:
