@@ -8,7 +8,7 @@ from typing import Any
 
 from study.page import markdown
 
-from learning.rows import Q4_0, Q4_1
+from learning.rows import MARKS, Q4_0, Q4_1
 
 HEAD = """# What each method learns, and what it costs
 
@@ -67,8 +67,8 @@ HOW = """
 
 {steps} steps of {batch_rows} rows, no row twice, and the rows of a seed in the same order for all. The learning rate
 rises over {warmup} steps and falls to 0. Rank and α are the method's own. At rank 16 rsLoRA with its own α is LoRA
-number by number, so both are compared at rank 64. Scores are torch's over float32 products, since some methods run
-nowhere else.
+number by number, so both are compared at rank 64. The rows of `token_rows` are those of {marks}. Scores
+are torch's over float32 products, since some methods run nowhere else.
 
 Learning rates: the method's own (in its file, `edgelora/peft`), three times it and a third of it were tried on
 {check_task} with one seed, by the loss on {valid_rows} validation rows; where the best of three was at the edge, one
@@ -94,7 +94,7 @@ def written(found: Mapping[str, Any]) -> str:
         ),
         HOW.format(
             tasks=markdown(["task", "answer"], [(t["name"], t["title"]) for t in found["tasks"]]), rates=_rates(found),
-            hours=found["cpu_seconds"] / 3600,
+            hours=found["cpu_seconds"] / 3600, marks=" and ".join(f"`{mark}`" for mark in MARKS.train_tokens),
             **found_of(found, "steps", "batch_rows", "warmup", "check_task", "valid_rows", "processor"),
         ),
     ])  # fmt: skip

@@ -14,13 +14,14 @@ Q4_1, ORIGINAL, Q4_0, REST = "Q4_1", "original", "Q4_0", "rest"
 
 @dataclass(frozen=True)
 class Row:
-    """`rank` None: the method's own. `main`: with every seed."""
+    """`rank` None: the method's own. `main`: with every seed. `train_tokens`: those that token rows are trained of."""
 
     name: str
     method: Method
     over: str = Q4_1
     rank: int | None = None
     main: bool = False
+    train_tokens: tuple[str, ...] = ()
 
 
 WIDE = 64  # at the usual rank rsLoRA with its own α is LoRA, number by number
@@ -36,13 +37,14 @@ MAIN = (
 )
 REFERENCE = "lora"
 LOFTQ = Row("loftq", "loftq", over=Q4_0)  # its start needs an original, which the Q4_1 file has not
+MARKS = Row("token_rows", "token_rows", train_tokens=("<|im_start|>", "<|im_end|>"))  # no new ones: these say who speaks
 
 
 def rows() -> tuple[Row, ...]:
     """All of them: whatever METHODS holds is here, the main ones first."""
-    covered = {row.method for row in (*MAIN, LOFTQ)}
+    covered = {row.method for row in (*MAIN, MARKS, LOFTQ)}
     others = (Row(method, method) for method in get_args(Method) if method not in covered)
-    return (*MAIN, *others, LOFTQ)
+    return (*MAIN, *others, MARKS, LOFTQ)
 
 
 def named(name: str) -> Row:

@@ -85,7 +85,7 @@ def config_of(row: Row, training: Training, room: Room, out: Path) -> TrainConfi
         base=base, data=room.rows(training.task, "train"), out=out, method=row.method, rank=row.rank,
         seed=training.seed, max_steps=STEPS, epochs=100, batch_rows=BATCH_ROWS, warmup_steps=WARMUP, device="cpu",
         base_dtype="f32" if METHODS[row.method].dense else "blocks", recompute="off", overwrite=True,
-        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        micro_batch_tokens=MICRO_BATCH_TOKENS, train_tokens=row.train_tokens,
         original=path_of(ORIGINAL, room) if METHODS[row.method].from_original is not None else None,
     )  # fmt: skip
     settled, _ = choose(config, Model.of(open_base(base)).n_weights)
