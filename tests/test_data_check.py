@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -159,6 +160,16 @@ def test_pairs_and_rated_rows(base, tmp_path):
     assert caught.value.what == f"{tmp_path / 'rows.jsonl'}:3: a row of the format kto"
     assert caught.value.why == "the first are rows with `chosen` and `rejected`: no run learns from both"
     assert caught.value.fix == "put these rows into a file of their own"
+
+
+def test_it_tells_how_far_it_is(base, tmp_path):
+    rows, events = [row("a", str(i)) for i in range(401)], []
+    lines = "\n".join(json.dumps(one) for one in rows).encode()
+    files = {"a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.json": json.dumps(rows).encode()}
+    for name, raw in files.items():
+        (tmp_path / name).write_bytes(raw)
+        check_data(base, [tmp_path / name], on_progress=events.append)
+    assert [(e.stage, e.step, e.total) for e in events] == [("check", n, 401) for n in (200, 400)] * 3
 
 
 def test_several_files(base, tmp_path):

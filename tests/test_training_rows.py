@@ -29,13 +29,19 @@ def write(path, *rows):
 
 
 @pytest.fixture
-def read(base, tmp_path):
+def events():
+    """What the reading told of how far it is."""
+    return []
+
+
+@pytest.fixture
+def read(base, tmp_path, events):
     """`read(rows, **settings)` → the rows of a run, and what it said of them."""
 
     def load(rows, **settings):
         data, said = write(tmp_path / "rows.jsonl", *rows), []
         config = TrainConfig(base=base.path, data=data, out=tmp_path / "mine", **{"max_length": 512} | settings)
-        return load_rows(config, base, said.append), said
+        return load_rows(config, base, said.append, events.append), said
 
     return load
 
@@ -73,3 +79,10 @@ def test_held_out_rows_that_teach_nothing_are_refused(read, tmp_path):
     with pytest.raises(DataError) as caught:
         read(GOOD, valid=valid)
     assert caught.value.what == "held-out data: no row has a token to learn: all labels are masked"
+
+
+def test_reading_tells_how_far_it_is(read, tmp_path, events):
+    valid = write(tmp_path / "valid.jsonl", *[chat("b", str(i)) for i in range(101)])
+    read([chat("a", str(i)) for i in range(500)], valid=valid)
+    assert [(e.stage, e.step, e.total) for e in events] == [("read", n, 601) for n in (200, 400, 600)]
+    assert all(e.eta_s >= 0 for e in events)

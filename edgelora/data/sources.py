@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from edgelora.data.formats import AUTO, DATA_FORMATS, known_formats, parse_row
 from edgelora.data.json_stream import NotJSONError, json_rows
@@ -30,6 +30,8 @@ JSON_COLUMNS = (
 )  # fmt: skip
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 ROW_KEYS = frozenset(key for known in DATA_FORMATS.values() for key in known.keys.split())
+
+Item = TypeVar("Item")
 
 
 class Place(NamedTuple):
@@ -107,6 +109,15 @@ def read_objects(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
             raise _empty(file)
 
 
+def count_rows(path: Path) -> int | None:
+    """How many rows a file or folder has, or a few more, for blank lines are counted too. None for a pipe: it can be
+    read only once. Raises DataError for a file that is unreadable."""
+    files = files_of(path)
+    if not all(file.is_file() for file in files):
+        return None
+    return sum(1 for file in files for _ in _guarded(file, _unparsed(file)))
+
+
 def files_of(path: Path) -> list[Path]:
     """The file, or those files of a folder (and the folders in it) that may hold rows; hidden ones are left out."""
     if not path.is_dir():
@@ -154,7 +165,17 @@ def _suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _guarded(path: Path, raw_rows: Iterator[Raw]) -> Iterator[Raw]:
+def _unparsed(path: Path) -> Iterator[object]:
+    """Something for each row, at the least cost."""
+    read, _ = READERS.get(_suffix(path), READERS[".jsonl"])
+    if read is not _jsonl:
+        yield from read(path)
+        return
+    with _open(path) as file:
+        yield from file
+
+
+def _guarded(path: Path, raw_rows: Iterator[Item]) -> Iterator[Item]:
     """The rows, with what can be wrong with the file itself as a DataError."""
     try:
         yield from raw_rows

@@ -14,9 +14,8 @@ from edgelora.data.dataset import EncodedRow, encode_rows
 from edgelora.data.encode import Example, LossOn
 from edgelora.data.fit import Encoder
 from edgelora.data.formats import AUTO
-from edgelora.progress import OnProgress, Progress, silent
-
-TELL_EVERY = 200  # rows
+from edgelora.progress import OnProgress, silent
+from edgelora.training.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,20 @@ def check_data(
     ask = ask or Ask()
     max_length = min(ask.max_length or base.context, base.context)
     encoder = Encoder(base, max_length, truncate=True, loss_on=ask.loss_on)
-    tally, shown, done = Tally(base.tokenizer), list[Shown](), 0
+    reading = Reading("check", [*paths, *([] if valid is None else [valid])], on_progress)
+    tally, shown = Tally(base.tokenizer), list[Shown]()
     for path in paths:
         for row in encode_rows(path, encoder, None, ask.data_format):
             tally.add(row)
+            reading.add()
             if len(shown) < ask.preview:
                 shown.append(_shown(row, base))
-            done += 1
-            if done % TELL_EVERY == 0:
-                on_progress(Progress("check", done, done))
     held_out = None
     if valid is not None:
         held_out = Tally(base.tokenizer)
         for row in encode_rows(valid, encoder, None, ask.data_format):
             held_out.add(row)
+            reading.add()
     return Checked(tally.result(held_out), held_out.result() if held_out else None, max_length, tuple(shown))
 
 

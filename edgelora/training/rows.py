@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.data.check import Check, Tally
-from edgelora.data.dataset import Dataset, Options, load_examples, load_labelled, load_pairs
+from edgelora.data.dataset import Dataset, EncodedRow, Options, load_examples, load_labelled, load_pairs
 from edgelora.data.fit import Encoder
 from edgelora.data.order import Order
 from edgelora.files.contract import sha256_file
+from edgelora.progress import OnProgress, silent
 from edgelora.training.invoked import require_invoked
+from edgelora.training.reading import Reading
 
 
 @dataclass(frozen=True)
@@ -51,28 +54,31 @@ class Rows:
         return Order(self.train.counts, config.batch_rows, config.seed, [source.weight for source in self.sources])
 
 
-def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -> Rows:
+def load_rows(
+    config: TrainConfig, base: Base, on_note: Callable[[str], None], on_progress: OnProgress = silent
+) -> Rows:
     """Everything that `config` names, held to its max_length. `on_note` hears what was read and cut, and what is odd.
 
-    Raises DataError for what is broken, too long, or has nothing to learn.
+    Raises DataError for what is broken, too long, too little, or has nothing to learn.
     """
     encoder = Encoder(base, config.max_length, config.truncate, config.loss_on)
     folder = next(p for p in config.out.absolute().parents if p.is_dir())  # for data that is larger than memory
-    tally, held_out = Tally(base.tokenizer), Tally(base.tokenizer)
-    load = _loader(config.objective)
-    paths = [source.path for source in config.data]
-    train = load(paths, encoder, options=Options(config.data_format, folder, on_row=tally.add))
-    valid: Dataset[Any] | tuple[()] = ()
-    if config.valid is not None:
-        valid = load([config.valid], encoder, options=Options(config.data_format, folder, on_row=held_out.add))
-    check, valid_check = tally.result(held_out), None if config.valid is None else held_out.result()
-    check.raise_faults()
-    on_note(f"data: {check.summary}")
-    for warning in check.warnings:
-        on_note(warning)
-    if valid_check is not None:
-        valid_check.raise_faults("held-out data: ")
-        on_note(f"held-out data: {valid_check.summary}")
+    paths, held_out = [source.path for source in config.data], [] if config.valid is None else [config.valid]
+    reading, load = Reading("read", [*paths, *held_out], on_progress), _loader(config.objective)
+
+    def loaded(paths: Sequence[Path]) -> tuple[Dataset[Any], Tally]:
+        tally = Tally(base.tokenizer)
+
+        def on_row(row: EncodedRow) -> None:
+            tally.add(row)
+            reading.add()
+
+        return load(paths, encoder, options=Options(config.data_format, folder, on_row=on_row)), tally
+
+    train, tally = loaded(paths)
+    valid, valid_tally = loaded(held_out) if held_out else ((), None)
+    check, valid_check = tally.result(valid_tally), None if valid_tally is None else valid_tally.result()
+    _judge(check, valid_check, on_note)
     if config.alora_invocation_tokens:
         require_invoked(config, (train[i] for i in range(len(train))), "data")
         require_invoked(config, (valid[i] for i in range(len(valid))), "valid")
@@ -81,6 +87,16 @@ def load_rows(config: TrainConfig, base: Base, on_note: Callable[[str], None]) -
         for source, n in zip(config.data, train.counts, strict=True)
     ]
     return Rows(train, valid, check, valid_check, tuple(described))
+
+
+def _judge(check: Check, valid_check: Check | None, on_note: Callable[[str], None]) -> None:
+    check.raise_faults()
+    on_note(f"data: {check.summary}")
+    for warning in check.warnings:
+        on_note(warning)
+    if valid_check is not None:
+        valid_check.raise_faults("held-out data: ")
+        on_note(f"held-out data: {valid_check.summary}")
 
 
 def _loader(objective: str) -> Callable[..., Dataset[Any]]:
