@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -23,6 +24,36 @@ def test_the_first_signal_asks_and_the_second_stops(number):
     assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit)
     assert getattr(caught.value, "code", 130) == 128 + number
     assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_the_first_one_is_told_of_at_once_and_the_second_is_not():
+    """From another thread: this one may be in a long product, or hold the lock of what is written to."""
+    told, lock, came = [], threading.Lock(), threading.Event()
+
+    def tell():
+        with lock:
+            told.append(threading.current_thread())
+        came.set()
+
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with interruptible(tell):
+        with lock:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert came.wait(10)
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert len(told) == 1
+    assert told[0] is not threading.main_thread()
+    assert not told[0].is_alive()
+    assert signal.set_wakeup_fd(before) == before
+
+
+def test_where_no_signal_comes_nothing_is_told():
+    told = []
+    with interruptible(lambda: told.append(1)):
+        pass
+    assert told == []
 
 
 @HANG_UP

@@ -1,4 +1,4 @@
-"""What a run says behind its first steps: how long the rest takes, once, and only where it takes a while."""
+"""What a run says behind its steps: how long the rest takes, once, and nothing to a terminal that was closed."""
 
 from __future__ import annotations
 
@@ -10,39 +10,47 @@ import pytest
 from edgelora.config import TrainConfig
 from edgelora.progress import Progress
 from edgelora.training.folder import RunFolder
-from edgelora.training.metrics import read_metrics
-from edgelora.training.recorder import Recorder
+from edgelora.training.interrupt import Interrupt
+from edgelora.training.ready import Listeners
+from edgelora.training.recorder import About, Recorder
 
 NOTE = "about 5 min to go, at the pace of the first 3 steps"
 
 
+@pytest.fixture
+def recorder(tmp_path):
+    """`recorder(interrupt=…, **listeners)`: one of a new run, which it writes down in tmp_path."""
+
+    def make(interrupt=None, **listeners):
+        folder = RunFolder(tmp_path / "adapter")
+        folder.path.mkdir()
+        about = About(TrainConfig(base="base.gguf", data="rows.jsonl", out=folder.out), {}, "a run")
+        return Recorder(folder, about, Listeners(**listeners), interrupt or Interrupt())
+
+    return make
+
+
 @pytest.mark.parametrize(("eta_s", "notes"), [(290.0, [NOTE]), (59.0, []), (None, [])])
-def test_how_long_the_rest_takes_is_said_once(tmp_path, eta_s, notes):
-    folder, told = RunFolder(tmp_path / "adapter"), []
-    folder.path.mkdir()
-    config = TrainConfig(base="base.gguf", data="rows.jsonl", out=folder.out)
-    with Recorder(folder, config, {}, "a run", None) as recorder:
-        recorder.on_note = told.append
+def test_how_long_the_rest_takes_is_said_once(recorder, eta_s, notes):
+    told = []
+    with recorder(on_note=told.append) as made:
         for step in range(1, 7):
             assert told == (notes if step > 3 else [])
-            recorder.stepped(Progress("train", step, 99, loss=1.0, eta_s=eta_s), 10, 1.0)
+            made.stepped(Progress("train", step, 99, loss=1.0, eta_s=eta_s), 10, 1.0)
     assert told == notes
-    assert len(read_metrics(folder.metrics)) == 6
+    assert len(made.metrics()) == 6
 
 
 @pytest.mark.parametrize("asked", [None, signal.SIGHUP])
-def test_a_terminal_that_is_closed_does_not_end_the_step(tmp_path, asked):
+def test_a_terminal_that_is_closed_does_not_end_the_step(recorder, asked):
     """What is written to it fails from the moment on in which the signal comes, and not before."""
-    folder = RunFolder(tmp_path / "adapter")
-    folder.path.mkdir()
+    interrupt = Interrupt()
+    interrupt.asked = asked
 
     def closed(_):
         raise OSError(5, "Input/output error")
 
-    with Recorder(
-        folder, TrainConfig(base="base.gguf", data="rows.jsonl", out=folder.out), {}, "a run", None
-    ) as recorder:
-        recorder.on_progress, recorder.interrupt.asked = closed, asked
-        with nullcontext() if asked else pytest.raises(OSError, match="Input/output"):
-            recorder.stepped(Progress("train", 1, 9, loss=1.0), 10, 1.0)
-    assert len(read_metrics(folder.metrics)) == 1
+    ends = nullcontext() if asked else pytest.raises(OSError, match="Input/output")
+    with recorder(interrupt, on_progress=closed) as made, ends:
+        made.stepped(Progress("train", 1, 9, loss=1.0), 10, 1.0)
+    assert len(made.metrics()) == 1

@@ -33,6 +33,7 @@ from edgelora.peft import pissa
 from edgelora.peft.methods import METHODS
 from edgelora.training import loop, ready, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from edgelora.training.interrupt import STOPPING
 from edgelora.training.metrics import as_line, read_metrics
 from edgelora.training.run import run_training
 
@@ -512,6 +513,7 @@ def test_a_signal_lets_the_step_finish_saves_and_says_how_to_go_on(child, number
     process.send_signal(number)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == code, talk
+    assert talk.splitlines().count(f"note: {STOPPING}") == 1
     assert not out.exists()
     steps = [line.step for line in read_metrics(run_folder(out) / "metrics.jsonl")]
     found = read_checkpoint(newest(out))
@@ -539,6 +541,7 @@ def test_a_second_signal_stops_in_the_middle_of_a_step(child, number, code):
     _, talk = process.communicate(timeout=60)
     assert process.returncode == code, talk
     assert "Traceback" not in talk
+    assert f"note: {STOPPING}" in talk.splitlines()  # and the step never ended
     what, why, fix = talk.splitlines()[-3:]
     assert what == "stopped at once; what was learned until step 1 is saved, what came behind it is not"
     assert why == ("  why: Ctrl-C" if number == signal.SIGINT else "  why: the signal SIGTERM")

@@ -122,7 +122,8 @@ class JsonLines:
         self._print({"event": "error", "what": error.what, "why": error.why, "fix": error.fix})
 
     def _print(self, event: dict[str, object]) -> None:
-        print(json.dumps(event, allow_nan=False), file=sys.stderr, flush=True)
+        # one write: a signal is told of from another thread
+        print(json.dumps(event, allow_nan=False) + "\n", end="", file=sys.stderr, flush=True)
 
 
 def listener(as_json: bool) -> Display | JsonLines:

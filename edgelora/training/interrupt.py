@@ -7,8 +7,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +18,8 @@ from edgelora.invocation import command
 from edgelora.training.folder import RunFolder
 
 SIGNALS = tuple(one for one in signal.Signals if one.name in {"SIGINT", "SIGTERM", "SIGHUP"})  # not all have the last
+
+STOPPING = "stopping behind this step; once more stops now"
 
 
 class Stopped(EdgeloraError):
@@ -86,10 +88,11 @@ def now(asked: signal.Signals) -> NoReturn:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interrupt]:
+def interruptible(on_asked: Callable[[], None] | None = None) -> Iterator[Interrupt]:
     """Listen to SIGNALS in this block. Only the main thread can: elsewhere nothing is changed.
 
-    SIGHUP is left as it is where it is ignored: `nohup` is there to outlive it.
+    on_asked: called at the first one, at once and from another thread. SIGHUP is left as it is where it is ignored:
+    `nohup` is there to outlive it.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -98,7 +101,37 @@ def interruptible() -> Iterator[Interrupt]:
     heard = [one for one in SIGNALS if one.name != "SIGHUP" or signal.getsignal(one) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
-        yield interrupt
+        with nullcontext() if on_asked is None else _told_at_once(on_asked):
+            yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _told_at_once(on_asked: Callable[[], None]) -> Iterator[None]:
+    """Have a thread call it at the first signal in this block.
+
+    Python runs a handler only when the product that it is in has ended, and perhaps in the midst of another line that
+    is being written, whose lock the handler would wait for in vain.
+    """
+    there, here = os.pipe()
+    os.set_blocking(here, False)  # as set_wakeup_fd wants it
+    thread = threading.Thread(target=_listen, args=(there, on_asked), daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(here, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(here)  # the end of what the thread reads
+        thread.join()
+        os.close(there)
+
+
+def _listen(there: int, on_asked: Callable[[], None]) -> None:
+    while number := os.read(there, 1):
+        if number[0] in SIGNALS:
+            with suppress(OSError):  # a terminal that was closed
+                on_asked()
+            return

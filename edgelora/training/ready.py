@@ -28,7 +28,8 @@ from edgelora.versions import revision, versions
 
 @dataclass(frozen=True)
 class Listeners:
-    """Who hears of a run: `on_choice` what was chosen and why, before the first step; `on_note` what is odd.
+    """Who hears of a run: `on_choice` what was chosen and why, before the first step; `on_note` what is odd, and from
+    another thread that it stops.
 
     stop_when: asked behind each step; True stops the run there.
     """

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from edgelora.config import TrainConfig
 from edgelora.device import peak_memory_bytes
-from edgelora.progress import OnProgress, Progress
+from edgelora.progress import Progress
 from edgelora.training.checkpoint import write_checkpoint
 from edgelora.training.curve import draw_curve
 from edgelora.training.folder import RunFolder
 from edgelora.training.interrupt import Interrupt
 from edgelora.training.metrics import Metrics, MetricsLog, metrics_of, read_metrics
+from edgelora.training.ready import Listeners
 from edgelora.training.state import State
 from edgelora.training.tensorboard import TensorBoardLog
 
@@ -24,25 +26,27 @@ PACED = 3  # steps of this process behind which it says how long the rest takes
 WORTH_SAYING_S = 60.0
 
 
-class Recorder:
-    """A `loop.Watch` that writes into a run folder, and goes on behind step `after` (None: a new run). A context."""
+@dataclass(frozen=True)
+class About:
+    """A run: `facts` stand in each of its checkpoints, `title` over its curve. It goes on behind step `after`."""
 
-    def __init__(
-        self, folder: RunFolder, config: TrainConfig, facts: Mapping[str, Any], title: str, after: int | None
-    ) -> None:
-        self._folder, self._config, self._facts, self._title = folder, config, dict(facts), title
-        self._after, self._drawn = after, time.perf_counter()
-        self._board = TensorBoardLog(folder.tensorboard, after) if config.tensorboard else None
-        self._steps = 0
-        self.on_progress: OnProgress | None = None
-        self.on_note: Callable[[str], None] | None = None
-        self.interrupt = Interrupt()
-        self.stop_when: Callable[[Progress], bool] | None = None
-        self._enough = False
+    config: TrainConfig
+    facts: Mapping[str, Any]
+    title: str
+    after: int | None = None  # a new run
+
+
+class Recorder:
+    """A `loop.Watch` that writes into a run folder. A context; made, it has written nothing yet."""
+
+    def __init__(self, folder: RunFolder, about: About, heard: Listeners, interrupt: Interrupt) -> None:
+        self._folder, self._about, self._heard, self._interrupt = folder, about, heard, interrupt
+        self._board = TensorBoardLog(folder.tensorboard, about.after) if about.config.tensorboard else None
+        self._steps, self._enough, self._drawn = 0, False, time.perf_counter()
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
-            self._log = stack.enter_context(MetricsLog(self._folder.metrics, self._after))
+            self._log = stack.enter_context(MetricsLog(self._folder.metrics, self._about.after))
             if self._board is not None:
                 stack.enter_context(self._board)
             self._stack = stack.pop_all()
@@ -60,34 +64,33 @@ class Recorder:
         try:
             self._tell(progress)
         except OSError:  # a terminal that was closed: what is saved behind this step must not be lost with it
-            if self.interrupt.asked is None:
+            if self._interrupt.asked is None:
                 raise
-        self._enough = self.stop_when is not None and self.stop_when(progress)
+        self._enough = self._heard.stop_when is not None and self._heard.stop_when(progress)
 
     def _tell(self, progress: Progress) -> None:
-        if self.on_progress is not None:
-            self.on_progress(progress)
+        self._heard.on_progress(progress)
         left_s = progress.eta_s or 0.0
-        if self._steps == PACED and left_s >= WORTH_SAYING_S and self.on_note is not None:
-            self.on_note(f"about {left_s / 60:.0f} min to go, at the pace of the first {PACED} steps")
+        if self._steps == PACED and left_s >= WORTH_SAYING_S:
+            self._heard.on_note(f"about {left_s / 60:.0f} min to go, at the pace of the first {PACED} steps")
 
     def save(self, state: State) -> None:
         self._log.sync()
         best = None if state.best is None else state.best.step
-        snapshot = state.snapshot(self._facts)
-        write_checkpoint(self._folder.checkpoints, snapshot, keep_last=self._config.keep_checkpoints, best=best)
+        snapshot, keep_last = state.snapshot(dict(self._about.facts)), self._about.config.keep_checkpoints
+        write_checkpoint(self._folder.checkpoints, snapshot, keep_last=keep_last, best=best)
         if time.perf_counter() - self._drawn > DRAW_EVERY_S:
             self.draw()
 
     def asked_to_stop(self) -> bool:
-        return self._enough or self.interrupt.asked is not None
+        return self._enough or self._interrupt.asked is not None
 
     def peak_bytes(self) -> int | None:
         return peak_memory_bytes()
 
     def draw(self) -> None:
         """`curve.png` as the run stands now."""
-        draw_curve(self._folder.curve, self.metrics(), self._title)
+        draw_curve(self._folder.curve, self.metrics(), self._about.title)
         self._drawn = time.perf_counter()
 
     def metrics(self) -> list[Metrics]:
@@ -97,8 +100,8 @@ class Recorder:
 class Silent:
     """A `loop.Watch` of a process that only computes: another one writes. A context, like `Recorder`."""
 
-    def __init__(self) -> None:
-        self.interrupt = Interrupt()
+    def __init__(self, interrupt: Interrupt) -> None:
+        self._interrupt = interrupt
 
     def __enter__(self) -> Silent:
         return self
@@ -113,7 +116,7 @@ class Silent:
         pass
 
     def asked_to_stop(self) -> bool:
-        return self.interrupt.asked is not None
+        return self._interrupt.asked is not None
 
     def peak_bytes(self) -> int | None:
         return None

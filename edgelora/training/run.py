@@ -30,7 +30,7 @@ from edgelora.training.checkpoint import checkpoint_path, read_checkpoint
 from edgelora.training.distributed import Processes, choose_threads, joined
 from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
-from edgelora.training.interrupt import SIGNALS, Interrupt, interruptible, stopped
+from edgelora.training.interrupt import SIGNALS, STOPPING, Interrupt, interruptible, stopped
 from edgelora.training.job import Job
 from edgelora.training.loop import not_finite, train
 from edgelora.training.measure import averaged
@@ -38,7 +38,7 @@ from edgelora.training.metrics import read_metrics
 from edgelora.training.objectives import objective_of
 from edgelora.training.original import Originals
 from edgelora.training.ready import Listeners, Ready, make_ready
-from edgelora.training.recorder import Recorder, Silent
+from edgelora.training.recorder import About, Recorder, Silent
 from edgelora.training.sample import Sampler
 from edgelora.training.sharding import shard
 from edgelora.training.state import Best, State
@@ -109,8 +109,10 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
     if ready.earlier is not None:
         state.restore(ready.earlier.snapshot)
         started -= state.seconds
-    with _recorder(ready, job, state) if writes else Silent() as recorder, interruptible() as interrupt:
-        recorder.interrupt = interrupt
+    with (
+        interruptible(lambda: ready.heard.on_note(STOPPING)) as interrupt,
+        _recorder(ready, job, state, interrupt) if writes else Silent(interrupt) as recorder,
+    ):
         whole = train(job, state, recorder)
         if not whole:
             recorder.draw()
@@ -123,13 +125,13 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
     return run
 
 
-def _recorder(ready: Ready, job: Job, state: State) -> Recorder:
+def _recorder(ready: Ready, job: Job, state: State, interrupt: Interrupt) -> Recorder:
     """Who writes the run down. What can be refused has been when the folder is emptied for it."""
-    c, heard = ready.config, ready.heard
+    c = ready.config
     _require_space(ready.folder, state, job)
     title = f"{ready.base.path.name} · {c.method} r {c.rank} · {c.data[0].path.name}"
-    recorder = Recorder(ready.folder, c, ready.facts, title, None if ready.earlier is None else state.step)
-    recorder.on_progress, recorder.on_note, recorder.stop_when = heard.on_progress, heard.on_note, heard.stop_when
+    about = About(c, ready.facts, title, None if ready.earlier is None else state.step)
+    recorder = Recorder(ready.folder, about, ready.heard, interrupt)
     if not c.resume:
         ready.folder.empty()
     ready.folder.write_facts(ready.facts)
