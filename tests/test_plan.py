@@ -79,6 +79,31 @@ def test_without_them_it_is_the_time_of_the_steps():
     assert Estimate(12, 6, 0.5, 100.0).seconds == 3.0
 
 
+def test_the_steps_that_are_timed_are_those_of_the_run(tiny, files, tmp_path, monkeypatch):
+    """With all that is drawn and cut in a step: to the bit."""
+    config = TrainConfig(
+        base=tiny.path, data=files[0], out=tmp_path / "mine", rank=2, batch_rows=4, epochs=2, dtype="f32",
+        lora_dropout=0.3, neftune_alpha=5.0, max_grad_norm=0.01, warmup_steps=2, learning_rate=0.01,
+    )  # fmt: skip
+    timed: list[Any] = []
+    stepped = module._StopWatch.stepped
+
+    def heard(self: Any, progress: Any, *more: Any) -> None:
+        timed.append(progress)
+        stepped(self, progress, *more)
+
+    monkeypatch.setattr(module._StopWatch, "stepped", heard)
+    base, found = plan_run(config)
+    assert estimate(found.config, base).steps == 6
+    ran: list[Any] = []
+    run_training(config, ran.append)
+    assert len(timed) == 1 + module.MEASURED_STEPS
+    assert [(p.loss, p.grad_norm, p.learning_rate) for p in timed] == [
+        (p.loss, p.grad_norm, p.learning_rate) for p in ran[: len(timed)]
+    ]
+    assert timed[1].grad_norm > config.max_grad_norm  # it was cut
+
+
 def test_the_command_counts_the_measurements_that_the_run_makes(tiny, files, tmp_path, capsys):
     rows, valid = files
     words = ["--rank", "2", "--batch-rows", "4", "--valid", str(valid), "--eval-every", "2"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -18,14 +17,16 @@ from edgelora.data.dataset import Dataset
 from edgelora.device import choose_products, compute_threads, computing
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
-from edgelora.training.job import Numbered, measurements
+from edgelora.progress import Progress
+from edgelora.training.job import Job, Numbered, measurements
+from edgelora.training.loop import train
 from edgelora.training.memory import Plan
 from edgelora.training.objectives import objective_of
-from edgelora.training.objectives.objective import Objective, held_out, mean_losses
-from edgelora.training.optim import build_optimizer
+from edgelora.training.objectives.objective import Objective, held_out
 from edgelora.training.rows import load_rows
 from edgelora.training.sample import MAX_TOKENS, Sampler
 from edgelora.training.settle import settle
+from edgelora.training.state import State
 from edgelora.training.where import where_of
 
 MEASURED_STEPS = 3
@@ -70,41 +71,57 @@ def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1)
 
 
 def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:
-    """Build the decoder and do one step to warm up and MEASURED_STEPS more over the rows of `config`, which is settled;
-    then measure as the run would: the loss of some rows held out, and the first tokens of the samples' answers.
+    """Have the loop do the first steps of the run that `config` asks for, which is settled: one to warm up and
+    MEASURED_STEPS more. Then measure as the run would: the loss of some rows held out, and the first tokens of the
+    samples' answers.
 
-    Nothing is written. `on_note` hears what is odd about the rows. Raises DataError for those that cannot be used.
+    Nothing is written. `on_note` hears what is odd about the rows. Raises DataError for those that cannot be used, and
+    NotFinite where nothing can be learned.
     """
     assert config.rank is not None
     assert config.alpha is not None
-    assert config.micro_batch_tokens is not None
     loaded, objective = load_rows(config, base, on_note), objective_of(config)
     rows = loaded.train
     sampler = Sampler(config.samples, base, rows.system, MEASURED_TOKENS) if config.samples else None
     order = loaded.order(config)
     total = order.n_steps(config.epochs, config.max_steps)
-    seconds, tokens = [], 0
     with computing(choose_products(config.device), compute_threads()):
         decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype], config.device)
         inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
         decoder.to(config.device)
         decoder.recompute, decoder.offload = config.recompute == "full", config.offload
-        optimizer = build_optimizer(decoder.named_parameters(), config)
-        for number in islice(range(total), MEASURED_STEPS + 1):
-            started = time.perf_counter()
-            packed = objective.pack([rows[i] for i in order.rows(number)], config.micro_batch_tokens)
-            for scored in mean_losses(objective, decoder, packed, config):
-                torch.autograd.backward(scored.loss)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            _finish(config.device)
-            if number or total == 1:
-                seconds.append(time.perf_counter() - started)
-                tokens += sum(batch.n_tokens for batch in packed)
+        watch = _StopWatch()
+        # the loop measures nothing in between: that is timed by itself
+        train(Job(decoder, objective, rows, order, config), State(decoder.named_parameters(), config), watch)
         passing = _seconds_held_out(decoder, objective, loaded.valid, config)
         answering = 0.0 if sampler is None else _seconds_samples(decoder, sampler, config.device)
     times = measurements(config, total) if passing or answering else 0
-    return Estimate(len(rows), total, median(seconds), tokens / sum(seconds), times, passing, answering)
+    seconds, tokens = watch.seconds[1:] or watch.seconds, watch.tokens[1:] or watch.tokens
+    return Estimate(len(rows), total, median(seconds), sum(tokens) / sum(seconds), times, passing, answering)
+
+
+class _StopWatch:
+    """Watches the loop for a step to warm up and MEASURED_STEPS more, then stops it: how long each took, its tokens."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self._before = time.perf_counter()
+
+    def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:  # noqa: ARG002
+        now = time.perf_counter()
+        self.seconds.append(now - self._before)
+        self.tokens.append(tokens)
+        self._before = now
+
+    def save(self, state: State) -> None:
+        """Nothing is kept."""
+
+    def asked_to_stop(self) -> bool:
+        return len(self.seconds) > MEASURED_STEPS
+
+    def peak_bytes(self) -> int | None:
+        return None
 
 
 def _seconds_held_out(decoder: Decoder, objective: Objective[Any], rows: Numbered, config: TrainConfig) -> float:
