@@ -14,7 +14,6 @@ from rich.console import Console, Group
 
 from edgelora.cli import display as module
 from edgelora.cli.display import Display, describe, drawn, duration, listener
-from edgelora.device import Choice
 from edgelora.errors import ConfigError
 from edgelora.progress import Progress, Sample
 
@@ -206,7 +205,7 @@ def test_json_lines_are_an_object_each_on_stderr(capsys):
     with listener(as_json=True) as events:
         events.show(replace(STEP, loss=math.nan, samples=(Sample("Hi", "a\nb"),), numbers={"rewards/margins": 0.5}))
         events.say("done\n")
-        events.choice("rank", Choice("16", "its paper's"))
+        events.choice("rank", "16", "its paper's")
         events.note("odd")
         events.error(ConfigError("what", "why", "fix"))
     shown = capsys.readouterr()

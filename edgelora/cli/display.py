@@ -21,7 +21,6 @@ from edgelora.cli.words import count, visible
 from edgelora.progress import Progress, Sample, as_json
 
 if TYPE_CHECKING:
-    from edgelora.device import Choice
     from edgelora.errors import EdgeloraError
 
 PLAIN_LINE_EVERY_S = 15.0
@@ -86,8 +85,8 @@ class Display:
         self._training = self._held_out = None  # what was said ends what was shown
         self._told.clear()
 
-    def choice(self, name: str, choice: Choice) -> None:
-        self.say(f"{name}: {choice.value} ({choice.why})")
+    def choice(self, name: str, value: str, why: str) -> None:
+        self.say(f"{name}: {value} ({why})")
 
     def note(self, line: str) -> None:
         self._print(Text(f"note: {line}", "yellow"))
@@ -112,8 +111,8 @@ class JsonLines:
     def say(self, line: str) -> None:
         self._print({"event": "said", "text": line})
 
-    def choice(self, name: str, choice: Choice) -> None:
-        self._print({"event": "choice", "name": name, "value": choice.value, "why": choice.why})
+    def choice(self, name: str, value: str, why: str) -> None:
+        self._print({"event": "choice", "name": name, "value": value, "why": why})
 
     def note(self, line: str) -> None:
         self._print({"event": "note", "text": line})

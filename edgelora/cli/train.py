@@ -63,7 +63,7 @@ def train(
             from edgelora.training.interrupt import at_once
             from edgelora.training.run import run_training
         try:
-            run = run_training(asked, display.show, display.choice, display.note)
+            run = run_training(asked, display.show, lambda name, c: display.choice(name, c.value, c.why), display.note)
         except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first step
             raise at_once(asked, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
         tell(run, asked, display)
