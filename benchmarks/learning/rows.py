@@ -37,7 +37,8 @@ MAIN = (
 )
 REFERENCE = "lora"
 LOFTQ = Row("loftq", "loftq", over=Q4_0)  # its start needs an original, which the Q4_1 file has not
-MARKS = Row("token_rows", "token_rows", train_tokens=("<|im_start|>", "<|im_end|>"))  # no new ones: these say who speaks
+# no new ones, those that say who speaks
+MARKS = Row("token_rows", "token_rows", train_tokens=("<|im_start|>", "<|im_end|>"))
 
 
 def rows() -> tuple[Row, ...]:
