@@ -262,6 +262,9 @@ class TrainConfig(BaseModel):
     """Steps between two measurements of the held-out loss. None: ten in a run."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many measurements without a better held-out loss."""
+    keep_adapter: Literal["last", "best"] = "last"
+    """Which adapter is written at the end: of the last step, or of the one whose held-out loss was the lowest. With
+    `patience` it is that one always. A run that ended can be asked again, with `resume`."""
     samples: tuple[str, ...] = ()
     """Prompts that are answered at each measurement, to be read: greedily, always the likeliest token."""
     save_every: int | None = Field(None, ge=1)

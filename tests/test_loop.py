@@ -177,16 +177,27 @@ def test_no_held_out_rows_no_measurement(make):
     assert held_out_losses(run) == {}
 
 
-def test_best_is_said_of_each_loss_that_no_step_was_below(make):
+def test_best_is_said_of_each_loss_that_none_was_below(make):
     run = trained(make(examples(*[12] * 8), held_out=examples(12, seed=9), eval_every=1, learning_rate=0.05))
-    lowest, found = math.inf, []
-    for event in run.watch.events[1:]:  # the base is not a candidate
+    base, *steps = run.watch.events
+    lowest, found = base.held_out_loss, []
+    for event in steps:
         assert event.best == (event.held_out_loss < lowest)
         lowest = min(lowest, event.held_out_loss)
         found.append(event.best)
     assert set(found) == {True, False}  # the case was worth looking at
-    assert run.state.best.loss == lowest
-    assert run.state.best.step == next(e.step for e in run.watch.events[1:] if e.held_out_loss == lowest)
+    best = min(steps, key=lambda event: event.held_out_loss)
+    assert (run.state.best.step, run.state.best.loss) == (best.step, best.held_out_loss)
+    assert run.state.base_loss == base.held_out_loss
+
+
+def test_no_step_of_a_run_that_spoils_the_base_is_the_best(make):
+    """Yet the lowest of them is remembered, for who stops there."""
+    run = trained(make(examples(*[12] * 3), held_out=examples(12, seed=9), eval_every=1, learning_rate=0.9))
+    base, *steps = run.watch.events
+    assert all(event.held_out_loss > base.held_out_loss for event in steps)
+    assert [event.best for event in steps] == [False] * 3
+    assert run.state.best.loss == min(event.held_out_loss for event in steps)
 
 
 def test_a_run_without_patience_goes_to_its_end_and_one_with_it_does_not(make):

@@ -253,6 +253,7 @@ def test_a_length_beyond_the_context_is_cut_and_said(model):
 
 UNUSED = {
     "--patience 1 without --valid": {"patience": 1},
+    "--keep-adapter best without --valid": {"keep_adapter": "best"},
     "--eval-every 2 without --valid or --samples": {"eval_every": 2},
     "--beta 0.2 with the objective sft": {"beta": 0.2},
 }

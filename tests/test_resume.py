@@ -25,6 +25,8 @@ from gguf.constants import GGMLQuantizationType as Type
 from resumed import cut_back, kill, outcome, require_same_when_resumed, run_folder
 from test_atomic import Disk, tree
 
+from edgelora import cli
+from edgelora.cli.train import better_before
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
@@ -295,6 +297,35 @@ def test_a_run_that_never_was_finite_stops_again(settings, whole, tmp_path, monk
     first = read_checkpoint(checkpoint_path(run_folder(whole) / "checkpoints", 1))
     assert found.facts["state"]["skipped"] == found.step
     assert found.tensors.keys() < first.tensors.keys()  # no optimizer state: no step was taken
+
+
+def test_a_run_that_ended_gives_the_best_adapter_where_it_is_asked_for(settings, tmp_path):
+    """By the very command that its end tells, and the last one again; nothing is computed for that."""
+    changes = {"learning_rate": 0.9, "max_steps": 6, "eval_every": 1}
+    config = settings(tmp_path / "mine", **changes)
+    ended, lines = run_training(config), read_metrics(run_folder(config.out) / "metrics.jsonl")
+    before, *steps = (line.held_out_loss for line in lines)
+    best = 1 + steps.index(min(steps))
+    assert (ended.base_loss, ended.best) == (before, (best, min(steps)))
+    assert (ended.step, ended.held_out_loss) == (6, steps[-1])
+    assert best < 6, steps
+    told, _, command = better_before(ended, config).partition("; ")
+    earlier = [f"{before:.4f} before the first step"] * (before < steps[-1]) + [f"{min(steps):.4f} behind step {best}"]
+    assert told == f"held-out loss was {' and '.join(earlier)}, it is {steps[-1]:.4f} with this adapter"
+    last, (words, _, meant) = outcome(config.out), command.partition(" writes ")
+    assert meant == f"the adapter of step {best}"
+    assert cli.run(shlex.split(words)[1:]) == 0
+    run_training(settings(tmp_path / "other", keep_adapter="best", **changes))
+    assert outcome(config.out) == outcome(tmp_path / "other") != last
+    again = run_training(settings(config.out, resume=True, keep_adapter="last", **changes))
+    assert (again.step, again.best, again.base_loss) == (6, ended.best, before)
+    assert outcome(config.out) == last
+
+
+def test_nothing_is_said_of_a_run_that_got_better(settings, again):
+    ended = run_training(settings(again, resume=True))
+    assert ended.best.step == STEPS
+    assert better_before(ended, settings(again)) == ""
 
 
 # -- what may not change ------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from edgelora.config import TrainConfig
 ELSEWHERE = {
     "base", "data", "out", "beta", "desirable_weight", "undesirable_weight", "learning_rate", "alpha",
     "weight_decay", "beta1", "beta2", "loraplus_ratio", "schedule", "warmup_steps", "decay_share", "max_grad_norm",
-    "label_smoothing", "neftune_alpha", "max_gpu_memory", "patience", "save_every", "keep_checkpoints",
-    "tensorboard", "resume", "overwrite", "update_proj_gap",
+    "label_smoothing", "neftune_alpha", "max_gpu_memory", "patience", "keep_adapter", "save_every",
+    "keep_checkpoints", "tensorboard", "resume", "overwrite", "update_proj_gap",
     "prompt_tuning_init", "prompt_tuning_init_text",
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import typer
 from edgelora.cli.arguments import Json
 from edgelora.cli.importing import uncollected
 from edgelora.cli.options import as_toml, settled, with_options
+from edgelora.cli.words import count
 from edgelora.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -77,12 +78,29 @@ def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
 
     held = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.4f}"
     display.say(
-        f"{run.out}: {run.n_steps} steps over {run.n_rows} rows in {run.seconds:.0f} s, "
+        f"{run.out}: {count(run.n_steps, 'step')} over {count(run.n_rows, 'row')} in {run.seconds:.0f} s, "
         f"{run.tokens_per_s:.0f} tokens/s, peak memory {run.peak_bytes / 1e6:.0f} MB{held}"
     )
     if run.step != run.n_steps:
         display.note(f"it is the adapter of step {run.step}, whose held-out loss was the lowest")
+    if better := better_before(run, config):
+        display.note(better)
     display.say(f"next: {what_comes_next(run.method, config.base, run.out)}")
+
+
+def better_before(run: Run, config: TrainConfig) -> str:
+    """That the base alone or an earlier step had a lower held-out loss, and how one gets its adapter; or nothing."""
+    from edgelora.training.interrupt import resuming
+
+    now, best, earlier, again = run.held_out_loss, run.best, [], ""
+    if now is None:
+        return ""
+    if run.base_loss is not None and not now <= run.base_loss:  # nor is what is no number better
+        earlier.append(f"{run.base_loss:.4f} before the first step")
+    if best is not None and best.step != run.step and not now <= best.loss:
+        earlier.append(f"{best.loss:.4f} behind step {best.step}")
+        again = f"; {resuming(config, '--keep-adapter', 'best')} writes the adapter of step {best.step}"
+    return f"held-out loss was {' and '.join(earlier)}, it is {now:.4f} with this adapter{again}" if earlier else ""
 
 
 def summary(run: Run) -> dict[str, Any]:

@@ -35,9 +35,13 @@ class Stopped(EdgeloraError):
 
 def how_to_go_on(config: TrainConfig) -> str:
     """`go on with: edgelora train base.gguf rows.jsonl --out adapters/mine --resume`."""
-    again = command("train", config.base, *map(str, config.data), "--out", config.out, "--resume")
     several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return f"go on{', under torchrun as before,' * several} with: {again}"
+    return f"go on{', under torchrun as before,' * several} with: {resuming(config)}"
+
+
+def resuming(config: TrainConfig, *more: str) -> str:
+    """The command for it, with `more` options."""
+    return command("train", config.base, *map(str, config.data), "--out", config.out, "--resume", *more)
 
 
 def stopped(config: TrainConfig, step: int, total: int, exit_code: int) -> Stopped:

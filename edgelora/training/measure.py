@@ -35,8 +35,10 @@ def measure(job: Job, state: State, step: int) -> dict[str, Any]:
     if len(job.held_out):
         loss, numbers = over_held_out(job, state)
         measured |= {"held_out_loss": loss, "held_out_numbers": numbers}
-        if step:  # what there is to improve on is no candidate
+        if step:
             measured["best"] = _is_best(state, step, loss)
+        else:
+            state.base_loss = loss  # what there is to improve on is no candidate
     if job.sampler is not None:
         with averaged(state):
             measured["samples"] = job.sampler(job.decoder)
@@ -44,9 +46,12 @@ def measure(job: Job, state: State, step: int) -> dict[str, Any]:
 
 
 def _is_best(state: State, step: int, loss: float) -> bool:
-    """Whether no held-out loss before was as low; `state` remembers it, and for how long there was none."""
-    is_best = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
-    state.stale = 0 if is_best else state.stale + 1
-    if is_best:
+    """Whether no held-out loss before was as low, not even the base's.
+
+    `state` remembers the lowest of all steps, be it above the base's, and for how long there was none.
+    """
+    is_lowest = math.isfinite(loss) and (state.best is None or loss < state.best.loss)
+    state.stale = 0 if is_lowest else state.stale + 1
+    if is_lowest:
         state.best = Best(step, loss)
-    return is_best
+    return is_lowest and not (state.base_loss is not None and state.base_loss <= loss)

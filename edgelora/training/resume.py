@@ -14,7 +14,7 @@ from edgelora.training.checkpoint import Snapshot, read_latest
 from edgelora.training.folder import RunFolder
 
 # what may be said otherwise when a run goes on: it changes no number
-FREE = {"out", "resume", "overwrite", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
+FREE = {"out", "resume", "overwrite", "keep_adapter", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
 PATHS = {"base", "data", "valid", "original", "orthogonal_to"}
 ALONE = {"processes": "1"}  # where no choice says how many

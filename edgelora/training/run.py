@@ -50,8 +50,9 @@ from edgelora.training.world import World
 class Run:
     """What a run ended in: the adapter, and what it measured on the way.
 
-    step: whose adapter it is; method: what kind. losses: of each step, mean over what it learned. seconds and
-    peak_bytes: of all processes that worked on it, this one from its start and those before it at their steps.
+    step: whose adapter it is; method: what kind. losses: of each step, mean over what it learned. held_out_loss: of
+    this adapter; best: the lowest of all steps; base_loss: the base's. seconds and peak_bytes: of all processes that
+    worked on it, this one from its start and those before it at their steps.
     """
 
     out: Path
@@ -66,6 +67,8 @@ class Run:
     n_rows: int
     seconds: float
     peak_bytes: int
+    best: Best | None = None
+    base_loss: float | None = None
 
     @property
     def n_steps(self) -> int:
@@ -196,7 +199,7 @@ def _require_space(folder: RunFolder, state: State, job: Job) -> None:
 
 
 def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
-    """Write the adapter: that of the last step, or the best one where the run was to stop at it."""
+    """Write the adapter: that of the last step, or the best one where it was asked for or the run was to stop at it."""
     c, metrics = ready.config, read_metrics(ready.folder.metrics)
     if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
         raise not_finite("in any step", c.learning_rate)
@@ -207,7 +210,7 @@ def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
     peak_bytes = max(peak_memory_bytes(), *(m.peak_bytes or 0 for m in metrics))
     run = Run(
         c.out, ready.folder.path, step, c.method, losses, held_out, skipped, speed, ready.choices,
-        len(ready.rows.train), time.perf_counter() - started, peak_bytes,
+        len(ready.rows.train), time.perf_counter() - started, peak_bytes, state.best, state.base_loss,
     )  # fmt: skip
     with averaged(state):
         _write(ready, job.decoder, _result(run))
@@ -215,9 +218,13 @@ def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
 
 
 def _back_at_the_best(ready: Ready, state: State) -> Best | None:
-    """Put `state` back to the best step, if the run was to stop at it; None where it stays as it is."""
-    best = state.best
-    if ready.config.patience is None or best is None or best.step == state.step:
+    """Put `state` back to the best step, if its adapter is to be kept; None where it stays as it is."""
+    best, c = state.best, ready.config
+    if c.patience is None and c.keep_adapter == "last":
+        return None
+    if best is None:
+        ready.heard.on_note("no held-out loss was measured: the adapter of the last step is written")
+    if best is None or best.step == state.step:
         return None
     try:
         snapshot = read_checkpoint(checkpoint_path(ready.folder.checkpoints, best.step))

@@ -17,7 +17,7 @@ from edgelora.training.optim import build_optimizer, flatten_state, load_state
 
 
 class Best(NamedTuple):
-    """The lowest held-out loss so far, and the step after which it was measured."""
+    """The lowest held-out loss of any step so far, and the step after which it was measured."""
 
     step: int
     loss: float
@@ -27,7 +27,7 @@ class State:
     """step: optimizer steps done. micro: micro-batches of the next one whose gradients are summed already, `partial`
     the share of its loss that they came to, and `numbers` what the objective said beside it. skipped: steps that were
     not finite; in_a_row: the last ones. stale: measurements since the best one. seconds: of the run so far, in all the
-    processes that worked on it.
+    processes that worked on it. base_loss: the held-out loss before the first step, if it was measured.
 
     beside: tensors that are not trained, and that a resumed run must find as they were.
     """
@@ -43,6 +43,7 @@ class State:
         self.ema = Ema(self.parameters.items(), config.ema_decay) if config.ema_decay else None
         self.smoothed = Smoothed()
         self.best: Best | None = None
+        self.base_loss: float | None = None
         self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
         self.partial = self.seconds = 0.0
         self.numbers: dict[str, Mean] = {}
@@ -60,6 +61,7 @@ class State:
         numbers = {name: [mean.total.hex(), mean.count.hex()] for name, mean in self.numbers.items()}
         exact = {
             "partial": self.partial.hex(), "numbers": numbers, "smoothed": self.smoothed.state(), "best": best,
+            "base_loss": None if self.base_loss is None else self.base_loss.hex(),
         }  # fmt: skip
         return Snapshot(self.step, self.micro, tensors, {**facts, "state": counters | exact})
 
@@ -95,6 +97,8 @@ class State:
         self.numbers = {name: Mean(*map(float.fromhex, parts)) for name, parts in facts["numbers"].items()}
         self.smoothed.restore(facts["smoothed"])
         self.best = None if facts["best"] is None else Best(int(facts["best"][0]), float.fromhex(facts["best"][1]))
+        base_loss = facts.get("base_loss")  # earlier versions did not keep it
+        self.base_loss = None if base_loss is None else float.fromhex(base_loss)
 
 
 def _named(group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

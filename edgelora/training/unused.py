@@ -19,6 +19,12 @@ def refuse_unused(config: TrainConfig) -> None:
             why="it counts measurements without a better held-out loss, and no rows are held out",
             fix=HELD_OUT,
         )
+    if config.keep_adapter == "best" and config.valid is None:
+        raise ConfigError(
+            what="--keep-adapter best without --valid",
+            why="the best is that of the lowest held-out loss, and no rows are held out",
+            fix=HELD_OUT,
+        )
     if config.eval_every is not None and config.valid is None and not config.samples:
         raise ConfigError(
             what=f"--eval-every {config.eval_every} without --valid or --samples",
