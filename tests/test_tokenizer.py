@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
 from edgelora.data.pretokenizers import PRE_TOKENIZERS
-from edgelora.data.tokenizer import Tokenizer
+from edgelora.data.tokenizer import Encoded, Tokenizer
 from edgelora.data.vocabulary import (
     BYTE_OF,
     BYTE_TOKENS,
@@ -269,6 +269,15 @@ def test_decoding_gives_the_text_back(tokenizer, text):
     # ▁ is a space to SentencePiece, and SmolLM2's vocabulary lacks a few bytes
     text = "".join(c for c in text if tokenizer.decode(tokenizer.encode(c).ids) == c)
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@ordinary
+def test_what_is_done_to_ids_changes_nobody_elses(tokenizer):
+    first = tokenizer.encode("light on")
+    ids, offsets = list(first.ids), list(first.offsets)
+    first.ids.append(0)
+    first.offsets.clear()
+    assert tokenizer.encode("light on") == Encoded(ids, offsets)
 
 
 @ordinary

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from functools import lru_cache
 
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from edgelora.data.pretokenizers import PRE_TOKENIZERS
 from edgelora.data.vocabulary import BYTE_OF, Vocabulary
+
+SHORT = 256  # characters of a text whose ids may be kept
 
 
 class ByteLevelBPE:
@@ -27,11 +29,16 @@ class ByteLevelBPE:
         if gaps := "|".join(re.escape(c) for c in BYTE_OF if c not in ids):
             stages.append(pre_tokenizers.Split(Regex(gaps), "isolated"))
         self._backend.pre_tokenizer = pre_tokenizers.Sequence(stages)
+        # what a chat template writes between two turns, or a system message says, comes again in every row
+        self._short = lru_cache(maxsize=256)(self._encode)
 
-    def encode(self, text: str) -> Iterable[tuple[int, int, int]]:
-        """Each id with the (first, last + 1) characters it came from."""
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and for each the (first, last + 1) characters it came from. Not to be changed: both may be kept."""
+        return self._short(text) if len(text) <= SHORT else self._encode(text)
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._backend.encode(text, add_special_tokens=False)
-        return ((token, *span) for token, span in zip(found.ids, found.offsets, strict=True))
+        return found.ids, found.offsets
 
 
 def spelled_bytes(token: str) -> bytes:

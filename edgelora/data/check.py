@@ -186,8 +186,9 @@ class Tally:
 
     def _short_answers(self, example: Example) -> int:
         """Runs of learned tokens that are one token, the end of the turn not counted."""
-        ending = np.isin(example.input_ids, self._tokenizer.eog_ids)
-        said = example.loss_mask & ~ending
+        said = example.loss_mask.copy()
+        for ending in self._tokenizer.eog_ids:
+            said &= example.input_ids != ending
         edges = np.flatnonzero(np.diff(np.concatenate([[0], said.astype(np.int8), [0]])))
         return int(np.count_nonzero(edges[1::2] - edges[::2] == 1))
 

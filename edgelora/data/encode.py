@@ -85,7 +85,7 @@ def encode_turns(
     said: Turns, tokenizer: Tokenizer, group: str | None = None, weights: Sequence[float] | None = None
 ) -> Example:
     """The same of a conversation that is rendered already; `weights`: of each message, None for 1."""
-    pieces = list(_pieces(said.rendered, tokenizer))
+    pieces = _pieces(said.rendered, tokenizer)
     counts = np.zeros(len(pieces), np.float32)
     for turn in said.turns:
         counts[list(_learned(pieces, said, turn, tokenizer))] = 1.0 if weights is None else weights[turn.message]
@@ -147,14 +147,16 @@ def cut(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[int | str, i
         yield rendered.text[at:], at, len(rendered.text)
 
 
-def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[Piece]:
+def _pieces(rendered: Rendered, tokenizer: Tokenizer) -> list[Piece]:
+    pieces: list[Piece] = []
     for part, start, end in cut(rendered, tokenizer):
         if isinstance(part, int):
-            yield part, start, end
+            pieces.append((part, start, end))
         else:
-            encoded = tokenizer.encode(part)
-            for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
-                yield token, start + first, start + last
+            found = tokenizer.encode(part)
+            spans = zip(found.ids, found.offsets, strict=True)
+            pieces += [(token, start + first, start + last) for token, (first, last) in spans]
+    return pieces
 
 
 def _learned(pieces: list[Piece], said: Turns, turn: Turn, tokenizer: Tokenizer) -> Iterator[int]:

@@ -106,6 +106,8 @@ def require_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 def check_unicode(value: Any, field: str) -> None:
     """Raise ValueError for half of a surrogate pair anywhere in `value`."""
+    if value is None or (isinstance(value, str) and value.isascii()):
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:

@@ -6,7 +6,6 @@ It is not the sentencepiece library, which normalizes, nor the `tokenizers` pack
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -32,13 +31,17 @@ class SentencePieceBPE:
         self._cuts = re.compile(f"(?<=[^{inside}])(?={SPACE})")
         self._merged = lru_cache(maxsize=1 << 16)(self._merge)
 
-    def encode(self, text: str, *, space_prefix: bool) -> Iterable[tuple[int, int, int]]:
-        """Each id with the (first, last + 1) characters it came from; a space put in front belongs to the first."""
+    def encode(self, text: str, *, space_prefix: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and for each the (first, last + 1) characters it came from; a space put in front belongs to the
+        first."""
+        ids, offsets = list[int](), list[tuple[int, int]]()
         shift = -1 if space_prefix else 0
         for word in self._cuts.split((SPACE if space_prefix else "") + text.replace(" ", SPACE)):
             for token, first, last in self._merged(word):
-                yield token, max(first + shift, 0), max(last + shift, 1)
+                ids.append(token)
+                offsets.append((max(first + shift, 0), max(last + shift, 1)))
             shift += len(word)
+        return ids, offsets
 
     def _merge(self, word: str) -> list[tuple[int, int, int]]:
         n = len(word)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt. `spans`: who says what in it, white space at their ends left out.
+    """A prompt.
 
     `origin` is as long as `text`: "\\0" where the template wrote a character itself, "\\1" where it comes from a tool's
     description or a variable, and else a character that stands for this one of the messages: the same one in every
@@ -56,8 +56,13 @@ class Rendered:
     """
 
     text: str
-    spans: tuple[Span, ...]
     origin: str
+    ids: _Ids = field(repr=False, compare=False)
+
+    @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Who says what in it, white space at their ends left out."""
+        return tuple(self.ids.spans(self.text, self.origin))
 
 
 class ChatTemplate:
@@ -104,7 +109,7 @@ class ChatTemplate:
             raise _fault(f"the chat template refused a conversation: {e}") from e
         text = "".join(parts)
         origin = "".join(map(origin_of, parts))
-        return Rendered(text, tuple(ids.spans(text, origin)), origin)
+        return Rendered(text, origin, ids)
 
     def _parts(self, **variables: Any) -> list[str]:
         parts: list[str] = []

@@ -105,15 +105,18 @@ class Tokenizer:
 
         Text that looks like a control token is text, unless `parse_special`. User-defined tokens are always read.
         """
-        found: list[tuple[int, int, int]] = []
+        ids, offsets = list[int](), list[tuple[int, int]]()
         for piece, start, end in self._partition(text, parse_special):
             if isinstance(piece, int):
-                found.append((piece, start, end))
+                ids.append(piece)
+                offsets.append((start, end))
             else:
-                found += [(token, start + a, start + b) for token, a, b in self._plain(piece)]
-        return Encoded([token for token, _, _ in found], [(start, end) for _, start, end in found])
+                found, spans = self._plain(piece)
+                ids += found
+                offsets += [(start + a, start + b) for a, b in spans] if start else spans
+        return Encoded(ids, offsets)
 
-    def _plain(self, text: str) -> Iterable[tuple[int, int, int]]:
+    def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         if isinstance(self._model, SentencePieceBPE):
             return self._model.encode(text, space_prefix=self._space_prefix)
         return self._model.encode(text)

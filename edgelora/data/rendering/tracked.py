@@ -48,10 +48,10 @@ class Tracked(str):
         return (Tracked(c, o) for c, o in zip(super().__iter__(), self.origin, strict=True))
 
     def __add__(self, other: str) -> str:
-        return joined(self, other) if isinstance(other, str) else NotImplemented
+        return _added(self, other) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> str:
-        return joined(other, self) if isinstance(other, str) else NotImplemented
+        return _added(other, self) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, times: SupportsIndex) -> str:
         check_size(len(self) * max(int(times), 0))
@@ -197,6 +197,12 @@ def origin_of(text: str) -> str:
 def tracked(text: str) -> Tracked:
     """The text with its origin; the template's own, where none is known."""
     return text if type(text) is Tracked else Tracked(text, TEMPLATES_OWN * len(text))
+
+
+def _added(left: str, right: str) -> Tracked:
+    """`joined` of two of which one is tracked: what templates do most often."""
+    check_size(len(left) + len(right))
+    return Tracked(str.__add__(left, right), origin_of(left) + origin_of(right))
 
 
 def joined(*parts: str, between: str = "") -> str:
