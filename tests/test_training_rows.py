@@ -11,6 +11,7 @@ from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.errors import DataError
 from edgelora.training.rows import load_rows
+from edgelora.training.run import run_training
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +60,19 @@ def test_what_was_read_and_cut_is_said_and_kept(read, tmp_path):
     long, valid = chat("a", "light on", "b", "light on " * 20), write(tmp_path / "valid.jsonl", chat("b", "it is off"))
     rows, said = read([*GOOD, long], max_length=60, truncate=True, valid=valid)
     assert said == [
-        f"data: {rows.check.summary}", *rows.check.warnings, f"held-out data: {rows.valid_check.summary}",
+        f"data: {rows.check.summary}", f"held-out data: {rows.valid_check.summary}", *rows.check.warnings,
     ]  # fmt: skip
     assert re.fullmatch(
         r"data: chat \(4\), [\d,]+ tokens, \d+\.\d% of them learned; "
         r"cut: 1 row, by \d+ tokens, 1 whole answer and the end of 0",
         said[0],
     )
-    assert said[1] == "1 answer left out whole: the rows are longer than max_length"
-    assert said[2].startswith("held-out data: chat (1), ")
+    assert said[1].startswith("held-out data: chat (1), ")
+    assert said[2] == "1 answer left out whole: the rows are longer than max_length"
     assert (rows.facts["formats"], rows.facts["cut"], rows.facts["lost_turns"]) == ({"chat": 4}, 1, 1)
     assert rows.facts["tokens"] - rows.facts["lost_tokens"] == rows.train.n_tokens
     assert rows.facts["valid"]["tokens"] == rows.valid.n_tokens
-    assert json.loads(json.dumps(rows.facts))["warnings"] == [said[1]]
+    assert json.loads(json.dumps(rows.facts))["warnings"] == [said[2]]
 
 
 def test_held_out_rows_that_teach_nothing_are_refused(read, tmp_path):
@@ -86,3 +87,33 @@ def test_reading_tells_how_far_it_is(read, tmp_path, events):
     read([chat("a", str(i)) for i in range(500)], valid=valid)
     assert [(e.stage, e.step, e.total) for e in events] == [("read", n, 601) for n in (200, 400, 600)]
     assert all(e.eta_s >= 0 for e in events)
+
+
+def rated(answer, label=True):
+    return {"prompt": "q", "completion": answer, "label": label}
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "name"),
+    [
+        ([rated("yes")], None, "data"),
+        ([rated("yes"), rated("yes", False), rated("yes")], None, "data"),
+        ([rated("yes"), rated("no", False)], [rated("yes")], "held-out data"),
+    ],
+    ids=["one", "the same", "one held out"],
+)
+def test_kto_needs_rows_that_differ(base, tmp_path, rows, held_out, name):
+    data, valid = write(tmp_path / "rows.jsonl", *rows), held_out and write(tmp_path / "valid.jsonl", *held_out)
+    with pytest.raises(DataError) as caught:
+        run_training(TrainConfig(base=base.path, data=data, valid=valid, out=tmp_path / "mine", objective="kto"))
+    assert str(caught.value).splitlines() == [
+        f"{name}: no two rows differ, too few for the objective kto",
+        "  why: its KL term is estimated from prompts with the answers of other rows",
+        "  fix: give it two different rows or more",
+    ]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".jsonl"] == []
+
+
+def test_kto_takes_two_rows_that_differ(read):
+    rows, _ = read([rated("yes"), rated("no", False), rated("no")], objective="kto")
+    assert (len(rows.train), rows.check.distinct) == (3, 2)

@@ -62,6 +62,11 @@ class Check:
         return self.loss_tokens / max(1, self.tokens - self.lost_tokens)
 
     @property
+    def distinct(self) -> int:
+        """Rows that are learned, the same ones counted once."""
+        return self.rows - self.left_out - self.duplicates
+
+    @property
     def kinds(self) -> str:
         """`chat (924), text (1)`: how many rows there are of each format."""
         return ", ".join(f"{name} ({n:,})" for name, n in self.formats.items())
@@ -100,7 +105,7 @@ class Check:
         return tuple(said)
 
     def raise_faults(self, of: str = "") -> None:
-        """Raise DataError if there is one; `of`: the words before it, where it is not the rows to learn."""
+        """Raise DataError if there is one. of: the words that stand before it."""
         if self.faults:
             raise DataError(
                 what=of + "; ".join(self.faults),

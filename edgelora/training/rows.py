@@ -14,6 +14,7 @@ from edgelora.data.check import Check, Tally
 from edgelora.data.dataset import Dataset, EncodedRow, Options, load_examples, load_labelled, load_pairs
 from edgelora.data.fit import Encoder
 from edgelora.data.order import Order
+from edgelora.errors import DataError
 from edgelora.files.contract import sha256_file
 from edgelora.progress import OnProgress, silent
 from edgelora.training.invoked import require_invoked
@@ -78,7 +79,12 @@ def load_rows(
     train, tally = loaded(paths)
     valid, valid_tally = loaded(held_out) if held_out else ((), None)
     check, valid_check = tally.result(valid_tally), None if valid_tally is None else valid_tally.result()
-    _judge(check, valid_check, on_note)
+    for name, found in (("data", check), ("held-out data", valid_check)):
+        if found is not None:
+            _require_enough(name, found, config.objective)
+            on_note(f"{name}: {found.summary}")
+    for warning in check.warnings:
+        on_note(warning)
     if config.alora_invocation_tokens:
         require_invoked(config, (train[i] for i in range(len(train))), "data")
         require_invoked(config, (valid[i] for i in range(len(valid))), "valid")
@@ -89,14 +95,14 @@ def load_rows(
     return Rows(train, valid, check, valid_check, tuple(described))
 
 
-def _judge(check: Check, valid_check: Check | None, on_note: Callable[[str], None]) -> None:
-    check.raise_faults()
-    on_note(f"data: {check.summary}")
-    for warning in check.warnings:
-        on_note(warning)
-    if valid_check is not None:
-        valid_check.raise_faults("held-out data: ")
-        on_note(f"held-out data: {valid_check.summary}")
+def _require_enough(name: str, check: Check, objective: str) -> None:
+    check.raise_faults(f"{name}: ")
+    if objective == "kto" and check.distinct < 2:
+        raise DataError(
+            what=f"{name}: no two rows differ, too few for the objective kto",
+            why="its KL term is estimated from prompts with the answers of other rows",
+            fix="give it two different rows or more",
+        )
 
 
 def _loader(objective: str) -> Callable[..., Dataset[Any]]:
