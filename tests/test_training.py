@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from edgelora.data.dataset import load_examples
 from edgelora.data.fit import Encoder
 from edgelora.device import processor_name
 from edgelora.errors import ConfigError, DataError, EdgeloraError, OutputError
-from edgelora.files.contract import read_contract
+from edgelora.files.contract import read_contract, sha256_file
 from edgelora.peft.adapter import TENSORS, read_adapter
 from edgelora.peft.inject import attach
 from edgelora.training import loop
@@ -198,6 +199,34 @@ def test_every_choice_has_its_reason(ran):
     assert choices.keys() >= {"device", "dtype", "products", "attention", "threads", "base_dtype", "alpha"}
     assert not choices.keys() & {"rank", "learning_rate"}  # asked for, not chosen
     assert all(choice["value"] and choice["why"] for choice in choices.values())
+
+
+def test_the_base_is_hashed_while_the_rows_are_read(settings, tmp_path, monkeypatch):
+    hashed = threading.Event()
+
+    def hash_file(path):
+        digest = sha256_file(path)
+        hashed.set()
+        return digest
+
+    def load(*_):
+        assert hashed.wait(30)
+        raise OSError("the rows")
+
+    monkeypatch.setattr("edgelora.base.model.sha256_file", hash_file)
+    monkeypatch.setattr("edgelora.training.ready.load_rows", load)
+    with pytest.raises(OSError, match="the rows"):
+        run_training(settings(tmp_path / "adapter"))
+
+
+def test_a_base_that_cannot_be_hashed_is_an_error(settings, tmp_path, monkeypatch):
+    def hash_file(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("edgelora.base.model.sha256_file", hash_file)
+    with pytest.raises(OSError, match="Input/output error"):
+        run_training(settings(tmp_path / "adapter"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_counts_every_step(ran):

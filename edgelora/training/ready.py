@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from threading import Thread
 from typing import Any
 
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice, choose_products, processor_name
-from edgelora.errors import DataError
+from edgelora.errors import DataError, EdgeloraError
 from edgelora.peft.adapter import refuse_to_write
 from edgelora.peft.inject import chosen
 from edgelora.progress import OnProgress, Progress, silent
@@ -80,7 +82,10 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     choices = choices | here
     require_place(settled, base)
     world.use(settled.device)
-    rows, original = load_rows(settled, base, heard.on_note), original_of(settled, base)
+    original = original_of(settled, base)
+    hashing = _hashing(base, original)
+    rows = load_rows(settled, base, heard.on_note)
+    hashing.join()
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
         earlier.require_same(digests)
@@ -125,6 +130,22 @@ def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Cho
         held = f"1/{world.size} of each layer" if config.shard_base else "the whole base"
         here["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")
     return here
+
+
+def _hashing(*bases: Base | None) -> Thread:
+    """A thread that reads and hashes their files, while rows are read: hashlib leaves the interpreter to others.
+
+    What fails in it fails again where the digest is asked for, and says so there.
+    """
+
+    def hash_all() -> None:
+        with suppress(OSError, EdgeloraError):
+            for base in bases:
+                _ = base and base.base_file
+
+    thread = Thread(target=hash_all, daemon=True)  # Ctrl-C does not wait for it
+    thread.start()
+    return thread
 
 
 def _digests(config: TrainConfig, base: Base, rows: Rows, original: Base | None) -> dict[str, str]:
