@@ -351,7 +351,8 @@ def test_the_command_writes_it_and_refuses_a_token_a_second_time(tiny, tmp_path,
     shown = capsys.readouterr()
     told, untied = json.loads(shown.out), tmp_path / "new-untied.gguf"
     assert told["tokens"] == {"<a>": 512, "77": 513, "größer🙂": 514, "<b\u2028\f>": 515}
-    nexts = [line for line in shown.err.splitlines() if "next: " in line or "then: " in line]
+    texts = [json.loads(line).get("text", "") for line in shown.err.splitlines()]
+    nexts = [text for text in texts if text.startswith(("next: ", "then: "))]
     assert f"edgelora untie {out} --out {untied} " in nexts[0]
     assert f"edgelora train {untied} ROWS " in nexts[1]
     # digits are taken for an id, and the last cannot be typed

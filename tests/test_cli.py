@@ -236,6 +236,27 @@ def test_a_program_is_told_of_an_error_in_one_event(capsys, files, tmp_path, lin
     assert capsys.readouterr().err == f"error: {what}\n  why: {why}\n  fix: {fix}\n"
 
 
+@pytest.mark.parametrize("line", [
+    "add-tokens {base} --token <tool> --out {out}", "compose {base} --adapter {adapter} --out {out}",
+    "eval {base} --data {rows}", "export {base} {adapter} --out {out}", "imatrix {base} --data {rows} --out {out}",
+    "import {base} {adapter} --out {out}", "merge {base} {adapter} --out {out}",
+    "tokenize {base} --chat {rows} --check", "untie {base} --out {out}",
+])  # fmt: skip
+def test_a_program_hears_of_the_work_in_events_and_gets_one_result(capsys, files, tmp_path, line):
+    assert run([*called(files, tmp_path, line), "--json"]) == 0
+    shown = capsys.readouterr()
+    assert isinstance(json.loads(shown.out), dict)
+    events = {json.loads(line)["event"] for line in shown.err.splitlines()}
+    assert events
+    assert events <= {"progress", "said", "note"}
+
+
+def test_no_command_takes_a_person_for_granted():
+    """`listener` alone makes the display: whoever reads JSON on stderr must not find prose there."""
+    named = [path.name for path in (ROOT / "edgelora" / "cli").glob("*.py") if "Display()" in path.read_text("utf-8")]
+    assert named == ["display.py"]
+
+
 @pytest.mark.parametrize(("words", "as_json"), [(["plan", "b", "--json"], True), (["plan", "--", "--json"], False)])
 def test_a_program_is_told_that_a_command_was_stopped(monkeypatch, capsys, words, as_json):
     def stopped(_):

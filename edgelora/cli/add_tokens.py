@@ -42,7 +42,7 @@ def add_tokens(
 
     Example: `edgelora add-tokens base.gguf --token "<tool>" --token "</tool>" --out base-tools.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.add_tokens import add_tokens as run
     from edgelora.pipeline.tokenize import read_text, text_of_argument
 
@@ -50,7 +50,7 @@ def add_tokens(
     if from_file is not None:
         lines = read_text(from_file).removeprefix("\ufeff").split("\n")  # a token may hold what else ends a line
         texts += [text for line in lines if (text := line.removesuffix("\r"))]
-    with Display() as display:
+    with listener(as_json) as display:
         made = run(base, texts, out, control=control, overwrite=overwrite, on_progress=display.show)
         size = f"{made.size_bytes / 1e6:.1f} MB, {count(made.vocab_size, 'token')}"
         padding = f" and {made.padding} padding" if made.padding else ""
@@ -58,7 +58,7 @@ def add_tokens(
         for text, pieces in list(zip(made.tokens, made.pieces, strict=True))[:MOST_SHOWN]:
             display.say(f"  {made.tokens[text]} {visible(text)}: begins as the mean of {count(len(pieces), 'token')}")
         for note in made.notes:
-            display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
+            display.note(note)
         display.say(made.certificate.sentence)
         for step in _next_steps(made):
             display.say(step)

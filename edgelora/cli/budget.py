@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import Listener
     from edgelora.pipeline.budget import Reached
 
 
@@ -67,7 +67,7 @@ def size_bytes(text: str) -> int:
 
 def run(asked: Asked, *, as_json: bool) -> None:
     """Reach the target and say what was reached."""
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.budget import BudgetOptions, Target, quantize_to
 
     if asked.out is None:
@@ -76,7 +76,7 @@ def run(asked: Asked, *, as_json: bool) -> None:
     options = BudgetOptions(
         asked.data, asked.text, asked.imatrix, asked.save_plan, asked.repair, asked.overwrite, asked.allow_requantize
     )
-    with Display() as display:
+    with listener(as_json) as display:
         reached = quantize_to(
             asked.source, asked.out, target, options,
             on_cost=lambda cost: display.say(f"what the bits of each tensor are worth: {cost}; kept for next time"),
@@ -87,7 +87,7 @@ def run(asked: Asked, *, as_json: bool) -> None:
         print(json.dumps(reached.as_dict()))
 
 
-def _say(reached: Reached, source: str, display: Display) -> None:
+def _say(reached: Reached, source: str, display: Listener) -> None:
     for tried in reached.attempts:
         if tried is not reached.taken:
             size, kl = tried.file_bytes / 1e6, tried.measured.kl_mean

@@ -53,7 +53,7 @@ def compose(
 
     Example: `edgelora compose base.gguf --adapter home --adapter mail:0.5 --how ties --out both`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.invocation import command
     from edgelora.pipeline.compose import ComposeOptions, Recipe, compose_adapters
     from edgelora.pipeline.task_scores import Task
@@ -62,7 +62,7 @@ def compose(
         Recipe(how, density, rank, seed), report, [Task(*_task(text)) for text in data or ()],
         allow_unverified_base, overwrite,
     )  # fmt: skip
-    with Display() as display:
+    with listener(as_json) as display:
         made = compose_adapters(base, [scaled(text) for text in adapter], out, options, display.show)
         lost = "" if made.lost is None else f", {made.lost:.1%} of ΔW is left out by its rank"
         ranks = ", ".join(map(str, sorted(made.ranks)))

@@ -24,11 +24,11 @@ def convert(
 
     Example: `edgelora convert SmolLM2-135M-Instruct/ --out models/SmolLM2-135M-Instruct-F16.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.invocation import command
     from edgelora.pipeline.convert import convert as run
 
-    with Display() as display:
+    with listener(as_json) as display:
         made = run(
             base, out, dtype=type_.upper(), template=chat_template, overwrite=overwrite, on_progress=display.show
         )
@@ -37,7 +37,7 @@ def convert(
             f"tokens: mean KL {made.fidelity.kl_mean:.2g}, same top {made.fidelity.same_top:.1%}"
         )
         for note in made.notes:
-            display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
+            display.note(note)
         smaller = out.with_name(f"{out.stem}-Q4_K_M.gguf")
         display.say("next: " + command("quantize", out, smaller, "Q4_K_M"))
     if as_json:

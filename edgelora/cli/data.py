@@ -53,13 +53,13 @@ def check(
     Example: `edgelora data check rows.jsonl --base base.gguf --preview 3`
     """
     from edgelora.base.model import open_base
-    from edgelora.cli.display import Display, output
+    from edgelora.cli.display import listener, output
     from edgelora.pipeline.data import Ask, check_data
 
     paths = _paths(files)
     opened = open_base(base)
     opened = opened if chat_template is None else opened.with_template(chat_template)
-    with Display() as display:
+    with listener(as_json) as display:
         ask = Ask(max_length, data_format, loss_on, preview)
         found = check_data(opened, paths, valid, ask, display.show)
     if as_json:

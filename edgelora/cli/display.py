@@ -125,7 +125,10 @@ class JsonLines:
         print(json.dumps(event, allow_nan=False) + "\n", end="", file=sys.stderr, flush=True)
 
 
-def listener(as_json: bool) -> Display | JsonLines:
+Listener = Display | JsonLines
+
+
+def listener(as_json: bool) -> Listener:
     """Who draws what a command does: for programs, or for people."""
     return JsonLines() if as_json else Display()
 

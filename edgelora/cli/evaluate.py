@@ -38,7 +38,7 @@ def evaluate(
 
     Example: `edgelora eval base.gguf --adapter mine.gguf --data test.jsonl`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.cli.table import draw
     from edgelora.evaluate.report import as_json as to_json
     from edgelora.pipeline.engines import TORCH, choose_engine
@@ -49,7 +49,7 @@ def evaluate(
     where = choose_engine(engine, base, path)
     name = base.name if path is None else f"{base.name} + {path.name}"
     cell = Cell(name, base, data, path, scale, allow_unverified_base, metric, pattern, where.value)
-    with Display() as display:
+    with listener(as_json) as display:
         if where.value == TORCH:
             display.say(f"in torch ({where.why})")
         if is_choice_file(data):

@@ -13,7 +13,7 @@ import typer
 from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For, Json, Overwrite, Unverified
 
 if TYPE_CHECKING:
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import Listener
     from edgelora.pipeline.export import ExportOptions
     from edgelora.progress import OnProgress, Progress
 
@@ -86,7 +86,7 @@ def export(
 
     Example: `edgelora export base.gguf adapters/mine --out mine.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.errors import ConfigError
     from edgelora.pipeline.export import ExportOptions
 
@@ -98,7 +98,7 @@ def export(
         raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
     options = ExportOptions((type_ or "F16").upper(), data, check_rows, allow_unverified_base, overwrite)
     asked = Asked(base, adapter, out, type_, for_, options)
-    with Display() as display:
+    with listener(as_json) as display:
         if as_lora:
             made = _as_lora(asked, display)
         elif svd_rank is not None:
@@ -130,7 +130,7 @@ def _plan(base: Path, adapter: Path, dtype: str, unverified: bool, as_json: bool
     print(json.dumps(found.as_dict()) if as_json else "\n".join(in_words(found)))
 
 
-def _by_door(asked: Asked, door: Door | None, display: Display) -> dict[str, Any]:
+def _by_door(asked: Asked, door: Door | None, display: Listener) -> dict[str, Any]:
     """Through this door; without one through the planned."""
     from edgelora.pipeline.exit_plan import plan, through
 
@@ -140,7 +140,7 @@ def _by_door(asked: Asked, door: Door | None, display: Display) -> dict[str, Any
     return {"door": way.door, **WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))}
 
 
-def _saying(plan: str, display: Display) -> OnProgress:
+def _saying(plan: str, display: Listener) -> OnProgress:
     """What draws the work, and says the plan before the first of it: what is refused before that needs none."""
     told = iter([plan])
 
@@ -152,7 +152,7 @@ def _saying(plan: str, display: Display) -> OnProgress:
     return show
 
 
-def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
+def _adapter(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]:
     """A GGUF LoRA, or a soft prompt."""
     from edgelora.invocation import command
     from edgelora.pipeline.certificate import Reference
@@ -175,7 +175,7 @@ def _adapter(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
     return made | ({"for": delivery.as_dict()} if delivery else {})
 
 
-def _patched(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
+def _patched(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]:
     from edgelora.invocation import command
     from edgelora.pipeline.exit_plan import rounded
     from edgelora.pipeline.patch import patch
@@ -196,7 +196,7 @@ def _patched(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]
     return made.as_dict()
 
 
-def _merged(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
+def _merged(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]:
     from edgelora.invocation import command
     from edgelora.pipeline.exit_plan import own_type
     from edgelora.pipeline.merge import MergeOptions, merge
@@ -219,7 +219,7 @@ def _merged(asked: Asked, display: Display, show: OnProgress) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _svd(asked: Asked, rank: int, display: Display) -> dict[str, Any]:
+def _svd(asked: Asked, rank: int, display: Listener) -> dict[str, Any]:
     from edgelora.invocation import command
     from edgelora.pipeline.svd_export import SvdOptions, export_svd
 
@@ -251,7 +251,7 @@ def _require_no_runner(asked: Asked, what: str) -> None:
         raise ConfigError(f"--for with {what}", "it is told of a LoRA over its own base", "leave it out")
 
 
-def _as_lora(asked: Asked, display: Display) -> dict[str, Any]:
+def _as_lora(asked: Asked, display: Listener) -> dict[str, Any]:
     from edgelora.errors import ConfigError
     from edgelora.pipeline.import_adapter import export_as_lora
 

@@ -42,20 +42,20 @@ def imatrix(
 
     Example: `edgelora imatrix mine-F16.gguf --data train.jsonl --text general.txt --out mine.imatrix.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.invocation import command
     from edgelora.pipeline.imatrix import Mix, Settings, compute_importance
 
     settings = Settings(Mix(data, text, mix, chunks, context), engine, output, chat_template, allow_unverified_base)
     adapters = [scaled(name) for name in adapter or []]
-    with Display() as display:
+    with listener(as_json) as display:
         made = compute_importance(model, adapters, out, settings, overwrite=overwrite, on_progress=display.show)
         display.say(
             f"{out}: {len(made.importance.sums)} tensors, {made.task_tokens:,} tokens of the rows and "
             f"{made.general_tokens:,} of the text, by {made.engine.value} ({made.engine.why})"
         )
         for note in made.notes:
-            display.console.print(f"note: {note}", style="yellow", soft_wrap=True)
+            display.note(note)
         small = out.with_name(f"{model.stem}-Q4_K_M.gguf")
         if not made.quantizable:
             display.say("next: give it to --imatrix where the 16-bit original of this model is quantized or merged")

@@ -28,12 +28,12 @@ def import_(
 
     Example: `edgelora import base.gguf mlx-adapters --out adapters/mine --allow-unverified-base`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.import_adapter import import_adapter as run
     from edgelora.pipeline.methods import what_comes_next
 
     made = run(base, source, out, allow_unverified=allow_unverified_base, overwrite=overwrite)
-    with Display() as display:
+    with listener(as_json) as display:
         ranks = f", rank {', '.join(map(str, made.ranks))}" if made.ranks else ""
         display.say(f"{out}: {made.title} from {made.kind} on {made.layers} layers{ranks}")
         display.say(f"next: {what_comes_next(made.method, base, out)}")

@@ -18,12 +18,12 @@ def quickstart(
 
     Example: `edgelora quickstart`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.cli.table import draw
     from edgelora.evaluate.report import as_json as to_json
     from edgelora.pipeline.quickstart import quickstart as run
 
-    with Display() as display:
+    with listener(as_json) as display:
         result = run(display.say, display.show, epochs)
     if as_json:
         print(json.dumps({"folder": str(result.folder), "rows": to_json(result.rows)}))

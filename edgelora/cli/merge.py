@@ -57,7 +57,7 @@ def merge(
 
     Example: `edgelora merge base.gguf --adapter adapters/mine --to Q8_0 --out mine-Q8_0.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.errors import ConfigError
     from edgelora.pipeline.certificate import Reference
     from edgelora.pipeline.merge import MergeOptions
@@ -75,7 +75,7 @@ def merge(
         )
     options = MergeOptions(imatrix, plan, hf_dtype and hf_dtype.upper(), data, check_rows)
     delivery = prepare_for(for_, Reference(base, tuple(parts)), out, live=False, overwrite=overwrite)
-    with Display() as display:
+    with listener(as_json) as display:
         merged = run(
             base, parts, out, quant=to, options=options,
             allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,

@@ -44,7 +44,7 @@ def perplexity(
 
     Example: `edgelora perplexity mine-Q4_K_M.gguf --text wiki.txt --against mine-F16.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.engines import TORCH, choose_engine
     from edgelora.pipeline.perplexity import Run, measure
 
@@ -53,7 +53,7 @@ def perplexity(
     run = Run(
         base, text, mine, against, save_reference, context, chunks, top, threads, allow_unverified_base, where.value
     )
-    with Display() as display:
+    with listener(as_json) as display:
         if where.value == TORCH:
             display.say(f"in torch ({where.why})")
         found = measure(run, display.show)

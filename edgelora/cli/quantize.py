@@ -112,7 +112,7 @@ def quantize(
         allow_requantize, plain, data, check_rows,
     )  # fmt: skip
     target, quant = _places(out, kind, dry_run=dry_run, planned=plan is not None)
-    done = _done(_Places(source, target, save_plan, overwrite), quant, settings)
+    done = _done(_Places(source, target, save_plan, overwrite), quant, settings, as_json)
     if as_json:
         print(json.dumps(_as_json(done, target)))
     elif target is None:
@@ -129,14 +129,14 @@ class _Places:
     overwrite: bool
 
 
-def _done(places: _Places, quant: str | None, settings: QuantizeSettings) -> Quantized:
+def _done(places: _Places, quant: str | None, settings: QuantizeSettings, as_json: bool) -> Quantized:
     """Quantize, or plan it, and say what came of it."""
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.quantize import dry_run_of
     from edgelora.pipeline.quantize import quantize as run
 
     source, target, save_plan, overwrite = places.source, places.target, places.save_plan, places.overwrite
-    with Display() as display:
+    with listener(as_json) as display:
         if target is None:
             done = dry_run_of(source, quant, settings, save_plan=save_plan, overwrite=overwrite)
         else:

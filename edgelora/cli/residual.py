@@ -31,12 +31,12 @@ def residual(
 
     Example: `edgelora residual SmolLM2-135M-Instruct-F16.gguf --to Q4_0 --rank 16 --out rest-Q4_0.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.invocation import command
     from edgelora.pipeline.certificate import Output
     from edgelora.pipeline.residual import write_residual
 
-    with Display() as display:
+    with listener(as_json) as display:
         made = write_residual(base, Output(out, overwrite), to, rank, over, display.show)
         display.say(f"{made.path}: {made.kind} without {made.rank} ranks, {made.size_bytes / 1e6:.1f} MB")
         display.say(made.certificate.sentence)

@@ -47,7 +47,7 @@ def tokenize(
     """
     _require_one_source(text, file, chat, parse_special, chat_template)
     from edgelora.base.model import open_base
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline import tokenize as pipeline
     from edgelora.progress import Progress, silent
 
@@ -58,7 +58,7 @@ def tokenize(
     else:
         said = pipeline.read_text(file) if file is not None else pipeline.text_of_argument(text or "", "--text")
         n_rows, rows = 1, iter([pipeline.tokenize_text(opened, said, parse_special=parse_special)])
-    with Display() as display:
+    with listener(as_json) as display:
         on_progress = display.show if n_rows > 1 else silent
         whole, compared = [], None
         for row in rows if check or as_json else ():

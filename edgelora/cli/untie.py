@@ -13,10 +13,10 @@ def untie(base: GGUFBase, out: Result, overwrite: Overwrite = False, as_json: Js
 
     Example: `edgelora untie base.gguf --out base-untied.gguf`
     """
-    from edgelora.cli.display import Display
+    from edgelora.cli.display import listener
     from edgelora.pipeline.untie import untie as run
 
-    with Display() as display:
+    with listener(as_json) as display:
         made = run(base, out, overwrite=overwrite, on_progress=display.show)
         display.say(f"{out}: {made.size_bytes / 1e6:.1f} MB, computes what {base.name} does")
         display.say(made.certificate.sentence)
