@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from edgelora.data.encode import Example
-from edgelora.data.fit import Cut, Encoded, Encoder
+from edgelora.data.fit import Encoded, Encoder
 from edgelora.data.formats import AUTO, require_format
 from edgelora.data.preference import Labelled, Pair
 from edgelora.data.rows import Conversation, Document, Preference, Rated, Row, Tokenized, conversation_of
@@ -21,8 +21,6 @@ from edgelora.data.store import IN_MEMORY_BYTES, Store
 from edgelora.errors import DataError
 
 MOST_LONG_ROWS_NAMED = 10
-NO_CUT = Cut(0, 0, 0, 0)
-
 
 Item = TypeVar("Item")
 
@@ -91,15 +89,15 @@ def _of_another(place: Place, known_as: str, objective: str, is_asked: bool) -> 
 class Dataset(Generic[Item]):
     """The examples of a run by their numbers: `Example`s, `Pair`s or `Labelled`s, each made when it is asked for.
 
-    counts: how many of them come from each source, in order. lengths: tokens of each, both halves of a pair. cuts:
-    what was cut, row by row. unlearned: rows that were left out because nothing in them is learned. system: the
-    system message that all conversations begin with, or None; single_turn: whether each has one question.
+    counts: how many of them come from each source, in order. lengths: tokens of each, both halves of a pair. system:
+    the system message that all conversations begin with, or None; single_turn: whether each has one question. Rows in
+    which nothing is learned are left out; `check.Tally` counts them, and what was cut.
     """
 
     def __init__(self, store: Store, make: Callable[[Store, int], Item], facts: _Facts) -> None:
         self._store: Store = store
         self._make: Callable[[Store, int], Item] = make
-        self.counts, self.cuts, self.unlearned = tuple(facts.counts), facts.cuts, facts.unlearned
+        self.counts = tuple(facts.counts)
         self.system = next(iter(facts.systems)) if len(facts.systems) == 1 else None
         self.single_turn = facts.single_turn
         self.lengths = store.lengths.reshape(-1, facts.examples_per_item).sum(1)  # (n,)
@@ -120,18 +118,6 @@ class Dataset(Generic[Item]):
     def n_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    @property
-    def cut(self) -> Cut:
-        """What `cuts` come to, all together."""
-        return (
-            Cut(*(sum(column) for column in zip(*(cut for _, cut in self.cuts), strict=True))) if self.cuts else NO_CUT
-        )
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether it was too large for memory."""
-        return self._store.on_disk
-
 
 @dataclass
 class _Facts:
@@ -139,17 +125,12 @@ class _Facts:
 
     examples_per_item: int = 1
     counts: list[int] = field(default_factory=list)
-    cuts: list[tuple[Place, Cut]] = field(default_factory=list)
     labels: list[bool] = field(default_factory=list)
-    unlearned: int = 0
     systems: set[str | None] = field(default_factory=set)
     single_turn: bool = True
 
     def note(self, row: EncodedRow) -> None:
-        if row.encoded.cut is not None:
-            self.cuts.append((row.place, row.encoded.cut))
         if not row.encoded.examples:
-            self.unlearned += 1
             return
         self.counts[-1] += len(row.encoded.examples) // self.examples_per_item
         if isinstance(row.row, Rated):
