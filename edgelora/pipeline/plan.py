@@ -63,10 +63,9 @@ def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1)
     processes: how many torchrun would start on this machine; the plan is that of one of them. Raises ConfigError if
     nothing fits.
     """
-    config = config.model_copy(update={"patience": None})  # a recipe has it, and no rows are held out yet
-    base = open_base(config.base)
-    if config.chat_template is not None:
-        base = base.with_template(config.chat_template)
+    # a recipe has them, and no rows are held out yet
+    config = config.model_copy(update={"patience": None, "keep_adapter": "last"})
+    base = open_base(config.base, config.chat_template)
     return base, settle(config, base, memory, processes, processes)
 
 
