@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelora.data import json_stream, sources
+from edgelora.data import json_stream, readers
 from edgelora.data.json_stream import json_rows
+from edgelora.data.readers import READERS
 from edgelora.data.rows import Conversation, Document, Message, Preference, Rated, Tokenized
-from edgelora.data.sources import READERS, files_of, read_rows
+from edgelora.data.sources import files_of, read_rows
 from edgelora.errors import DataError
 
 ROWS = [{"instruction": f"question {i} ✓", "output": f"answer {i}"} for i in range(5)]
@@ -156,7 +157,7 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_a_long_text_is_cut_at_blank_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_PART", 20)
+    monkeypatch.setattr(readers, "LARGEST_PART", 20)
     path = tmp_path / "book.txt"
     text = "".join(f"line {i}\n" + "\n" * (i % 4 == 3) for i in range(12))
     path.write_text(text, encoding="utf-8")
@@ -327,7 +328,7 @@ def test_an_object_is_a_row_or_holds_rows(tmp_path, text):
 @pytest.mark.parametrize("kind", ["jsonl", "json", "object.json", "csv", "jsonl.gz", "txt", "parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, kind, monkeypatch):
     """30 MB of rows, of which no more than a part of 2 MB is ever held."""
-    monkeypatch.setattr(sources, "LARGEST_PART", 1 << 17)
+    monkeypatch.setattr(readers, "LARGEST_PART", 1 << 17)
     path = tmp_path / f"rows.{kind}"
     rows = [{"prompt": f"{i} " + "word " * 200, "completion": "x" * 1000} for i in range(15_000)]
     if kind == "parquet":
