@@ -251,9 +251,8 @@ def test_an_adapter_is_no_base_and_says_so(tiny, tmp_path):
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_an_empty_template_is_none(tiny, tmp_path, text):
     path = edited(tiny.path, tmp_path / "x.gguf", metadata={"tokenizer.chat_template": (Kind.STRING, text)})
-    base = open_base(path)
-    assert base.template_source is None
-    assert base.with_template("chatml").template_source
+    assert open_base(path).template_source is None
+    assert open_base(path, "chatml").template_source
 
 
 def test_heads_that_every_layer_states_alike_are_one_number(tiny, tmp_path):

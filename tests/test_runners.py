@@ -283,7 +283,7 @@ def test_llama_server_gets_no_more_context_than_a_machine_has_room_for(make_tiny
 
 
 def test_a_template_that_the_file_lacks_goes_to_llama_server_with_it(make_tiny, tmp_path):
-    base = open_base(make_tiny(template=None).path).with_template("chatml")
+    base = open_base(make_tiny(template=None).path, "chatml")
     delivery = prepare("llama-server", Served(base, base.path, tmp_path / "a.gguf"))
     assert delivery.texts[tmp_path / "a.jinja"] == base.chosen_template
     assert f"--jinja --chat-template-file {tmp_path / 'a.jinja'}" in delivery.command

@@ -199,12 +199,17 @@ def quant_of(source: GGUFFile | Checkpoint) -> str:
     return max({kind for kind, _ in sizes}, key=lambda kind: sum(n for k, n in sizes if k == kind))
 
 
-def open_base(path: Path | str) -> Base:
+def open_base(path: Path | str, chat_template: str | None = None) -> Base:
     """Open a base model: a GGUF, whole or in parts, a folder that holds exactly one, or an HF folder of safetensors.
 
-    Reads headers only. Raises BaseModelError or FileFormatError.
+    chat_template: for one that has none, as `with_template` takes it. Reads headers only. Raises BaseModelError or
+    FileFormatError, and what `with_template` raises.
     """
-    path = Path(path)
+    base = _opened(Path(path))
+    return base if chat_template is None else base.with_template(chat_template)
+
+
+def _opened(path: Path) -> Base:
     if not path.is_dir():
         return _of_gguf(open_gguf(path))
     if (path / "adapter_config.json").exists():

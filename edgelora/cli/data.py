@@ -57,8 +57,7 @@ def check(
     from edgelora.pipeline.data import Ask, check_data
 
     paths = _paths(files)
-    opened = open_base(base)
-    opened = opened if chat_template is None else opened.with_template(chat_template)
+    opened = open_base(base, chat_template)
     with listener(as_json) as display:
         ask = Ask(max_length, data_format, loss_on, preview)
         found = check_data(opened, paths, valid, ask, display.show)

@@ -51,9 +51,8 @@ def tokenize(
     from edgelora.pipeline import tokenize as pipeline
     from edgelora.progress import Progress, silent
 
-    opened = open_base(base)
+    opened = open_base(base, chat_template)
     if chat is not None:
-        opened = opened if chat_template is None else opened.with_template(chat_template)
         n_rows, rows = pipeline.tokenize_chats(opened, chat)
     else:
         said = pipeline.read_text(file) if file is not None else pipeline.text_of_argument(text or "", "--text")

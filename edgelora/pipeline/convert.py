@@ -44,9 +44,7 @@ def convert(
     """
     refuse_existing(out, overwrite)
     made_from = stamp(base_path)
-    base = open_base(base_path)
-    if template is not None:
-        base = base.with_template(template)
+    base = open_base(base_path, template)
     certificate = write_certified(
         Output(out, overwrite),
         made_from,

@@ -29,11 +29,11 @@ class Reference:
 
     def open(self) -> tuple[Base, list[tuple[Adapter, float]]]:
         """The base, speaking by the template of its adapters or the chosen one, and these at their scales."""
-        base = open_base(self.base)
+        base = open_base(self.base, self.template)
         adapters = [(read_adapter(path, base.layers, may_wait=True), scale) for path, scale in self.adapters]
         for adapter, _ in adapters:
             base = base.as_trained(adapter.contract)
-        return (base if self.template is None else base.with_template(self.template)), adapters
+        return base, adapters
 
 
 def torch_states(models: Sequence[Reference], examples: Sequence[Example], on_progress: OnProgress) -> list[np.ndarray]:

@@ -68,9 +68,7 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     earlier = world.first(lambda: earlier_run(folder, heard.on_note)) if config.resume else None
     asked = config if earlier is None else earlier.with_wishes(config)
     objective_of(asked)  # refuses settings that contradict each other
-    base = open_base(asked.base)
-    if asked.chat_template is not None:
-        base = base.with_template(asked.chat_template)
+    base = open_base(asked.base, asked.chat_template)
     chosen(asked.method, base.linears, base.norms, where_of(asked))
     settled, choices = _settled(asked, base, earlier, world)
     if earlier is not None:
