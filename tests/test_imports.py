@@ -17,7 +17,9 @@ HOUSES = ("edgelora", "converters", "runtime")
 # THE TABLE, from the roof down: what each room may import. Every entry names rooms further down.
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": {"pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "progress", "errors"},
+    "cli": {
+        "pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "faults", "progress", "errors",
+    },
     "pipeline": {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
         "child", "catalog", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
@@ -27,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
         "peft", "base", "nn", "architectures", "data", "files", "invocation", "device", "kernels", "versions",
-        "config", "progress", "errors",
+        "config", "faults", "progress", "errors",
     },
     "peft": {"nn", "architectures", "files", "errors"},
     "base": {"nn", "architectures", "data", "files", "device", "team", "kernels", "errors"},
@@ -45,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "versions": set(),
     "config": set(),
+    "faults": set(),
     "progress": set(),
     "errors": set(),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from conftest import ROOT
 from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
 from test_atomic import tree
+from test_interrupt import HANG_UP
 
 from edgelora.cli import run
 from edgelora.cli.sweep import taken_apart
@@ -140,6 +141,7 @@ SCALARS = [
     "nf4",
     "none",
     "text",
+    "best",
     "MLP",
     "x",
 ]
@@ -163,9 +165,10 @@ def test_every_setting_is_swept_or_refused_with_its_reason(config, name):
     (["learning_rat=1"], "did you mean learning_rate?"),
     (["zzz=4"], "zzz=4: there is no such setting"),
     (["rank"], "rank: no values"),
-    (["rank=4,,8"], "rank=: Input should be a valid integer"),
-    (["rank=4,0"], "rank=0: Input should be greater than or equal to 1"),
-    (["lr=2", "rank=x"], "learning_rate=2: Input should be less than 1; rank=x: Input should be a valid integer"),
+    (["rank=4,,8"], "rank=: it is empty, and must be a whole number"),
+    (["rank=4,0"], "rank=0: it is 0, and must be at least 1"),
+    (["lr=2", "rank=x"], "learning_rate=2: it is 2, and must be below 1; rank=x: it is x, and must be a whole number"),
+    (["method=lora,lroa"], "method=lroa: lroa is none of its values, did you mean lora?"),
     (["objective=sft,dpo"], "held-out losses would be measured differently"),
     (["out=a,b"], "it is one for all trials"),
     (["target_modules=q_proj,v_proj"], "a comma cannot tell them apart"),
@@ -354,8 +357,11 @@ def test_a_signal_leaves_what_is_done_and_says_how_to_go_on(settings, at_first_s
     assert run([*words[1:], "--print-config"]) == 0  # the command as it is printed can be given
 
 
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
-def test_a_second_signal_says_what_stands(settings, again, tmp_path, monkeypatch, capsys, stop, code):
+@pytest.mark.parametrize(("stop", "code", "why"), [
+    (KeyboardInterrupt(), 130, "Ctrl-C"), (SystemExit(143), 143, "the signal SIGTERM"),
+    pytest.param(SystemExit(129), 129, "the signal SIGHUP", marks=HANG_UP),
+])  # fmt: skip
+def test_a_second_signal_says_what_stands(settings, again, tmp_path, monkeypatch, capsys, stop, code, why):
     def stopped(*_):
         raise stop
 
@@ -366,8 +372,8 @@ def test_a_second_signal_says_what_stands(settings, again, tmp_path, monkeypatch
         if not more:
             monkeypatch.setattr("edgelora.pipeline.sweep.trials_of", stopped)  # before anything is written
         assert run([*line, "--valid", str(config.valid)]) == code
-        what, why, fix = capsys.readouterr().err.splitlines()[-3:]
-        assert why == ("  why: Ctrl-C" if code == 130 else "  why: the signal SIGTERM")
+        what, told, fix = capsys.readouterr().err.splitlines()[-3:]
+        assert told == f"  why: {why}"
         if more:
             assert what == f"stopped at once; what the trials had saved by then is in {out}.sweep"
             assert fix.startswith("  fix: go on with: ")

@@ -12,26 +12,14 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from edgelora.errors import ConfigError
-
-# What a setting must, by the kinds of pydantic's faults that our models know.
-MUST = {
-    "greater_than_equal": "be at least {ge:g}", "greater_than": "be above {gt:g}",
-    "less_than_equal": "be at most {le:g}", "less_than": "be below {lt:g}",
-    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "be a whole number"),
-    **dict.fromkeys(("float_parsing", "float_type"), "be a number"), "finite_number": "be a finite number",
-    **dict.fromkeys(("bool_parsing", "bool_type"), "be true or false"),
-    "string_type": "be a text", "path_type": "be a path", "tuple_type": "be a list",
-    "string_too_short": "not be", "too_short": "not be", "string_pattern_mismatch": "match {pattern}",
-}  # fmt: skip
-LISTED = {"method": "`edgelora methods` lists all"}  # settings that have too many values for one message
+from edgelora.faults import in_words, unlike, values_of
 
 
 def with_options(
@@ -61,7 +49,7 @@ def _parameter(name: str, field: FieldInfo, panel: str | None) -> inspect.Parame
     typed = name.replace("_", "-")
     names = f"--{typed}/--no-{typed}" if field.annotation is bool else f"--{typed}"  # a file may have said yes
     option = typer.Option(names, help=_help(field), rich_help_panel=panel, show_default=False)
-    if values := _values(field):
+    if values := values_of(field):
         option.parser, option.metavar = partial(_one_of, name, values), f"[{'|'.join(values)}]"
     kind = Annotated[_typed(field.annotation), option]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
@@ -85,23 +73,10 @@ def _typed(annotation: Any) -> Any:
     return str | None
 
 
-def _values(field: FieldInfo) -> tuple[str, ...]:
-    """The names that a field can be, if it is one of a few."""
-    parts = (field.annotation, *get_args(field.annotation))  # it may be one of them, or None
-    return next((get_args(part) for part in parts if get_origin(part) is Literal), ())
-
-
 def _one_of(name: str, values: tuple[str, ...], text: str) -> str:
     if text not in values:
-        raise typer.BadParameter(_unlike(name, values, text))
+        raise typer.BadParameter(unlike(name, values, text))
     return text
-
-
-def _unlike(name: str, values: Collection[str], text: object) -> str:
-    """`lroa is none of its values, did you mean lora? ...`, with where they all stand."""
-    near = difflib.get_close_matches(str(text), values, 1)
-    listed = LISTED.get(name, f"it is one of {', '.join(values)}")
-    return f"{text} is none of its values{f', did you mean {near[0]}?' if near else ':'} {listed}"
 
 
 def settled(
@@ -123,7 +98,7 @@ def settled(
         return model.model_validate(settings | said)
     except ValidationError as e:
         typed = {name: name.upper() if name in arguments else f"--{name.replace('_', '-')}" for name in given}
-        faults = [(str(fault["loc"][0]), fault["type"], _said(model, fault)) for fault in e.errors()]
+        faults = [(str(fault["loc"][0]), fault["type"], in_words(model, fault)) for fault in e.errors()]
         if missing := [typed[name] for name, kind, _ in faults if kind == "missing"]:
             raise typer.BadParameter("missing, and not in a --config file", param_hint=missing) from e
         where = {name: typed[name] if name in said else f"{file}: {name}" for name, *_ in faults}
@@ -131,17 +106,6 @@ def settled(
         printed = "`edgelora train --print-config` prints each setting with what it is"
         fix = f"see `edgelora {command} --help`" if where.keys() <= said.keys() else printed
         raise ConfigError(listed, "these settings cannot train anything", fix) from e
-
-
-def _said(model: type[BaseModel], fault: ErrorDetails) -> str:
-    """What is wrong with a setting: `it is 0, and must be at least 1`; in pydantic's words where that is rare."""
-    name, kind, value = str(fault["loc"][0]), fault["type"], fault["input"]
-    if kind == "literal_error" and (values := _values(model.model_fields[name])):
-        return _unlike(name, values, value)
-    if kind in MUST:
-        shown = "empty" if value in ("", [], ()) else value
-        return f"it is {shown}, and must {MUST[kind].format(**fault.get('ctx', {}))}"
-    return fault["msg"].removeprefix("Value error, ")
 
 
 def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from edgelora.pipeline.grid_files import Survey, Workshop
 from edgelora.pipeline.grid_provenance import provenance
 from edgelora.pipeline.page import write_page
 from edgelora.progress import OnProgress, Progress, silent
-from edgelora.training.interrupt import Stopped
+from edgelora.training.interrupt import Stopped, asked_by
 
 CELLS, FILES, LOCK = "cells", "files", "lock"
 CHILD_SECONDS = 2.0  # to start a process and load a model, four or more times a cell: what is said before one was timed
@@ -243,13 +243,13 @@ class _Run:
 
 
 def _stopped(run: _Run, signal_: KeyboardInterrupt | SystemExit) -> Stopped:
-    ctrl_c = isinstance(signal_, KeyboardInterrupt)
+    exit_code = 130 if isinstance(signal_, KeyboardInterrupt) else 143
     n, total = len(run.grid.places) - len(run.left), len(run.grid.places)
     return Stopped(
         f"stopped with {n} of {total} cells measured; {run.folder / 'report.html'} shows them",
-        "Ctrl-C" if ctrl_c else "the signal SIGTERM",
+        asked_by(exit_code),
         f"go on with: {run.command}",
-        130 if ctrl_c else 143,
+        exit_code,
     )
 
 

@@ -22,7 +22,7 @@ from edgelora.pipeline.sweep_folder import Record, SweepFolder
 from edgelora.progress import OnProgress, Progress, finite, silent
 from edgelora.training import curve
 from edgelora.training.folder import RunFolder
-from edgelora.training.interrupt import Interrupt, Stopped, interruptible
+from edgelora.training.interrupt import Interrupt, Stopped, asked_by, interruptible
 from edgelora.training.metrics import read_metrics
 from edgelora.training.sweep import Result, Standing, Trial, first_rung, successive_halving, trials_of, work
 
@@ -156,11 +156,10 @@ class _Runner:
             raise
 
     def _stop_if_asked(self, trial: Trial) -> None:
-        asked = self.interrupt.asked
-        if asked is not None:
+        if self.interrupt.asked is not None:
             raise Stopped(
                 what=f"stopped at the trial {trial.name}; nothing is lost",
-                why="Ctrl-C" if self.interrupt.exit_code == 130 else f"the signal {asked.name}",
+                why=asked_by(self.interrupt.exit_code),
                 fix=f"go on with: {self.again}",
                 exit_code=self.interrupt.exit_code,
             )
@@ -168,7 +167,7 @@ class _Runner:
 
 def at_once(config: TrainConfig, words: Sequence[str], exit_code: int = 130) -> Stopped:
     """What a second signal left, or one before the first trial: what its trials had saved, or nothing."""
-    why, folder = "Ctrl-C" if exit_code == 130 else "the signal SIGTERM", SweepFolder(config.out)
+    why, folder = asked_by(exit_code), SweepFolder(config.out)
     if not folder.record.exists():
         return Stopped("stopped at once: nothing was saved", why, "give the same command again", exit_code)
     return Stopped(
@@ -214,8 +213,9 @@ def train_to(config: TrainConfig, share: float, on_progress: OnProgress) -> Leg:
 
     def hear(progress: Progress) -> None:
         nonlocal total
-        total = progress.total
-        on_progress(replace(progress, stage=config.out.name))
+        if progress.stage == "train":  # and not how far reading is
+            total = progress.total
+            on_progress(replace(progress, stage=config.out.name))
 
     def is_there(progress: Progress) -> bool:
         nonlocal at_rung

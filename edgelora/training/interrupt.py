@@ -47,12 +47,12 @@ def resuming(config: TrainConfig, *more: str) -> str:
 def stopped(config: TrainConfig, step: int, total: int, exit_code: int) -> Stopped:
     """What a first signal left, behind a step of `total`: everything."""
     what = f"stopped behind step {step} of {total}; nothing is lost"
-    return Stopped(what, _why(exit_code), how_to_go_on(config), exit_code)
+    return Stopped(what, asked_by(exit_code), how_to_go_on(config), exit_code)
 
 
 def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
     """What a second signal left, or one before the first step: the last checkpoint, or nothing."""
-    why, step = _why(exit_code), RunFolder(config.out).newest_step
+    why, step = asked_by(exit_code), RunFolder(config.out).newest_step
     if step is None:
         return Stopped(
             "stopped at once, before there was a checkpoint: nothing was saved", why, "give the same command again",
@@ -64,7 +64,8 @@ def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
     )  # fmt: skip
 
 
-def _why(exit_code: int) -> str:
+def asked_by(exit_code: int) -> str:
+    """What asked for a stop: `Ctrl-C`, or `the signal SIGTERM`."""
     return "Ctrl-C" if exit_code == 130 else f"the signal {signal.Signals(exit_code - 128).name}"
 
 

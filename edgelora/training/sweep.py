@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.faults import in_words
 
 SHORT = {"lr": "learning_rate"}
 MEASURED_BY = (
@@ -140,7 +141,7 @@ def trials_of(config: TrainConfig, words: Iterable[str]) -> list[Trial]:
             try:
                 value = getattr(_with(config, {name: text}), name)
             except ValidationError as e:
-                faults.append(f"{name}={text}: {e.errors()[0]['msg']}")
+                faults.append(f"{name}={text}: {in_words(TrainConfig, e.errors()[0])}")
             else:
                 several = swept.setdefault(name, [])
                 several += [] if value in several else [value]
