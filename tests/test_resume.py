@@ -81,6 +81,14 @@ def shown_numbers(out: Path) -> list[dict[str, float]]:
     return [dict(line.numbers) for line in read_metrics(run_folder(out) / "metrics.jsonl")]
 
 
+def alter_checkpoint(out: Path, step: int) -> None:
+    """Turn one bit in the middle of it around."""
+    path = checkpoint_path(run_folder(out) / "checkpoints", step) / "state.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
 class Stopped(Exception):
     """What a listener raises to end a run at a step, as a fault of the program would."""
 
@@ -226,10 +234,7 @@ def test_resume_where_nothing_is_begins_at_the_first_step(settings, whole, tmp_p
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(settings, whole, again):
     cut_back(again, 8)
-    path = checkpoint_path(run_folder(again) / "checkpoints", 8) / "state.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
+    alter_checkpoint(again, 8)
     notes: list[str] = []
     run_training(settings(again, resume=True), on_note=notes.append)
     assert (
@@ -319,6 +324,22 @@ def test_a_run_that_ended_gives_the_best_adapter_where_it_is_asked_for(settings,
     assert outcome(config.out) == outcome(tmp_path / "other") != last
     again = run_training(settings(config.out, resume=True, keep_adapter="last", **changes))
     assert (again.step, again.best, again.base_loss) == (6, ended.best, before)
+    assert outcome(config.out) == last
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_last_step_is_written(settings, tmp_path):
+    changes = {"learning_rate": 0.9, "max_steps": 6, "eval_every": 1}
+    config = settings(tmp_path / "mine", **changes)
+    ended, last = run_training(config), outcome(config.out)
+    assert ended.best.step < ended.step
+    alter_checkpoint(config.out, ended.best.step)
+    notes: list[str] = []
+    again = run_training(settings(config.out, resume=True, keep_adapter="best", **changes), on_note=notes.append)
+    assert notes[-1] == (
+        f"step-{ended.best.step:08}: this checkpoint is damaged (state.safetensors was altered): "
+        "the adapter of the last step is written instead of the best one"
+    )
+    assert (again.step, again.held_out_loss) == (ended.step, ended.held_out_loss)
     assert outcome(config.out) == last
 
 
