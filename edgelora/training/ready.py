@@ -82,7 +82,7 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     world.use(settled.device)
     original = original_of(settled, base)
     hashing = _hashing(base, original)
-    rows = load_rows(settled, base, heard.on_note)
+    rows = load_rows(settled, base, heard.on_note, heard.on_progress)
     hashing.join()
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
