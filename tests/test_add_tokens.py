@@ -205,7 +205,13 @@ def test_rows_are_trained_by_the_tokens_texts_and_run_in_llama_cpp(make_tiny, se
         base = open_base(tmp_path / "untied.gguf")
     texts = ("<|tool|>", "größer🙂")
     config = settings(
-        tmp_path / "mine", base=base.path, method="token_rows", train_tokens=texts, max_steps=2, valid=None
+        tmp_path / "mine",
+        base=base.path,
+        method="token_rows",
+        train_tokens=texts,
+        max_steps=2,
+        valid=None,
+        eval_every=None,
     )
     run_training(config)
     adapter = read_adapter(config.out, base.layers)
