@@ -9,9 +9,28 @@ from itertools import chain
 
 from study.jobs import Job, Results
 
-from learning.rows import BEYOND, CHECK_SEED, CHECK_TASK, FACTORS, ORIGINAL, Q4_0, Q4_1, REST, SEEDS, TASKS, Row, rows
+from learning.rows import (
+    BEYOND,
+    CHECK_SEED,
+    CHECK_TASK,
+    FACTORS,
+    ORIGINAL,
+    Q4_0,
+    Q4_1,
+    REST,
+    SEEDS,
+    TASKS,
+    UNTIED,
+    Row,
+    rows,
+)
 
-NEEDS = {Q4_1: (), Q4_0: (f"base/{ORIGINAL}", f"base/{Q4_0}"), REST: (f"base/{ORIGINAL}", f"base/{REST}")}
+NEEDS = {
+    Q4_1: (),
+    UNTIED: (f"base/{UNTIED}",),
+    Q4_0: (f"base/{ORIGINAL}", f"base/{Q4_0}"),
+    REST: (f"base/{ORIGINAL}", f"base/{REST}"),
+}
 
 
 @dataclass(frozen=True)

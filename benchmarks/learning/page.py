@@ -8,7 +8,7 @@ from typing import Any
 
 from study.page import markdown
 
-from learning.rows import MARKS, Q4_0, Q4_1
+from learning.rows import MARKS, OF_SOURCE, Q4_0, Q4_1
 
 HEAD = """# What each method learns, and what it costs
 
@@ -67,8 +67,9 @@ HOW = """
 
 {steps} steps of {batch_rows} rows, no row twice, and the rows of a seed in the same order for all. The learning rate
 rises over {warmup} steps and falls to 0. Rank and α are the method's own. At rank 16 rsLoRA with its own α is LoRA
-number by number, so both are compared at rank 64. The rows of `token_rows` are those of {marks}. Scores
-are torch's over float32 products, since some methods run nowhere else.
+number by number, so both are compared at rank 64. The rows of `token_rows` are those of {marks}, in the same
+model with a head of its own (`edgelora untie`). Scores are torch's over float32 products, since some methods run
+nowhere else.
 
 Learning rates: the method's own (in its file, `edgelora/peft`), three times it and a third of it were tried on
 {check_task} with one seed, by the loss on {valid_rows} validation rows; where the best of three was at the edge, one
@@ -89,7 +90,7 @@ def written(found: Mapping[str, Any]) -> str:
         HEAD.format(**found, state=_state(found)),
         CLAIMS.format(claims=_claims(found), n_claims=len(found["claims"]), **found_of(found, "margin", "window")),
         TABLES.format(
-            q4_1=_table(found, (Q4_1,)), q4_0=_table(found, (Q4_0, "rest")), times=_times(found),
+            q4_1=_table(found, OF_SOURCE), q4_0=_table(found, (Q4_0, "rest")), times=_times(found),
             before_q4_1=before[Q4_1], before_q4_0=before[Q4_0], test_rows=found["test_rows"],
         ),
         HOW.format(

@@ -8,8 +8,10 @@ from typing import get_args
 from edgelora.config import Method
 
 # Over what: the Q4_1 file, as blocks or, for a method that changes weights, held as float32; or a file that was
-# quantized to Q4_0 from a 16-bit original (see `work.make_base`), whole or without the principal part.
-Q4_1, ORIGINAL, Q4_0, REST = "Q4_1", "original", "Q4_0", "rest"
+# quantized to Q4_0 from a 16-bit original (see `work.make_base`), whole or without the principal part. UNTIED is the
+# Q4_1 file with a head of its own.
+Q4_1, ORIGINAL, Q4_0, REST, UNTIED = "Q4_1", "original", "Q4_0", "rest", "untied"
+OF_SOURCE = (Q4_1, UNTIED)  # the same model, number by number
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ MAIN = (
 REFERENCE = "lora"
 LOFTQ = Row("loftq", "loftq", over=Q4_0)  # its start needs an original, which the Q4_1 file has not
 # no new ones, those that say who speaks
-MARKS = Row("token_rows", "token_rows", train_tokens=("<|im_start|>", "<|im_end|>"))
+MARKS = Row("token_rows", "token_rows", over=UNTIED, train_tokens=("<|im_start|>", "<|im_end|>"))
 
 
 def rows() -> tuple[Row, ...]:

@@ -19,6 +19,7 @@ from learning.rows import (
     BATCH_ROWS,
     CHECK_TASK,
     FACTORS,
+    OF_SOURCE,
     Q4_0,
     Q4_1,
     REFERENCE,
@@ -32,7 +33,7 @@ from learning.rows import (
     rows,
 )  # fmt: skip
 
-USUAL = {Q4_1: REFERENCE}  # over Q4_0, whole or not: qlora
+USUAL = dict.fromkeys(OF_SOURCE, REFERENCE)  # over Q4_0, whole or not: qlora
 FACTS = ("rank", "alpha", "learning_rate", "peak_bytes", "trained", "artefact", "artefact_bytes", "held")
 
 

@@ -23,7 +23,7 @@ from edgelora.training.settle import settle
 from edgelora.training.state import State
 from edgelora.training.where import where_of
 from learning.jobs import check
-from learning.rows import Q4_1, REFERENCE, Row, named, rows
+from learning.rows import OF_SOURCE, REFERENCE, Row, named, rows
 from learning.work import config_of, path_of
 
 ROUNDS = 5  # beside the first, which warms up
@@ -65,7 +65,7 @@ def measure(room: Room, part: int, parts: int, rounds: int = ROUNDS) -> None:
 
     A LoRA is timed beside each part: what a machine does otherwise changes, and parts would not compare without it.
     """
-    asked = [row for row in rows() if row.over == Q4_1][part - 1 :: parts]
+    asked = [row for row in rows() if row.over in OF_SOURCE][part - 1 :: parts]
     usual = named(REFERENCE)
     with computing(choose_products(), compute_threads()):
         every = list(_stepping(room, [usual, *(row for row in asked if row != usual)]))
@@ -85,8 +85,8 @@ def measure(room: Room, part: int, parts: int, rounds: int = ROUNDS) -> None:
 
 
 def _stepping(room: Room, asked: Iterable[Row]) -> Iterator[Stepping]:
-    base = open_base(path_of(Q4_1, room))
     for row in asked:
+        base = open_base(path_of(row.over, room))
         try:
             config = settle(config_of(row, check(row, 1.0), room, room.folder / "none"), base).config
         except EdgeloraError as e:

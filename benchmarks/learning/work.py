@@ -31,13 +31,14 @@ from edgelora.pipeline.certificate import Output
 from edgelora.pipeline.quantize import prepare
 from edgelora.pipeline.residual import write_residual
 from edgelora.pipeline.torch_scorer import TorchScorer
+from edgelora.pipeline.untie import untie
 from edgelora.progress import silent
 from edgelora.training.adapter_footprint import adapter_numbers
 from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
 from edgelora.training.run import Run, run_training
 from learning.jobs import Training
-from learning.rows import BATCH_ROWS, ORIGINAL, Q4_0, Q4_1, STEPS, TEST_ROWS, VALID_ROWS, WARMUP, Row, named
+from learning.rows import BATCH_ROWS, ORIGINAL, Q4_0, Q4_1, STEPS, TEST_ROWS, UNTIED, VALID_ROWS, WARMUP, Row, named
 
 TOGETHER = 8  # rows that are scored at once
 MICRO_BATCH_TOKENS = 512
@@ -57,7 +58,7 @@ def path_of(over: str, room: Room) -> Path:
 
 def make_base(key: str, room: Room) -> dict[str, Any]:
     """The 16-bit original (the source off its grid, which would flatter types of the same), or it as Q4_0, whole or
-    without its principal part."""
+    without its principal part; or the source with a head of its own."""
     over = key.split("/")[1]
     out, original = path_of(over, room), path_of(ORIGINAL, room)
     draft = out.with_suffix(".draft")
@@ -68,6 +69,8 @@ def make_base(key: str, room: Room) -> dict[str, Any]:
         asked = prepare(original, "Q4_0")
         write_planned(asked.source, draft, asked.plan, None, silent, asked.keys)
         draft.rename(out)
+    elif over == UNTIED:
+        untie(room.source, out, overwrite=True)
     else:
         write_residual(original, Output(out, overwrite=True), "Q4_0", RANK)
     return {"bytes": out.stat().st_size}
