@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Factors, Weight
+from edgelora.peft.defaults import MOST, Defaults, Sourced, by_size
+
+AUTHORS = Sourced(5e-4, "the authors' over Llama-3-8B (arXiv:2506.07621, github.com/Exploration-Lab/LoRMA)")
+DEFAULTS = Defaults(rate=by_size(Sourced(1e-4, MOST), AUTHORS))
 
 
 class LormaDelta(nn.Module):

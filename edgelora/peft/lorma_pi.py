@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from edgelora.nn.linear import Weight, product
 from edgelora.peft.defaults import Defaults, Sourced, by_size
+from edgelora.peft.lorma import AUTHORS
 from edgelora.peft.method import Shapes
 
-AUTHORS = "the authors' over Llama-3-8B (arXiv:2506.07621, github.com/Exploration-Lab/LoRMA)"
 DEFAULTS = Defaults(  # a step of every number of A moves all of W′: too far below 1B, with the authors' rate
     rate=by_size(
         Sourced(5e-5, "with which 12 steps over SmolLM2-135M learned the most of those tried, 1.5e-5 to 5e-4"),
-        Sourced(5e-4, AUTHORS),
+        AUTHORS,
     )
 )
 

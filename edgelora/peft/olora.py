@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from edgelora.nn.linear import Weight
+from edgelora.peft.defaults import MOST, Defaults, share_of_a_lora
 from edgelora.peft.start import StartedDelta, require_rank
+
+DEFAULTS = Defaults(rate=share_of_a_lora(0.1, f"a tenth of a LoRA's, {MOST}"))  # A begins as large as a row of W
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from edgelora.nn.linear import Weight
+from edgelora.peft.defaults import MOST, Defaults, share_of_a_lora
 from edgelora.peft.start import StartedDelta, require_rank
 
+DEFAULTS = Defaults(rate=share_of_a_lora(1 / 3, f"a third of a LoRA's, {MOST}"))
 OVERSAMPLED, ITERATIONS = 8, 4  # test_methods.py: what is left of a matrix is within 0.1 % of the exact SVD's
 
 
