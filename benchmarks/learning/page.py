@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 from study.page import markdown
@@ -67,9 +68,9 @@ HOW = """
 
 {steps} steps of {batch_rows} rows, no row twice, and the rows of a seed in the same order for all. The learning rate
 rises over {warmup} steps and falls to 0. Rank and α are the method's own. At rank 16 rsLoRA with its own α is LoRA
-number by number, so both are compared at rank 64. The rows of `token_rows` are those of {marks}, in the same
-model with a head of its own (`edgelora untie`). Scores are torch's over float32 products, since some methods run
-nowhere else.
+number by number, so both are compared at rank 64. The rows of `token_rows` are those of {marks},
+in the same model with a head of its own (`edgelora untie`). Scores are torch's over float32 products, since some
+methods run nowhere else.
 
 Learning rates: the method's own (in its file, `edgelora/peft`), three times it and a third of it were tried on
 {check_task} with one seed, by the loss on {valid_rows} validation rows; where the best of three was at the edge, one
@@ -180,11 +181,12 @@ def _times(found: Mapping[str, Any]) -> str:
     if timed is None:
         return "Steps were not timed yet."
     threads = f"{timed['threads']} thread{'s' * (timed['threads'] != 1)}"
-    return (
+    return fill(
         f"*Step* is the median of {timed['rounds']} steps of {found['batch_rows']} rows over that of a LoRA of rank "
         "16, each with a step in every round of one process, so that what else the machine does falls on all. The "
         "first round, in which GaLore finds its directions, is left out. "
-        f"The LoRA's step took {timed['beside']:.2f} s with {threads}."
+        f"The LoRA's step took {timed['beside']:.2f} s with {threads}.",
+        width=120,
     )
 
 

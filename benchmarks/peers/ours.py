@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from edgelora.training.optim import build_optimizer, set_share
 from peers.channel import Turnstile
 from peers.data import ALPHA, LEARNING_RATE, MAX_GRAD_NORM, RANK, batches, load, share
 
-MICRO_BATCH_TOKENS = 1024  # what the memory plan takes on a CPU
+MICRO_BATCH_TOKENS = 1024  # of held-out rows
 COMPUTE = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -48,12 +49,14 @@ class Run:
             self.examples = load(self.folder / f"{settings['data']}.npz")
         self.held = choose_base_dtype(settings["held"], base, free_memory_bytes()).value
         self.decoder = build_decoder(base, self.held, COMPUTE[settings["dtype"]])
+        self.decoder.recompute = settings["recompute"]
+        self.micro_batch_tokens: int = settings["micro_batch_tokens"]
         self.parameters = inject(self.decoder, self.config.method, RANK, ALPHA, self.config.seed)
         self.objective = objective_of(self.config)
         self.optimizer = build_optimizer(self.decoder.named_parameters(), self.config)
 
     def pack(self, rows: list[Example]) -> list[Batch]:
-        return self.objective.pack(rows, MICRO_BATCH_TOKENS)
+        return self.objective.pack(rows, self.micro_batch_tokens)
 
     def backward(self, packed: list[Batch]) -> None:
         for scored in mean_losses(self.objective, self.decoder, packed, self.config):
@@ -65,6 +68,7 @@ class Run:
 
 
 def main(settings: dict[str, Any], turn: Turnstile) -> None:
+    gc.freeze()  # as the command does: a collection would walk through all of torch in the midst of a step
     torch.set_float32_matmul_precision(choose_products().value)
     run = Run(settings)
     turn.facts = {"held": run.held, "compute": str(run.decoder.compute)}
