@@ -49,8 +49,7 @@ FLOORS = """
 What no step can do without, where a target of memory is missed, MiB: the process before any weight is read, the weights
 (the embedding in bfloat16), and the adapter with its gradients and AdamW's moments. Logits take {logits:.0f} more, and
 the activations of {tokens:,} tokens in bfloat16 {activations:.0f}. Where less than nothing is left, the target cannot
-be met at this size whatever is done with activations; `--recompute full` keeps fewer of these and is not in the table
-above.
+be met at this size whatever is done with activations; `--recompute full` keeps fewer of these.
 """
 
 GROUPS = {
