@@ -159,7 +159,7 @@ class TrainConfig(BaseModel):
     use_rslora: bool = False
     """Scale by α/√r instead of α/r, whatever the method (`--method rslora` is a LoRA with this)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    """While it is trained, the share of each adapted layer's input that its A does not see."""
+    """While it is trained, the share of each adapted layer's input that its A does not see. Not of every method."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """PEFT's: the biases that are trained beside A and B, of those that a model has: `all`, or those of adapted layers.
     """

@@ -264,6 +264,9 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     said = capsys.readouterr()
     made = json.loads(said.out)
     assert made["door"] == door
+    before, checked = said.err.index(told["why"]), said.err.index("checked on ")
+    assert before < said.err.index(f"{told['size_bytes'] / 1e6:.1f} MB, ") < checked
+    assert all(json.dumps(note)[1:-1] in said.err for note in told["notes"] if "by more than" not in note)
     assert (f"{tmp_path / 'made.lora.gguf'}, " in said.err) == (method == "dora")
     assert made["certificate"]["passed"]
 

@@ -59,6 +59,7 @@ QLoRA, LoftQ and QPiSSA differ in what quantization took away, so there must be 
 Q4_1 alone: that file, dithered by half a step to leave its grid, is the F16 that these start from. `qlora` is a LoRA
 over its Q4_0, `loftq` begins there at what was lost, and `qpissa` is over the Q4_0 of what its 16 leading ranks leave
 (`edgelora residual`). Before any training the loss over the Q4_0 is {before_q4_0}.
+A step of each is that of a LoRA, and was not timed again. `dora` above is QDoRA: its base is quantized too.
 """
 
 HOW = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -132,17 +133,20 @@ def _plan(base: Path, adapter: Path, dtype: str, unverified: bool, as_json: bool
 
 def _by_door(asked: Asked, door: Door | None, display: Listener) -> dict[str, Any]:
     """Through this door; without one through the planned."""
-    from edgelora.pipeline.exit_plan import plan, through
+    from edgelora.pipeline.exit_plan import plan, taken_in_words, through
 
     dtype = "F16" if door is Door.merged or asked.dtype is None else asked.dtype
     found = plan(asked.base, asked.adapter, dtype, allow_unverified=asked.options.allow_unverified)
     way = through(found, None if door is None else door.value.replace("-", " "), asked.adapter)
-    return {"door": way.door, **WAYS[way.door](asked, display, _saying(f"{way.door}: {way.why}", display))}
+    told = list(taken_in_words(found if way.door == found.door else way))
+    if way.door == "merged" and asked.dtype is not None:
+        told[1:2] = []  # its size and error are those of the base's own type
+    return {"door": way.door, **WAYS[way.door](asked, display, _saying(told, display))}
 
 
-def _saying(plan: str, display: Listener) -> OnProgress:
+def _saying(plan: Sequence[str], display: Listener) -> OnProgress:
     """What draws the work, and says the plan before the first of it: what is refused before that needs none."""
-    told = iter([plan])
+    told = iter(plan)
 
     def show(progress: Progress) -> None:
         for line in told:

@@ -77,19 +77,24 @@ def rounded(error: float) -> str:
 
 def in_words(found: ExitPlan) -> Iterator[str]:
     """The plan, in lines for people."""
-    yield f"{found.door}: {found.why}"
-    if found.door != "refused":
-        error = found.expected_error
+    yield from taken_in_words(found)
+    for door, why in found.others.items():
+        if why not in (found.why, LAYERED):  # said already, or of every adapter
+            yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
+
+
+def taken_in_words(way: Way | ExitPlan) -> Iterator[str]:
+    """The door, why, size, error, whether it comes and goes, and what else is to be known of it."""
+    yield f"{way.door}: {way.why}"
+    if way.door != "refused":
+        error = way.expected_error
         if error is None:
             rounding = "what it costs is measured once it is written"
         else:
             rounding = f"numbers are rounded by at most {error:.2g} of themselves" if error else "nothing is rounded"
-        stays = "comes and goes over a loaded base" if found.hot_swappable else "is loaded as a model"
-        yield f"{found.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
-    yield from found.notes
-    for door, why in found.others.items():
-        if why not in (found.why, LAYERED):  # said already, or of every adapter
-            yield f"not as {door}: {why}" if not why.startswith("open too") else f"{door}, {why}"
+        stays = "comes and goes over a loaded base" if way.hot_swappable else "is loaded as a model"
+        yield f"{way.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
+    yield from way.notes
 
 
 def _advised(adapter: Adapter, base: Base) -> Iterator[str]:
