@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from converters.task_tensors import Composed, Thinning, leading, stacked, thin, together, truncated
-from edgelora.errors import AdapterError, ConfigError
+from edgelora.errors import AdapterError, ConfigError, some
 from edgelora.peft.adapter import Adapter, LoraPair
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of linear layers
-MAX_FAULTS_SHOWN = 8
 WORKING_MATRICES = 5  # the result, the elected signs, how many agree, and two between one step and the next
 
 
@@ -182,14 +181,14 @@ def _require_composable(parts: Sequence[Part], recipe: Recipe, linears: Shapes) 
             fix = "export it by itself (`edgelora export`), and chat with that over the base"
             raise _no_pair(part, "it acts from its invocation on, not on every token", fix)
         if others := [module for module in part.adapter.tensors if module not in linears]:
-            raise _no_pair(part, f"it changes {_some(others)}, no linear layer")
+            raise _no_pair(part, f"it changes {some(others)}, no linear layer")
     ranks = {module: {p.name: _rank(p, module) for p in parts if module in p.adapter.tensors} for module in linears}
     ranks = {module: found for module, found in ranks.items() if found}
     largest = recipe.rank or max(rank for found in ranks.values() for rank in found.values())
     small = [module for module in ranks if recipe.rank is not None and recipe.rank > min(linears[module])]
     if small:
         raise ConfigError(
-            what=f"--rank {recipe.rank}: {_some([f'{module} is {linears[module]}' for module in small])}",
+            what=f"--rank {recipe.rank}: {some([f'{module} is {linears[module]}' for module in small])}",
             why="no matrix has a rank above the smaller of its sides",
             fix=f"pass at most --rank {min(min(linears[module]) for module in ranks)}",
         )
@@ -213,7 +212,7 @@ def _require_equal_ranks(ranks: Mapping[str, Mapping[str, int]], recipe: Recipe)
     if unequal:
         other = "sum" if recipe.how == "linear" else recipe.how.removesuffix("_factors")
         raise AdapterError(
-            what=f"unequal ranks: {_some(unequal)}",
+            what=f"unequal ranks: {some(unequal)}",
             why=f"{recipe.how} adds up A and B entry by entry",
             fix=f"pass --how {other}, which works on B A and takes any ranks",
         )
@@ -239,8 +238,3 @@ def _no_pair(
         why=f"{why}, and what is composed are changes B A",
         fix=fix,
     )
-
-
-def _some(faults: Sequence[str]) -> str:
-    more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
-    return "; ".join(faults[:MAX_FAULTS_SHOWN]) + more

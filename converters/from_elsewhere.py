@@ -8,12 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.base.model import Base
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, some
 from edgelora.peft.kinds import LARGEST_NUMBER
 from edgelora.peft.lora_config import StoredPair
 from edgelora.peft.strangers import no_linear
-
-SHOWN = 8
 
 
 def part_faults(places: Mapping[str, Mapping[str, str]], wanted: Sequence[str], base: Base) -> list[str]:
@@ -60,9 +58,8 @@ def fit_faults(module: str, pair: StoredPair, shape: tuple[int, int]) -> list[st
 def require_none(path: Path, faults: Sequence[str], base: Base) -> None:
     """Raise AdapterError that names all `faults` of the adapter at `path`."""
     if faults:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise AdapterError(
-            what=f"{path}: {'; '.join(faults[:SHOWN])}{more}",
+            what=f"{path}: {some(faults)}",
             why=f"what is imported has to be a LoRA or DoRA of the linear layers of {base.path.name}, all of it: "
             "without a part it would compute something else",
             fix="pass the base it was trained on; if that is this one, merge it there with the program that wrote it "

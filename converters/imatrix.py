@@ -17,13 +17,12 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from converters.metadata import write_whole
-from edgelora.errors import ExportError, FileFormatError
+from edgelora.errors import ExportError, FileFormatError, some
 from edgelora.files.gguf import MAGIC, MAX_ENTRIES, MAX_NAME_BYTES, GGUFFile
 
 KIND, DATASETS, CHUNKS, CHUNK_TOKENS = "imatrix", "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 SUMS, COUNTS = ".in_sum2", ".counts"
 LEGACY = (".dat", ".imatrix")  # how files of the format before GGUF end
-MAX_FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Importance:
                 faults.append(f"{name} has {sums.size} columns, the model's {wanted}")
         if faults:
             raise ExportError(
-                what=f"the importance matrix does not fit the model: {_few(faults)}",
+                what=f"the importance matrix does not fit the model: {some(faults, 5)}",
                 why="it was computed on another model",
                 fix="compute it on this one: `edgelora imatrix MODEL --data ROWS --out FILE`",
             )
@@ -86,7 +85,7 @@ def read_importance(path: Path) -> Importance:
     else:
         importance = _read_gguf(GGUFFile(path))
     if faults := _faults(importance):
-        raise _unusable(path, _few(faults))
+        raise _unusable(path, some(faults, 5))
     return importance
 
 
@@ -108,11 +107,6 @@ def write_importance(path: Path, importance: Importance) -> None:
         writer.add_tensor(name + SUMS, np.ascontiguousarray(sums[0] if alone else sums, np.float32))
         writer.add_tensor(name + COUNTS, np.ascontiguousarray(counts[0] if alone else counts))
     write_whole(writer)
-
-
-def _few(faults: list[str]) -> str:
-    more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
-    return "; ".join(faults[:MAX_FAULTS_SHOWN]) + more
 
 
 def _unusable(path: Path, why: str) -> FileFormatError:
@@ -163,7 +157,7 @@ def _read_gguf(file: GGUFFile) -> Importance:
             else:
                 counts[name] = np.rint(values).astype(np.int64)
     if faults:
-        raise _unusable(file.path, _few(faults))
+        raise _unusable(file.path, some(faults, 5))
     datasets = tuple(file.get(DATASETS, list, ()))
     if not all(isinstance(name, str) for name in datasets):
         raise _unusable(file.path, f"{DATASETS} is no list of texts")

@@ -23,7 +23,7 @@ from converters.file_size import data_bytes, header_bytes
 from converters.plan_check import check_options
 from converters.quant_types import QUANT_TYPES, parse_tensor_type, tensor_bytes
 from converters.quantize import dry_run
-from edgelora.errors import ConfigError, ExportError, FileFormatError
+from edgelora.errors import ConfigError, ExportError, FileFormatError, some
 from edgelora.files.atomic import write_text
 from edgelora.files.gguf import TensorInfo
 from edgelora.files.split import open_gguf
@@ -229,9 +229,8 @@ def _is_count(value: object) -> bool:
 
 
 def _no_plan(path: Path, faults: Sequence[str]) -> FileFormatError:
-    more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
     return FileFormatError(
-        what=f"{path}: not a usable plan ({'; '.join(faults[:5])}{more})",
+        what=f"{path}: not a usable plan ({some(faults, 5)})",
         why="a plan is a TOML file with a line for each tensor, as --save-plan writes it",
         fix="write one with `edgelora quantize IN TYPE --dry-run --save-plan FILE`, and change its types only",
     )

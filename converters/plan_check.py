@@ -21,7 +21,7 @@ from converters.quant_types import (
     parse_type,
     requires_importance,
 )
-from edgelora.errors import ConfigError, ExportError
+from edgelora.errors import ConfigError, ExportError, some
 from edgelora.files.gguf import TensorInfo
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ def check_plan(plan: Plan, tensors: Mapping[str, TensorInfo]) -> None:
         elif t is not None and t.type != info.type and not _may_change(t.name, info.shape):
             faults.append(f"{name} must stay {info.type.name}: llama.cpp reads norms, biases and routers as they are")
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ConfigError(
-            what=f"the plan does not fit this model: {'; '.join(faults[:5])}{more}",
+            what=f"the plan does not fit this model: {some(faults, 5)}",
             why="it was made for another model, or edited in more than its types",
             fix="make one for this model with `--save-plan`",
         )

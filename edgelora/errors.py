@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EdgeloraError(Exception):
     """A fault with three lines: *what* happened, *why*, and the *fix*. The command line prints just these."""
@@ -22,6 +24,12 @@ class EdgeloraError(Exception):
 def _visible(text: str) -> str:
     """A stranger's file may name its parts with what moves the cursor or colours the terminal: shown, not done."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def some(faults: Sequence[str], most: int = 8) -> str:
+    """Faults of one thing, for its `what`: the first of them, and how many more there are."""
+    more = f" and {len(faults) - most} more" if len(faults) > most else ""
+    return "; ".join(faults[:most]) + more
 
 
 class ConfigError(EdgeloraError):

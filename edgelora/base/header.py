@@ -12,7 +12,7 @@ from edgelora.architectures.names import gguf_place, tensor_shapes
 from edgelora.architectures.rope import FREQUENCIES, LONG, SHORT
 from edgelora.base import ggml
 from edgelora.base.tensors import CheckpointTensors, GGUFTensors, Tensors
-from edgelora.errors import BaseModelError
+from edgelora.errors import BaseModelError, some
 from edgelora.files.checkpoint import Checkpoint
 from edgelora.files.gguf import GGUFFile
 
@@ -148,9 +148,8 @@ def _check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], expected: M
     ]
     faults += [f"{name} has no place in this decoder" for name in found if name not in expected]
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise BaseModelError(
-            what=f"{path}: {'; '.join(faults[:5])}{more}",
+            what=f"{path}: {some(faults, 5)}",
             why="these are not the tensors that its metadata describes, or edgelora does not compute them yet",
             fix="download or convert the model again",
         )

@@ -34,12 +34,13 @@ def sweep(config: TrainConfig, words: Sequence[str], as_json: bool) -> None:
     from edgelora.cli.display import listener
     from edgelora.pipeline.methods import what_comes_next
     from edgelora.pipeline.sweep import SweepListeners, as_row, at_once, run_sweep
+    from edgelora.training.interrupt import exit_code_of
 
     with listener(as_json) as display:
         try:
             found = run_sweep(config, words, SweepListeners(display.show, display.say, display.note))
         except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first trial
-            raise at_once(config, words, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
+            raise at_once(config, words, exit_code_of(e)) from e
         best = found.standings[0].trial
         display.say(f"{found.out}: the adapter of {best.name}; all trials are in {found.folder}")
         display.say(f"next: {what_comes_next(best.config.method, config.base, found.out)}")

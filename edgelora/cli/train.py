@@ -15,7 +15,7 @@ from edgelora.cli.words import count
 from edgelora.config import TrainConfig
 
 if TYPE_CHECKING:
-    from edgelora.cli.display import Display, JsonLines
+    from edgelora.cli.display import Listener
     from edgelora.training.run import Run
 
 PANELS = {
@@ -61,18 +61,18 @@ def train(
         return
     with listener(as_json) as display:
         with uncollected():
-            from edgelora.training.interrupt import at_once
+            from edgelora.training.interrupt import at_once, exit_code_of
             from edgelora.training.run import run_training
         try:
             run = run_training(asked, display.show, lambda name, c: display.choice(name, c.value, c.why), display.note)
         except (KeyboardInterrupt, SystemExit) as e:  # a second signal, or one before the first step
-            raise at_once(asked, 130 if isinstance(e, KeyboardInterrupt) else int(e.code or 0)) from e
+            raise at_once(asked, exit_code_of(e)) from e
         tell(run, asked, display)
     if as_json:
         print(json.dumps(summary(run)))
 
 
-def tell(run: Run, config: TrainConfig, display: Display | JsonLines) -> None:
+def tell(run: Run, config: TrainConfig, display: Listener) -> None:
     """The result in a line or two, and what to type next."""
     from edgelora.pipeline.methods import what_comes_next
 

@@ -20,13 +20,12 @@ from gguf.constants import TokenType
 from edgelora.data.sentencepiece import SPACE
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.data.vocabulary import Vocabulary, checked
-from edgelora.errors import ConfigError
+from edgelora.errors import ConfigError, some
 
 SCORE = -1000.0  # llama.cpp's converter gives it to added tokens; they are found by their texts, and never merged
 PADDING_SCORE = -10000.0
 PADDING = re.compile(r"\[PAD\d+\]")
 ALIGNED = 64  # the most that a number of rows is kept a multiple of
-MOST_SHOWN = 5  # faults of a list
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,8 @@ def with_tokens(tokenizer: Tokenizer, texts: Sequence[str], *, control: bool, so
 
 
 def _refused(source: Path, faults: Sequence[str]) -> ConfigError:
-    more = f" and {len(faults) - MOST_SHOWN} more" if len(faults) > MOST_SHOWN else ""
     return ConfigError(
-        what=f"{source}: {'; '.join(faults[:MOST_SHOWN])}{more}",
+        what=f"{source}: {some(faults, 5)}",
         why="a new token is one that llama.cpp reads as one id wherever its text stands, and nothing else changes",
         fix="leave these out or name them otherwise; a token that is there is trained as it is (--train-tokens)",
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, some
 from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract
 from edgelora.files.gguf import GGUFFile
 
@@ -21,7 +21,6 @@ INVOCATION_KEY = "adapter.alora.invocation_tokens"
 MAX_INVOCATION = 256
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 EXPERTS = "_exps.weight"  # the matrices of a mixture's experts, one upon the other
-MAX_FAULTS_SHOWN = 8
 
 
 def check_adapter(path: Path, architecture: str, shapes: Mapping[str, tuple[int, ...]]) -> GGUFFile:
@@ -48,9 +47,8 @@ def require_fit(
     faults = _key_faults(file, architecture) + _tensor_faults(file, shapes)
     tokens = _invocation(file, n_vocab, faults)
     if faults:
-        more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
         raise AdapterError(
-            what=f"{file.path}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + more,
+            what=f"{file.path}: {some(faults)}",
             why="llama.cpp would crash on it or answer wrongly: it belongs to another base, or is no LoRA adapter",
             fix="use an adapter that `edgelora export` made for this base",
         )

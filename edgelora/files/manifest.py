@@ -12,13 +12,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edgelora.errors import FileFormatError
+from edgelora.errors import FileFormatError, some
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import sha256_file
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 10
-MAX_FAULTS_SHOWN = 8
 
 
 class Entry(BaseModel):
@@ -68,8 +67,7 @@ def verify(folder: Path) -> None:
         if fault := _fault(folder / name, found[name], wanted[name]):
             faults.append(f"{name} {fault}")
     if faults:
-        more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
-        raise _damaged(folder, "; ".join(faults[:MAX_FAULTS_SHOWN]) + more)
+        raise _damaged(folder, some(faults))
 
 
 def _read(folder: Path) -> Manifest:

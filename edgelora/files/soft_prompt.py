@@ -17,14 +17,13 @@ from typing import Protocol
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, some
 from edgelora.files.gguf import GGUFFile
 
 SOFT_PROMPT, PREFIX = "soft_prompt", "prefix"
 EMBEDDINGS, KEYS, VALUES = "prompt.embeddings", "blk.{}.prefix_k", "blk.{}.prefix_v"
 TOKENS, LOGITS, BASE_LOGITS = "reference.tokens", "reference.logits", "reference.base_logits"
 N_REFERENCES, MAX_REFERENCE_TOKENS = 8, 16  # all are evaluated at each load
-MAX_FAULTS_SHOWN = 8
 ANY_CONTEXT = 1 << 31
 FLOATS, INTEGERS = GGMLQuantizationType.F32, GGMLQuantizationType.I32
 
@@ -102,9 +101,8 @@ def read_soft(file: GGUFFile, architecture: str, dims: Dims, context: int) -> So
     if not faults and kind == PREFIX and not _within(_array(file, TOKENS), dims.vocab_size):
         faults.append(f"{TOKENS} holds ids that the base has not")
     if faults:
-        more = f" and {len(faults) - MAX_FAULTS_SHOWN} more" if len(faults) > MAX_FAULTS_SHOWN else ""
         raise AdapterError(
-            what=f"{file.path}: " + "; ".join(faults[:MAX_FAULTS_SHOWN]) + more,
+            what=f"{file.path}: {some(faults)}",
             why="it belongs to another base, or was damaged",
             fix="export it again for this base",
         )

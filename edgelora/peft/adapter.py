@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
-from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError
+from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError, some
 from edgelora.files.atomic import refuse_existing, share, staged
 from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, contract_in
@@ -235,8 +235,7 @@ def _unfit(path: Path, faults: Sequence[str]) -> AdapterError:
             why="this works on the weights of linear layers, and what the adapter does is in none of them",
             fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
         )
-    more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-    return AdapterError(f"{path}: " + "; ".join(faults[:8]) + more, *why_and_fix(faults))
+    return AdapterError(f"{path}: {some(faults)}", *why_and_fix(faults))
 
 
 def _without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, some
 from edgelora.peft.adapter import IN_TORCH, INVOCATION, MAGNITUDE, Adapter
 from edgelora.peft.change import Change
 from edgelora.peft.targets import target_modules
@@ -88,9 +88,8 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
         else:
             faults.append(f"{module} {_beyond_a_pair(change)}")
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise AdapterError(
-            what=f"this {adapter.kind.title} is no plain LoRA: {'; '.join(faults[:3])}{more}",
+            what=f"this {adapter.kind.title} is no plain LoRA: {some(faults, 3)}",
             why="two small matrices cannot say it, and a part of it would be lost",
             fix=IN_TORCH if adapter.kind.of_input else _other_ways(adapter),
         )

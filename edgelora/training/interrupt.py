@@ -92,6 +92,11 @@ def now(asked: signal.Signals) -> NoReturn:
     raise SystemExit(128 + asked)
 
 
+def exit_code_of(stop: KeyboardInterrupt | SystemExit) -> int:
+    """What a shell is told by what `now` raised."""
+    return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+
+
 @contextmanager
 def interruptible(on_asked: Callable[[], None] | None = None) -> Iterator[Interrupt]:
     """Listen to SIGNALS in this block. Only the main thread can: elsewhere nothing is changed.
