@@ -18,7 +18,8 @@ HOUSES = ("edgelora", "converters", "runtime")
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": {
-        "pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "faults", "progress", "errors",
+        "pipeline", "runtime", "training", "base", "evaluate", "invocation", "config", "faults", "progress", "words",
+        "errors",
     },
     "pipeline": {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nn": {"architectures", "team", "kernels", "errors"},
     "architectures": {"files", "errors"},
     "evaluate": {"data", "progress", "errors"},
-    "data": {"files", "errors"},
+    "data": {"files", "words", "errors"},
     "files": {"errors"},
     "child": {"progress", "errors"},
     "catalog": {"home", "errors"},
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "faults": set(),
     "progress": set(),
+    "words": set(),
     "errors": set(),
 }  # fmt: skip
 HEIGHT = {room: -i for i, room in enumerate(MAY_IMPORT)}

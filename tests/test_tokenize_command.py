@@ -25,13 +25,13 @@ from rich.console import Console
 from edgelora.base.model import Base, open_base
 from edgelora.cli import display, run
 from edgelora.cli import tokenize as command
-from edgelora.cli.words import visible
 from edgelora.data.conversation import read_conversations
 from edgelora.data.encode import encode_conversation
 from edgelora.data.template import ChatTemplate
 from edgelora.errors import CertificateError, DataError
 from edgelora.pipeline import tokenize as pipeline
 from edgelora.pipeline.tokenize import Tokenized, check, difference_of_chat, read_text, tokenize_text, tokens_of
+from edgelora.words import visible
 from runtime.binding import Model
 
 TEXT = "Turn on the light in the kitchen,\n\tplease: <|im_end|> größer 日本 🙂"

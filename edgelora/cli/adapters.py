@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Json
-from edgelora.cli.words import visible
+from edgelora.words import visible
 
 if TYPE_CHECKING:
     from runtime.store import About, Stored

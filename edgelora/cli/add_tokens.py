@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite
-from edgelora.cli.words import count, visible
+from edgelora.words import count, visible
 
 Tokens = Annotated[
     list[str] | None, typer.Option("--token", help="The text of a new token (repeatable).", show_default=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from edgelora.cli.arguments import Json
-from edgelora.cli.words import count, visible
+from edgelora.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from edgelora.cli.words import count, visible
 from edgelora.progress import Progress, Sample, as_json
+from edgelora.words import count, visible
 
 if TYPE_CHECKING:
     from edgelora.errors import EdgeloraError

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Base, Json
-from edgelora.cli.words import count, visible
 from edgelora.errors import ConfigError
+from edgelora.words import count, visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ import typer
 from edgelora.cli.arguments import Json
 from edgelora.cli.importing import uncollected
 from edgelora.cli.options import as_toml, settled, with_options
-from edgelora.cli.words import count
 from edgelora.config import TrainConfig
+from edgelora.words import count
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Listener

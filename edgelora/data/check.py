@@ -23,6 +23,7 @@ from edgelora.data.rows import Document, Preference, Row, conversation_of
 from edgelora.data.sources import Place
 from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
+from edgelora.words import count
 
 MOST_PLACES_NAMED = 5
 
@@ -77,8 +78,8 @@ class Check:
         said = f"{self.kinds}, {self.tokens - self.lost_tokens:,} tokens, {self.loss_share:.1%} of them learned"
         if not self.cut:
             return said
-        lost = f"{_count(self.lost_tokens, 'token')}, {_count(self.lost_turns, 'whole answer')}"
-        return f"{said}; cut: {_count(self.cut, 'row')}, by {lost} and the end of {self.lost_ends:,}"
+        lost = f"{count(self.lost_tokens, 'token')}, {count(self.lost_turns, 'whole answer')}"
+        return f"{said}; cut: {count(self.cut, 'row')}, by {lost} and the end of {self.lost_ends:,}"
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -99,9 +100,9 @@ class Check:
         }
         said = [self._warning(name, what) for name, what in found.items() if getattr(self, name)]
         if self.lost_turns:
-            said.append(f"{_count(self.lost_turns, 'answer')} left out whole: the rows are longer than max_length")
+            said.append(f"{count(self.lost_turns, 'answer')} left out whole: the rows are longer than max_length")
         if self.lost_ends:
-            said.append(f"{_count(self.lost_ends, 'answer')} cut before the end: the model learns to break off there")
+            said.append(f"{count(self.lost_ends, 'answer')} cut before the end: the model learns to break off there")
         return tuple(said)
 
     def raise_faults(self, of: str = "") -> None:
@@ -121,7 +122,7 @@ class Check:
     def _warning(self, name: str, what: str) -> str:
         n = getattr(self, name)
         places = ", ".join(self.named[name]) + (" …" if n > len(self.named[name]) else "")
-        return f"{_count(n, 'row')} {what} ({places})"
+        return f"{count(n, 'row')} {what} ({places})"
 
 
 class Tally:
@@ -208,10 +209,6 @@ def histogram(lengths: np.ndarray, bins: int = 12) -> list[tuple[int, int, int]]
     edges = np.unique(np.rint(np.geomspace(lengths.min(), lengths.max() + 1, bins + 1)).astype(np.int64))
     counts = np.histogram(lengths, edges)[0]
     return [(low, high - 1, n) for (low, high), n in zip(pairwise(edges.tolist()), counts.tolist(), strict=True)]
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _digest(examples: Iterable[Example]) -> int:

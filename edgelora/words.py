@@ -1,4 +1,4 @@
-"""How counts and what strangers wrote are put into words on a terminal."""
+"""How counts and what strangers wrote are put into words."""
 
 from __future__ import annotations
 
