@@ -753,6 +753,7 @@ def test_the_command_lists_every_method_with_its_doors(capsys):
     assert run(["methods"]) == 0
     shown = capsys.readouterr().out
     assert all(f" {name} " in shown for name in METHODS)
+    assert "QLoRA and QDoRA are lora and dora over a quantized base" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 

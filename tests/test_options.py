@@ -19,6 +19,7 @@ from edgelora.cli import run as app_run
 from edgelora.cli.options import as_toml, read_toml, settled, with_options
 from edgelora.config import Source, TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.faults import MEANT, meant, values_of
 
 
 class Recipe(BaseModel):
@@ -102,6 +103,61 @@ def test_a_misspelt_method_is_answered_with_where_they_stand(capsys):
     assert app_run(["train", "b.gguf", "rows.jsonl", "--out", "mine", "--method", "lroa"]) == 2
     shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
     assert "'--method': lroa is none of its values, did you mean lora? `edgelora methods` lists all" in shown
+
+
+@pytest.mark.parametrize(("word", "method", "why"), [
+    ("qlora", "lora", "it is a LoRA over a quantized base"), ("Q-LoRA", "lora", "it is a LoRA over a quantized base"),
+    ("qdora", "dora", "it is a DoRA over a quantized base"),
+    ("QPiSSA", "loftq", "it is a LoRA that starts as what was taken out of its base before that was quantized"),
+    ("rs-lora", "rslora", "it is another spelling of rslora"),
+    ("lora+", "loraplus", "it is another spelling of loraplus"),
+    ("(IA)3", "ia3", "it is another spelling of ia3"), ("ptuning", "p_tuning", "it is another spelling of p_tuning"),
+    ("P-Tuning v2", "prefix_tuning", "it is what trains keys and values of every layer"),
+    ("layer-norm", "layernorm", "it is another spelling of layernorm"),
+    ("full-finetune", "full", "it is full fine-tuning"),
+])  # fmt: skip
+def test_a_method_by_another_name_is_told_what_to_type(capsys, word, method, why):
+    """And is not taken for it unasked; nor is QPiSSA taken for PiSSA, which is the word that is nearest."""
+    assert app_run(["train", "b.gguf", "rows.jsonl", "--out", "mine", "--method", word]) == 1
+    what, told, fix = capsys.readouterr().err.splitlines()
+    assert what == f"error: --method {word}: this is none of its values"
+    assert told == f"  why: {why}"
+    assert fix.startswith("  fix: ")
+    assert re.findall(r"--method (\w+)", fix) == [method]
+
+
+def test_an_objective_is_no_method(capsys):
+    assert app_run(["train", "b.gguf", "rows.jsonl", "--out", "mine", "--method", "dpo"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "  fix: --objective dpo, with any method"
+
+
+def test_another_name_in_a_file_is_told_what_to_type(tmp_path):
+    (tmp_path / "mine.toml").write_text("method = 'qlora'\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="it is a LoRA over a quantized base, which is written --method lora over"):
+        settled(TrainConfig, tmp_path / "mine.toml", {"base": "b", "data": ["d"], "out": "o"})
+
+
+SETTINGS = {name: values for name, field in TrainConfig.model_fields.items() if (values := values_of(field))}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_values_differ_in_more_than_their_spelling(name):
+    """Else one would be told to type the other."""
+    option = f"--{name.replace('_', '-')}"
+    for value in SETTINGS[name]:
+        assert meant(name, SETTINGS[name], value.upper().replace("_", "-")).write == f"{option} {value}"
+
+
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name, table in MEANT.items() for word in table])
+def test_what_is_meant_is_no_value_and_can_be_typed(name, word):
+    write = MEANT[name][word].write
+    assert meant(name, SETTINGS[name], word) is MEANT[name][word]  # no value has this spelling
+    typed = re.findall(r"--([a-z][a-z-]*) (\S+?)(?:,|\s|$)", re.sub(r"`.*`", "", write))
+    assert typed
+    for option, value in typed:
+        setting = option.replace("-", "_")
+        assert setting in TrainConfig.model_fields
+        assert value in SETTINGS.get(setting, (value,))
 
 
 def test_help_is_the_docstring_and_the_default_under_its_heading(cook):

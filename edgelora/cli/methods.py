@@ -31,3 +31,5 @@ def methods(as_json: Json = False) -> None:
     print("merged: it becomes part of a model (`merge`)")
     print("soft prompt: edgelora's own chat and generate put it before prompts (`export`)")
     print("-: it runs in torch alone (`eval --in torch`)")
+    print("QLoRA and QDoRA are lora and dora over a quantized base (GGUF, or by")
+    print("--base-dtype nf4), QPiSSA is loftq over what `residual` writes")

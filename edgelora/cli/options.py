@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from edgelora.errors import ConfigError
-from edgelora.faults import in_words, unlike, values_of
+from edgelora.faults import in_words, meant, unlike, values_of
 
 
 def with_options(
@@ -74,9 +74,15 @@ def _typed(annotation: Any) -> Any:
 
 
 def _one_of(name: str, values: tuple[str, ...], text: str) -> str:
-    if text not in values:
-        raise typer.BadParameter(unlike(name, values, text))
-    return text
+    if text in values:
+        return text
+    if known := meant(name, values, text):
+        raise ConfigError(
+            what=f"--{name.replace('_', '-')} {text}: this is none of its values",
+            why=f"it is {known.what}",
+            fix=known.write,
+        )
+    raise typer.BadParameter(unlike(name, values, text))
 
 
 def settled(
