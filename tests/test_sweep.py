@@ -27,7 +27,9 @@ from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, OutputError
 from edgelora.files.lock import locked
 from edgelora.pipeline.sweep import Sweep, SweepListeners, run_sweep
+from edgelora.pipeline.trainee import Trainee
 from edgelora.training import curve
+from edgelora.training.interrupt import STOPPING
 from edgelora.training.metrics import read_metrics
 from edgelora.training.run import run_training
 from edgelora.training.sweep import Result, Standing, Trial, first_rung, successive_halving, trials_of, work
@@ -349,12 +351,23 @@ def test_a_signal_leaves_what_is_done_and_says_how_to_go_on(settings, at_first_s
     _, talk = process.communicate(timeout=60)
     assert process.returncode == code, talk
     assert "Traceback" not in talk
+    assert talk.splitlines().count(f"note: {STOPPING}") == 1
     assert not out.exists()
     assert len(list((metrics.parent / "checkpoints").iterdir())) >= 1
     command = next(line for line in talk.splitlines() if "--resume" in line)
     words = shlex.split(command[command.index("edgelora") :])
     assert [words[i + 1] for i, word in enumerate(words) if word == "--sweep"] == WORDS
     assert run([*words[1:], "--print-config"]) == 0  # the command as it is printed can be given
+
+
+def test_the_first_signal_is_answered_and_handed_on_at_once(monkeypatch):
+    """Not with the child's next step, which may take a minute; and handed on once, if it had begun."""
+    did: list[Any] = []
+    monkeypatch.setattr("edgelora.pipeline.trainee.os.kill", lambda *asked: did.append(asked))
+    child, loading = Trainee(lambda _: None, did.append, _pid=7), Trainee(lambda _: None, did.append)
+    for trainee in (child, child, loading):
+        trainee.answer()
+    assert did == [(7, signal.SIGINT), STOPPING, STOPPING, STOPPING]
 
 
 @pytest.mark.parametrize(("stop", "code", "why"), [

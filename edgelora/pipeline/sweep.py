@@ -1,13 +1,12 @@
-"""A sweep done: each trial trains in a child process, to where `training.sweep` sends it; the best becomes --out."""
+"""A sweep done: each trial trains to where `training.sweep` sends it, in a child process; the best becomes --out."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from edgelora.child import run_in_child
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError, EdgeloraError, EngineError
 from edgelora.files.atomic import remove, staged
-from edgelora.files.checkpoint import read_json
 from edgelora.invocation import command
 from edgelora.peft.adapter import refuse_to_write
 from edgelora.pipeline.sweep_folder import Record, SweepFolder
-from edgelora.progress import OnProgress, Progress, finite, silent
+from edgelora.pipeline.trainee import Trainee, require_trainable
+from edgelora.progress import OnProgress, finite, silent
 from edgelora.training import curve
 from edgelora.training.folder import RunFolder
 from edgelora.training.interrupt import Interrupt, Stopped, asked_by, interruptible
-from edgelora.training.metrics import read_metrics
 from edgelora.training.sweep import Result, Standing, Trial, first_rung, successive_halving, trials_of, work
 
 
@@ -43,15 +41,6 @@ class SweepListeners:
     on_progress: OnProgress = silent
     on_say: Callable[[str], None] = lambda _: None
     on_note: Callable[[str], None] = lambda _: None
-
-
-@dataclass(frozen=True)
-class Leg:
-    """What a child brings back. digests: of the base and the rows. notes: what was odd about them."""
-
-    result: Result
-    digests: dict[str, str]
-    notes: list[str]
 
 
 def run_sweep(config: TrainConfig, words: Sequence[str], heard: SweepListeners | None = None) -> Sweep:
@@ -76,8 +65,9 @@ def run_sweep(config: TrainConfig, words: Sequence[str], heard: SweepListeners |
         f"{len(trials)} trials train as much as {work(len(trials)):.1f} whole runs; the first half of them stops at "
         f"{first_rung(len(trials)):.0%}"
     )
-    with folder.held(anew=earlier is None), interruptible() as interrupt:
-        runner = _Runner(folder, record, heard, interrupt, _again(asked, words))
+    trainee = Trainee(heard.on_progress, heard.on_note)
+    with folder.held(anew=earlier is None), interruptible(trainee.answer) as interrupt:
+        runner = _Runner(folder, record, heard, interrupt, trainee, _again(asked, words))
         folder.write(record)
         standings: list[Standing] = []
         for standing in successive_halving(trials, runner.train):
@@ -110,6 +100,7 @@ class _Runner:
     record: Record
     heard: SweepListeners
     interrupt: Interrupt
+    trainee: Trainee
     again: str
     noted: set[str] = field(default_factory=set)
 
@@ -118,7 +109,12 @@ class _Runner:
         before = self.record.results.get(trial.name)
         if before is not None and before.reached(share):
             return before
-        leg = self._in_child(trial, share)
+        self._stop_if_asked(trial)
+        try:
+            leg = self.trainee.train(trial.config, share, lambda: self.interrupt.asked is not None)
+        except (Stopped, EngineError):
+            self._stop_if_asked(trial)
+            raise
         for note in leg.notes:
             if before is None and note not in self.noted:
                 self.heard.on_note(note)
@@ -135,25 +131,6 @@ class _Runner:
         if len(self.record.results) == 1:
             whole = result.seconds / result.step * result.total * work(len(self.record.trials))
             self.heard.on_say(f"at this pace the whole sweep takes about {max(whole / 60, 1):.0f} min")
-
-    def _in_child(self, trial: Trial, share: float) -> Leg:
-        others, told = multiprocessing.active_children(), False
-
-        def hear(progress: Progress) -> None:
-            nonlocal told
-            self.heard.on_progress(progress)
-            if self.interrupt.asked is not None and not told:
-                told = True  # once: the second signal would cost it the step
-                for child in multiprocessing.active_children():
-                    if child not in others and child.pid is not None:
-                        os.kill(child.pid, self.interrupt.asked)
-
-        self._stop_if_asked(trial)
-        try:
-            return run_in_child(train_to, trial.config, share, with_torch=True, on_progress=hear)
-        except (Stopped, EngineError):
-            self._stop_if_asked(trial)
-            raise
 
     def _stop_if_asked(self, trial: Trial) -> None:
         if self.interrupt.asked is not None:
@@ -174,70 +151,6 @@ def at_once(config: TrainConfig, words: Sequence[str], exit_code: int = 130) -> 
         f"stopped at once; what the trials had saved by then is in {folder.path}", why,
         f"go on with: {_again(config, words)}", exit_code,
     )  # fmt: skip
-
-
-def require_trainable(trials: Sequence[Trial], _on_progress: OnProgress) -> None:
-    """Raise ConfigError, before anything is trained, that tells what is wrong with any trial's settings: a rank where
-    the method has none, layers that the base has not. Runs in a child, for the table of methods needs torch."""
-    from edgelora.base.model import open_base
-    from edgelora.training.objectives import objective_of
-    from edgelora.training.settle import settle
-    from edgelora.training.where import require_place
-
-    base = open_base(trials[0].config.base)  # one for all
-    faults: list[tuple[str, ConfigError]] = []
-    for trial in trials:
-        try:
-            objective_of(trial.config)
-            require_place(settle(trial.config, base).config, base)
-        except ConfigError as e:
-            faults.append((trial.name, e))
-    if faults:
-        (name, first), n = faults[0], len(faults)
-        raise ConfigError(
-            what=f"{n} of {len(trials)} trials cannot be trained, such as {name}: {first.what}",
-            why="; ".join(dict.fromkeys(e.why for _, e in faults)),
-            fix=first.fix,
-        )
-
-
-def train_to(config: TrainConfig, share: float, on_progress: OnProgress) -> Leg:
-    """Train until the first held-out loss at or behind `share` of the run, from where it stands. Runs in a child."""
-    os.setpgid(0, 0)  # Ctrl-C reaches a whole group: the parent alone shall hear it, and hands it on once
-    from edgelora.training.loop import NotFinite
-    from edgelora.training.run import run_training
-
-    total, at_rung, ended = 0, False, False
-    fault, loss = None, None
-    notes: list[str] = []
-
-    def hear(progress: Progress) -> None:
-        nonlocal total
-        if progress.stage == "train":  # and not how far reading is
-            total = progress.total
-            on_progress(replace(progress, stage=config.out.name))
-
-    def is_there(progress: Progress) -> bool:
-        nonlocal at_rung
-        at_rung = progress.held_out_loss is not None and progress.step >= share * progress.total
-        return at_rung
-
-    try:
-        run = run_training(config, hear, on_note=notes.append, stop_when=is_there)
-        ended, loss = True, run.held_out_loss
-    except Stopped:
-        if not at_rung:
-            raise
-    except NotFinite as e:
-        fault = e.what
-    folder = RunFolder(config.out)
-    metrics = read_metrics(folder.metrics)
-    result = Result(
-        step=metrics[-1].step, total=total or metrics[-1].step, seconds=metrics[-1].seconds or 0.0,
-        held_out=tuple((m.step, finite(m.held_out_loss)) for m in metrics if m.held_out_loss is not None and m.step),
-        ended=ended, adapter_loss=finite(loss), fault=fault,
-    )  # fmt: skip
-    return Leg(result, read_json(folder.facts)["digests"], notes)
 
 
 def _refuse(config: TrainConfig) -> None:
