@@ -10,9 +10,8 @@ class Bare:
     """A context of its own over a model of its own."""
 
     def __init__(self, base: Path, threads: int, n_ctx: int = 2048) -> None:
-        import llama_cpp as C
-
-        import runtime.binding  # noqa: F401  (libgomp is then told the same)
+        # not llama_cpp: whoever loads libgomp first says how long its threads spin, and both sides should wait alike
+        from runtime.binding.handle import C
 
         self.C = C
         self.model = C.llama_model_load_from_file(str(base).encode(), _without_gpu(C))
