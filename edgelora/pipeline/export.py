@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from edgelora.progress import OnProgress, silent
 # That noise is measured on the base without the adapter, and the adapter's must be like it: measured ratios on
 # SmolLM2-135M are 0.3 to 1.6, a wrong rotary permutation gives over 20.
 NOISE_RATIO, NOISE_FLOOR, SAME_TOP_SLACK = 3.0, 2e-3, 0.05
+CHANCE = 3.0  # standard errors that a right file may lie below: fewer than 4 in 1000 lie further, few tokens or many
 
 
 @dataclass(frozen=True)
@@ -173,5 +175,16 @@ def judged(
         floor=floor,
         adapter=adapter,
         kl_limit=FLOATS.kl_mean if exact else max(NOISE_FLOOR, NOISE_RATIO * floor.kl_mean),
-        same_top_limit=FLOATS.same_top if exact else floor.same_top - SAME_TOP_SLACK,
+        same_top_limit=FLOATS.same_top if exact else floor.same_top - same_top_slack(floor),
     )
+
+
+def same_top_slack(floor: Fidelity) -> float:
+    """How far below the bare base's same top the adapter's may be: SAME_TOP_SLACK, or what chance does to few tokens.
+
+    Both are shares of the same `n_tokens` positions, and where two tokens are near a tie either is a draw. The standard
+    error of their difference is taken at the centre of Wilson's interval (1927): at 10 of 10 it is not 0.
+    """
+    n = floor.n_tokens
+    share = (floor.same_top * n + CHANCE**2 / 2) / (n + CHANCE**2)
+    return max(SAME_TOP_SLACK, CHANCE * math.sqrt(2 * share * (1 - share) / n))
