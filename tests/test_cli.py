@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,21 +207,66 @@ def test_a_wrong_input_is_three_lines_on_stderr(capsys, files, tmp_path, line):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "no-such-command", "train", "train {base} {rows}", "train {base} {rows} --out {out} --rank many",
-        "train {base} {rows} --out {out} --no-such-option", "train {base} {rows} --out {out} --base-dtype int3",
-        "train --config {settings}", "data check {rows}", "merge {base} --out {out}", "quantize {base} {out}",
-        "eval {base}", "chat",
-    ],
-)  # fmt: skip
+# a command line → what is said to be wrong with it
+MISUSED = {
+    "no-such-command": "No such command 'no-such-command'.",
+    "train": "Invalid value for 'BASE' / 'DATA' / '--out': missing, and not in a --config file",
+    "train {base} {rows}": "Invalid value for '--out': missing, and not in a --config file",
+    "train {base} {rows} --out {out} --rank many": "Invalid value for '--rank': Input should be a valid integer",
+    "train {base} {rows} --out {out} --no-such-option": "No such option: --no-such-option",
+    "train {base} {rows} --out {out} --base-dtype int3": "Invalid value for '--base-dtype': int3 is none of its values",
+    "train --config {settings}": "Invalid value for '--out': missing, and not in a --config file",
+    "data check {rows}": "Missing option '--base'",
+    "merge {base} --out {out}": "Invalid value for ADAPTER: name at least one, behind the base",
+    "quantize {base} {out}": "Invalid value for TYPE: name one, such as Q4_K_M",
+    "eval {base}": "Missing option '--data'",
+    "tokenize": "Missing argument ",
+    "chat --no-such-option": "No such option: --",  # and it has no --json
+}
+
+
+@pytest.mark.parametrize("line", MISUSED)
 def test_wrong_usage_is_exit_code_2(capsys, files, tmp_path, line):
     assert run(called(files, tmp_path, line)) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "Usage" in shown.err
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("line", MISUSED)
+def test_a_program_is_told_of_wrong_usage_in_one_event(capsys, files, tmp_path, line):
+    assert run([*called(files, tmp_path, line), "--json"]) == 2
+    shown = capsys.readouterr()
+    event = json.loads(shown.err)
+    assert (shown.out, list(event), event["event"]) == ("", ["event", "what", "why", "fix"], "error")
+    assert event["what"].startswith(MISUSED[line])
+    command = " ".join(word for word in line.split()[:2] if word in (*COMMANDS, "check"))
+    assert re.fullmatch(rf"Usage: .*{command} .*", event["why"])
+    assert re.fullmatch(rf"see `.*{command} --help`", event["fix"].replace("  ", " "))
+
+
+def test_what_python_warns_of_is_a_note_for_programs(monkeypatch, capsys):
+    def described():
+        warnings.warn("soon gone", FutureWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr("edgelora.pipeline.methods.described", described)
+    with warnings.catch_warnings(action="always"):
+        before = warnings.showwarning
+        assert run(["methods", "--json"]) == 0
+        assert warnings.showwarning is before
+    text = f"FutureWarning: soon gone (test_cli.py, line {described.__code__.co_firstlineno + 1})"
+    assert json.loads(capsys.readouterr().err) == {"event": "note", "text": text}
+
+
+def test_a_program_is_told_that_it_was_stopped_by_what_typer_returns(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgelora.pipeline.methods.described", interrupted)
+    assert run(["methods", "--json"]) == 130
+    assert json.loads(capsys.readouterr().err)["why"] == "Ctrl-C"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +305,7 @@ def test_no_command_takes_a_person_for_granted():
 
 @pytest.mark.parametrize(("words", "as_json"), [(["plan", "b", "--json"], True), (["plan", "--", "--json"], False)])
 def test_a_program_is_told_that_a_command_was_stopped(monkeypatch, capsys, words, as_json):
-    def stopped(_):
+    def stopped(*_, **__):
         raise SystemExit(130)
 
     monkeypatch.setattr("edgelora.cli.app", stopped)

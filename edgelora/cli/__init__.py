@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from itertools import takewhile
 
 import typer
 
 from edgelora.cli import adapters, data, evaluate, export, inspect, look, plan, tokenize, train
 from edgelora.cli.add_tokens import add_tokens
+from edgelora.cli.as_events import Refused, warnings_as_notes, wrong_usage
 from edgelora.cli.chat import chat
 from edgelora.cli.compare import compare
 from edgelora.cli.compose import compose
@@ -74,18 +76,22 @@ def run(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in takewhile("--".__ne__, words)
     try:
-        app(words)
-    except SystemExit as e:  # typer's own: done, wrong usage, or stopped by Ctrl-C
-        if e.code == 130:
-            line = "stopped; what was not finished was not written"
-            _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
-        return e.code if isinstance(e.code, int) else 1
+        with warnings_as_notes() if as_json else nullcontext():
+            code = app(words, standalone_mode=not as_json)  # standing alone, typer draws what is wrong usage
+    except SystemExit as e:
+        code = e.code
+    except Refused as e:
+        _tell(wrong_usage(e), "", as_json)
+        return e.exit_code
     except EdgeloraError as e:
         if state.debug:
             raise
         _tell(e, f"{e}" if e.exit_code > 128 else f"error: {e}", as_json)
         return e.exit_code
-    return 0
+    if code == 130:  # typer's own: stopped by Ctrl-C
+        line = "stopped; what was not finished was not written"
+        _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
+    return code if isinstance(code, int) else int(code is not None)
 
 
 def _tell(error: EdgeloraError, text: str, as_json: bool) -> None:
