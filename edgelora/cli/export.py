@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -35,6 +36,13 @@ SvdRank = Annotated[
     typer.Option(
         "--svd-rank", min=1, show_default=False,
         help="Of a DoRA, an IA3 or whole weights write the nearest LoRA of this rank, and measure what that loses.",
+    ),
+]  # fmt: skip
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        min=1, show_default=False,
+        help="Of a DyLoRA take its first ranks alone, as it learned to be used: exact, by every door and as a LoRA.",
     ),
 ]  # fmt: skip
 
@@ -77,6 +85,7 @@ def export(
             show_default="the first that is exact",
         ),
     ] = None,
+    rank: Rank = None,
     svd_rank: SvdRank = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say which door, at what cost and why; write nothing.")] = False,
     allow_unverified_base: Unverified = False,
@@ -89,17 +98,23 @@ def export(
     """
     from edgelora.cli.display import listener
     from edgelora.errors import ConfigError
+    from edgelora.pipeline.exit_plan import in_words
+    from edgelora.pipeline.exit_plan import plan as plan_exit
     from edgelora.pipeline.export import ExportOptions
 
     _require_one_way(as_lora, door, svd_rank, plan)
+    _require_one_rank(rank, svd_rank)
+    at_rank = {} if rank is None else {"rank": rank}
     if plan:
-        _plan(base, adapter, type_ or "F16", allow_unverified_base, as_json)
+        with _at_rank(rank, base, adapter, allow_unverified_base) as source:
+            found = plan_exit(base, source, type_ or "F16", allow_unverified=allow_unverified_base, measure=True)
+        print(json.dumps(found.as_dict() | at_rank) if as_json else "\n".join(in_words(found)))
         return
     if out is None:
         raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
     options = ExportOptions((type_ or "F16").upper(), data, check_rows, allow_unverified_base, overwrite)
-    asked = Asked(base, adapter, out, type_, for_, options)
-    with listener(as_json) as display:
+    with listener(as_json) as display, _at_rank(rank, base, adapter, allow_unverified_base) as source:
+        asked = Asked(base, source, out, type_, for_, options)
         if as_lora:
             made = _as_lora(asked, display)
         elif svd_rank is not None:
@@ -107,7 +122,7 @@ def export(
         else:
             made = _by_door(asked, door, display)
     if as_json:
-        print(json.dumps(made))
+        print(json.dumps(made | at_rank))
 
 
 def _require_one_way(as_lora: bool, door: Door | None, svd_rank: int | None, plan: bool) -> None:
@@ -124,11 +139,23 @@ def _require_one_way(as_lora: bool, door: Door | None, svd_rank: int | None, pla
         )
 
 
-def _plan(base: Path, adapter: Path, dtype: str, unverified: bool, as_json: bool) -> None:
-    from edgelora.pipeline.exit_plan import in_words, plan
+def _require_one_rank(rank: int | None, svd_rank: int | None) -> None:
+    """Raise ConfigError for two ranks at once."""
+    from edgelora.errors import ConfigError
 
-    found = plan(base, adapter, dtype, allow_unverified=unverified, measure=True)
-    print(json.dumps(found.as_dict()) if as_json else "\n".join(in_words(found)))
+    if rank is not None and svd_rank is not None:
+        raise ConfigError(
+            what="export --rank with --svd-rank",
+            why="the first ranks of a DyLoRA are exact, and the nearest LoRA of any adapter is not",
+            fix="pass --rank for a DyLoRA, --svd-rank for others",
+        )
+
+
+def _at_rank(rank: int | None, base: Path, adapter: Path, unverified: bool) -> AbstractContextManager[Path]:
+    """The folder to export: the adapter's own, or while it is open that of the DyLoRA at this rank."""
+    from edgelora.pipeline.first_ranks import at_rank
+
+    return nullcontext(adapter) if rank is None else at_rank(base, adapter, rank, allow_unverified=unverified)
 
 
 def _by_door(asked: Asked, door: Door | None, display: Listener) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from edgelora.base.model import Base, open_base
 from edgelora.errors import ExportError
 from edgelora.evaluate.studied import advice
 from edgelora.peft.adapter import Adapter
+from edgelora.peft.first_ranks import is_nested, ranks_of
 from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.export import read_checked, require_contract
 
@@ -41,7 +42,7 @@ def plan(
         patch = plan_patch(base, adapter)
         measured = [f"measured: {rounded(patch.error)}"] if patch.patches else []
         found = replace(found, notes=(*found.notes, *patch.notes, *measured))
-    return replace(found, notes=(*found.notes, *_advised(adapter, base)))
+    return replace(found, notes=(*found.notes, *_of_ranks(adapter), *_advised(adapter, base)))
 
 
 def own_type(base_path: Path) -> str:
@@ -95,6 +96,17 @@ def taken_in_words(way: Way | ExitPlan) -> Iterator[str]:
         stays = "comes and goes over a loaded base" if way.hot_swappable else "is loaded as a model"
         yield f"{way.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
     yield from way.notes
+
+
+def _of_ranks(adapter: Adapter) -> Iterator[str]:
+    """Of a DyLoRA that these are the first of its ranks, or that fewer of them can be had."""
+    if adapter.contract is None or not is_nested(adapter.contract):
+        return
+    ranks, trained = ranks_of(adapter), adapter.contract.training.get("rank")
+    if isinstance(trained, int) and trained > ranks:
+        yield f"rank {ranks}, the first of the {trained} that were trained, as they learned to be used: it is exact"
+    elif ranks > 1:
+        yield f"--rank R takes its first R ranks alone, of {ranks}: a DyLoRA is as exact with any number of them"
 
 
 def _advised(adapter: Adapter, base: Base) -> Iterator[str]:
