@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from same_tokens import IDS, loss_of
+from same_tokens import IDS
 
 from edgelora.architectures import ARCHITECTURES
 from edgelora.architectures.layers import Layers
@@ -21,19 +18,14 @@ from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.nn.dropped import Drop, dropped_lora
-from edgelora.nn.linear import Factors
 from edgelora.peft.adapter import TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.around import NOTHING
-from edgelora.peft.dropout import draw
 from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.methods import METHODS
 from edgelora.peft.strength import strengths
 from edgelora.peft.targets import NAME, Placed, Where, by_pattern, placed, require_ranks, select, target_modules
 from edgelora.training.adapter_footprint import adapter_numbers
 from edgelora.training.base_footprint import Model
-from edgelora.training.loop import _chance
-from edgelora.training.world import Alone
 
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -207,100 +199,9 @@ def test_what_a_method_cannot_take_is_refused():
             "rank_pattern, alpha_pattern: nothing",
         ),
         ("adalora", Where(use_rslora=True), "use_rslora: nothing that --method adalora could use"),
-        ("dora", Where(lora_dropout=0.1), "lora_dropout: nothing that --method dora"),
     ):
         with pytest.raises(ConfigError, match=said):
             strengths(METHODS[method], shapes, where, 4, 8.0)
-
-
-# -- dropout ----------------------------------------------------------------------------------------------------------
-
-
-class Masked(torch.nn.Module):
-    """In the place of PEFT's dropout: the mask that our layer has."""
-
-    def __init__(self, drop):
-        super().__init__()
-        self.drop = drop
-
-    def forward(self, x):
-        mask = self.drop(torch.ones(x.shape[1:]))
-        return x * mask
-
-
-@pytest.fixture
-def dropped(tiny):
-    decoder, where = build_decoder(open_base(tiny.path)), Where(lora_dropout=0.3)
-    inject(decoder, "lora", RANK, ALPHA, 0, where)
-    stir(decoder)
-    return decoder
-
-
-def test_peft_with_the_same_masks_computes_the_same(dropped, tiny, transformers_model, tmp_path):
-    config = adapter_config(dropped, "lora", RANK, ALPHA, "-", Where(lora_dropout=0.3))
-    write_adapter(tmp_path / "mine", Adapter(config, collect(dropped)))
-    theirs = PeftModel.from_pretrained(transformers_model(tiny), tmp_path / "mine", is_trainable=True)
-    draw([linear.delta for linear in dropped.linears.values()], torch.Generator().manual_seed(3))
-    for name, linear in dropped.linears.items():
-        module = theirs.get_submodule(f"base_model.model.{name}")
-        assert module.lora_dropout["default"].p == 0.3
-        module.lora_dropout["default"] = Masked(linear.delta.drop)
-    theirs.train()
-    found, loss = theirs(IDS[None], labels=IDS[None]), loss_of(dropped)
-    torch.testing.assert_close(loss, found.loss, atol=1e-5, rtol=0)
-    loss.backward()
-    found.loss.backward()
-    wanted = {name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p.grad
-              for name, p in theirs.named_parameters() if p.requires_grad}  # fmt: skip
-    for name, parameter in dropped.named_parameters():
-        torch.testing.assert_close(parameter.grad, wanted[name.replace(".delta.inner", "")], atol=1e-5, rtol=1e-4)
-
-
-def test_masks_are_each_layers_and_each_micro_batches_own(dropped):
-    deltas = [linear.delta for linear in dropped.linears.values()]
-    x, seen = torch.ones(40, 256), []
-    for seed in (1, 1, 2):
-        draw(deltas, torch.Generator().manual_seed(seed))
-        seen.append([delta.drop(x) for delta in deltas])
-    assert all(map(torch.equal, seen[0], seen[1]))
-    assert not any(map(torch.equal, seen[0], seen[2]))
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(seen[0], 2))
-    share = float(torch.cat(seen[0]).eq(0).float().mean())
-    assert share == pytest.approx(0.3, abs=0.01)  # of 143,360 numbers: 8 deviations
-    assert float(torch.cat(seen[0]).max()) == pytest.approx(1 / 0.7)
-    draw(deltas, None)
-    assert all(delta.factors is not None for delta in deltas)
-
-
-def test_layers_that_are_computed_again_see_the_same(dropped):
-    draw([linear.delta for linear in dropped.linears.values()], torch.Generator().manual_seed(3))
-    gradients = []
-    for dropped.recompute in (False, True):
-        gradients.append(torch.autograd.grad(loss_of(dropped), list(dropped.parameters())))
-    assert all(map(torch.equal, *gradients))
-
-
-def test_something_is_left_out_while_it_is_learned_and_only_then(dropped):
-    deltas = [linear.delta for linear in dropped.linears.values()]
-    seen = []
-    for state in ({"step": 0, "micro": 0}, {"step": 0, "micro": 1}, {"step": 1, "micro": 0}):
-        job = SimpleNamespace(config=SimpleNamespace(neftune_alpha=0.0, seed=0), world=Alone(), decoder=dropped,
-                              method=METHODS["lora"], deltas=deltas)  # fmt: skip
-        with _chance(job, SimpleNamespace(**state)):
-            seen.append(deltas[0].drop)
-        assert all(delta.drop is None for delta in deltas)
-    assert len({drop.seed for drop in seen}) == 3
-
-
-def test_the_gradient_is_that_of_the_function():
-    weight = SimpleNamespace(dequantize=lambda dtype: torch.linspace(-1, 1, 35, dtype=dtype).view(7, 5))
-    inputs = [torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-              for shape in ((4, 5), (3, 5), (7, 3))]  # fmt: skip
-
-    def function(x, a, b):
-        return dropped_lora(x, weight, Factors(a, b, 1.5), Drop(0.4, 12))
-
-    assert torch.autograd.gradcheck(function, inputs)
 
 
 # -- in a run -------------------------------------------------------------------------------------------------------
@@ -338,8 +239,6 @@ REFUSED = {
     ("--rank-pattern", "q_proj=2.5"): "q_proj=2.5: a rank is a whole number",
     ("--rank-pattern", "q_proj"): "q_proj is no NAME=NUMBER, such as q_proj=4",
     ("--rank", "200"): "k_proj is only 128 x 256",
-    ("--lora-dropout", "0.1", "--method", "dora"): "lora_dropout: nothing that --method dora could use",
-    ("--lora-dropout", "0.1", "--objective", "dpo"): "lora_dropout with --objective dpo",
     ("--modules-to-save", "lm_haed"): "did you mean lm_head?",
     ("--bias", "all"): "bias all: no layer of this model has a bias",
     ("--bias", "all", "--method", "ia3"): "bias: nothing that --method ia3 could use",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgelora.nn.linear import Delta, Factors, Weight
 from edgelora.peft.around import Around
+from edgelora.peft.dropout import all_of
 
 START = 1.5  # ranks at first, for each one in the end (the paper's section 4.1)
 DEVIATION = 0.02  # of P and Q at the start: as PEFT and the authors' code
@@ -73,7 +74,7 @@ class Budget(Around):
     @torch.no_grad()
     def regularize(self, deltas: Sequence[Delta]) -> None:
         """Add the gradient of γ times the mean of ‖Q Qᵀ − I‖ and ‖Pᵀ P − I‖ (Frobenius, as PEFT and the authors)."""
-        own = [delta for delta in deltas if isinstance(delta, AdaloraDelta)]
+        own = all_of(deltas, AdaloraDelta)
         for delta in own:
             for parameter, rows in ((delta.lora_A, delta.lora_A), (delta.lora_B, delta.lora_B.T)):
                 if parameter.grad is None:
@@ -86,7 +87,7 @@ class Budget(Around):
     @torch.no_grad()
     def allot(self, deltas: Sequence[Delta], step: int, total: int) -> None:
         """Weigh every rank, and take λ from those beyond the budget; they may come back until the last is chosen."""
-        own = [delta for delta in deltas if isinstance(delta, AdaloraDelta)]
+        own = all_of(deltas, AdaloraDelta)
         first, last = int(WARM_UP * total), total - int(FINAL * total)
         if step < last:
             for delta in own:

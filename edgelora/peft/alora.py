@@ -14,8 +14,10 @@ from torch import Tensor
 
 from edgelora.nn.awake import Awake, awake_lora
 from edgelora.nn.decoder import Decoder
+from edgelora.nn.dropped import Drop, dropped_lora
 from edgelora.nn.linear import Delta, Factors, Weight
 from edgelora.peft.defaults import Defaults, Sourced
+from edgelora.peft.dropout import bare
 from edgelora.peft.lora import LoraDelta, fresh_pair
 
 DEFAULTS = Defaults(
@@ -38,6 +40,10 @@ class AloraDelta(LoraDelta):
         assert self.awake.rows is not None
         return awake_lora(x, weight, Factors(self.lora_A, self.lora_B, self.scale), self.awake.rows)
 
+    def dropped(self, x: Tensor, weight: Weight, drop: Drop) -> Tensor:
+        rows = None if self.awake is None else self.awake.rows
+        return dropped_lora(x, weight, Factors(self.lora_A, self.lora_B, self.scale), drop, rows)
+
 
 def fresh(weight: Weight, rank: int, alpha: float, generator: torch.Generator) -> AloraDelta:
     """As a LoRA."""
@@ -54,5 +60,5 @@ def wait(decoder: Decoder, invocation: Sequence[int]) -> None:
     """Let the aLoRA on `decoder` act from the last place on where a sequence has these tokens."""
     decoder.awake = Awake(invocation)
     for linear in decoder.linears.values():
-        if isinstance(linear.delta, AloraDelta):
-            linear.delta.awake = decoder.awake
+        if isinstance(delta := bare(linear.delta), AloraDelta):
+            delta.awake = decoder.awake

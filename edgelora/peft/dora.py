@@ -1,6 +1,7 @@
 """DoRA (arXiv:2402.09353): y = x (m ∘ (W + s B A) / ‖W + s B A‖)ᵀ. A LoRA turns the rows of W, m trains their lengths.
 
-The lengths ‖W + s B A‖ are constants to the gradient (section 4.3 of the paper, and PEFT).
+The lengths ‖W + s B A‖ are constants to the gradient (section 4.3 of the paper, and PEFT). Under dropout, as in PEFT,
+the whole of it sees drop(x), and what is left out goes through W alone: x − drop(x) in the place of x above.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgelora.nn.linear import LoraLinears, Weight
+from edgelora.nn.dropped import Drop, parted
+from edgelora.nn.linear import Factors, LoraLinears, Weight
 from edgelora.peft.adapter import SHORTEST
 from edgelora.peft.defaults import RANK, SCALE_AT_RANK, SMALL, Defaults, Sourced, of_a_lora
 from edgelora.peft.lora import fresh_pair
@@ -49,10 +51,17 @@ class DoraDelta(nn.Module):
         self.register_buffer("squares", squares, persistent=False)
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
-        lengths = row_lengths(weight, self.squares, self.lora_A, self.lora_B, self.scale)
         (along,) = LoraLinears.apply(x, [weight], [self.scale], self.lora_A, self.lora_B)  # (T, d_out)
+        return self._at_length(along, weight)
+
+    def dropped(self, x: Tensor, weight: Weight, drop: Drop) -> Tensor:
+        along, left_out = parted(x, weight, Factors(self.lora_A, self.lora_B, self.scale), drop)
+        return self._at_length(along, weight) + left_out
+
+    def _at_length(self, along: Tensor, weight: Weight) -> Tensor:
+        lengths = row_lengths(weight, self.squares, self.lora_A, self.lora_B, self.scale)
         # in float32 beside bfloat16 products too: a factor rounded to 8 bits would be as wrong for every token
-        return (along * (self.lora_magnitude_vector / lengths)).to(x.dtype)
+        return (along * (self.lora_magnitude_vector / lengths)).to(along.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgelora.nn.linear import Delta, Factors, Weight
 from edgelora.peft.around import Around
+from edgelora.peft.dropout import all_of
 from edgelora.peft.lora import LoraDelta, fresh_pair
 
 
@@ -33,7 +34,7 @@ class Nested(Around):
     """One b for all layers, as in the authors' code."""
 
     def draw(self, deltas: Sequence[Delta], generator: torch.Generator | None) -> None:
-        nested = [delta for delta in deltas if isinstance(delta, DyloraDelta)]
+        nested = all_of(deltas, DyloraDelta)
         rank = None
         if generator is not None and nested:
             rank = int(torch.randint(1, len(nested[0].lora_A) + 1, (), generator=generator))

@@ -18,7 +18,7 @@ from edgelora.nn.vocabulary import Vocabulary
 from edgelora.peft import alora, layernorm, vera_file
 from edgelora.peft.adapter import INVOCATION, Adapter
 from edgelora.peft.attached import delta_of
-from edgelora.peft.dropout import DroppedDelta
+from edgelora.peft.dropout import DroppedDelta, bare
 from edgelora.peft.kind import ROWS, WHOLE
 from edgelora.peft.kinds import NATIVE_TYPE
 from edgelora.peft.layernorm import NormDelta
@@ -140,13 +140,15 @@ def adapter_config(
         return prompt_config(decoder.config, row, where.virtual, base)
     deltas: dict[str, Any] = {name: layer.delta for name, layer in layers.items() if layer.delta is not None}
     if row.peft_type == "LORA":  # what else it trains it saves whole
-        deltas = {name: within(one.delta) for name, one in decoder.linears.items() if is_adapted(one.delta)}
+        deltas = {name: bare(within(one.delta)) for name, one in decoder.linears.items() if is_adapted(one.delta)}
     targets = target_modules(deltas, layers)
     own: dict[str, object] = {}
     if row.ranked and row.peft_type != NATIVE_TYPE:
         own |= {"r": rank, "bias": where.bias}
     if row.peft_type == "LORA":
         own |= as_peft(row, deltas, where, rank, alpha)
+    if row.drops:
+        own[row.drops] = where.lora_dropout
     if where.alora_invocation_tokens:
         own[INVOCATION] = list(where.alora_invocation_tokens)
     if row.peft_type == NATIVE_TYPE:

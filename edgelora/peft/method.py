@@ -102,8 +102,8 @@ class Method:
     """Whether attention is cut into shifted groups of tokens while it learns."""
     waits: bool = False
     """Whether it acts from an invocation on, not from the first token."""
-    drops: bool = False
-    """Whether PEFT's lora_dropout can stand before its A."""
+    drops: str = ""
+    """What PEFT calls the share of x that its A does not see while it learns; empty where no A sees x alone."""
     peft_type: str = "LORA"
     """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
     before: Callable[[ModelConfig, VirtualTokens], Before] | None = None

@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
         trains="A (r, d_in) and B (d_out, r) for each linear layer",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
-        drops=True,
+        drops="lora_dropout",
     ),
     "rslora": Method(
         name="rslora",
@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, scaled by α/√r",
         exits=("adapter", "merged"),
         fresh=rslora.fresh,
-        drops=True,
+        drops="lora_dropout",
         settings={"use_rslora": True},
         defaults=rslora.DEFAULTS,
     ),
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, B with a higher learning rate",
         exits=("adapter", "merged"),
         fresh=lora.fresh,
-        drops=True,
+        drops="lora_dropout",
         faster=("lora_B",),
     ),
     "dora": Method(
@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
         trains="A, B and the length m (d_out,) of each row of the adapted weight",
         exits=("patched", "merged"),  # llama.cpp adds B A x to W x, and has no place for a factor on the sum
         fresh=dora.fresh,
+        drops="lora_dropout",
         settings={"use_dora": True},
         shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (d_out,)),
         defaults=dora.DEFAULTS,
@@ -83,6 +84,7 @@ METHODS: dict[str, Method] = {
         exits=("adapter", "merged"),
         defaults=pissa.DEFAULTS,
         fresh=pissa.fresh,
+        drops="lora_dropout",
         held=3,
         file_ranks=2,
     ),
@@ -93,6 +95,7 @@ METHODS: dict[str, Method] = {
         exits=("adapter", "merged"),
         defaults=olora.DEFAULTS,
         fresh=olora.fresh,
+        drops="lora_dropout",
         held=3,
         file_ranks=2,
     ),
@@ -102,7 +105,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, from what quantization took away of the weight; the base stays quantized as it is",
         exits=("adapter", "merged"),
         fresh=lora.fresh,  # of a base that is not quantized nothing was taken away
-        drops=True,
+        drops="lora_dropout",
         from_original=loftq.from_original,
     ),
     "lora_xs": Method(
@@ -111,6 +114,7 @@ METHODS: dict[str, Method] = {
         trains="R (r, r), between the r leading singular vectors of the weight",
         exits=("adapter", "merged"),
         fresh=lora_xs.fresh,
+        drops="lora_dropout",
         shapes=lambda _d_out, _d_in, rank: ((rank, rank),),
         held=2,
         defaults=lora_xs.DEFAULTS,
@@ -146,6 +150,7 @@ METHODS: dict[str, Method] = {
         trains="P (r, r), and two networks of r hidden units that make A and B of it",
         exits=("adapter", "merged"),
         fresh=replora.fresh,
+        drops="lora_dropout",
         shapes=lambda d_out, d_in, rank: ((rank, d_in), (rank, d_out), *3 * ((rank, rank),), *2 * ((rank,),)),
         held=1,
         defaults=BORROWED,
@@ -156,6 +161,7 @@ METHODS: dict[str, Method] = {
         trains=f"A and B, as {multilora.PARALLEL} LoRAs that share the rank, and a factor (d_out,) for each",
         exits=("adapter", "merged"),
         fresh=multilora.fresh,
+        drops="lora_dropout",
         shapes=lambda d_out, d_in, rank: (*pair(d_out, d_in, rank), (min(multilora.PARALLEL, rank), d_out)),
         held=1,
     ),
@@ -165,12 +171,12 @@ METHODS: dict[str, Method] = {
         trains="d (r) and b (d_out), which scale two random matrices that all layers share",
         exits=("adapter", "merged"),
         fresh=vera.fresh,
+        drops="vera_dropout",
         together=vera.together,
         peft_type="VERA",
         settings={
             "projection_prng_key": 0,
             "save_projection": True,
-            "vera_dropout": 0.0,
             "d_initial": vera.D_START,
         },
         shapes=lambda d_out, _, rank: ((d_out,), (rank,)),
@@ -183,6 +189,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, their first b ranks with each micro-batch, so that any first b are an adapter too",
         exits=("adapter", "merged"),
         fresh=dylora.fresh,
+        drops="lora_dropout",
         around=dylora.Nested(),
     ),
     "adalora": Method(
@@ -191,6 +198,7 @@ METHODS: dict[str, Method] = {
         trains="P, λ and Q; ranks move to where they count: 1.5 r at first, r on average in the end",
         exits=("adapter", "merged"),
         fresh=adalora.fresh,
+        drops="lora_dropout",
         around=adalora.Budget(),
         shapes=lambda d_out, d_in, rank: (
             *pair(d_out, d_in, adalora.ranks_at_first(rank)),
@@ -205,6 +213,7 @@ METHODS: dict[str, Method] = {
         trains="A and B, which act from an invocation in the prompt on: before it all is the base's",
         exits=("adapter",),  # a weight is the same for every token
         fresh=alora.fresh,
+        drops="lora_dropout",
         waits=True,
         defaults=alora.DEFAULTS,
     ),
@@ -217,7 +226,7 @@ METHODS: dict[str, Method] = {
         norms=True,
         vocabularies=(EMBEDDING,),
         groups=True,
-        drops=True,
+        drops="lora_dropout",
         settings={"modules_to_save": ["norm", "embed_tokens"]},  # PEFT's: all whose names end so
     ),
     "full": Method(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edgelora.errors import AdapterError, ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.adapter import Adapter
+from edgelora.peft.dropout import bare
 from edgelora.peft.saved import is_adapted, within
 
 VANISHING = 1e-6  # of the largest singular value: rows so far apart from it span nothing more
@@ -31,7 +32,7 @@ def start_orthogonally(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
             continue
         earlier = [rows for adapter in adapters if name in adapter.tensors and len(rows := _rows(adapter, name))]
         if earlier:
-            a = _fresh_a(name, within(linear.delta))
+            a = _fresh_a(name, bare(within(linear.delta)))
             with torch.no_grad():
                 a.copy_(complement(name, a, torch.cat(earlier)))
 
@@ -71,7 +72,6 @@ def _rows(adapter: Adapter, module: str) -> Tensor:
 
 def _fresh_a(name: str, delta: nn.Module | object) -> nn.Parameter:
     """The A of a delta that is a random A and a B of zeros."""
-    delta = getattr(delta, "inner", delta)  # under a dropout
     a, b = getattr(delta, "lora_A", None), getattr(delta, "lora_B", None)
     if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter) or bool(b.any()):
         raise ConfigError(

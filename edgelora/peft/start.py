@@ -7,14 +7,19 @@ whatever blocks, serves every adapter. Written with how far each factor has gone
 
 is a LoRA of rank 2r. It is nothing to the last bit where A′ and B′ are zero, and no large products are subtracted from
 each other: [B, −B₀] [A; A₀], which PEFT writes, loses in 16 bits what was learned.
+
+Under dropout A sees drop(x) and A₀ all of x, as in PEFT: y = x Wᵀ + s drop(x) (B A)ᵀ − s x (B₀ A₀)ᵀ. At first this is
+the base with noise in the directions of the start; PiSSA's authors therefore leave it out (github.com/GraphPKU/PiSSA).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from edgelora.errors import ConfigError
+from edgelora.nn.dropped import Drop, dropped_lora
 from edgelora.nn.linear import Factors, Weight
 
 
@@ -40,6 +45,11 @@ class StartedDelta(nn.Module):
         a = torch.cat([self.start_A + self.moved_A, self.moved_A])  # (2r, d_in)
         b = torch.cat([self.moved_B, self.start_B], 1)  # (d_out, 2r)
         return Factors(a, b, self.scale)
+
+    def dropped(self, x: Tensor, weight: Weight, drop: Drop) -> Tensor:
+        own = Factors(self.start_A + self.moved_A, self.start_B + self.moved_B, self.scale)
+        start = F.linear(F.linear(x, self.start_A.to(x.dtype)), self.start_B.to(x.dtype))
+        return dropped_lora(x, weight, own, drop) - self.scale * start
 
     def tensors(self) -> dict[str, Tensor]:
         """A LoRA of rank 2r over the base as it is."""

@@ -10,6 +10,7 @@ from typing import Any
 from edgelora.errors import ConfigError
 from edgelora.peft.around import NOTHING
 from edgelora.peft.method import Method
+from edgelora.peft.methods import METHODS
 from edgelora.peft.targets import Placed, Where, placed, require_ranks
 
 
@@ -30,7 +31,19 @@ def strengths(
 
 
 def require_taken(row: Method, where: Where) -> None:
-    """Raise ConfigError that names every setting of `where` that means nothing to this method."""
+    """Raise ConfigError that names every setting of `where` that means nothing to this method, and who takes them."""
+    faults = not_taken(row, where)
+    if faults:
+        others = [one.name for one in METHODS.values() if not not_taken(one, where)]
+        raise ConfigError(
+            what=f"{', '.join(faults)}: nothing that --method {row.name} could use",
+            why="; ".join(dict.fromkeys(faults.values())),
+            fix=f"leave it out, or take --method {', '.join(others)}" if others else "leave it out",
+        )
+
+
+def not_taken(row: Method, where: Where) -> dict[str, str]:
+    """The settings of `where` that mean nothing to this method, and why."""
     lora, moves = row.peft_type == "LORA", row.around is not NOTHING
     alone = "it waits for its invocation, and they would not" if row.waits else "PEFT trains nothing whole beside it"
     asked = {
@@ -41,16 +54,10 @@ def require_taken(row: Method, where: Where) -> None:
         "token_indices": (where.token_indices, row.rows, "it leaves the rows of all tokens as they are"),
         "bias": (where.bias != "none", lora and not row.waits, alone),
         "modules_to_save": (where.modules_to_save, lora and not row.waits, alone),
-        "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than to an A of its own"),
+        "lora_dropout": (where.lora_dropout, row.drops, "x goes another way in it than through an A alone"),
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}
-    faults |= dict(_virtual_faults(row, where))
-    if faults:
-        raise ConfigError(
-            what=f"{', '.join(faults)}: nothing that --method {row.name} could use",
-            why="; ".join(dict.fromkeys(faults.values())),
-            fix="leave it out, or take --method lora",
-        )
+    return faults | dict(_virtual_faults(row, where))
 
 
 def _virtual_faults(row: Method, where: Where) -> Iterator[tuple[str, str]]:
