@@ -140,8 +140,22 @@ def test_a_base_that_keeps_its_weights_learns_as_pefts_that_lost_the_start(base,
 # -- what holds for every method ----------------------------------------------------------------------------------
 
 
-def kept_bytes(decoder):
-    """What the graph of a loss keeps for its backward pass."""
+@pytest.mark.parametrize("method", DROPS)
+def test_it_leaves_something_out_while_it_is_drawn_and_only_then(base, method):
+    decoder, plain = learned(base, method), learned(base, method, p=0.0)
+    assert all(isinstance(delta, DroppedDelta) for delta in deltas_of(decoder))
+    measured = plain.logits(IDS)
+    assert torch.equal(decoder.logits(IDS), measured)
+    once, again, other = (drawn(decoder, seed).logits(IDS) for seed in (3, 3, 4))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, measured)
+    assert not torch.equal(once, other)
+    draw(deltas_of(decoder), None)
+    assert torch.equal(decoder.logits(IDS), measured)
+
+
+def kept_bytes(linear, x):
+    """What the graph of a layer keeps for its backward pass."""
     kept = {}
 
     def keep(tensor):
@@ -149,24 +163,24 @@ def kept_bytes(decoder):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of(decoder)
-    assert loss.requires_grad
+        y = linear(x)
+    assert y.requires_grad
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", DROPS)
-def test_it_leaves_something_out_while_it_is_drawn_and_only_then(base, method):
-    decoder, plain = learned(base, method), learned(base, method, p=0.0)
-    assert all(isinstance(delta, DroppedDelta) for delta in deltas_of(decoder))
-    measured, kept = plain.logits(IDS), kept_bytes(plain)
-    assert torch.equal(decoder.logits(IDS), measured)
-    once, again, other = (drawn(decoder, seed).logits(IDS) for seed in (3, 3, 4))
-    assert torch.equal(once, again)
-    assert not torch.equal(once, measured)
-    assert not torch.equal(once, other)
-    assert kept_bytes(decoder) <= kept  # so that a plan of the memory holds with dropout, too
-    draw(deltas_of(decoder), None)
-    assert torch.equal(decoder.logits(IDS), measured)
+def test_a_plan_of_the_memory_holds_with_it(base, method, dtype):
+    """The mask is not kept, nor what it leaves of x."""
+    decoder = learned(base, method)
+    linear = decoder.linears["model.layers.0.mlp.up_proj"]
+    x = numbers(32, 256, dtype=dtype, grad=True)
+    if decoder.awake is not None:
+        decoder.awake.rows = torch.ones(len(x), 1)
+    kept = kept_bytes(linear, x)
+    assert kept >= x.nbytes
+    drawn(decoder)
+    assert kept_bytes(linear, x) <= kept
 
 
 @pytest.mark.parametrize("method", DROPS)
