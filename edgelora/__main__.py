@@ -13,7 +13,9 @@ def main() -> None:
     checkout = Path(__file__).resolve().parent.parent
     sys.path[:] = [p for p in sys.path if p not in ("", str(Path.cwd())) or Path(p or ".").resolve() == checkout]
     from edgelora.cli import run
+    from edgelora.cli.terminal import outlive
 
+    outlive()
     with ExitStack() as stack:
         if os.environ.get("TORCHELASTIC_RUN_ID") and os.environ.get("RANK", "0") != "0":
             # of torchrun's processes the first one talks, of the others' errors too; a traceback passes this block

@@ -25,6 +25,7 @@ from edgelora.cli.quantize import quantize
 from edgelora.cli.report import report
 from edgelora.cli.residual import residual
 from edgelora.cli.state import state
+from edgelora.cli.terminal import Outliving
 from edgelora.cli.untie import untie
 from edgelora.errors import EdgeloraError
 
@@ -86,10 +87,11 @@ def run(arguments: list[str] | None = None) -> int:
     except EdgeloraError as e:
         if state.debug:
             raise
+        Outliving.stopping = e.exit_code > 128
         _tell(e, f"{e}" if e.exit_code > 128 else f"error: {e}", as_json)
         return e.exit_code
     if code == 130:  # typer's own: stopped by Ctrl-C
-        line = "stopped; what was not finished was not written"
+        Outliving.stopping, line = True, "stopped; what was not finished was not written"
         _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
     return code if isinstance(code, int) else int(code is not None)
 
