@@ -40,6 +40,10 @@ class AdapterFacts:
     """How many norms have new weights."""
     token_rows: Mapping[str, int] = field(default_factory=dict)
     """How many rows of the embedding or the head are trained."""
+    becomes: Mapping[str, Type] | None = None
+    """As what a patched base stores each weight that changes, where that was measured; None: it goes by their types."""
+    moved: float = 0.0
+    """How far weights move by that at most, of a tensor the root mean square relative to its own, where measured."""
     prompt_numbers: int = 0
     """How many numbers stand before every prompt."""
     prefix: bool = False

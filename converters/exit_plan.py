@@ -132,11 +132,11 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
         return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
     if fault := unloaded(adapter, base):
         return fault
-    becomes = {name: base.types[name] if can_scale(base.types[name]) else Type.F16 for name in adapter.scaled}
-    becomes |= {name: type_of_trained(base.types[name]) for name in adapter.replaced}
+    becomes = _by_type(adapter, base) if adapter.becomes is None else adapter.becomes
     left = {name: shape for name, shape in adapter.pairs.items() if name not in adapter.whole}
     grown = sum(_bytes(base.shapes[n], kind) - _bytes(base.shapes[n], base.types[n]) for n, kind in becomes.items())
-    error = max((_rounding(kind, name in adapter.replaced) for name, kind in becomes.items()), default=0.0)
+    roundings = (_rounding(kind, name in adapter.replaced) for name, kind in becomes.items())
+    error = max(adapter.moved, *roundings, 0.0)
     if left:
         error = max(error, *(ROUNDING[kind] for shape in left.values() for kind in _kinds(shape, dtype)))
     size = base.size_bytes + grown + _pair_bytes(left, dtype)
@@ -181,6 +181,12 @@ DOORS: dict[Door, Callable[[AdapterFacts, BaseFacts, Type], Way | str]] = {
 def _could_be_untied(adapter: AdapterFacts, base: BaseFacts) -> bool:
     """Whether a head of its own is all that this GGUF lacks for rows of tokens to leave as an adapter."""
     return bool(adapter.token_rows) and base.tied and base.is_gguf and not beyond_a_pair(adapter)
+
+
+def _by_type(adapter: AdapterFacts, base: BaseFacts) -> dict[str, Type]:
+    """As what a patched base stores the weights that change, as far as their types tell."""
+    scaled = {name: base.types[name] if can_scale(base.types[name]) else Type.F16 for name in adapter.scaled}
+    return scaled | {name: type_of_trained(base.types[name]) for name in adapter.replaced}
 
 
 def type_of_trained(kind: Type) -> Type:

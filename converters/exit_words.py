@@ -42,8 +42,9 @@ def why_patched(adapter: AdapterFacts, base: BaseFacts, becomes: Mapping[str, Ty
 def notes_of_patched(
     adapter: AdapterFacts, base: BaseFacts, becomes: Mapping[str, Type], left: Mapping[str, object]
 ) -> tuple[str, ...]:
-    """What whoever takes a patched base should know."""
-    widened = {name for name, kind in becomes.items() if kind != base.types[name]}
+    """What whoever takes a patched base should know. What was measured, `PatchPlan.notes` says with its reasons."""
+    by_type = becomes if adapter.becomes is None else {}
+    widened = {name for name, kind in by_type.items() if kind != base.types[name]}
     notes = [
         f"{len(names)} tensors become F16: {why}"
         for names, why in (

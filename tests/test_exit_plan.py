@@ -20,7 +20,9 @@ from test_vectors import FAMILIES, family, trained
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.exit_facts import AdapterFacts, facts_of_adapter, facts_of_base
 from converters.exit_plan import DOORS, plan_exit
+from converters.merge import Part
 from converters.pair_types import stored
+from converters.patch import plan_patch, write_patched, write_rest
 from converters.scaled_rows import SCALES
 from converters.svd import nearest_lora
 from edgelora.base import ggml
@@ -32,7 +34,7 @@ from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.contract import CERTIFICATE_BYTES
 from edgelora.files.gguf import GGUFFile
-from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, Adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.lora_config import as_lora
 from edgelora.peft.methods import METHODS
@@ -103,6 +105,33 @@ def test_types_without_a_float16_scale_become_f16_in_a_patched_base(facts, bases
     assert bool(found.notes) == wide
     assert (found.size_bytes > own.size_bytes) == wide
     assert found.expected_error == plain.expected_error == 2.0**-11
+
+
+@pytest.mark.parametrize("method", ["ia3", "dora"])
+def test_a_measured_plan_is_of_what_is_written(make_tiny, tmp_path, method):
+    """Q6_K's scales may be too small to take up a factor: such tensors become F16, which only measuring tells."""
+    path = make_tiny(Type.Q6_K).path
+    base = open_base(path)
+    _, adapter = trained(base, method)
+    adapter.tensors["model.layers.0.self_attn.k_proj"][{"ia3": "ia3_l", "dora": MAGNITUDE}[method]][:] *= 0.01
+    write_adapter(tmp_path / "mine", adapter)
+    by_type, measured = (
+        plan(path, tmp_path / "mine", allow_unverified=True, measure=measure) for measure in (False, True)
+    )
+    patches = plan_patch(base, adapter)
+    write_patched(tmp_path / "patched.gguf", base, patches, Part(adapter, 1.0, "0" * 64, "mine"))
+    write_rest(tmp_path / "rest.gguf", base, patches, "rest", None)
+    written, rest, own = (GGUFFile(one) for one in (tmp_path / "patched.gguf", tmp_path / "rest.gguf", path))
+    sizes = [sum(info.size_bytes for info in file.tensors.values()) for file in (written, rest, own)]
+    assert measured.size_bytes == path.stat().st_size + sizes[0] + sizes[1] - sizes[2]
+    widened = [name for name, one in patches.patches.items() if one.kind != Type.Q6_K]
+    assert widened == ["blk.0.attn_k.weight"]
+    assert measured.size_bytes > by_type.size_bytes
+    assert by_type.expected_error == 2.0**-11
+    assert measured.expected_error == patches.error
+    assert (patches.error > 2.0**-11) == (method == "dora")
+    (note,) = (note for note in measured.notes if "F16" in note)
+    assert note.startswith("1 tensors became F16 (blk.0.attn_k.weight …)")
 
 
 def test_what_a_family_has_no_bias_for_is_refused_with_the_reason(facts, bases):

@@ -40,6 +40,8 @@ def plan(
     found = plan_exit(facts, facts_of_base(base), dtype)
     if measure and found.door == "patched":
         patch = plan_patch(base, adapter)
+        kinds = {name: one.kind for name, one in patch.patches.items()}
+        found = plan_exit(replace(facts, becomes=kinds, moved=patch.error), facts_of_base(base), dtype)
         measured = [f"measured: {rounded(patch.error)}"] if patch.patches else []
         found = replace(found, notes=(*found.notes, *patch.notes, *measured))
     return replace(found, notes=(*found.notes, *_of_ranks(adapter), *_advised(adapter, base)))
