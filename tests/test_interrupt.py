@@ -13,7 +13,10 @@ from edgelora.training.interrupt import SIGNALS, interruptible
 HANG_UP = pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this platform has no SIGHUP")
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda one: one.name)
+TWICE = [one for one in SIGNALS if one.name != "SIGHUP"]
+
+
+@pytest.mark.parametrize("number", TWICE, ids=lambda one: one.name)
 def test_the_first_signal_asks_and_the_second_stops(number):
     before = [signal.getsignal(one) for one in SIGNALS]
     with interruptible() as interrupt:
@@ -24,6 +27,16 @@ def test_the_first_signal_asks_and_the_second_stops(number):
     assert caught.type is (KeyboardInterrupt if number == signal.SIGINT else SystemExit)
     assert getattr(caught.value, "code", 130) == 128 + number
     assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+@HANG_UP
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda one: one.name)
+def test_a_closed_terminal_costs_no_step_however_often_it_is_told_of(first):
+    """bash sends SIGHUP to its jobs when it gets one, and ends, whereupon the system sends them another."""
+    with interruptible() as interrupt:
+        for number in (first, signal.SIGHUP, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+    assert interrupt.exit_code == 128 + first
 
 
 def test_the_first_one_is_told_of_at_once_and_the_second_is_not():

@@ -1,5 +1,5 @@
 """Ctrl-C, a polite kill, a terminal that is closed: the first signal asks the run to stop where it can go on later, the
-second stops it now.
+second stops it now, unless it is a closed terminal's.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ class Interrupt:
     asked: signal.Signals | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self.asked is None:
+            self.asked = signal.Signals(number)
+        elif signal.Signals(number).name != "SIGHUP":  # a closed terminal: its shell says it, and then the system too
             now(signal.Signals(number))
-        self.asked = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:
