@@ -12,14 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from converters.from_elsewhere import complete, fitting, part_faults
+import numpy as np
+
+from converters.from_elsewhere import complete, fitting, part_faults, require_none
 from edgelora.architectures.names import EMBEDDING, HEAD
+from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.files.checkpoint import read_json
 from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft.adapter import (
-    BEYOND_LORA,
     CONFIG,
     INVOCATION,
     MAGNITUDE,
@@ -28,9 +30,11 @@ from edgelora.peft.adapter import (
     invocation_faults,
     refuse_pickle,
 )
-from edgelora.peft.fitting import rank_faults
+from edgelora.peft.fitting import head_of, rank_faults
+from edgelora.peft.kind import EMBEDDING_A, EMBEDDING_B, ROWS, Parts, row_ids
 from edgelora.peft.kinds import kind_of
 from edgelora.peft.lora_config import StoredPair, adapter_of
+from edgelora.peft.lora_settings import OF_TRAINING, beyond_lora
 from edgelora.peft.strangers import no_linear
 from edgelora.peft.targets import by_pattern
 
@@ -40,6 +44,11 @@ PREFIX = re.compile(
     r"^(module\.)?(base_model\.model\.)?(model\.language_model\.(model\.)?|language_model\.model\.)?(model\.)?"
 )
 PART = re.compile(rf"^(?P<module>.+)\.(?P<part>lora_A|lora_B|{MAGNITUDE})(\.(?!(weight|bias)$)\w+)?(\.weight)?$")
+# The adapter's own name, which PEFT takes out of those of tensors.
+ADAPTER = re.compile(
+    rf"(?P<part>\.(lora_A|lora_B|lora_E|{MAGNITUDE}|{EMBEDDING_A}|{EMBEDDING_B}|{ROWS}|ia3_l))\.(?!(weight|bias)$)\w+"
+)
+SAMPLED, FAR = 64, 0.5  # rows; of their size
 
 
 def read_peft(path: Path, base: Base) -> Adapter:
@@ -50,6 +59,8 @@ def read_peft(path: Path, base: Base) -> Adapter:
     readable = not faults  # else no α may be in them
     places: dict[str, dict[str, str]] = {}
     for name in file.tensors:
+        if any(part in name for part in OF_TRAINING):
+            continue
         module, part = plain_name(name)
         if not part or part in places.get(module, {}):
             faults.append(f"{name} is there twice" if part else no_linear(name))
@@ -73,12 +84,33 @@ def read_peft(path: Path, base: Base) -> Adapter:
 
 
 def with_tied_head(adapter: Adapter, base: Base) -> Adapter:
-    """New rows of tokens, or a whole embedding, as PEFT saves them: where it is the head too, as those of both."""
-    saved_twice = EMBEDDING in adapter.tensors and (adapter.kind.rows or adapter.kind.saves)
+    """What PEFT saves of an embedding: new rows of tokens, all of it, or a LoRA. Where it is the head too, of both."""
+    kind = adapter.kind
+    saved_twice = EMBEDDING in adapter.tensors and (kind.rows or kind.saves or kind.of_embedding)
     if not saved_twice or HEAD in base.vocabularies:
         return adapter
-    places = {**{module: module for module in adapter.tensors}, HEAD: EMBEDDING}
-    return replace(adapter, tensors=Lazy(places, adapter.tensors.__getitem__))
+
+    def parts_of(module: str) -> Parts:
+        return head_of(adapter.tensors[EMBEDDING]) if module == HEAD else adapter.tensors[module]
+
+    places = {module: module for module in (*adapter.tensors, HEAD)}
+    return replace(adapter, tensors=Lazy(places, parts_of), config=_of_both(adapter))
+
+
+def _of_both(adapter: Adapter) -> dict[str, Any]:
+    """The settings of a LoRA whose embedding is the head too, as PEFT has them over a base with two matrices."""
+    settings, parts = dict(adapter.config), adapter.tensors[EMBEDDING]
+    ids, targets = settings.get("trainable_token_indices"), settings.get("target_modules")
+    if ROWS in parts and ids:
+        settings["trainable_token_indices"] = dict.fromkeys(map(_end, (EMBEDDING, HEAD)), row_ids(settings, EMBEDDING))
+    if EMBEDDING_A in parts:
+        either = f"({targets})|{HEAD}" if isinstance(targets, str) else [*dict.fromkeys([*(targets or ()), HEAD])]
+        settings["target_modules"] = either
+    return settings
+
+
+def _end(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def plain_name(name: str) -> tuple[str, str]:
@@ -94,11 +126,34 @@ def plain_name(name: str) -> tuple[str, str]:
     return PREFIX.sub("model.", found["module"], count=1), found["part"]
 
 
+def usual_name(name: str) -> str:
+    """What PEFT of today calls a tensor, of any kind of adapter, that an older one or another trainer called `name`."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    inside = PREFIX.sub("", ADAPTER.sub(r"\g<part>", name), count=1)
+    return f"base_model.model.{inside}" if inside.startswith(f"{HEAD}.") else f"base_model.model.model.{inside}"
+
+
+def require_own_vocabulary(path: Path, base: Base) -> None:
+    """Raise AdapterError if the embedding or head that PEFT saved beside a LoRA of it, and computes with, is another
+    than the base's: further from that than any quantization."""
+    file, faults = SafetensorsFile(path / TENSORS), []
+    for name in file.tensors:
+        module = usual_name(name).removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+        if name.endswith(".base_layer.weight") and module in base.layers.matrices:
+            rows, kind, columns = base.tensors.matrix(f"{module if module in base.vocabularies else EMBEDDING}.weight")
+            theirs, at = file.floats(name), np.linspace(0, len(rows) - 1, SAMPLED, dtype=np.int64)
+            own = ggml.dequantize(np.ascontiguousarray(rows[at]), kind, columns)
+            if len(theirs) != len(rows) or np.linalg.norm(theirs[at] - own) > FAR * np.linalg.norm(own):
+                faults.append(f"{module}: the matrix {theirs.shape} that is saved with it is not the base's")
+    require_none(path, faults, base)
+
+
 def _settings_faults(settings: dict[str, Any]) -> list[str]:
     kind = kind_of(settings)
     if kind is None:
         return [f"{CONFIG} is that of the kind {settings.get('peft_type')}"]
-    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key)]
+    faults = beyond_lora(settings)
     if settings.get("bias", "none") != "none":
         faults.append(f"it has biases (bias: {settings['bias']})")
     if settings.get(INVOCATION):

@@ -16,7 +16,7 @@ from gguf.constants import GGUFValueType
 
 from converters.metadata import put_contract, write_whole
 from converters.pair_types import pair_type, stored
-from converters.token_pairs import token_pairs
+from converters.token_pairs import EMBEDDING, looked_up, require_two_matrices, token_pairs
 from edgelora.architectures.names import gguf_row_order
 from edgelora.base.model import Base
 from edgelora.errors import ExportError
@@ -53,7 +53,9 @@ def write_adapter_gguf(out: Path, adapter: Adapter, base: Base, name: str, dtype
     for tensor, change in gguf_changes(adapter, base).items():
         if change.pair is None or not change.is_pair:
             raise _not_a_lora(name, adapter)
-        pairs[tensor] = change.pair
+        if tensor == EMBEDDING:
+            require_two_matrices(base)
+        pairs[tensor] = looked_up(change.pair) if tensor == EMBEDDING else change.pair
     if adapter.norms:
         raise _not_a_lora(name, adapter)
     _write(out, pairs, _Header(base.architecture.gguf_name, name, adapter.contract, adapter.invocation), dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gguf.constants import GGMLQuantizationType
 
 from converters.base_to_gguf import plan
+from converters.token_pairs import EMBEDDING
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.peft.adapter import Adapter
@@ -53,6 +54,11 @@ class AdapterFacts:
     of_input: str = ""
     """Why no weight can hold it; empty where one can."""
 
+    @property
+    def on_embedding(self) -> bool:
+        """Whether a LoRA makes rows of the embedding others, which llama.cpp has beside a head of its own alone."""
+        return bool(self.token_rows) or EMBEDDING in self.pairs
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -90,7 +96,7 @@ def facts_of_adapter(adapter: Adapter, base: Base) -> AdapterFacts:
         if isinstance(change.whole, InPlaceOf):
             replaced.add(tensor)
         if change.pair is not None:
-            pairs[tensor] = (*base.linears[module], change.pair.rank)
+            pairs[tensor] = (*{**base.linears, **base.vocabularies}[module], change.pair.rank)
         if change.rows is not None or (change.pair is not None and change.pair.magnitude is not None):
             scaled.add(tensor)
         if change.columns is not None and module.endswith(DOWN):

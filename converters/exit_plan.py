@@ -36,6 +36,10 @@ Door: TypeAlias = Literal["adapter", "patched", "soft prompt", "merged", "refuse
 # that is rounded, a float16, once more. Q8_0: relative to the largest of its 32 numbers.
 ROUNDING = {Type.F32: 2.0**-24, Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.Q8_0: 1 / 254}
 OF_A_SCALE = 2.0**-11
+ONE_MATRIX = (
+    "the embedding of this base is its head too, and a LoRA of it would stop llama.cpp: "
+    f"export over the untied base that `{UNTIE}` writes"
+)
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,9 @@ def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     if more := beyond_a_pair(adapter):
         near = f"; {NEAREST}" if _has_a_nearest(adapter) else ""
         return f"llama.cpp adds B A x to W x and nothing else, and {adapter.one} {more}{near}"
-    if adapter.token_rows and base.tied:
-        return (
-            "the embedding of this base is its head too, and a LoRA of it would stop llama.cpp: "
-            f"export over the untied base that `{UNTIE}` writes"
-        )
-    one_hot = {name: (base.shapes[name][0], base.shapes[name][1], k) for name, k in adapter.token_rows.items()}
-    size = _pair_bytes({**adapter.pairs, **one_hot}, dtype)
+    if adapter.on_embedding and base.tied:
+        return ONE_MATRIX
+    size = _pair_bytes({**adapter.pairs, **_one_hot(adapter, base)}, dtype)
     narrow = {kind for shape in adapter.pairs.values() for kind in _kinds(shape, dtype)}
     error = max((ROUNDING[kind] for kind in narrow), default=ROUNDING[dtype])
     why = "it is B A and nothing else, which llama.cpp adds over any quantization of this base"
@@ -132,8 +132,11 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
         return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
     if fault := unloaded(adapter, base):
         return fault
+    if adapter.on_embedding and base.tied:
+        return ONE_MATRIX
     becomes = _by_type(adapter, base) if adapter.becomes is None else adapter.becomes
-    left = {name: shape for name, shape in adapter.pairs.items() if name not in adapter.whole}
+    pairs = {**adapter.pairs, **_one_hot(adapter, base)}
+    left = {name: shape for name, shape in pairs.items() if name not in adapter.whole}
     grown = sum(_bytes(base.shapes[n], kind) - _bytes(base.shapes[n], base.types[n]) for n, kind in becomes.items())
     roundings = (_rounding(kind, name in adapter.replaced) for name, kind in becomes.items())
     error = max(adapter.moved, *roundings, 0.0)
@@ -180,13 +183,18 @@ DOORS: dict[Door, Callable[[AdapterFacts, BaseFacts, Type], Way | str]] = {
 
 def _could_be_untied(adapter: AdapterFacts, base: BaseFacts) -> bool:
     """Whether a head of its own is all that this GGUF lacks for rows of tokens to leave as an adapter."""
-    return bool(adapter.token_rows) and base.tied and base.is_gguf and not beyond_a_pair(adapter)
+    return adapter.on_embedding and base.tied and base.is_gguf and not beyond_a_pair(adapter)
 
 
 def _by_type(adapter: AdapterFacts, base: BaseFacts) -> dict[str, Type]:
     """As what a patched base stores the weights that change, as far as their types tell."""
     scaled = {name: base.types[name] if can_scale(base.types[name]) else Type.F16 for name in adapter.scaled}
     return scaled | {name: type_of_trained(base.types[name]) for name in adapter.replaced}
+
+
+def _one_hot(adapter: AdapterFacts, base: BaseFacts) -> dict[str, tuple[int, int, int]]:
+    """(V, d, k) of the pairs that make rows of tokens."""
+    return {name: (base.shapes[name][0], base.shapes[name][1], k) for name, k in adapter.token_rows.items()}
 
 
 def type_of_trained(kind: Type) -> Type:

@@ -25,6 +25,7 @@ from converters.exit_plan import ROUNDING, type_of_trained
 from converters.merge import Part, Recipe, describe, new_biases, quantized, targets_of
 from converters.scaled_rows import can_scale, scale_rows
 from converters.stream import Entry, write_streamed
+from converters.token_pairs import EMBEDDING, looked_up, require_two_matrices, token_pairs
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.files.contract import Contract
@@ -101,20 +102,25 @@ def plan_patch(base: Base, adapter: Adapter) -> PatchPlan:
     adapted = _folded(adapted, base)
     found = ((name, _patch(base, name, adapted.weights[name])) for name in adapted.weights)
     patches = {name: patch for name, patch in found if patch is not None}
-    tensors = {base.tensor_of(module) for module in adapter.linears}
     pairs = [
         name for name in adapted.weights
-        if name in tensors and (name not in patches or patches[name].how not in ("merged", "replaced"))
+        if (name not in patches or patches[name].how not in ("merged", "replaced"))
         and adapted.weights[name].pair is not None
     ]  # fmt: skip
+    rows = token_pairs(base, adapter.token_rows)
+    if EMBEDDING in pairs:
+        require_two_matrices(base)
 
     def rest_of(name: str) -> LoraPair:
+        if name in rows:
+            return rows[name]
         pair, patch = adapted.weights[name].pair, patches.get(name)
         assert pair is not None
         factors = None if patch is None else patch.factors
-        return LoraPair(pair.a, pair.b if factors is None else pair.b * factors[:, None])
+        left = LoraPair(pair.a, pair.b if factors is None else pair.b * factors[:, None])
+        return looked_up(left) if name == EMBEDDING else left
 
-    return PatchPlan(adapted, patches, Lazy({name: name for name in pairs}, rest_of))
+    return PatchPlan(adapted, patches, Lazy({name: name for name in (*pairs, *rows)}, rest_of))
 
 
 def write_patched(out: Path, base: Base, plan: PatchPlan, part: Part, on_progress: OnProgress = silent) -> None:

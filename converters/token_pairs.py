@@ -25,18 +25,30 @@ def token_pairs(base: Base, token_rows: Mapping[str, Rows]) -> dict[str, LoraPai
 
     Raises ExportError over a base whose embedding is its head too.
     """
-    if token_rows and base.config.tie_word_embeddings:
-        raise ExportError(
-            what=f"{base.path}: its embedding is its head too",
-            why="a LoRA of such a matrix stops llama.cpp",
-            fix=f"write it with a head of its own, `edgelora untie {base.path} --out FILE`, and export over that; "
-            "or merge (--door merged)",
-        )
+    if token_rows:
+        require_two_matrices(base)
     pairs = {}
     for module, (ids, rows) in token_rows.items():
         stored, tensor = base.tensors.matrix(f"{module}.weight"), base.tensor_of(module)
         change = rows - ggml.dequantize(np.ascontiguousarray(stored.rows[ids]), stored.kind, stored.columns)
         one_hot = np.zeros((len(stored.rows), len(ids)), np.float32)
         one_hot[ids, np.arange(len(ids))] = 1
-        pairs[tensor] = LoraPair(one_hot, change.T) if tensor == EMBEDDING else LoraPair(change, one_hot)
+        pair = LoraPair(change, one_hot)
+        pairs[tensor] = looked_up(pair) if tensor == EMBEDDING else pair
     return pairs
+
+
+def looked_up(pair: LoraPair) -> LoraPair:
+    """A pair of the embedding, b (V, r) and a (r, d), as a file has it."""
+    return LoraPair(np.ascontiguousarray(pair.b), np.ascontiguousarray(pair.a.T))
+
+
+def require_two_matrices(base: Base) -> None:
+    """Raise ExportError over a base whose embedding is its head too."""
+    if base.config.tie_word_embeddings:
+        raise ExportError(
+            what=f"{base.path}: its embedding is its head too",
+            why="a LoRA of such a matrix stops llama.cpp",
+            fix=f"write it with a head of its own, `edgelora untie {base.path} --out FILE`, and export over that; "
+            "or merge (--door merged)",
+        )

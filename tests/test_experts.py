@@ -160,7 +160,7 @@ def test_an_adapter_of_pefts_target_parameters_leaves_by_the_way_that_its_refusa
     with pytest.raises(AdapterError) as refused:
         read_adapter(adapter, open_base(hf).layers)
     what, *rest = str(refused.value).splitlines()
-    assert "target_parameters is set; model.layers.0.mlp.experts" in what
+    assert "target_parameters is set: A and B are of the stacked experts of a mixture; model.layers.0.mlp.exp" in what
     assert "q_proj" not in what
     assert rest == REFUSED
     ids = torch.tensor(IDS[0])

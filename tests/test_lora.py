@@ -18,8 +18,9 @@ from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.base.weights import Dense
 from edgelora.errors import AdapterError
-from edgelora.peft.adapter import BEYOND_LORA, CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, PREFIX, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject, without_adapter
+from edgelora.peft.lora_settings import BEYOND_LORA
 
 # PEFT 0.21 asks transformers 5.23 for an attribute it has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -186,7 +187,6 @@ def test_the_scale_stands_in_b(tiny, transformers_model, tmp_path):
 
 # Each of these stores more than A and B, so that the pairs alone are not the adapter.
 NOT_PLAIN = {
-    "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [3]},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
@@ -256,7 +256,8 @@ def test_more_than_eight_faults_are_counted(damaged):
 
 @pytest.mark.parametrize("setting", BEYOND_LORA)
 def test_a_setting_under_which_a_and_b_are_not_the_adapter_is_refused(damaged, setting):
-    assert damaged(lambda config, _: config.update({setting: {"some": "thing"}})) == f"{setting} is set"
+    said = f"{setting} is set: {BEYOND_LORA[setting]}"
+    assert damaged(lambda config, _: config.update({setting: {"some": "thing"}})) == said
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,24 +23,20 @@ from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
 from edgelora.peft.fitting import NO_ROWS, module_faults, rank_faults, rows_faults, tied_faults
-from edgelora.peft.kind import BIAS, NORM, PREFIX, ROWS, Kind, Parts
+from edgelora.peft.kind import BIAS, NORM, PREFIX, ROWS, Kind, Parts, row_ids
 from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, SAVED_BIASES, kind_of
+from edgelora.peft.lora_settings import OF_TRAINING, beyond_lora, with_whole_vocabulary
 from edgelora.peft.strangers import why_and_fix
 
 __all__ = [
-    "BEYOND_LORA", "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
+    "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
     "only_in_torch", "read_adapter", "refuse_pickle", "refuse_to_write", "write_adapter",
 ]  # fmt: skip
 
-# Settings of PEFT under which what the tensors say is not all that the adapter computes.
-BEYOND_LORA = (
-    "modules_to_save", "trainable_token_indices", "megatron_config", "use_qalora",
-    "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "target_parameters", "layer_replication",
-    "lora_bias",
-)  # fmt: skip
 INVOCATION = "alora_invocation_tokens"
 WAITS = f"{INVOCATION} is set: it acts from there on, and a weight on every token"
 TWICE = (f".original_module.{BIAS}", f".modules_to_save.{BIAS}")  # PEFT's, with `bias: all`, beside the layer's own
+OWN = tuple(f".{one}.base_layer.{NORM}" for one in (EMBEDDING, HEAD))  # the base's, beside a LoRA of the embedding
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # read by `soft_prompt.py`
 IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
@@ -80,15 +76,21 @@ class Adapter:
     @property
     def vocabularies(self) -> list[str]:
         """The embedding and the head, where all their rows change: the embedding alone, of a base with one matrix."""
-        return [] if self.kind.rows else [module for module in (EMBEDDING, HEAD) if module in self.tensors]
+        return [one for one in (EMBEDDING, HEAD) if one in self.tensors and one not in self._with_rows]
 
     @property
     def token_rows(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Of the embedding and the head the ids (k,) of tokens with new rows, and these, float32 (k, d)."""
-        if not self.kind.rows:
-            return {}
-        ids = np.array(self.config["token_indices"], np.int64)
-        return {m: (ids, parts[ROWS].astype(np.float32, copy=False)) for m, parts in self.tensors.items()}
+        return {
+            module: (np.array(ids, np.int64), self.tensors[module][ROWS].astype(np.float32, copy=False))
+            for module, ids in self._with_rows.items()
+        }
+
+    @property
+    def _with_rows(self) -> dict[str, list[int]]:
+        """The ids (k,) by their modules; no row is read."""
+        found = {one: row_ids(self.config, one) for one in (EMBEDDING, HEAD) if self.kind.rows and one in self.tensors}
+        return {module: ids for module, ids in found.items() if ids is not None}
 
     @property
     def norms(self) -> list[str]:
@@ -187,25 +189,33 @@ def refuse_pickle(path: Path) -> None:
         raise AdapterError(fault.what, fault.why, fault.fix)
 
 
-def read_adapter(path: Path, layers: Layers, *, may_wait: bool = False, may_have_rows: bool = True) -> Adapter:
+def read_adapter(
+    path: Path,
+    layers: Layers,
+    *,
+    may_wait: bool = False,
+    may_have_rows: bool = True,
+    usual: Callable[[str], str] = str,
+) -> Adapter:
     """Read an adapter of any of KINDS and NATIVE and hold it to the `layers` that may change: every fault at once.
 
     may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold; may_have_rows:
-    whether it may be new rows of some tokens.
+    whether it may be new rows of some tokens; usual: a tensor's name as PEFT writes it today, of the one in the file.
     """
-    settings = _settings(path)
-    file = SafetensorsFile(path / TENSORS)
+    settings, file = _settings(path), SafetensorsFile(path / TENSORS)
+    names = {name: usual(name) for name in file.tensors}
+    settings = with_whole_vocabulary(settings, names.values())
     kind, faults = _kind(settings, may_wait)
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
         if kind.rows and not may_have_rows:
             layers = replace(layers, vocabularies={})
-        tensors, more_faults = _read(file, kind, layers, {} if faults else settings)
+        tensors, more_faults = _read(file, names, kind, layers, {} if faults else settings)
         faults += more_faults
         if kind.rows and not faults:
-            faults += rows_faults(settings["token_indices"], tensors, layers)
+            faults += rows_faults(settings, tensors, layers)
         if not faults and layers.tied and {EMBEDDING, HEAD} & set(tensors):
-            faults += tied_faults(kind, tensors)
+            faults += tied_faults(kind, tensors, settings)
             tensors = _without(HEAD, tensors)
     if faults:
         raise _unfit(path, faults)
@@ -253,8 +263,9 @@ def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
         found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
         why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
         return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
-    known = ("modules_to_save",) if kind.saves else ()  # what of it fits no layer is named by itself
-    faults = [f"{key} is set" for key in BEYOND_LORA if settings.get(key) and key not in known]
+    faults = beyond_lora(settings)
+    beside = {"modules_to_save": kind.saves, "trainable_token_indices": kind.rows, "lora_bias": kind.adds_bias}
+    faults += [f"{key} is set in {kind.one}" for key, has in beside.items() if settings.get(key) and not has]
     if settings.get(INVOCATION):
         faults += invocation_faults(settings, kind, may_wait)
     if settings.get("bias", "none") not in ("none", *(SAVED_BIASES if kind.saves else ())):
@@ -273,11 +284,11 @@ def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -
 
 
 def _read(
-    file: SafetensorsFile, kind: Kind, layers: Layers, settings: Mapping[str, Any]
+    file: SafetensorsFile, names: Mapping[str, str], kind: Kind, layers: Layers, settings: Mapping[str, Any]
 ) -> tuple[Mapping[str, Parts], list[str]]:
     """The tensors by their modules, which stay in the file until they are asked for; and every fault.
 
-    settings: what they must be as, where that is sound.
+    names: what each would be called by PEFT of today; settings: what they must be as, where that is sound.
     """
     if kind is KINDS["VERA"]:
         return vera_file.read(file, layers.linears)
@@ -286,11 +297,16 @@ def _read(
     for name, tensor in file.tensors.items():
         if kind is KINDS["ADALORA"] and 0 in tensor.shape:
             continue  # a layer that lost all its ranks
-        if kind.saves and name.endswith(TWICE):
+        usual = names[name]
+        if (kind.saves and usual.endswith(TWICE)) or (kind.of_embedding and usual.endswith(OWN)):
             continue
-        place = kind.place(name)
+        if any(part in name for part in OF_TRAINING):
+            continue
+        place = kind.place(usual)
         if place is None:
             faults.append(f"{name} is no part of {kind.one}")
+        elif place[1] in places.get(place[0], {}):
+            faults.append(f"{name} is there twice")
         else:
             places.setdefault(place[0], {})[place[1]] = name
     tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
-from edgelora.peft.kind import BIAS, NORM, ROWS, WHOLE, Kind, Parts
+from edgelora.peft.kind import BIAS, EMBEDDING_A, EMBEDDING_B, NORM, ROWS, WHOLE, Kind, Parts, Settings, row_ids
 from edgelora.peft.strangers import no_linear
 from edgelora.peft.targets import by_pattern
 
 NO_ROWS = "its tokens have no rows that are read here"
+UNTIE = "this base has one matrix for both: `edgelora untie` writes one of it with two, over which this adapter runs"
 
 
 def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> Layers:
@@ -32,13 +32,12 @@ def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> La
             matrices[module] = (0, shape[-1] if shape else 0)
         elif part == NORM and (is_norm(f"{module}.{NORM}") or not kind.saves):
             norms[module] = shape[0] if shape else 0
-        elif module in (EMBEDDING, HEAD) and kind.vocabularies:
-            matrices[module] = (shape[0], shape[-1]) if shape else (0, 0)
         else:
-            d_out, d_in = linears.get(module, (0, 0))
+            layers = matrices if module in (EMBEDDING, HEAD) and kind.vocabularies else linears
+            d_out, d_in = layers.get(module, (0, 0))
             found = kind.sizes(part, shape)
-            linears[module] = (found.get("out", d_out), found.get("in", d_in))
-            if part == BIAS:
+            layers[module] = (found.get("out", d_out), found.get("in", d_in))
+            if part == BIAS and layers is linears:
                 biased.add(module.split(".", 3)[-1])
     return Layers(linears, norms, matrices, biased)
 
@@ -50,7 +49,7 @@ def module_faults(kind: Kind, module: str, parts: Parts, layers: Layers) -> list
     elif ROWS in parts:
         found = [] if module in layers.matrices else [NO_ROWS]
     elif module in layers.matrices and kind.vocabularies:
-        found = list(_vocabulary_faults(kind, parts, *layers.matrices[module]))
+        found = list(_vocabulary_faults(kind, module, parts, layers.matrices[module]))
     elif module in layers.linears:
         found = list(_linear_faults(kind, parts, *layers.linears[module]))
         if kind.saves:
@@ -62,20 +61,29 @@ def module_faults(kind: Kind, module: str, parts: Parts, layers: Layers) -> list
     return [f"{module}: {fault}" for fault in found]
 
 
-def rank_faults(settings: Mapping[str, Any], module: str, parts: Parts) -> Iterator[str]:
+def rank_faults(settings: Settings, module: str, parts: Parts) -> Iterator[str]:
     """Whether A of a LoRA has another rank than its settings say: PEFT divides α by that one, and loads no other.
 
     settings: those of a sound adapter_config.json.
     """
-    if settings.get("peft_type") == "LORA" and "lora_A" in parts and "r" in settings:
-        rank, stated = len(parts["lora_A"]), by_pattern(settings.get("rank_pattern") or {}, module, settings["r"])
+    a = parts.get(EMBEDDING_A, parts.get("lora_A"))
+    if settings.get("peft_type") == "LORA" and a is not None and "r" in settings:
+        rank, stated = len(a), by_pattern(settings.get("rank_pattern") or {}, module, settings["r"])
         if rank != stated:
             yield f"{module}: its rank is {rank}, and its settings say {stated}"
 
 
-def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers) -> Iterator[str]:
-    """What is wrong with the rows that some tokens have."""
-    for module, parts in tensors.items():
+def rows_faults(settings: Settings, tensors: Mapping[str, Parts], layers: Layers) -> Iterator[str]:
+    """What is wrong with the rows that some tokens have. settings: those of a sound adapter_config.json."""
+    beside = "token_indices" not in settings  # a LoRA, which says of which of the two it has rows
+    for module in (EMBEDDING, HEAD):
+        ids, parts = row_ids(settings, module), tensors.get(module, {})
+        if ids is None or ROWS not in parts:
+            if ROWS in parts:
+                yield f"{module}: it has rows, and of which tokens is not said"
+            elif ids is not None and (parts or (beside and layers.vocabularies.get(module, (0, 0))[0])):
+                yield f"{module}: {ROWS} is missing"
+            continue
         n, d = layers.matrices[module]
         if parts[ROWS].shape != (len(ids), d):
             yield f"{module}: {ROWS} is {parts[ROWS].shape}, expected ({len(ids)}, {d})"
@@ -83,20 +91,34 @@ def rows_faults(ids: Sequence[int], tensors: Mapping[str, Parts], layers: Layers
             yield f"{module}: it has the id {max(ids)}, and the base has {n} tokens"
 
 
-def tied_faults(kind: Kind, tensors: Mapping[str, Parts]) -> Iterator[str]:
+def head_of(embedding: Parts) -> Parts:
+    """The parts of a head that is adapted as the embedding is."""
+    pair = {"lora_A": EMBEDDING_B, "lora_B": EMBEDDING_A}
+    return {part: embedding[other].T for part, other in pair.items()} if EMBEDDING_A in embedding else embedding
+
+
+def tied_faults(kind: Kind, tensors: Mapping[str, Parts], settings: Settings) -> Iterator[str]:
     """What is wrong with the embedding and the head, one of which is there, over a base with one matrix for both."""
     embedding, head = tensors.get(EMBEDDING, {}), tensors.get(HEAD, {})
-    alike = bool(embedding) and embedding.keys() == head.keys()
-    if alike and all(np.array_equal(values, embedding[part]) for part, values in head.items()):
+    wanted = head_of(embedding)
+    alike = bool(embedding) and wanted.keys() == head.keys() and _said_alike(settings)
+    if alike and all(np.array_equal(values, wanted[part]) for part, values in head.items()):
         return
-    if kind.saves:
+    rows = ROWS in embedding or ROWS in head
+    if (kind.saves or kind.of_embedding) and not rows:
         apart = "the head is not the embedding" if embedding and head else "one of embedding and head stays as it was"
-        yield (
-            f"{apart}, and this base has one matrix for both: `edgelora untie` writes one of it with two, over which "
-            "this adapter runs"
-        )
+        yield f"{apart}, and {UNTIE}"
     elif head:
-        yield f"{HEAD}: its rows are not the embedding's, and this base has one matrix for both"
+        yield f"{HEAD}: its rows are not the embedding's, and {UNTIE}"
+
+
+def _said_alike(settings: Settings) -> bool:
+    """Whether α and tokens are the same of embedding and head."""
+    patterns = settings.get("alpha_pattern") or {}
+    return all(
+        say(EMBEDDING) == say(HEAD)
+        for say in (lambda module: by_pattern(patterns, module, None), lambda module: row_ids(settings, module))
+    )
 
 
 def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
@@ -108,18 +130,22 @@ def _norm_faults(parts: Parts, width: int | None) -> Iterator[str]:
         yield f"its weight is {parts[NORM].shape}, expected ({width},)"
 
 
-def _vocabulary_faults(kind: Kind, parts: Parts, n: int, d: int) -> Iterator[str]:
-    wanted = {WHOLE} if kind.saves else set(kind.parts)
-    if set(parts) != wanted:
-        yield f"it has {' and '.join(sorted(parts))}, expected {' and '.join(sorted(wanted))}"
+def _vocabulary_faults(kind: Kind, module: str, parts: Parts, shape: tuple[int, int]) -> Iterator[str]:
+    adapted = set(kind.of_embedding if module == EMBEDDING and kind.of_embedding else kind.parts)
+    wanted = ([{WHOLE}] if kind.saves else []) + ([adapted] if kind.of_embedding or not kind.saves else [])
+    if set(parts) not in wanted:
+        expected = " or ".join(" and ".join(sorted(one)) for one in wanted)
+        yield f"it has {' and '.join(sorted(parts))}, expected {expected}"
     else:
-        yield from kind.shape_faults(parts, n, d)
+        yield from kind.shape_faults(parts, *shape)
 
 
 def _linear_faults(kind: Kind, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
     alone = kind.saves and not any(part in parts for part in kind.parts)  # saved whole, or its bias is
     missing = [] if alone else [part for part in kind.parts if part not in parts]
-    if missing:
+    if strange := sorted(set(kind.of_embedding) & set(parts)):
+        yield f"{' and '.join(strange)}: it is no embedding"
+    elif missing:
         yield f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
     elif kind.saves and WHOLE in parts and not alone:
         yield "it is saved whole, and has A and B too"

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from edgelora.architectures.names import EMBEDDING
 from edgelora.peft.change import Change
 
 Parts: TypeAlias = Mapping[str, np.ndarray]
@@ -18,6 +19,7 @@ PREFIX = "base_model.model."
 NORM, BIAS = "weight", "bias"
 WHOLE = NORM  # of a layer that PEFT saves whole
 ROWS = "trainable_tokens_delta"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"  # (r, V) and (d, r)
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Kind:
     """change(parts, settings, module), the parts in float32."""
     optional: Mapping[str, str] = field(default_factory=dict)
     """Parts that a layer may have besides."""
+    of_embedding: Mapping[str, str] = field(default_factory=dict)
+    """The tensors of an adapted embedding, where these are not a linear layer's: its `out` is V and its `in` d."""
     norms: bool = False
     """Whether norms may have new weights (d,), as the part `weight`: HF's values, before a family's shift."""
     rows: bool = False
-    """Whether tokens may have new rows (k, d) in the embedding and the head, those of `token_indices`."""
+    """Whether tokens may have new rows (k, d) in the embedding and the head, those that `row_ids` gives."""
     vocabularies: bool = False
     """Whether the embedding and the head may be changed as linear layers are."""
     saves: bool = False
@@ -48,6 +52,11 @@ class Kind:
     """What is wrong with its adapter_config.json."""
     of_input: str = ""
     """Why no weight can hold it; empty where one can."""
+
+    @property
+    def shapes(self) -> Mapping[str, str]:
+        """Of all parts that a layer or the embedding may have."""
+        return {**self.parts, **self.optional, **self.of_embedding}
 
     @property
     def one(self) -> str:
@@ -63,7 +72,7 @@ class Kind:
     def place(self, name: str) -> tuple[str, str] | None:
         """The module and the part that a tensor of the file is; None: no part of this kind."""
         inside = name.removeprefix(PREFIX)
-        for part in (*self.parts, *self.optional, *([NORM] if self.norms else []), *([ROWS] if self.rows else [])):
+        for part in (*self.shapes, *([NORM] if self.norms else []), *([ROWS] if self.rows else [])):
             for ending in (self.endings.get(part, part), part, f"{part}.weight"):
                 if name.startswith(PREFIX) and inside.endswith(f".{ending}"):
                     return inside.removesuffix(f".{ending}"), part
@@ -71,7 +80,7 @@ class Kind:
 
     def sizes(self, part: str, shape: tuple[int, ...]) -> dict[str, int]:
         """What a tensor tells of the numbers in its shape's words: `out`, `in`, `r` …; nothing if it has another."""
-        for words in {**self.parts, **self.optional}[part].split("|"):
+        for words in self.shapes[part].split("|"):
             if _fits(shape, expected := shape_of(words, {})):
                 return {word: n for word, n in zip(expected, shape, strict=True) if isinstance(word, str)}
         return {}
@@ -79,7 +88,7 @@ class Kind:
     def shape_faults(self, parts: Parts, d_out: int, d_in: int) -> Iterator[str]:
         """What is wrong with the shapes of a linear layer's parts."""
         sizes = {"out": d_out, "in": d_in}
-        for part, words in {**self.parts, **self.optional}.items():
+        for part, words in self.shapes.items():
             if part not in parts:
                 continue
             shape, expected = parts[part].shape, [shape_of(one, sizes) for one in words.split("|")]
@@ -88,6 +97,15 @@ class Kind:
                 yield f"{part} is {shape}, expected {' or '.join(map(_shown, expected))}"
             else:
                 sizes |= {letter: n for letter, n in zip(fitting, shape, strict=True) if isinstance(letter, str)}
+
+
+def row_ids(settings: Settings, module: str) -> list[int] | None:
+    """The tokens that have new rows in the embedding or the head; None: none. PEFT's names: `token_indices` of rows
+    alone; beside a LoRA `trainable_token_indices`, a list for the embedding, or a table by the ends of names."""
+    given = settings.get("token_indices", settings.get("trainable_token_indices"))
+    if isinstance(given, Mapping):
+        return next((ids for end, ids in given.items() if f".{module}".endswith(f".{end}")), None)
+    return given if module == EMBEDDING or "token_indices" in settings else None
 
 
 def shape_of(words: str, sizes: Mapping[str, int]) -> tuple[int | str, ...]:

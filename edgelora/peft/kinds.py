@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,19 @@ import numpy as np
 from edgelora.errors import AdapterError
 from edgelora.peft import vera_file
 from edgelora.peft.change import Change, LoraPair
-from edgelora.peft.kind import BIAS, NORM, WHOLE, Kind, Parts, Settings
+from edgelora.peft.kind import BIAS, EMBEDDING_A, EMBEDDING_B, NORM, ROWS, WHOLE, Kind, Parts, Settings
+from edgelora.peft.lora_settings import reaches_vocabulary
 from edgelora.peft.of_input import Bottleneck, Mixture
 from edgelora.peft.of_weight import InPlaceOf, TimesAndPlus, WhereNotZero
 from edgelora.peft.targets import by_pattern
 
 NATIVE_TYPE = "EDGELORA"
 MAGNITUDE, SINGULAR = "lora_magnitude_vector", "lora_E"
+LORA_BIAS = "lora_B.bias"
 SAVED_BIASES = ("all", "lora_only")
 LARGEST_NUMBER = 1e30  # beyond any α that float32 could still multiply by
 # Starts that leave the base's weights alone; PiSSA, OLoRA, CorDA and LoftQ subtract from them.
-STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
+STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
 
 # -- LoRA and what PEFT makes of it -------------------------------------------------------------------------------
@@ -33,15 +36,23 @@ STARTS_AT_THE_BASE = ("gaussian", "eva", "orthogonal")
 
 def _lora(parts: Parts, settings: Settings, module: str) -> Change:
     """α/r (α/√r for rsLoRA), patterns included, goes into B. What is saved whole stands in the place of the base's."""
-    whole, bias = (InPlaceOf(parts[part]) if part in parts else None for part in (WHOLE, BIAS))
-    if "lora_A" not in parts:
-        return Change(whole=whole, bias=bias)
-    rank = len(parts["lora_A"])
-    alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
-    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    b = parts["lora_B"]
-    pair = LoraPair(parts["lora_A"], b if scale == 1.0 else b * np.float32(scale), parts.get(MAGNITUDE))
-    return Change(pair, whole=whole, bias=bias)
+    whole, own = (parts.get(part) for part in (WHOLE, BIAS))
+    pair, bias = None, None if own is None else InPlaceOf(own)
+    if EMBEDDING_A in parts:  # ΔE = (B A)ᵀ
+        parts = {"lora_A": parts[EMBEDDING_B].T, "lora_B": parts[EMBEDDING_A].T}
+    if "lora_A" in parts:
+        rank = len(parts["lora_A"])
+        alpha = by_pattern(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
+        scale = np.float32(alpha / (rank**0.5 if settings.get("use_rslora") else rank))
+        pair = LoraPair(parts["lora_A"], _times(scale, parts["lora_B"]), parts.get(MAGNITUDE))
+        if LORA_BIAS in parts:
+            added = _times(scale, parts[LORA_BIAS])
+            return Change(pair, bias=added if own is None else InPlaceOf(own + added))
+    return Change(pair, whole=None if whole is None else InPlaceOf(whole), bias=bias)
+
+
+def _times(scale: np.float32, values: np.ndarray) -> np.ndarray:
+    return values if scale == 1.0 else values * scale
 
 
 def _adalora(parts: Parts, settings: Settings, _: str) -> Change:
@@ -55,7 +66,13 @@ def _vera(parts: Parts, _: Settings, __: str) -> Change:
 
 
 def _lora_faults(settings: Settings) -> list[str]:
-    return _scale_faults(settings) + _pattern_faults(settings, "rank_pattern")
+    rows = settings.get("trainable_token_indices") or {}
+    tables = rows.items() if isinstance(rows, dict) else [("", rows)]
+    said = [
+        fault for name, ids in tables
+        for fault in _ids_faults(f"trainable_token_indices{' of ' * bool(name)}{name}", ids)
+    ]  # fmt: skip
+    return _scale_faults(settings) + _pattern_faults(settings, "rank_pattern") + said
 
 
 def _scale_faults(settings: Settings) -> list[str]:
@@ -103,10 +120,13 @@ def _bias(parts: Parts, _: Settings, __: str) -> Change:
 
 
 def _rows_faults(settings: Settings) -> list[str]:
-    ids = settings.get("token_indices")
+    return _ids_faults("token_indices", settings.get("token_indices"))
+
+
+def _ids_faults(name: str, ids: Any) -> list[str]:
     if isinstance(ids, list) and ids and all(isinstance(one, int) and one >= 0 for one in ids):
-        return [] if len(set(ids)) == len(ids) else [f"token_indices names a token twice: {ids}"]
-    return [f"token_indices is {ids}, expected token ids"]
+        return [] if len(set(ids)) == len(ids) else [f"{name} names a token twice: {ids}"]
+    return [f"{name} is {ids}, expected token ids"]
 
 
 def _no_linear(_: Parts, __: Settings, ___: str) -> Change:
@@ -159,14 +179,26 @@ PAIR = {"lora_A": "r in", "lora_B": "out r"}
 _PAIR_ENDINGS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 LORA = Kind("plain LoRA", PAIR, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
 DORA = Kind("DoRA", {**PAIR, MAGNITUDE: "out"}, _lora, endings=_PAIR_ENDINGS, faults=_lora_faults)
-LORA_AND_MORE, DORA_AND_MORE = (
-    replace(
-        kind, title=f"{kind.title.removeprefix('plain ')} with whole tensors",
-        norms=True, vocabularies=True, saves=True,
-        optional={WHOLE: "out in", BIAS: "out"}, endings={**_PAIR_ENDINGS, BIAS: f"base_layer.{BIAS}"},
-    )
-    for kind in (LORA, DORA)
-)  # fmt: skip
+
+
+@cache
+def _lora_with(dora: bool, saves: bool, rows: bool, vocabulary: bool, biased: bool) -> Kind:
+    """A LoRA or DoRA and what there is beside A and B of linear layers: whole tensors, rows of tokens, the same of
+    embedding or head, biases of B."""
+    plain = DORA if dora else LORA
+    more = {"whole tensors": saves, "token rows": rows, "vocabulary": vocabulary, "biases": biased}
+    beside = [words for words, there in more.items() if there]
+    if not beside:
+        return plain
+    return replace(
+        plain, title=f"{plain.title.removeprefix('plain ')} with {' and '.join(beside)}",
+        norms=saves, vocabularies=saves or vocabulary, saves=saves, rows=rows, adds_bias=biased,
+        # a bias of B before any other: of both names the end is the same
+        optional=({LORA_BIAS: "out"} if biased else {}) | ({WHOLE: "out in", BIAS: "out"} if saves else {}),
+        of_embedding={EMBEDDING_A: "r out", EMBEDDING_B: "in r"} if vocabulary else {},
+        endings={**_PAIR_ENDINGS, BIAS: f"base_layer.{BIAS}", ROWS: f"token_adapter.{ROWS}"},
+    )  # fmt: skip
+
 
 KINDS: dict[str, Kind] = {
     "LORA": LORA,
@@ -214,8 +246,9 @@ def kind_of(settings: Settings) -> Kind | None:
     """The kind that an adapter_config.json says it is; None: none that is read here."""
     peft_type = settings.get("peft_type")
     if peft_type == "LORA":
-        more = saves(settings)
-        return (DORA_AND_MORE if more else DORA) if settings.get("use_dora") else LORA_AND_MORE if more else LORA
+        dora, rows = bool(settings.get("use_dora")), bool(settings.get("trainable_token_indices"))
+        vocabulary = not dora and reaches_vocabulary(settings.get("target_modules"))
+        return _lora_with(dora, saves(settings), rows, vocabulary, bool(settings.get("lora_bias")))
     if peft_type == NATIVE_TYPE:
         return NATIVE.get(str(settings.get("method")))
     return KINDS.get(str(peft_type))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.errors import AdapterError, some
 from edgelora.peft.adapter import IN_TORCH, INVOCATION, MAGNITUDE, Adapter
 from edgelora.peft.change import Change
@@ -79,7 +80,7 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
 
     Raises AdapterError that names all that is no B A: norms, and layers whose rows, columns or biases change.
     """
-    others = (*adapter.norms, *adapter.vocabularies)
+    others = (*adapter.norms, *adapter.vocabularies, *adapter.token_rows)
     faults, pairs = [f"{module} has another weight" for module in others], dict[str, StoredPair]()
     for module in adapter.linears:
         change = adapter.change(module)
@@ -100,7 +101,7 @@ def _other_ways(adapter: Adapter) -> str:
     """Where else it can go; norms and biases have no singular values."""
     weights_alone = (
         not adapter.norms
-        and not adapter.vocabularies
+        and not {EMBEDDING, HEAD} & set(adapter.tensors)
         and all(adapter.change(module).bias is None for module in adapter.linears)
     )
     nearest = ", or --svd-rank R writes the nearest LoRA of a rank" if weights_alone else ""

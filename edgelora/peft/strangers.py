@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
+
+from edgelora.peft.lora_settings import IS_SET
 
 EXPERTS = "of the experts of a mixture, which stay as they are here"
 ROUTER = "of a mixture's router, which stays as it is here"
+
+THERE = "merge it where it was trained (PEFT's merge_and_unload), save that and `edgelora convert` it"
 
 # What a tensor is that belongs to no linear layer of the decoder, by a part of its name. The first that fits.
 NO_LINEAR = (
@@ -27,14 +31,18 @@ def no_linear(name: str) -> str:
     return f"{name} is {found}" if found else f"{name} is no linear layer of this model"
 
 
-def why_and_fix(faults: Iterable[str]) -> tuple[str, str]:
+def why_and_fix(faults: Collection[str]) -> tuple[str, str]:
     """Why an adapter with these faults is refused, and what helps."""
     if any(fault.endswith((EXPERTS, ROUTER)) for fault in faults):
         return (
             "of a mixture edgelora adapts the layers around its experts, and without the rest this adapter would "
             "compute something else",
-            "merge it where it was trained (PEFT's merge_and_unload), save that and `edgelora convert` it; or train "
-            "the layers of attention alone (--target-modules q_proj --target-modules v_proj)",
+            f"{THERE}; or train the layers of attention alone (--target-modules q_proj --target-modules v_proj)",
+        )
+    if any(IS_SET in fault for fault in faults):
+        return (
+            "under these settings PEFT computes something else than its tensors say",
+            f"{THERE}; or train a LoRA here (`edgelora train`)",
         )
     return (
         "the adapter was trained on another base model, by another method, or is damaged",

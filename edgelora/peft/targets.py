@@ -118,7 +118,8 @@ def _is_regex(names: Sequence[str]) -> bool:
     return len(names) == 1 and NAME.fullmatch(names[0]) is None
 
 
-def _fits(names: Sequence[str], module: str) -> bool:
+def fits(names: Sequence[str], module: str) -> bool:
+    """Whether these, ends of names or one regular expression for whole ones, have `module` among them."""
     if _is_regex(names):
         return re.fullmatch(names[0], module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -129,9 +130,9 @@ def _targets(where: Where) -> tuple[str, ...]:
 
 
 def _is_chosen(module: str, where: Where) -> bool:
-    if _fits(where.exclude_modules, module):
+    if fits(where.exclude_modules, module):
         return False
-    if (targets := _targets(where)) and not _fits(targets, module):
+    if (targets := _targets(where)) and not fits(targets, module):
         return False
     return not where.layers_to_transform or module in targets or _layer(module) in where.layers_to_transform
 
@@ -148,7 +149,7 @@ def _faults(names: Collection[str], where: Where, what: str) -> Iterator[str]:
         if _is_regex(given):
             yield from _regex_faults(setting, given[0], names, what)
             continue
-        unknown = [one for one in given if not any(_fits((one,), name) for name in names if NAME.fullmatch(one))]
+        unknown = [one for one in given if not any(fits((one,), name) for name in names if NAME.fullmatch(one))]
         if unknown:
             yield f"{setting}: no {what} of this model is named {', '.join(unknown)}"
     layers = {_layer(name) for name in names}

@@ -10,12 +10,13 @@ from typing import Any, cast
 from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
 from converters.adapter_from_mlx import read_mlx
-from converters.adapter_from_peft import read_peft, with_tied_head
+from converters.adapter_from_peft import read_peft, require_own_vocabulary, usual_name, with_tied_head
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import Contract, contract_in, require_its_base, sha256_file
+from edgelora.files.safetensors import SafetensorsFile
 from edgelora.invocation import command
 from edgelora.peft.adapter import (
     CONFIG,
@@ -27,8 +28,9 @@ from edgelora.peft.adapter import (
     refuse_to_write,
     write_adapter,
 )
-from edgelora.peft.kinds import DORA, DORA_AND_MORE, LORA, NATIVE_TYPE, kind_of
+from edgelora.peft.kinds import DORA, LORA, NATIVE_TYPE, kind_of
 from edgelora.peft.lora_config import as_lora
+from edgelora.peft.lora_settings import with_whole_vocabulary
 from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import read_checked
 
@@ -124,9 +126,15 @@ def _from_peft(path: Path, base: Base) -> Adapter:
             why="it stands before prompts and changes no layer, and PEFT's folder of it is the one that is read here",
             fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
         )
-    if kind_of(settings) not in (LORA, DORA):
-        return with_tied_head(read_adapter(path, base.layers, may_wait=True), base)
-    return replace(read_peft(path, base), contract=contract_in(path))
+    names = {usual_name(name) for name in SafetensorsFile(path / TENSORS).tensors}
+    kind = kind_of(with_whole_vocabulary(settings, names))
+    if kind in (LORA, DORA):
+        return replace(read_peft(path, base), contract=contract_in(path))
+    usual = usual_name if settings.get("peft_type") == "LORA" else str
+    adapter = read_adapter(path, base.layers, may_wait=True, usual=usual)
+    if adapter.kind.of_embedding:
+        require_own_vocabulary(path, base)
+    return with_tied_head(adapter, base)
 
 
 OTHER_NAMES = {"TRAINABLE_TOKENS": "token_rows", "LN_TUNING": "layernorm"}  # PEFT's and ours, where they differ
@@ -140,7 +148,7 @@ def _method(adapter: Adapter) -> Method:
         return "alora"
     if peft_type == NATIVE_TYPE:
         return cast(Method, adapter.config["method"])
-    if adapter.kind in (DORA, DORA_AND_MORE):
+    if peft_type == "LORA" and adapter.config.get("use_dora"):
         return "dora"
     return cast(Method, OTHER_NAMES.get(peft_type, peft_type.lower()))
 

@@ -21,6 +21,7 @@ from edgelora.peft.adapter import CONFIG, IN_TORCH, PREFIX, TENSORS, Adapter, re
 from edgelora.peft.change import Change
 from edgelora.peft.fitting import layers_told
 from edgelora.peft.kinds import kind_of
+from edgelora.peft.lora_settings import with_whole_vocabulary
 from edgelora.peft.of_weight import InPlaceOf
 from edgelora.peft.soft_prompt import faults_of, is_trained_prompt
 from edgelora.pipeline.inspect_facts import Ability, TypeShare, certificate_of, contract_facts, reason, shares, stated
@@ -70,6 +71,7 @@ def peft_adapter(path: Path) -> AdapterFacts:
     """Raises FileFormatError if its two files cannot be read, AdapterError if its tensors are in a pickle only."""
     refuse_pickle(path)
     config, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
+    config = with_whole_vocabulary(config, file.tensors)
     if is_trained_prompt(path):
         return _trained_prompt(path, config, file)
     shapes = {name.removeprefix(PREFIX).removesuffix(".weight"): t.shape for name, t in file.tensors.items()}
@@ -108,15 +110,15 @@ def _doors(adapter: Adapter, can: Ability) -> tuple[Ability, Ability, Ability]:
         return never, never, never
     if adapter.invocation:
         return can, Ability("no", "it acts from its invocation on, and a weight on every token"), CHAT_OF_A_FOLDER
-    if adapter.token_rows:
-        return Ability("yes", f"{can.why}, {IF_UNTIED}"), can, CHAT_OF_A_FOLDER
+    apart = adapter.token_rows or any(adapter.change(module).is_pair for module in adapter.vocabularies)
+    over = f"{can.why}, {IF_UNTIED}" if apart else can.why
     ways = {_way(module, adapter.change(module)) for module in (*adapter.linears, *adapter.vocabularies)}
     if "merged" in ways:
         never = Ability("no", f"{adapter.kind.one} changes whole weights: {MERGE_IT}")
         return never, can, never
     if "patched" in ways or adapter.norms:
-        return Ability("yes", f"as a patched base, {can.why}"), can, CHAT_OF_A_PATCH
-    return can, can, CHAT_OF_A_FOLDER
+        return Ability("yes", f"as a patched base, {over}"), can, CHAT_OF_A_PATCH
+    return Ability("yes", over), can, CHAT_OF_A_FOLDER
 
 
 def _way(module: str, change: Change) -> Door:

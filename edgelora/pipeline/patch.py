@@ -60,7 +60,7 @@ def patch(
     refuse_existing(out, options.overwrite)
     made_from, base = stamp(base_path, adapter_path), open_base(base_path)
     require_space(out.parent, base.file.path.stat().st_size, "the patched base")
-    adapter = read_checked(adapter_path, base, allow_unverified=options.allow_unverified)
+    adapter = read_checked(adapter_path, base, allow_unverified=options.allow_unverified, with_rows=True)
     base = base.as_trained(adapter.contract)
     plan, rows = plan_patch(base, adapter), rows_to_check(options.data, options.n_rows)
     changes_biases = any(adapter.change(module).bias is not None for module in adapter.linears)
