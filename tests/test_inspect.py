@@ -28,8 +28,9 @@ from edgelora.files.contract import CERTIFICATE_KEY, LINEAGE_KEY, Contract
 from edgelora.files.gguf import GGUFFile, fill_reserved
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.peft.targets import Where
-from edgelora.pipeline.inspect import DIMENSIONS, inspect
+from edgelora.pipeline.inspect import inspect
 from edgelora.pipeline.inspect_facts import shares, template_facts
+from edgelora.pipeline.inspect_shape import DIMENSIONS
 from edgelora.pipeline.quantize import QuantizeSettings, prepare, quantize
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj")

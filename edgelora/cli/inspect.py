@@ -28,8 +28,9 @@ from edgelora.cli.inspect_words import (
 from edgelora.words import count
 
 if TYPE_CHECKING:
-    from edgelora.pipeline.inspect import BaseFacts, Origin, Shape, Weights
+    from edgelora.pipeline.inspect import BaseFacts, Origin
     from edgelora.pipeline.inspect_facts import TemplateFacts, TokenizerFacts
+    from edgelora.pipeline.inspect_shape import Shape, Weights
 
 MOST_SAMPLE_LINES, MOST_SPECIAL = 24, 12
 
