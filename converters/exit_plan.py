@@ -21,6 +21,7 @@ from converters.exit_words import (
     beyond_a_pair,
     instead,
     no_weights,
+    note_of_ranks,
     notes_of_patched,
     unloaded,
     why_patched,
@@ -114,10 +115,10 @@ def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     narrow = {kind for shape in adapter.pairs.values() for kind in _kinds(shape, dtype)}
     error = max((ROUNDING[kind] for kind in narrow), default=ROUNDING[dtype])
     why = "it is B A and nothing else, which llama.cpp adds over any quantization of this base"
-    notes: tuple[str, ...] = ()
+    notes = [note_of_ranks(adapter.pairs)]
     if dtype == Type.Q8_0 and narrow != {Type.Q8_0}:
-        notes = ("rows of Q8_0 are multiples of 32 numbers: matrices of another rank or width stay F16",)
-    return Way("adapter", True, error, size, True, why, notes)
+        notes.append("rows of Q8_0 are multiples of 32 numbers: matrices of another rank or width stay F16")
+    return Way("adapter", True, error, size, True, why, tuple(filter(None, notes)))
 
 
 def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str:

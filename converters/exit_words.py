@@ -63,6 +63,21 @@ def notes_of_patched(
     return tuple(notes)
 
 
+def note_of_ranks(pairs: Mapping[str, tuple[int, int, int]]) -> str:
+    """What is said of a LoRA that has more ranks than matrices have directions: it is exact, and a waste. Empty: it has
+    not. pairs: (d_out, d_in, r) of each B A."""
+    beyond = {name: r / min(d_out, d_in) for name, (d_out, d_in, r) in pairs.items() if r > min(d_out, d_in)}
+    if not beyond:
+        return ""
+    name = max(beyond, key=beyond.__getitem__)
+    *shape, rank = pairs[name]
+    others = f", and so with {len(beyond) - 1} more" if len(beyond) > 1 else ""
+    return (
+        f"rank {rank} is more than the {min(shape)} that {name} can hold{others}: it computes the same as with fewer, "
+        f"which `edgelora export --svd-rank {max(map(min, pairs.values()))}` writes"
+    )
+
+
 def unloaded(adapter: AdapterFacts, base: BaseFacts) -> str:
     """Why llama.cpp would not load what becomes of the base, if so."""
     other = adapter.biases - base.own_biases - base.loaded_biases

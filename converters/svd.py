@@ -38,7 +38,7 @@ def nearest_lora(base: Base, adapter: Adapter, rank: int, on_progress: OnProgres
     for module in adapter.linears:
         change = adapter.change(module)
         if change.is_pair and change.pair is not None:
-            cut = truncated(change.pair, rank)
+            cut = truncated(change.pair, min(rank, *base.linears[module]))
         else:
             cut = leading(change.change(_weight(base, module)), min(rank, *base.linears[module]))
         pairs[module] = StoredPair(cut.pair.a, cut.pair.b, cut.pair.rank)

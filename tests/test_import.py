@@ -524,7 +524,7 @@ def test_the_command_tells_what_it_made(base, tmp_path, capsys):
     told = capsys.readouterr()
     assert json.loads(told.out) == {
         "path": str(tmp_path / "mine"), "kind": "MLX", "title": "plain LoRA", "method": "lora", "layers": 1,
-        "ranks": [4],
+        "ranks": [4], "notes": [],
     }  # fmt: skip
     assert ": plain LoRA from MLX on 1 layers, rank 4" in told.err
     assert "next: " in told.err

@@ -297,4 +297,6 @@ def _as_lora(asked: Asked, display: Listener) -> dict[str, Any]:
         asked.base, asked.adapter, asked.out, allow_unverified=options.allow_unverified, overwrite=options.overwrite
     )
     display.say(f"{asked.out}: a LoRA on {made.layers} layers, rank {', '.join(map(str, made.ranks))}")
+    for note in made.notes:
+        display.note(note)
     return made.as_dict()

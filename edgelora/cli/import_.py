@@ -36,6 +36,8 @@ def import_(
     with listener(as_json) as display:
         ranks = f", rank {', '.join(map(str, made.ranks))}" if made.ranks else ""
         display.say(f"{out}: {made.title} from {made.kind} on {made.layers} layers{ranks}")
+        for note in made.notes:
+            display.note(note)
         display.say(f"next: {what_comes_next(made.method, base, out)}")
     if as_json:
         print(json.dumps(made.as_dict()))

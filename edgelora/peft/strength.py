@@ -23,8 +23,8 @@ def strengths(
     """
     require_taken(row, where)
     found = placed(shapes, where, rank, alpha)
-    if row.peft_type == "LORA":
-        require_ranks(found, shapes)
+    if row.peft_type in ("LORA", "GLORA") or row.name == "lors":  # B A as large as W; others have ranks of another kind
+        require_ranks(found, shapes, by_layer=_by_layer(row))
     if _by_root(row, where):  # a row scales by α/r: (α √r)/r is α/√r
         return {name: Placed(place.rank, place.alpha * math.sqrt(place.rank)) for name, place in found.items()}
     return found
@@ -44,12 +44,12 @@ def require_taken(row: Method, where: Where) -> None:
 
 def not_taken(row: Method, where: Where) -> dict[str, str]:
     """The settings of `where` that mean nothing to this method, and why."""
-    lora, moves = row.peft_type == "LORA", row.around is not NOTHING
+    lora, by_layer = row.peft_type == "LORA", _by_layer(row)
     alone = "it waits for its invocation, and they would not" if row.waits else "PEFT trains nothing whole beside it"
     asked = {
-        "rank_pattern": (where.rank_pattern, lora and not moves, "its ranks are not each layer's own"),
+        "rank_pattern": (where.rank_pattern, by_layer, "its ranks are not each layer's own"),
         "alpha_pattern": (where.alpha_pattern, lora, "it has no α"),
-        "use_rslora": (where.use_rslora, lora and not moves, "its scale is not α/r of a rank that stays"),
+        "use_rslora": (where.use_rslora, by_layer, "its scale is not α/r of a rank that stays"),
         "alora_invocation_tokens": (where.alora_invocation_tokens, row.waits, "it acts on every token"),
         "token_indices": (where.token_indices, row.rows, "it leaves the rows of all tokens as they are"),
         "bias": (where.bias != "none", lora and not row.waits, alone),
@@ -58,6 +58,11 @@ def not_taken(row: Method, where: Where) -> dict[str, str]:
     }
     faults = {name: why for name, (given, taken, why) in asked.items() if given and not taken}
     return faults | dict(_virtual_faults(row, where))
+
+
+def _by_layer(row: Method) -> bool:
+    """Whether each layer has a rank of its own, which stays."""
+    return row.peft_type == "LORA" and row.around is NOTHING
 
 
 def _virtual_faults(row: Method, where: Where) -> Iterator[tuple[str, str]]:

@@ -83,8 +83,8 @@ def placed(names: Collection[str], where: Where, rank: int, alpha: float) -> dic
     }
 
 
-def require_ranks(found: Mapping[str, Placed], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise ConfigError for ranks that are larger than a matrix (d_out, d_in)."""
+def require_ranks(found: Mapping[str, Placed], shapes: Mapping[str, tuple[int, int]], *, by_layer: bool = True) -> None:
+    """Raise ConfigError for ranks that are larger than a matrix (d_out, d_in). by_layer: whether layers may differ."""
     beyond = [name for name, place in found.items() if place.rank > min(shapes[name])]
     if not beyond:
         return
@@ -93,7 +93,7 @@ def require_ranks(found: Mapping[str, Placed], shapes: Mapping[str, tuple[int, i
     raise ConfigError(
         what=f"rank {found[name].rank}: {name} is only {shapes[name][0]} x {shapes[name][1]}{others}",
         why=f"a change of such a matrix has no more than {most} directions",
-        fix=f"take --rank {most} or less, or --rank-pattern {name.rpartition('.')[2]}={most}",
+        fix=f"take --rank {most} or less" + f", or --rank-pattern {name.rpartition('.')[2]}={most}" * by_layer,
     )
 
 

@@ -11,6 +11,7 @@ from converters.adapter_from_gguf import read_gguf
 from converters.adapter_from_mlx import TENSORS as MLX_TENSORS
 from converters.adapter_from_mlx import read_mlx
 from converters.adapter_from_peft import read_peft, require_own_vocabulary, usual_name, with_tied_head
+from converters.exit_words import note_of_ranks
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
@@ -48,6 +49,8 @@ class Imported:
     layers: int
     ranks: tuple[int, ...]
     """Of its A and B; none where it has no such matrices."""
+    notes: tuple[str, ...] = ()
+    """What its user should know."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -70,7 +73,7 @@ def import_adapter(
     if adapter.contract is None:
         adapter = replace(adapter, contract=_contract(adapter, base, kind, source, file))
     write_adapter(out, adapter, overwrite=overwrite)
-    return _imported(out, kind, adapter)
+    return _imported(out, kind, adapter, base)
 
 
 def export_as_lora(
@@ -85,13 +88,22 @@ def export_as_lora(
     adapter = read_checked(source, base, allow_unverified=allow_unverified)
     folded = as_lora(adapter, base.linears, str(base.path))
     write_adapter(out, folded, overwrite=overwrite)
-    return _imported(out, "PEFT", folded)
+    return _imported(out, "PEFT", folded, base)
 
 
-def _imported(out: Path, kind: str, adapter: Adapter) -> Imported:
-    ranks = {len(parts["lora_A"]) for parts in adapter.tensors.values() if "lora_A" in parts}
+def _imported(out: Path, kind: str, adapter: Adapter, base: Base) -> Imported:
+    ranks = {module: len(parts["lora_A"]) for module, parts in adapter.tensors.items() if "lora_A" in parts}
     title = "aLoRA" if adapter.invocation else adapter.kind.title
-    return Imported(out, kind, title, _method(adapter), len(adapter.tensors), tuple(sorted(ranks)))
+    note = note_of_ranks({module: (*base.linears[module], ranks[module]) for module in base.linears if module in ranks})
+    return Imported(
+        out,
+        kind,
+        title,
+        _method(adapter),
+        len(adapter.tensors),
+        tuple(sorted({*ranks.values()})),
+        (note,) if note else (),
+    )
 
 
 def recognised(source: Path) -> tuple[str, Path]:
