@@ -23,7 +23,8 @@ from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.thresholds import THRESHOLDS, Limits, limits_of
 from edgelora.files.certificate_keys import reserved
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY, sha256_file
-from edgelora.files.gguf import GGUFFile, reserve
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.reserved import reserve
 from edgelora.files.unchanged import stamp
 from edgelora.peft.adapter import write_adapter
 from edgelora.peft.blend import blend

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelora.errors import EdgeloraError, FileFormatError, OutputError
-from edgelora.files.gguf import NEVER_IN_FILES, GGUFFile, Strings, fill_reserved, reserve
+from edgelora.files.gguf import NEVER_IN_FILES, GGUFFile, Strings
+from edgelora.files.reserved import fill_reserved, reserve
 
 V = GGUFValueType
 F32 = GGMLQuantizationType.F32

@@ -25,7 +25,8 @@ from converters.quantize import write_quantized
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.files.contract import CERTIFICATE_KEY, LINEAGE_KEY, Contract
-from edgelora.files.gguf import GGUFFile, fill_reserved
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.reserved import fill_reserved
 from edgelora.peft.adapter import Adapter, write_adapter
 from edgelora.peft.targets import Where
 from edgelora.pipeline.inspect import inspect

@@ -22,7 +22,7 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, ConfigError, FileFormatError, OutputError
 from edgelora.files.contract import CERTIFICATE_KEY
-from edgelora.files.gguf import fill_reserved
+from edgelora.files.reserved import fill_reserved
 from runtime import store as subject
 from runtime.preflight import preflight
 from runtime.store import Store

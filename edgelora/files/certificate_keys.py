@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.files.contract import CERTIFICATE_BYTES, CERTIFICATE_KEY
-from edgelora.files.gguf import GGUFFile, fill_reserved, reserve
+from edgelora.files.gguf import GGUFFile
+from edgelora.files.reserved import fill_reserved, reserve
 
 PREFIX = "edgelora.certificate."
 PASSED, KL_MEAN, KL_LIMIT, SAME_TOP = (

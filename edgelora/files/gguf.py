@@ -1,8 +1,8 @@
 """Read a GGUF file without trusting it: every count, size and offset is checked against the file's length.
 
 gguf-py reads what we wrote; this reads what strangers wrote, before gguf-py or llama.cpp see it. Tensor data stays
-memory-mapped. Strings of an array are kept as one buffer with offsets, so a vocabulary is not 100,000 objects. What
-does cost an object or a step of Python each (keys, tensors, strings, texts) has a limit far above any real model's.
+memory-mapped. What costs an object or a step of Python each (keys, tensors, strings, texts) has a limit far above any
+real model's.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ import os
 import stat
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from edgelora.errors import FileFormatError, OutputError
+from edgelora.errors import FileFormatError
 from edgelora.files.checkpoint import PICKLE_STARTS, PICKLES, pickle_fault
+from edgelora.files.gguf_values import SCALARS, Strings, TensorInfo, Value
 from edgelora.files.mapped import forget
+
+__all__ = [
+    "MAGIC", "MAX_ENTRIES", "MAX_NAME_BYTES", "MAX_STRINGS", "MAX_TEXT_BYTES", "NEVER_IN_FILES", "SCALARS", "GGUFFile",
+    "Strings", "TensorInfo", "Value",
+]  # fmt: skip
 
 MAGIC, LFS_POINTER = b"GGUF", b"version "
 HEADER_BYTES = 24
@@ -35,11 +39,6 @@ MAX_ENTRIES = 65_536  # keys, and tensors; DeepSeek-V3 has 1,025 tensors
 MAX_STRINGS = 1 << 21  # over all arrays; Gemma 3 has 262,144 tokens and 514,906 merges
 MAX_TEXT_BYTES = 48 << 20  # over all names and single texts: Python keeps up to four bytes for each of these
 
-SCALARS = {
-    GGUFValueType.UINT8: "<u1", GGUFValueType.INT8: "<i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.FLOAT32: "<f4", GGUFValueType.BOOL: "<u1",
-    GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8", GGUFValueType.FLOAT64: "<f8",
-}  # fmt: skip
 # Keys that llama.cpp takes in one type only; it aborts on some others.
 FIXED_TYPES = {
     "general.architecture": GGUFValueType.STRING, "general.type": GGUFValueType.STRING,
@@ -47,62 +46,6 @@ FIXED_TYPES = {
 }  # fmt: skip
 # Types that ggml makes of activations while it computes.
 NEVER_IN_FILES = (GGMLQuantizationType.Q8_1, GGMLQuantizationType.Q8_K)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a file. `shape` is in numpy's order (rows first); `offset` counts from the file's start."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: GGMLQuantizationType
-    offset: int
-    size_bytes: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-class Strings(Sequence[str]):
-    """An array of strings inside a file: one buffer, decoded one by one and only on demand."""
-
-    def __init__(self, buffer: memoryview, starts: np.ndarray, ends: np.ndarray) -> None:
-        self._buffer, self._starts, self._ends = buffer, starts, ends
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        return self.raw(i).decode("utf-8", "replace")
-
-    def raw(self, i: int) -> bytes:
-        """The bytes of one string as they stand in the file."""
-        return bytes(self._buffer[self._starts[i] : self._ends[i]])
-
-    def __iter__(self) -> Iterator[str]:
-        for i in range(0, len(self), 4096):  # Python's integers for some of the offsets at a time
-            for start, end in zip(self._starts[i : i + 4096].tolist(), self._ends[i : i + 4096].tolist(), strict=True):
-                yield str(self._buffer[start:end], "utf-8", "replace")
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """A metadata value with the type it was stored with, and for arrays that of its elements.
-
-    `end` is the file's byte behind it: `fill_reserved` writes in front of that.
-    """
-
-    type: GGUFValueType
-    data: Any
-    item: GGUFValueType | None = None
-    end: int = 0
 
 
 class GGUFFile:
@@ -341,34 +284,3 @@ class GGUFFile:
         if shape[-1] % block:
             raise self._fault(f"tensor {name}: rows of {shape[-1]} do not divide into {kind.name} blocks of {block}")
         return elements // block * block_bytes
-
-
-def reserve(n_bytes: int) -> str:
-    """A text of spaces to be replaced by `fill_reserved` once what belongs there is known."""
-    return " " * n_bytes
-
-
-def fill_reserved(path: Path, key: str, value: str | float) -> None:
-    """Replace the reserved value of `key` in the GGUF at `path`, in place; the file keeps its size.
-
-    Raises OutputError if a text does not fit, and ValueError if the key is of another kind.
-    """
-    place = GGUFFile(path).metadata[key]
-    if isinstance(value, str) and place.type == GGUFValueType.STRING:
-        room, raw = len(place.data.encode()), value.encode()
-        if len(raw) > room:
-            raise OutputError(
-                what=f"{path}: {key}: {len(raw)} bytes do not fit into the {room} reserved",
-                why="the place for it is left when the file is written, and the file keeps its size",
-                fix="this is a fault of edgelora: please report it, with the command",
-            )
-        raw = raw.ljust(room)
-    elif not isinstance(value, str) and place.type in SCALARS:
-        raw = np.array(value).astype(SCALARS[place.type]).tobytes()
-    else:
-        raise ValueError(f"{key}: {value!r} is no {place.type.name}")
-    with path.open("r+b") as f:
-        f.seek(place.end - len(raw))
-        f.write(raw)
-        f.flush()
-        os.fsync(f.fileno())
