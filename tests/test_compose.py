@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
 from same_tokens import IDS
+from stirred import Stir
 from test_export import make_adapter, make_dora
 
 from converters import interference as meeting
@@ -295,6 +296,61 @@ def test_peft_computes_with_the_folder_what_we_do(tiny, base, summed, transforme
     with torch.no_grad():
         torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-4, rtol=1e-5)
     assert summed.ranks == {6: 8, 4: 6}  # both meet in two layers' four attention matrices
+
+
+TWO_LAYERS = ("layers.0.self_attn.k_proj", "layers.1.mlp.down_proj")
+OF_OURS = ["pissa", "olora", "vera", "adalora", "multilora", "lorma"]  # all that leave as B A in a way of their own
+
+
+@pytest.fixture(scope="module")
+def changes(tiny, base, transformers_model, tmp_path_factory):
+    """`changes(name)`: a folder of such an adapter on two layers, and PEFT's own dense ΔW of each, float64."""
+    room = tmp_path_factory.mktemp("kinds")
+
+    def made(name):
+        folder = room / name
+        if name == "PEFT's AdaLoRA":
+            torch.manual_seed(0)
+            config = AdaLoraConfig(init_r=6, total_step=9, target_modules=[*TWO_LAYERS], init_lora_weights=False)
+            get_peft_model(transformers_model(tiny), config).save_pretrained(folder)
+        else:
+            Stir(4, 6.0, by=0.4).on(base, name, TWO_LAYERS, folder)
+        theirs = PeftModel.from_pretrained(transformers_model(tiny), folder).base_model.model
+        return folder, {
+            name: layer.get_delta_weight("default").detach().double().numpy()
+            for name, layer in theirs.named_modules() if hasattr(layer, "get_delta_weight")
+        }  # fmt: skip
+
+    found = {}
+    return lambda name: found.get(name) or found.setdefault(name, made(name))
+
+
+@pytest.mark.parametrize("kind", [*OF_OURS, "PEFT's AdaLoRA"])
+def test_an_adapter_of_any_method_that_is_b_a_is_composed_as_its_dense_change(tiny, base, changes, tmp_path, kind):
+    """By rank-wise sum, and by TIES, which forms ΔW, both beside a plain LoRA: against PEFT's functions on dense ΔW."""
+    (one, first), (two, second) = changes(kind), changes("lora")
+    weights, density = [0.8, -0.5], 0.4
+    for recipe in (Recipe(), Recipe("ties", density, rank=64)):
+        out = tmp_path / recipe.how
+        compose_adapters(
+            tiny.path, [(one, weights[0]), (two, weights[1])], out, ComposeOptions(recipe, allow_unverified=True)
+        )
+        composed = read_adapter(out, base.layers)
+        assert set(composed.tensors) == set(first) == set(second)
+        for module in first:
+            both = [first[module], second[module]]
+            if recipe.how == "sum":
+                wanted = weights[0] * both[0] + weights[1] * both[1]
+            else:
+                tensors = [torch.from_numpy(one) for one in both]
+                wanted = merge_utils.ties(tensors, torch.tensor(weights, dtype=torch.float64), density).numpy()
+                u, s, vt = np.linalg.svd(wanted, full_matrices=False)
+                wanted = (u[:, :64] * s[:64]) @ vt[:64]
+            pair = composed.pair(module)
+            found = pair.b.astype(np.float64) @ pair.a
+            assert np.linalg.norm(both[0]) > 0.01
+            assert np.linalg.norm(found - wanted) <= 1e-5 * np.linalg.norm(wanted), (recipe.how, module)
+    assert read_adapter(tmp_path / "sum", base.layers).pair(next(iter(first))).rank > 4
 
 
 def test_the_contract_says_what_it_is_made_of(base, summed):
