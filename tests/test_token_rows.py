@@ -147,13 +147,14 @@ def test_the_gradient_is_that_of_a_head_with_these_rows(how):
 # -- its way out --------------------------------------------------------------------------------------------------
 
 
-def test_merged_and_certified_it_computes_the_same(base, tmp_path):
+@pytest.mark.parametrize(("quant", "atol"), [("F16", 2e-2), ("F32", 1e-5)])
+def test_merged_and_certified_it_computes_the_same(base, tmp_path, quant, atol):
     decoder = trained(base)
     written(decoder, base, tmp_path / "mine")
-    merge(base.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", quant="F16", allow_unverified=True)
+    merge(base.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", quant=quant, allow_unverified=True)
     merged = open_base(tmp_path / "merged.gguf")
     assert merged.config.tie_word_embeddings == base.config.tie_word_embeddings
-    torch.testing.assert_close(build_decoder(merged).logits(IDS), decoder.logits(IDS), atol=2e-2, rtol=0)
+    torch.testing.assert_close(build_decoder(merged).logits(IDS), decoder.logits(IDS), atol=atol, rtol=0)
 
 
 def test_it_is_merged_into_a_folder(model, transformers_model, write_tokenizer, vocabulary, tmp_path):
