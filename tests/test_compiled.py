@@ -8,6 +8,7 @@ from torch import Tensor
 
 from edgelora import team
 from edgelora.base.nf4 import quantize_nf4
+from edgelora.base.weights import Dense
 from edgelora.kernels import load
 from edgelora.nn import compiled, loss
 from edgelora.nn.activations import SwiGLU, swiglu
@@ -209,3 +210,27 @@ def test_nf4_is_torch_s_bit_for_bit(monkeypatch, dtype):
     through_torch(monkeypatch)
     for ours, (first, last) in zip(found, ((0, 70), (3, 40), (69, 70)), strict=True):
         assert torch.equal(ours, weight.rows(first, last, dtype))
+
+
+narrow_products = pytest.mark.skipif(not compiled.multiplies(torch.zeros(1, 32)), reason="this CPU lacks AVX512-BF16")
+
+
+@narrow_products
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 32, 64), (256, 576, 640), (7, 1344, 200), (13, 640, 65), (3, 64, 10)])
+def test_a_narrow_product_is_summed_in_float32(m, k, n):
+    a, b = draw(m, k, dtype=torch.bfloat16), draw(n, k, dtype=torch.bfloat16, seed=1)
+    room = torch.full((m, n + 5), 7.0)
+    compiled.narrow_product(a, b, room[:, :n])
+    torch.testing.assert_close(room[:, :n].double(), a.double() @ b.double().T, atol=1e-6 * k, rtol=0)
+    assert (room[:, n:] == 7).all()
+
+
+@narrow_products
+def test_logits_of_narrow_products_are_float32():
+    """Rounded are only what is multiplied: far less than logits in bfloat16 are off by."""
+    head, hidden = draw(200, 64, seed=3), draw(9, 64, seed=4, scale=3.0)
+    weight, exact = Dense(head), hidden @ head.T
+    found = loss.logits_of(hidden, weight, Target(compute=torch.bfloat16), torch.empty(9, 200))
+    assert not torch.equal(found, exact)
+    assert (found - exact).norm() < 2**-8 * exact.norm()
+    assert torch.equal(loss.logits_of(hidden, weight, Target(), torch.empty(9, 200)), exact)

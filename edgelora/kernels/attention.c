@@ -1,12 +1,16 @@
-// Causal attention inside the segments of a packed row, forward and backward, in float32 on a CPU.
+// Causal attention inside the segments of a packed row, forward and backward, on a CPU.
 //
 // FlashAttention (arXiv:2205.14135; the backward is that of arXiv:2307.08691, section 3.1): a tile of queries meets its
 // keys block by block, the softmax is kept up as they pass, and no scores leave the cache. nn/attention.py says what is
 // computed; nn/flash.py calls this once for each thread, which takes its share of the tiles by itself.
+//
+// Scores, their softmax and all sums are float32. Of bfloat16 tensors the factors of products are bfloat16: q, k, v and
+// the gradient of the output as they come, the probabilities and the gradients of scores rounded, as on a GPU. Such
+// factors stand in words (products.h): numbers of a row beside each other, or those of two rows, one above the other.
 
 #include <string.h>
 
-#include "vectors.h"
+#include "products.h"
 
 #define ROWS 32   // queries of a tile
 #define KEYS 64   // keys of a block
@@ -27,82 +31,72 @@ typedef struct {
     int32_t narrow;
 } Attention;
 
-// ---- products: c (m, n) += a (m, k) b (k, n). n is a multiple of LANES; a's rows and columns may lie anywhere.
-
-typedef struct {
-    const float *at;
-    int64_t row, column;  // strides
-} Left;
-
-INLINE void block(const int height, const int width, Left a, const float *b, int64_t ldb, float *c, int64_t ldc,
-                  int64_t k) {
-    vec sums[6][WIDE];
-#pragma GCC unroll 6
-    for (int i = 0; i < height; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < width; j++) sums[i][j] = load(c + i * ldc + j * LANES);
-    for (int64_t p = 0; p < k; p++) {
-        vec right[WIDE];
-#pragma GCC unroll 4
-        for (int j = 0; j < width; j++) right[j] = load(b + p * ldb + j * LANES);
-#pragma GCC unroll 6
-        for (int i = 0; i < height; i++) {
-            float left = a.at[i * a.row + p * a.column];
-#pragma GCC unroll 4
-            for (int j = 0; j < width; j++) sums[i][j] += left * right[j];
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < height; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES, sums[i][j]);
-}
-
-INLINE void strip(const int width, Left a, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t m, int64_t k) {
-    for (; m >= 6; m -= 6, a.at += 6 * a.row, c += 6 * ldc) block(6, width, a, b, ldb, c, ldc, k);
-    if (m >= 4) {
-        block(4, width, a, b, ldb, c, ldc, k);
-        m -= 4, a.at += 4 * a.row, c += 4 * ldc;
-    }
-    if (m >= 2) {
-        block(2, width, a, b, ldb, c, ldc, k);
-        m -= 2, a.at += 2 * a.row, c += 2 * ldc;
-    }
-    if (m) block(1, width, a, b, ldb, c, ldc, k);
-}
-
-static void multiply(Left a, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t m, int64_t n, int64_t k) {
+// c (m, n) += a (m, k) b (k, n), k counted in words. n is a multiple of LANES.
+static void multiply(int narrow, Left a, const void *b, int64_t ldb, float *c, int64_t ldc, int64_t m, int64_t n,
+                     int64_t k) {
+    const uint32_t *right = b;
     int64_t j = 0;
-    for (; n - j >= WIDE * LANES; j += WIDE * LANES) strip(WIDE, a, b + j, ldb, c + j, ldc, m, k);
-    for (; n - j >= LANES; j += LANES) strip(1, a, b + j, ldb, c + j, ldc, m, k);
+    for (; n - j >= WIDE * LANES; j += WIDE * LANES)
+        if (narrow)
+            strip(1, 1, WIDE, a, right + j, ldb, c + j, ldc, m, k);
+        else
+            strip(0, 1, WIDE, a, right + j, ldb, c + j, ldc, m, k);
+    for (; n - j >= LANES; j += LANES)
+        if (narrow)
+            strip(1, 1, 1, a, right + j, ldb, c + j, ldc, m, k);
+        else
+            strip(0, 1, 1, a, right + j, ldb, c + j, ldc, m, k);
 }
 
-INLINE Left rows_of(const float *a, int64_t lda) { return (Left){a, lda, 1}; }
-INLINE Left columns_of(const float *a, int64_t lda) { return (Left){a, 1, lda}; }
+// How many words n numbers are.
+INLINE int64_t words(int narrow, int64_t n) { return narrow ? (n + 1) / 2 : n; }
+
+// Words of two rows of bfloat16 numbers, the first in their lower halves; `second` 0: zeros.
+INLINE uvec paired(const uint16_t *first, const uint16_t *second) {
+    uvec high = second ? __builtin_convertvector(*(const hvec *)second, uvec) << 16 : (uvec){0};
+    return high | __builtin_convertvector(*(const hvec *)first, uvec);
+}
 
 // ---- keys and values of a segment, in the order of their positions: the shared prefix first, then its own
 
 typedef struct {
     int64_t kv, begin, end, shared;  // tokens [begin, end), after `shared` of the prefix
     int64_t n_blocks;
-    float *k, *v, *k_columns, *v_columns;  // (n, d), (n, d); blocks of (d, KEYS)
-    float *dk, *dv;                        // (n, d)
+    // in words: those of (n, d) as two rows make them, and blocks of (d, KEYS) as one row makes them
+    uint32_t *k, *v, *k_columns, *v_columns;
+    float *dk, *dv;  // (n, d)
 } Segment;
 
 INLINE int64_t token_of(const Segment *s, int64_t position) {
     return position < s->shared ? position : s->begin + position - s->shared;
 }
 
-static void gather(const Attention *w, const void *from, const Segment *s, float *rows, float *columns) {
-    int64_t d = w->dim, n = s->shared + s->end - s->begin, padded = s->n_blocks * KEYS;
-    for (int64_t i = 0; i < n; i++) {
-        int64_t at = (token_of(s, i) * w->kv_heads + s->kv) * d;
-        for (int64_t c = 0; c < d; c += LANES) store(rows + i * d + c, read(from, at + c, w->narrow));
+// Where a key or value stands, in numbers.
+INLINE int64_t at_key(const Attention *w, const Segment *s, int64_t position) {
+    return (token_of(s, position) * w->kv_heads + s->kv) * w->dim;
+}
+
+static void gather(const Attention *w, const void *from, const Segment *s, uint32_t *rows, uint32_t *columns) {
+    int64_t d = w->dim, n = s->shared + s->end - s->begin, padded = s->n_blocks * KEYS, deep = words(w->narrow, d);
+    int64_t together = w->narrow ? 2 : 1;
+    for (int64_t i = 0; rows && i < n; i += together) {
+        const uint16_t *first = (const uint16_t *)from + at_key(w, s, i);
+        const uint16_t *second = i + 1 < n ? (const uint16_t *)from + at_key(w, s, i + 1) : 0;
+        uint32_t *to = rows + i / together * d;
+        for (int64_t c = 0; c < d; c += LANES)
+            if (w->narrow)
+                *(uvec *)(to + c) = paired(first + c, second ? second + c : 0);
+            else
+                store((float *)to + c, load((const float *)from + at_key(w, s, i) + c));
     }
-    memset(rows + n * d, 0, (padded - n) * d * sizeof(float));
-    for (int64_t b = 0; columns && b < padded; b += KEYS)
-        for (int64_t c = 0; c < d; c++)
-            for (int64_t i = 0; i < KEYS; i++) columns[b * d + c * KEYS + i] = rows[(b + i) * d + c];
+    int64_t n_rows = words(w->narrow, n);
+    if (rows) memset(rows + n_rows * d, 0, (words(w->narrow, padded) - n_rows) * d * sizeof *rows);
+    if (columns) memset(columns + (padded - KEYS) * deep, 0, KEYS * deep * sizeof *columns);
+    for (int64_t i = 0; columns && i < n; i++) {
+        const uint32_t *row = (const uint32_t *)from + words(w->narrow, at_key(w, s, i));
+        uint32_t *to = columns + i / KEYS * KEYS * deep + i % KEYS;
+        for (int64_t c = 0; c < deep; c++) to[c * KEYS] = row[c];
+    }
 }
 
 static void scatter(const Attention *w, const Segment *s, const float *rows, float *part) {
@@ -130,20 +124,37 @@ static void hand_over(const Attention *w, const Segment *s, int64_t thread) {
 
 typedef struct {
     const Segment *segment;
-    int64_t head, first, n;  // tokens [first, first + n)
-    int64_t position;        // of the first of them
-    float *q, *d_out, *sums; // (ROWS, d): queries times scale; the gradient of the output; output, or gradient of q
-    float *scores, *slopes;  // (ROWS, KEYS)
+    int64_t head, first, n;       // tokens [first, first + n)
+    int64_t position;             // of the first of them
+    uint32_t *q, *d_out;          // (ROWS, d) in words of one row: queries, and the gradient of the output
+    uint32_t *q_pairs, *d_pairs;  // the same in words of two rows; with float32 the same memory
+    float *sums;                  // (ROWS, d): output, or gradient of q
+    float *scores, *slopes;       // (ROWS, KEYS)
 } Tile;
 
 INLINE int64_t at_row(const Attention *w, const Tile *t, int64_t i) {
     return ((t->first + i) * w->heads + t->head) * w->dim;
 }
 
-static void fetch(const Attention *w, const Tile *t, const void *from, float *to, float scale) {
+static void fetch(const Attention *w, const Tile *t, const void *from, uint32_t *rows, uint32_t *pairs) {
+    int64_t d = w->dim, deep = words(w->narrow, d);
     for (int64_t i = 0; i < t->n; i++)
-        for (int64_t c = 0; c < w->dim; c += LANES)
-            store(to + i * w->dim + c, read(from, at_row(w, t, i) + c, w->narrow) * scale);
+        memcpy(rows + i * deep, (const uint32_t *)from + words(w->narrow, at_row(w, t, i)), deep * sizeof *rows);
+    for (int64_t i = 0; pairs != rows && i < t->n; i += 2)
+        for (int64_t c = 0; c < d; c += LANES) {
+            const uint16_t *first = (const uint16_t *)(rows + i * deep) + c;
+            *(uvec *)(pairs + i / 2 * d + c) = paired(first, i + 1 < t->n ? first + d : 0);
+        }
+}
+
+// Rows of KEYS floats become words of two rows in bfloat16, in their own memory.
+static void pair(float *rows, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < n; i += 2)
+        for (int64_t c = 0; c < width; c += LANES) {
+            uvec low = rounded(load(rows + i * KEYS + c));
+            uvec high = i + 1 < n ? rounded(load(rows + (i + 1) * KEYS + c)) : (uvec){0};
+            *(uvec *)(rows + i / 2 * KEYS + c) = low | high << 16;
+        }
 }
 
 static void put(const Attention *w, const Tile *t, void *to, int64_t i, float scale) {
@@ -161,12 +172,20 @@ INLINE int64_t width_of(const Tile *t, int64_t from) {
     return left <= 0 ? 0 : left >= KEYS ? KEYS : (left + LANES - 1) / LANES * LANES;
 }
 
+// rows (n, d) of the tile against columns [from, from + width) of its segment
+static void against(const Attention *w, const Tile *t, const uint32_t *rows, const uint32_t *columns, int64_t from,
+                    int64_t width, float *to) {
+    int64_t deep = words(w->narrow, w->dim);
+    memset(to, 0, t->n * KEYS * sizeof *to);
+    multiply(w->narrow, rows_of(rows, deep), columns + from * deep, KEYS, to, KEYS, t->n, width, deep);
+}
+
 // scores (n, width) of the tile against keys [from, from + width), bent below softcap; `slopes` is its derivative
 static void score(const Attention *w, const Tile *t, int64_t from, int64_t width, float *slopes) {
-    memset(t->scores, 0, t->n * KEYS * sizeof(float));
-    multiply(rows_of(t->q, w->dim), t->segment->k_columns + from * w->dim, KEYS, t->scores, KEYS, t->n, width, w->dim);
+    against(w, t, t->q, t->segment->k_columns, from, width, t->scores);
     for (int64_t i = 0; i < t->n; i++) {
         float *row = t->scores + i * KEYS;
+        for (int64_t c = 0; c < width; c += LANES) store(row + c, load(row + c) * w->scale);
         int64_t position = t->position + i, low = first_seen(w, position) - from, high = position + 1 - from;
         for (int64_t c = 0; w->softcap != 0 && c < width; c += LANES) {
             vec bent = tangent(load(row + c) / w->softcap);
@@ -180,33 +199,38 @@ static void score(const Attention *w, const Tile *t, int64_t from, int64_t width
 
 static void tile_forward(const Attention *w, Tile *t) {
     int64_t d = w->dim;
-    float top[ROWS], total[ROWS];
-    fetch(w, t, w->q, t->q, w->scale);
+    float top[ROWS], now[ROWS], kept[ROWS];
+    vec sums[ROWS];  // of probabilities, lane by lane
+    fetch(w, t, w->q, t->q, t->q);
     memset(t->sums, 0, t->n * d * sizeof(float));
-    for (int64_t i = 0; i < t->n; i++) top[i] = HIDDEN, total[i] = 0;
+    for (int64_t i = 0; i < t->n; i++) top[i] = HIDDEN, sums[i] = all(0);
     for (int64_t from = first_seen(w, t->position) / KEYS * KEYS, width; (width = width_of(t, from)); from += KEYS) {
         score(w, t, from, width, 0);
         for (int64_t i = 0; i < t->n; i++) {
-            float *row = t->scores + i * KEYS;
-            vec tops = all(top[i]), sums = all(0);
-            for (int64_t c = 0; c < width; c += LANES) tops = larger(load(row + c), tops);
-            float now = largest(tops), kept = exponential(all(top[i] - now))[0];
-            for (int64_t c = 0; c < width; c += LANES) {
-                vec p = exponential(load(row + c) - now);
-                store(row + c, p);
-                sums += p;
-            }
-            total[i] = total[i] * kept + sum(sums);
-            if (top[i] != now)
-                for (int64_t c = 0; c < d; c += LANES) store(t->sums + i * d + c, load(t->sums + i * d + c) * kept);
-            top[i] = now;
+            vec tops = all(top[i]);
+            for (int64_t c = 0; c < width; c += LANES) tops = larger(load(t->scores + i * KEYS + c), tops);
+            now[i] = largest(tops);
         }
-        multiply(rows_of(t->scores, KEYS), t->segment->v + from * d, d, t->sums, d, t->n, d, width);
+        for (int64_t i = 0; i < ROWS; i += LANES) store(kept + i, exponential(load(top + i) - load(now + i)));
+        for (int64_t i = 0; i < t->n; i++) {
+            float *row = t->scores + i * KEYS;
+            sums[i] *= kept[i];
+            for (int64_t c = 0; c < width; c += LANES) {
+                vec p = exponential(load(row + c) - now[i]);
+                write(row, c, w->narrow, p);  // in the row's own memory: no number is written before it was read
+                sums[i] += p;
+            }
+            if (top[i] != now[i])
+                for (int64_t c = 0; c < d; c += LANES) store(t->sums + i * d + c, load(t->sums + i * d + c) * kept[i]);
+            top[i] = now[i];
+        }
+        multiply(w->narrow, rows_of(t->scores, KEYS), t->segment->v + words(w->narrow, from) * d, d, t->sums, d, t->n, d,
+                 words(w->narrow, width));
     }
     for (int64_t i = 0; i < t->n; i++) {
-        if (top[i] == HIDDEN) total[i] = NAN;  // nothing that it sees has a finite score
-        w->lse[(t->first + i) * w->heads + t->head] = top[i] + logf(total[i]);
-        put(w, t, w->out, i, 1.0f / total[i]);
+        float total = top[i] == HIDDEN ? NAN : sum(sums[i]);  // nothing that it sees has a finite score
+        w->lse[(t->first + i) * w->heads + t->head] = top[i] + logf(total);
+        put(w, t, w->out, i, 1.0f / total);
     }
 }
 
@@ -214,33 +238,37 @@ static void tile_backward(const Attention *w, Tile *t) {
     int64_t d = w->dim;
     const Segment *s = t->segment;
     float lse[ROWS], inner[ROWS];  // inner: d_out · out of each query
-    fetch(w, t, w->q, t->q, w->scale);
-    fetch(w, t, w->d_out, t->d_out, 1.0f);
+    fetch(w, t, w->q, t->q, t->q_pairs);
+    fetch(w, t, w->d_out, t->d_out, t->d_pairs);
     memset(t->sums, 0, t->n * d * sizeof(float));
     for (int64_t i = 0; i < t->n; i++) {
         vec products = all(0);
         for (int64_t c = 0; c < d; c += LANES)
-            products += load(t->d_out + i * d + c) * read(w->out, at_row(w, t, i) + c, w->narrow);
+            products += read(w->d_out, at_row(w, t, i) + c, w->narrow) * read(w->out, at_row(w, t, i) + c, w->narrow);
         inner[i] = sum(products), lse[i] = w->lse[(t->first + i) * w->heads + t->head];
     }
     float *p = t->scores, *ds = t->slopes;
     float bends[ROWS * KEYS];
     for (int64_t from = first_seen(w, t->position) / KEYS * KEYS, width; (width = width_of(t, from)); from += KEYS) {
         score(w, t, from, width, bends);
-        memset(ds, 0, t->n * KEYS * sizeof(float));
-        multiply(rows_of(t->d_out, d), s->v_columns + from * d, KEYS, ds, KEYS, t->n, width, d);
+        against(w, t, t->d_out, s->v_columns, from, width, ds);
         for (int64_t i = 0; i < t->n; i++)
             for (int64_t c = i * KEYS; c < i * KEYS + width; c += LANES) {
                 store(p + c, exponential(load(p + c) - lse[i]));
-                vec slope = load(p + c) * (load(ds + c) - inner[i]);
+                vec slope = load(p + c) * (load(ds + c) - inner[i]) * w->scale;
                 if (w->softcap != 0) slope *= load(bends + c);
                 store(ds + c, slope);
+                if (w->narrow) write(bends + i * KEYS, c - i * KEYS, 1, slope);
             }
-        multiply(columns_of(p, KEYS), t->d_out, d, s->dv + from * d, d, width, d, t->n);
-        multiply(columns_of(ds, KEYS), t->q, d, s->dk + from * d, d, width, d, t->n);
-        multiply(rows_of(ds, KEYS), s->k + from * d, d, t->sums, d, t->n, d, width);
+        const float *ds_rows = w->narrow ? bends : ds;
+        if (w->narrow) pair(p, t->n, width), pair(ds, t->n, width);
+        int64_t deep = words(w->narrow, t->n);
+        multiply(w->narrow, columns_of(p, KEYS), t->d_pairs, d, s->dv + from * d, d, width, d, deep);
+        multiply(w->narrow, columns_of(ds, KEYS), t->q_pairs, d, s->dk + from * d, d, width, d, deep);
+        multiply(w->narrow, rows_of(ds_rows, KEYS), s->k + words(w->narrow, from) * d, d, t->sums, d, t->n, d,
+                 words(w->narrow, width));
     }
-    for (int64_t i = 0; i < t->n; i++) put(w, t, w->dq, i, w->scale);
+    for (int64_t i = 0; i < t->n; i++) put(w, t, w->dq, i, 1.0f);
 }
 
 // ---- a thread's share: tiles in the order of key-value heads, segments and tokens, cut where the work is even
@@ -260,12 +288,17 @@ static void share(const Attention *w, int64_t thread, int64_t threads, int backw
     whole *= w->kv_heads;
     int64_t from = whole * thread / threads, to = whole * (thread + 1) / threads;
     int64_t room = (longest + KEYS - 1) / KEYS * KEYS * d;
-    float *memory = w->scratch + thread * w->scratch_floats;
-    Segment segment = {.k = memory, .k_columns = memory + room, .v = memory + 2 * room};
-    if (backward) segment.v_columns = memory + 3 * room, segment.dk = memory + 4 * room, segment.dv = memory + 5 * room;
-    memory += (backward ? 6 : 3) * room;
-    Tile tile = {.segment = &segment, .q = memory, .d_out = memory + ROWS * d, .sums = memory + 2 * ROWS * d};
-    tile.scores = memory + 3 * ROWS * d, tile.slopes = tile.scores + ROWS * KEYS;
+    uint32_t *memory = (uint32_t *)(w->scratch + thread * w->scratch_floats);
+    Segment segment = {.v = memory, .k_columns = memory + room};
+    if (backward) {
+        segment.k = memory, segment.v = 0, segment.v_columns = memory + 2 * room;
+        segment.dk = (float *)memory + 3 * room, segment.dv = (float *)memory + 4 * room;
+    }
+    memory += 5 * room;
+    Tile tile = {.segment = &segment, .q = memory, .d_out = memory + ROWS * d, .sums = (float *)memory + 2 * ROWS * d};
+    tile.scores = tile.sums + ROWS * d, tile.slopes = tile.scores + ROWS * KEYS;
+    tile.q_pairs = w->narrow ? tile.q + ROWS * d / 2 : tile.q;  // of bfloat16 numbers both fit in
+    tile.d_pairs = w->narrow ? tile.d_out + ROWS * d / 2 : tile.d_out;
 
     for (segment.kv = 0; segment.kv < w->kv_heads; segment.kv++)
         for (int64_t s = 0; s < w->n_segments; s++) {
@@ -298,7 +331,7 @@ int64_t attention_bytes(void) { return sizeof(Attention); }
 
 // floats that a thread needs of `scratch`, for segments of up to `longest` tokens with their prefix
 int64_t attention_scratch(int64_t longest, int64_t dim) {
-    return 6 * ((longest + KEYS - 1) / KEYS * KEYS * dim) + 3 * ROWS * dim + 2 * ROWS * KEYS;
+    return 5 * ((longest + KEYS - 1) / KEYS * KEYS * dim) + 3 * ROWS * dim + 2 * ROWS * KEYS;
 }
 
 void attention_forward(const Attention *w, int64_t thread, int64_t threads) { share(w, thread, threads, 0); }

@@ -10,7 +10,9 @@ const char *kernels_digest(void) { return KERNELS_DIGEST; }
 
 // What a processor must have to run this, by its name in /proc/cpuinfo.
 const char *kernels_need(void) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+    return "avx512_bf16";
+#elif defined(__AVX512F__)
     return "avx512f";
 #elif defined(__AVX2__)
     return "avx2";

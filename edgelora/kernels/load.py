@@ -29,6 +29,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "rms_norm_backward": [*[_Pointer] * 5, *[_Size] * 3, *_ROWS],
     "rotary": [*[_Pointer] * 4, *[_Size] * 4, _Float, *_ROWS],
     "cross_entropy": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
+    "narrow_product": [*[_Pointer] * 3, *[_Size] * 3, *_ROWS],  # here panels of rows
     "attention_forward": [_Pointer, *_ROWS],  # here a thread, of how many
     "attention_backward": [_Pointer, *_ROWS],
     "nf4_blocks": [*[_Pointer] * 4, _Size, *_ROWS],
@@ -79,5 +80,5 @@ def _opened(path: Path) -> ctypes.CDLL:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     found.attention_scratch.argtypes, found.attention_scratch.restype = [_Size, _Size], _Size
-    found.attention_bytes.restype = _Size
+    found.attention_bytes.restype = found.narrow_panel.restype = _Size
     return found

@@ -3,6 +3,10 @@
 #include <math.h>
 #include <stdint.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 // A vector is one register; WIDE of them, in 6 rows, are the part of a product that stays in registers.
 #if defined(__AVX512F__)
 #define LANES 16
@@ -41,14 +45,18 @@ INLINE vec read(const void *p, int64_t at, int narrow) {
     return (vec)(__builtin_convertvector(*(const hvec *)((const uint16_t *)p + at), uvec) << 16);
 }
 
-INLINE void write(void *p, int64_t at, int narrow, vec x) {
-    if (!narrow) {
-        store((float *)p + at, x);
-        return;
-    }
+// bfloat16 in the lower halves.
+INLINE uvec rounded(vec x) {
     uvec bits = (uvec)x, nan = (uvec)(x != x);
     uvec nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
-    *(hvec *)((uint16_t *)p + at) = __builtin_convertvector((nearest & ~nan) | (nan & 0x7fc0), hvec);
+    return (nearest & ~nan) | (nan & 0x7fc0);
+}
+
+INLINE void write(void *p, int64_t at, int narrow, vec x) {
+    if (narrow)
+        *(hvec *)((uint16_t *)p + at) = __builtin_convertvector(rounded(x), hvec);
+    else
+        store((float *)p + at, x);
 }
 
 // e^x for x <= 88, to about 1e-7 of it: x = n ln 2 + r, and a polynomial in r (Cephes). 0 below -87; NaN stays NaN.
@@ -73,15 +81,19 @@ INLINE vec tangent(vec x) {  // tanh
     return (vec)((ivec)((1.0f - e) / (1.0f + e)) | ((ivec)x & (int32_t)0x80000000));
 }
 
+INLINE vec larger(vec a, vec b) {
+    ivec keep = (ivec)(a > b);
+    return (vec)(((ivec)a & keep) | ((ivec)b & ~keep));
+}
+
+#if defined(__AVX512F__)
+INLINE float sum(vec x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest(vec x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 INLINE float sum(vec x) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += x[i];
     return total;
-}
-
-INLINE vec larger(vec a, vec b) {
-    ivec keep = (ivec)(a > b);
-    return (vec)(((ivec)a & keep) | ((ivec)b & ~keep));
 }
 
 INLINE float largest(vec x) {
@@ -89,3 +101,4 @@ INLINE float largest(vec x) {
     for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
     return top;
 }
+#endif

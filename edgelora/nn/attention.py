@@ -1,10 +1,11 @@
 """Causal attention inside the segments of a packed row, with grouped key-value heads and windows, tile by tile.
 
 Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one segment against the keys before them.
-The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). A tile is
-computed in float32 also where q, k and v are narrower: it is the part of a step that bears it least. On a CPU compiled
-code does it (`flash.py`), on an NVIDIA GPU in narrow numbers torch's FlashAttention (`gpu_attention.py`); what stands
-here does it through torch, on any device and in any dtype.
+The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). Scores and
+sums are float32 also where q, k and v are narrower: they are the part of a step that bears it least. On a CPU compiled
+code does it (`flash.py`), on an NVIDIA GPU in narrow numbers torch's FlashAttention (`gpu_attention.py`): both round
+the factors of products to bfloat16 where q, k and v are. What stands here does it through torch, on any device and in
+any dtype, with all of a tile in float32.
 """
 
 from __future__ import annotations

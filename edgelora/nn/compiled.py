@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from edgelora.kernels import load
 LANES = 16  # rows must divide into the longest vectors there are
 NARROW = {torch.float32: False, torch.bfloat16: True}
 WORTH_A_THREAD = 1 << 16  # numbers
+PAIRS = 32  # columns that `narrow_product` turns at once
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -30,3 +33,35 @@ def over_rows(name: str, n_rows: int, columns: int, *arguments: Tensor | float) 
     given = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     pieces = team.split(n_rows, n_rows * columns, WORTH_A_THREAD)
     team.run(pieces, lambda first, last: function(*given, first, last))
+
+
+def multiplies(x: Tensor) -> bool:
+    """Whether `narrow_product` can take these rows (m, k) on this processor."""
+    return usable(x) and x.shape[-1] % PAIRS == 0 and _panel() > 0
+
+
+def narrow_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a (m, k) bᵀ (k, n) of bfloat16 numbers, summed in float32, into `out` (m, n): float32 rows, however far apart."""
+    panel, (m, k) = _panel(), a.shape
+    n_panels = len(b) // panel
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert a.is_contiguous()
+    assert b.is_contiguous()
+    assert out.shape == (m, len(b))
+    assert out.stride(1) == 1
+    assert out.dtype == torch.float32
+    function = load.library().narrow_product  # type: ignore[union-attr]
+    given = a.data_ptr(), b.data_ptr(), out.data_ptr(), m, k, out.stride(0)
+    if n_panels:
+        pieces = team.split(n_panels, n_panels * panel * k, WORTH_A_THREAD)
+        team.run(pieces, lambda first, last: function(*given, first, last))
+    if rest := len(b) - n_panels * panel:
+        torch.mm(a.float(), b[-rest:].float().T, out=out[:, -rest:])
+    return out
+
+
+@cache
+def _panel() -> int:
+    """How many rows of b make a panel; 0 where the processor lacks the instruction."""
+    found = load.library()
+    return 0 if found is None else int(found.narrow_panel())

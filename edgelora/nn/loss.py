@@ -42,8 +42,8 @@ def put_logits(z: Tensor, hidden: Tensor, ids: Tensor, rows: Tensor, softcap: fl
 class Target(NamedTuple):
     """What cross-entropy asks for beside the label: a bent logit (Gemma 2), and ε of label smoothing.
 
-    Products of the backward pass are computed in `compute`; logits are float32 always, where bfloat16 would be off by
-    a tenth of a nat.
+    Factors of products may be rounded to `compute`; logits are float32 always, where bfloat16 would be off by a tenth
+    of a nat.
     """
 
     softcap: float | None = None
@@ -120,12 +120,19 @@ def parts(hidden: Tensor, head: Weight) -> Iterator[tuple[slice, Tensor]]:
 
 
 def logits_of(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
-    """As `logits`; on a CUDA card products of bfloat16 that are summed and given in float32, some ten times faster."""
-    if how.compute != torch.bfloat16 or not gpu.usable(hidden):
+    """As `logits`, of numbers rounded to bfloat16 where products of these can be summed and given in float32.
+
+    They are some ten times faster on a CUDA card, and twice as fast on a CPU that has AVX512-BF16.
+    """
+    if how.compute != torch.bfloat16 or not (gpu.usable(hidden) or compiled.multiplies(hidden)):
         return logits(hidden, head, how.softcap, out)
     narrow = hidden.to(torch.bfloat16)
-    for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA):
-        torch.mm(narrow, head.rows(first, last, torch.bfloat16).T, out_dtype=torch.float32, out=out[:, first:last])
+    for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA if hidden.is_cuda else VOCABULARY_ROWS):
+        rows, part = head.rows(first, last, torch.bfloat16), out[:, first:last]
+        if hidden.is_cuda:
+            torch.mm(narrow, rows.T, out_dtype=torch.float32, out=part)
+        else:
+            compiled.narrow_product(narrow, rows, part)
     return bent(out, how.softcap)
 
 

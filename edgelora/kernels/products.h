@@ -1,0 +1,68 @@
+// Products whose part of the result stays in registers while what is summed over passes.
+//
+// Their factors are words of 32 bits: a float32, or, where `narrow` says so, a pair of bfloat16 numbers that are
+// neighbours along what is summed over. Sums are float32.
+
+#include "vectors.h"
+
+typedef struct {
+    const void *at;
+    int64_t row, column;  // strides, in words
+} Left;
+
+INLINE Left rows_of(const void *a, int64_t lda) { return (Left){a, lda, 1}; }
+INLINE Left columns_of(const void *a, int64_t lda) { return (Left){a, 1, lda}; }
+
+// sums + left right, of a word that all lanes of `left` hold.
+INLINE vec summed(const int narrow, vec sums, uint32_t left, uvec right) {
+    uvec word = left - (uvec){0};
+    if (!narrow) return sums + (vec)word * (vec)right;
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)word, (__m512bh)right);
+#else
+    sums += (vec)(word << 16) * (vec)(right << 16);
+    return sums + (vec)(word & 0xffff0000) * (vec)(right & 0xffff0000);
+#endif
+}
+
+// c (height, width vectors) = a (height, k) b (k, width vectors), after what stood there if `add`.
+INLINE void block(const int narrow, const int add, const int height, const int width, Left a, const void *b,
+                  int64_t ldb, float *c, int64_t ldc, int64_t k) {
+    vec sums[6][WIDE];
+    const uint32_t *left = a.at, *right = b;
+#pragma GCC unroll 6
+    for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++) sums[i][j] = add ? load(c + i * ldc + j * LANES) : all(0);
+    for (int64_t p = 0; p < k; p++) {
+        uvec passing[WIDE];
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++) passing[j] = *(const uvec *)(right + p * ldb + j * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < width; j++)
+                sums[i][j] = summed(narrow, sums[i][j], left[i * a.row + p * a.column], passing[j]);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < height; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES, sums[i][j]);
+}
+
+INLINE Left below(Left a, int64_t rows) { return (Left){(const uint32_t *)a.at + rows * a.row, a.row, a.column}; }
+
+// The same for m rows.
+INLINE void strip(const int narrow, const int add, const int width, Left a, const void *b, int64_t ldb, float *c,
+                  int64_t ldc, int64_t m, int64_t k) {
+    for (; m >= 6; m -= 6, a = below(a, 6), c += 6 * ldc) block(narrow, add, 6, width, a, b, ldb, c, ldc, k);
+    if (m >= 4) {
+        block(narrow, add, 4, width, a, b, ldb, c, ldc, k);
+        m -= 4, a = below(a, 4), c += 4 * ldc;
+    }
+    if (m >= 2) {
+        block(narrow, add, 2, width, a, b, ldb, c, ldc, k);
+        m -= 2, a = below(a, 2), c += 2 * ldc;
+    }
+    if (m) block(narrow, add, 1, width, a, b, ldb, c, ldc, k);
+}
