@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
+from safetensors.numpy import save_file
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.files.contract import CERTIFICATE_KEY, BaseFile, Contract, sha256_file
+from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, BaseFile, Contract, sha256_file
 from edgelora.files.gguf import GGUFFile
-from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
+from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import attach
-from edgelora.pipeline.export import ExportOptions, export
+from edgelora.peft.soft_prompt import SAVED
+from edgelora.pipeline.export import ExportOptions, export, read_checked, read_checked_prompt
 from runtime.scorer import ScoringEngine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
@@ -164,6 +167,61 @@ def test_export_refuses_another_base_and_an_existing_file(make_tiny, tiny, tmp_p
     with pytest.raises(OutputError, match="exists already"):
         export(tiny.path, tmp_path / "mine", tmp_path / "there.gguf")
     assert (tmp_path / "there.gguf").read_bytes() == b"kept"
+
+
+def test_another_base_and_what_does_not_fit_it_are_told_in_one_error(tiny, make_tiny, tmp_path):
+    """So it is where the adapter is damaged too; where it names no base, what does not fit comes first."""
+    adapter = make_adapter(open_base(tiny.path))
+    q, up = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    narrow = {**adapter.tensors[q], "lora_A": adapter.tensors[q]["lora_A"][:, :64]}
+    adapter.tensors[up]["lora_B"][0, 0] = np.nan
+    damaged = replace(adapter, tensors={**adapter.tensors, q: narrow})
+    faults = f"{q}: lora_A is (4, 64), expected (r, 256); {up}: it holds NaN or infinite values"
+    other = open_base(make_tiny(seed=7).path)
+    write_adapter(tmp_path / "mine", damaged)
+    with pytest.raises(AdapterError) as error:
+        read_checked(tmp_path / "mine", other, allow_unverified=False)
+    before, _, after = error.value.what.partition("the norm weights are others; ")
+    assert before.startswith(f"{tmp_path / 'mine'} does not belong to {other.path}: ")
+    assert after.endswith(f"; {faults}")
+    assert error.value.fix.startswith("use tiny-F32.gguf or another quantization of it")
+    write_adapter(tmp_path / "foreign", replace(damaged, contract=None))
+    with pytest.raises(AdapterError) as error:
+        read_checked(tmp_path / "foreign", other, allow_unverified=False)
+    assert error.value.what == f"{tmp_path / 'foreign'}: {faults}; it does not say which base it belongs to"
+    assert error.value.fix == "pass the base it was trained on, or train again on this one"
+    with pytest.raises(AdapterError) as error:
+        read_checked(tmp_path / "foreign", other, allow_unverified=True)
+    assert error.value.what == f"{tmp_path / 'foreign'}: {faults}"
+
+
+def test_so_it_is_of_what_stands_before_prompts(tiny, make_tiny, tmp_path):
+    contract, other = make_adapter(open_base(tiny.path)).contract, open_base(make_tiny(seed=7).path)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    save_file({SAVED: np.ones((4, 64), np.float32)}, tmp_path / TENSORS)
+    said = f"{SAVED} is (4, 64), expected (n, 256)"
+    with pytest.raises(AdapterError) as error:
+        read_checked_prompt(tmp_path, other, allow_unverified=False)
+    assert error.value.what == f"{tmp_path}: {said}; it does not say which base it belongs to"
+    (tmp_path / FILE_NAME).write_text(contract.model_dump_json())
+    with pytest.raises(AdapterError) as error:
+        read_checked_prompt(tmp_path, other, allow_unverified=False)
+    assert error.value.what.startswith(f"{tmp_path} does not belong to {other.path}: ")
+    assert error.value.what.endswith(f"; {said}")
+
+
+def test_a_contract_that_cannot_be_read_is_one_of_the_faults(tiny, tmp_path):
+    base = open_base(tiny.path)
+    adapter = make_adapter(base)
+    for name, tensors, first in (
+        ("sound", adapter.tensors, "the contract cannot be read"),
+        ("empty", {}, "it holds no LoRA tensors; the contract cannot be read"),
+    ):
+        write_adapter(tmp_path / name, replace(adapter, tensors=tensors))
+        (tmp_path / name / FILE_NAME).write_text("{")
+        with pytest.raises(AdapterError) as error:
+            read_checked(tmp_path / name, base, allow_unverified=True)
+        assert f": {first} (" in error.value.what
 
 
 def test_an_adapter_without_a_contract_must_be_allowed(tiny, tmp_path):

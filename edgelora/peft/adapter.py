@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,37 @@ from safetensors.numpy import save_file
 
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
-from edgelora.errors import AdapterError, ExportError, FileFormatError, OutputError, some
+from edgelora.errors import AdapterError, ExportError, OutputError
 from edgelora.files.atomic import refuse_existing, share, staged
-from edgelora.files.checkpoint import pickle_fault, read_json
 from edgelora.files.contract import FILE_NAME, Contract, contract_in
-from edgelora.files.lazy import Lazy
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.peft import vera_file
 from edgelora.peft.change import SHORTEST, Change, LoraPair
-from edgelora.peft.fitting import NO_ROWS, module_faults, rank_faults, rows_faults, tied_faults
-from edgelora.peft.kind import BIAS, NORM, PREFIX, ROWS, Kind, Parts, row_ids
-from edgelora.peft.kinds import KINDS, MAGNITUDE, NATIVE_TYPE, SAVED_BIASES, kind_of
-from edgelora.peft.lora_settings import OF_TRAINING, beyond_lora, with_whole_vocabulary
-from edgelora.peft.strangers import why_and_fix
+from edgelora.peft.fitting import rows_faults, tied_faults
+from edgelora.peft.folder import (
+    CONFIG,
+    INVOCATION,
+    TENSORS,
+    VIRTUAL,
+    invocation_faults,
+    kind_of_folder,
+    refuse_pickle,
+    settings_of,
+    tensors_of,
+    unfit,
+    without,
+)
+from edgelora.peft.kind import NORM, PREFIX, ROWS, Kind, Parts, row_ids
+from edgelora.peft.kinds import KINDS, MAGNITUDE, kind_of
+from edgelora.peft.lora_settings import with_whole_vocabulary
 
 __all__ = [
-    "CONFIG", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "Adapter", "Change", "LoraPair",
-    "only_in_torch", "read_adapter", "refuse_pickle", "refuse_to_write", "write_adapter",
+    "CONFIG", "INVOCATION", "MAGNITUDE", "PREFIX", "SHORTEST", "TENSORS", "VIRTUAL", "Adapter", "Change", "LoraPair",
+    "invocation_faults", "look_at", "only_in_torch", "read_adapter", "refuse_pickle", "refuse_to_write", "unfit",
+    "write_adapter",
 ]  # fmt: skip
 
-INVOCATION = "alora_invocation_tokens"
-WAITS = f"{INVOCATION} is set: it acts from there on, and a weight on every token"
-TWICE = (f".original_module.{BIAS}", f".modules_to_save.{BIAS}")  # PEFT's, with `bias: all`, beside the layer's own
-OWN = tuple(f".{one}.base_layer.{NORM}" for one in (EMBEDDING, HEAD))  # the base's, beside a LoRA of the embedding
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # read by `soft_prompt.py`
 IN_TORCH = "score it there (`edgelora eval BASE --adapter FOLDER --in torch`), or train a LoRA (--method lora)"
-PICKLE = "adapter_model.bin"  # as PEFT wrote TENSORS before it knew safetensors
 
 
 @dataclass(frozen=True)
@@ -182,13 +186,6 @@ def write_folder(
             (draft / FILE_NAME).write_text(contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise AdapterError, with how to convert them, if the adapter at `path` has its tensors in a pickle only."""
-    if (path / PICKLE).is_file() and not (path / TENSORS).exists():
-        fault = pickle_fault(path / PICKLE)
-        raise AdapterError(fault.what, fault.why, fault.fix)
-
-
 def read_adapter(
     path: Path,
     layers: Layers,
@@ -202,116 +199,37 @@ def read_adapter(
     may_wait: whether it may be one that acts from its invocation on (aLoRA), which no weight can hold; may_have_rows:
     whether it may be new rows of some tokens; usual: a tensor's name as PEFT writes it today, of the one in the file.
     """
-    settings, file = _settings(path), SafetensorsFile(path / TENSORS)
+    adapter, faults = look_at(path, layers, may_wait=may_wait, may_have_rows=may_have_rows, usual=usual)
+    if faults:
+        raise unfit(path, faults)
+    return adapter
+
+
+def look_at(
+    path: Path, layers: Layers, *, may_wait: bool, may_have_rows: bool, usual: Callable[[str], str] = str
+) -> tuple[Adapter, list[str]]:
+    """The adapter that `read_adapter` reads, and all that is wrong with it: with a fault its contract alone is of
+    use."""
+    settings, file = settings_of(path), SafetensorsFile(path / TENSORS)
     names = {name: usual(name) for name in file.tensors}
     settings = with_whole_vocabulary(settings, names.values())
-    kind, faults = _kind(settings, may_wait)
+    kind, faults = kind_of_folder(settings, may_wait)
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
         if kind.rows and not may_have_rows:
             layers = replace(layers, vocabularies={})
-        tensors, more_faults = _read(file, names, kind, layers, {} if faults else settings)
+        tensors, more_faults = tensors_of(file, names, kind, layers, {} if faults else settings)
         faults += more_faults
         if kind.rows and not faults:
             faults += rows_faults(settings, tensors, layers)
         if not faults and layers.tied and {EMBEDDING, HEAD} & set(tensors):
             faults += tied_faults(kind, tensors, settings)
-            tensors = _without(HEAD, tensors)
-    if faults:
-        raise _unfit(path, faults)
-    return Adapter(settings, tensors, contract_in(path))
-
-
-def _settings(path: Path) -> Any:
-    """What its adapter_config.json says. Raises AdapterError where there is no adapter."""
-    refuse_pickle(path)
-    if not path.is_dir() or not (path / CONFIG).exists() or not (path / TENSORS).exists():
-        raise AdapterError(
-            what=f"{path}: no adapter here",
-            why=f"an adapter is a folder with {CONFIG} and {TENSORS}",
-            fix="pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
-        )
+            tensors = without(HEAD, tensors)
+    contract = None
     try:
-        return read_json(path / CONFIG)
-    except FileFormatError as e:
-        raise AdapterError(e.what, e.why, "train or download the adapter again") from e
-
-
-def _unfit(path: Path, faults: Sequence[str]) -> AdapterError:
-    """The error for an adapter with these faults."""
-    if all(fault.endswith((WAITS, NO_ROWS)) for fault in faults):
-        return AdapterError(
-            what=f"{path}: " + "; ".join(faults),
-            why="this works on the weights of linear layers, and what the adapter does is in none of them",
-            fix="export it with `edgelora export` and chat with that over the base; new rows can be merged as well",
-        )
-    return AdapterError(f"{path}: {some(faults)}", *why_and_fix(faults))
-
-
-def _without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:
-    """The same, and nothing of it is read."""
-    return Lazy({name: name for name in tensors if name != module}, tensors.__getitem__)
-
-
-def _kind(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
-    """What an adapter_config.json says it is, and what is wrong with it."""
-    if not isinstance(settings, dict):
-        return None, [f"{CONFIG} is no table of settings"]
-    kind = kind_of(settings)
-    if kind is None:
-        found = f"{settings.get('peft_type')}"
-        found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
-        why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
-        return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
-    faults = beyond_lora(settings)
-    beside = {"modules_to_save": kind.saves, "trainable_token_indices": kind.rows, "lora_bias": kind.adds_bias}
-    faults += [f"{key} is set in {kind.one}" for key, has in beside.items() if settings.get(key) and not has]
-    if settings.get(INVOCATION):
-        faults += invocation_faults(settings, kind, may_wait)
-    if settings.get("bias", "none") not in ("none", *(SAVED_BIASES if kind.saves else ())):
-        faults.append("it has biases")
-    return kind, faults + kind.faults(settings)
-
-
-def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -> list[str]:
-    """What is wrong with the tokens of an aLoRA, and with its being one unless it `may_wait`."""
-    tokens = settings[INVOCATION]
-    if not isinstance(tokens, list) or not all(isinstance(one, int) and one >= 0 for one in tokens):
-        return [f"{INVOCATION} is {tokens}, expected token ids"]
-    if kind is not KINDS["LORA"]:
-        return [f"{INVOCATION} is set in {kind.one}"]
-    return [] if may_wait else [WAITS]
-
-
-def _read(
-    file: SafetensorsFile, names: Mapping[str, str], kind: Kind, layers: Layers, settings: Mapping[str, Any]
-) -> tuple[Mapping[str, Parts], list[str]]:
-    """The tensors by their modules, which stay in the file until they are asked for; and every fault.
-
-    names: what each would be called by PEFT of today; settings: what they must be as, where that is sound.
-    """
-    if kind is KINDS["VERA"]:
-        return vera_file.read(file, layers.linears)
-    places: dict[str, dict[str, str]] = {}
-    faults: list[str] = []
-    for name, tensor in file.tensors.items():
-        if kind is KINDS["ADALORA"] and 0 in tensor.shape:
-            continue  # a layer that lost all its ranks
-        usual = names[name]
-        if (kind.saves and usual.endswith(TWICE)) or (kind.of_embedding and usual.endswith(OWN)):
-            continue
-        if any(part in name for part in OF_TRAINING):
-            continue
-        place = kind.place(usual)
-        if place is None:
-            faults.append(f"{name} is no part of {kind.one}")
-        elif place[1] in places.get(place[0], {}):
-            faults.append(f"{name} is there twice")
-        else:
-            places.setdefault(place[0], {})[place[1]] = name
-    tensors = Lazy(places, lambda parts: {part: file.floats(name) for part, name in parts.items()})
-    if not tensors:
-        faults.append(f"it holds no {kind.title.removeprefix('plain ')} tensors")
-    for module, parts in tensors.items():
-        faults += module_faults(kind, module, parts, layers) or rank_faults(settings, module, parts)
-    return tensors, faults
+        contract = contract_in(path)
+    except AdapterError as e:
+        if not faults:
+            raise
+        faults.append(e.what.removeprefix(f"{path / FILE_NAME}: "))
+    return Adapter(settings, tensors, contract), faults

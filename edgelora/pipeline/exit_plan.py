@@ -18,8 +18,8 @@ from edgelora.errors import ExportError
 from edgelora.evaluate.studied import advice
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.first_ranks import is_nested, ranks_of
-from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
-from edgelora.pipeline.export import read_checked, require_contract
+from edgelora.peft.soft_prompt import is_trained_prompt
+from edgelora.pipeline.export import read_checked, read_checked_prompt
 
 
 def plan(
@@ -32,8 +32,7 @@ def plan(
     """
     dtype, base = pair_type(dtype).name, open_base(base_path)
     if is_trained_prompt(adapter_path):
-        prompt = read_trained_prompt(adapter_path, base.config)
-        require_contract(prompt.contract, adapter_path, base, allow_unverified=allow_unverified)
+        prompt = read_checked_prompt(adapter_path, base, allow_unverified=allow_unverified)
         return plan_exit(facts_of_prompt(prompt), facts_of_base(base), dtype)
     adapter = read_checked(adapter_path, base, allow_unverified=allow_unverified, may_wait=True, with_rows=True)
     facts = facts_of_adapter(adapter, base)

@@ -12,12 +12,13 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from converters.soft_prompt_to_gguf import write_soft_prompt_gguf
 from edgelora.base.model import FLOAT_QUANTS, Base, open_base
 from edgelora.data.conversation import Conversation
+from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
-from edgelora.files.contract import FILE_NAME, Contract, require_its_base
-from edgelora.peft.adapter import Adapter, read_adapter
-from edgelora.peft.soft_prompt import is_trained_prompt, read_trained_prompt
+from edgelora.files.contract import FILE_NAME, Contract, contract_in, require_its_base
+from edgelora.peft.adapter import Adapter, look_at, unfit
+from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
 from edgelora.pipeline.side_by_side import SideBySide, side_by_side
@@ -104,8 +105,7 @@ def export(
     base, rows = open_base(base_path), rows_to_check(options.data, options.n_rows)
     dtype, allowed = options.dtype, options.allow_unverified
     if is_trained_prompt(adapter_path):
-        prompt = read_trained_prompt(adapter_path, base.config)
-        require_contract(prompt.contract, adapter_path, base, allow_unverified=allowed)
+        prompt = read_checked_prompt(adapter_path, base, allow_unverified=allowed)
         contract, check = prompt.contract, SoftCheck(base.as_trained(prompt.contract), adapter_path, rows)
         states = check.states(on_progress)
         certificate = write_certified(
@@ -132,11 +132,39 @@ def export(
 def read_checked(
     path: Path, base: Base, *, allow_unverified: bool, may_wait: bool = False, with_rows: bool = False
 ) -> Adapter:
-    """Read an adapter folder and hold it to its contract with `base`. may_wait: whether it may be an aLoRA; with_rows:
-    or new rows of tokens."""
-    adapter = read_adapter(path, base.layers, may_wait=may_wait, may_have_rows=with_rows)
-    require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
+    """Read an adapter folder and hold it to its contract with `base`: one AdapterError for all that is wrong with both.
+    may_wait: whether it may be an aLoRA; with_rows: or new rows of tokens."""
+    adapter, faults = look_at(path, base.layers, may_wait=may_wait, may_have_rows=with_rows)
+    try:
+        require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
+    except AdapterError as foreign:
+        if faults:
+            raise _both(path, foreign, unfit(path, faults), named=adapter.contract is not None) from None
+        raise
+    if faults:
+        raise unfit(path, faults)
     return adapter
+
+
+def read_checked_prompt(path: Path, base: Base, *, allow_unverified: bool) -> TrainedPrompt:
+    """The same of what stands before prompts."""
+    try:
+        prompt = read_trained_prompt(path, base.config)
+    except AdapterError as fault:
+        contract = contract_in(path)
+        try:
+            require_contract(contract, path, base, allow_unverified=allow_unverified)
+        except AdapterError as foreign:
+            raise _both(path, foreign, fault, named=contract is not None) from None
+        raise
+    require_contract(prompt.contract, path, base, allow_unverified=allow_unverified)
+    return prompt
+
+
+def _both(path: Path, foreign: AdapterError, fault: AdapterError, *, named: bool) -> AdapterError:
+    """The error for an adapter that has faults, and is another base's, or has named none: that is the lesser one."""
+    first, second = (foreign, fault) if named else (fault, foreign)
+    return AdapterError(f"{first.what}; {second.what.removeprefix(f'{path}: ')}", first.why, first.fix)
 
 
 def require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:

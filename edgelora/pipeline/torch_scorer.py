@@ -24,9 +24,9 @@ from edgelora.nn.generate import Until, generate
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.blend import blend
 from edgelora.peft.inject import attach
-from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt, read_trained_prompt
+from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt
 from edgelora.peft.virtual_tokens import given
-from edgelora.pipeline.export import read_checked, require_contract
+from edgelora.pipeline.export import read_checked, read_checked_prompt
 from edgelora.progress import OnProgress, Pace, Progress, silent
 
 TOGETHER = 8  # questions that are answered at once
@@ -132,9 +132,7 @@ def _prompt(base: Base, folder: Path, scale: float, *, allow_unverified: bool) -
             why="its tokens are there or they are not",
             fix="leave the scale out",
         )
-    prompt = read_trained_prompt(folder, base.config)
-    require_contract(prompt.contract, folder, base, allow_unverified=allow_unverified)
-    return prompt
+    return read_checked_prompt(folder, base, allow_unverified=allow_unverified)
 
 
 def _seconds(work: Callable[[], object]) -> float:
