@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.from_elsewhere import fitting, require_none
-from edgelora.architectures.names import hf_row_order
+from edgelora.architectures.names import EMBEDDING, hf_row_order
 from edgelora.base import ggml
 from edgelora.base.model import Base
 from edgelora.errors import AdapterError
@@ -31,7 +31,8 @@ def read_gguf(path: Path, base: Base) -> tuple[Adapter, Contract | None]:
     Raises AdapterError with all its faults, FileFormatError if it is no GGUF.
     """
     file = GGUFFile(path)
-    modules = {base.tensor_of(module): module for module in base.linears}
+    matrices = () if base.layers.tied else base.vocabularies  # llama.cpp has no LoRA of a matrix that is both
+    modules = {base.tensor_of(module): module for module in (*base.linears, *matrices)}
     targets = {name.rpartition(".")[0] for name in file.tensors}
     invocation = _fitting_invocation(file, targets - set(modules), base)
     alpha = file.get(ALPHA, float)
@@ -45,7 +46,8 @@ def _fitting_invocation(file: GGUFFile, foreign: set[str], base: Base) -> tuple[
     adapter = file.get("general.type", str) == "adapter"  # else `require_fit` says what it is
     strangers = [no_linear(target) for target in sorted(foreign)] if adapter else []
     # those are named above, and here held to their own shapes
-    shapes = own_shapes(file) | {base.tensor_of(module): shape for module, shape in base.linears.items()}
+    own = {**base.linears, **base.vocabularies}
+    shapes = own_shapes(file) | {base.tensor_of(module): shape for module, shape in own.items()}
     try:
         invocation = require_fit(file, base.architecture.gguf_name, shapes, base.config.vocab_size)
     except AdapterError as e:
@@ -58,6 +60,8 @@ def _fitting_invocation(file: GGUFFile, foreign: set[str], base: Base) -> tuple[
 
 def _pair(file: GGUFFile, target: str, alpha: float, module: str, base: Base) -> StoredPair:
     a, b = (_floats(file, f"{target}.{half}") for half in ("lora_a", "lora_b"))
+    if module == EMBEDDING:  # whose rows are looked up in lora_a
+        a, b = b.T, a
     order = hf_row_order(base.architecture, base.config, module)
     return StoredPair(a, b if order is None else b[order], alpha or len(a))
 

@@ -70,12 +70,12 @@ def require_none(path: Path, faults: Sequence[str], base: Base) -> None:
 def fitting(
     path: Path, pairs: Mapping[str, StoredPair], base: Base, faults: Sequence[str] = ()
 ) -> dict[str, StoredPair]:
-    """The pairs, each of a linear layer of the base, in the base's order.
+    """The pairs, each of a linear layer of the base, its embedding or its head, in the base's order.
 
     Raises AdapterError with all that is wrong with them, and with the `faults` that were found before.
     """
-    found = [*faults]
+    found, shapes = [*faults], {**base.linears, **base.vocabularies}
     for module, pair in pairs.items():
-        found += fit_faults(module, pair, base.linears[module])
+        found += fit_faults(module, pair, shapes[module])
     require_none(path, found if pairs or found else ["it holds no LoRA"], base)
-    return {module: pairs[module] for module in base.linears if module in pairs}
+    return {module: pairs[module] for module in shapes if module in pairs}

@@ -53,7 +53,7 @@ class LayerInterference:
 
 def interference(parts: Sequence[Part], composed: Part, base: Base) -> Iterator[LayerInterference]:
     """Of every layer that any of `parts` changes. The SVD of each weight is what takes the time."""
-    for module in base.linears:
+    for module in (*base.linears, *base.vocabularies):
         pairs = {part.name: part.adapter.pair(module) for part in parts if module in part.adapter.tensors}
         if not pairs:
             continue

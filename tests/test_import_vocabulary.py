@@ -26,8 +26,9 @@ from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import CONFIG, TENSORS, read_adapter
 from edgelora.peft.inject import attach
 from edgelora.peft.lora_settings import SETTINGS
+from edgelora.pipeline.compose import ComposeOptions, compose_adapters
 from edgelora.pipeline.exit_plan import plan
-from edgelora.pipeline.import_adapter import import_adapter
+from edgelora.pipeline.import_adapter import export_as_lora, import_adapter
 from edgelora.pipeline.inspect_adapter import peft_adapter
 from runtime.scorer import ScoringEngine
 
@@ -97,8 +98,11 @@ def case(request, bases, transformers_model, tmp_path_factory):
 def test_what_peft_saved_computes_the_same_and_leaves_by_its_doors(case, transformers_model, tmp_path):
     name, model, base, theirs, wanted = case
     if name in ALONE and base.layers.tied:
-        with pytest.raises(AdapterError, match="this base has one matrix for both: `edgelora untie`"):
+        with pytest.raises(AdapterError, match=r"one of embedding and head stays .* this base has one matrix for both"):
             import_adapter(base.path, theirs, tmp_path / "mine", allow_unverified=True)
+        with pytest.raises(AdapterError) as refused:
+            read_adapter(theirs, base.layers)
+        assert "`edgelora untie BASE --out FILE`" in refused.value.fix
         return
     import_adapter(base.path, theirs, tmp_path / "mine", allow_unverified=True)
     for folder in (theirs, tmp_path / "mine"):
@@ -137,6 +141,37 @@ def test_what_peft_saved_computes_the_same_and_leaves_by_its_doors(case, transfo
     judged = fidelity([(wanted.numpy(), seen)])
     assert judged.kl_mean <= 1e-5
     assert judged.same_top == 1.0 or judged.worst_flip_nats <= NEARLY_TIED
+    if name not in PATCHED:  # and the GGUF becomes PEFT's again
+        import_adapter(base.path, tmp_path / "a.gguf", tmp_path / "again", allow_unverified=True)
+        decoder = build_decoder(base)
+        attach(decoder, read_adapter(tmp_path / "again", base.layers))
+        torch.testing.assert_close(decoder.logits(IDS), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("both", False), ("both, tied", True)])
+def test_loras_of_the_vocabulary_are_folded_and_composed(bases, transformers_model, tmp_path, name, tied):
+    """Of a sum each ΔW is PEFT's own dense one, the embedding's among them; over one matrix the head has it too."""
+    model, base = bases[tied]
+    saved_by_peft(model, transformers_model, tmp_path / "theirs", BESIDE[name] | {"use_rslora": True})
+    parts = [(tmp_path / "theirs", 0.5), (tmp_path / "theirs" / ".." / "plain", -0.25)]
+    export_as_lora(base.path, tmp_path / "theirs", tmp_path / "plain", allow_unverified=True)
+    assert not json.loads((tmp_path / "plain" / CONFIG).read_text())["use_rslora"]
+    made = compose_adapters(base.path, parts, tmp_path / "sum", ComposeOptions(report=True, allow_unverified=True))
+    assert {layer.module for layer in made.layers} > set(base.vocabularies)
+    for folder, weight in (("plain", 1.0), ("sum", 0.25)):
+        theirs = PeftModel.from_pretrained(transformers_model(model), tmp_path / "theirs").base_model.model
+        found = PeftModel.from_pretrained(transformers_model(model), tmp_path / folder).base_model.model
+        for (at, one), (where, other) in zip(changes_of(theirs), changes_of(found), strict=True):
+            assert at == where
+            torch.testing.assert_close(other, weight * one, atol=1e-5, rtol=1e-4)
+
+
+def changes_of(model):
+    """PEFT's dense ΔW of each layer."""
+    return [
+        (name, layer.get_delta_weight("default").detach())
+        for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")
+    ]  # fmt: skip
 
 
 def test_over_one_matrix_nothing_is_left_beside_a_patched_base(bases, transformers_model, tmp_path):

@@ -9,11 +9,10 @@ import numpy as np
 from edgelora.architectures.layers import Layers
 from edgelora.architectures.names import EMBEDDING, HEAD, is_norm
 from edgelora.peft.kind import BIAS, EMBEDDING_A, EMBEDDING_B, NORM, ROWS, WHOLE, Kind, Parts, Settings, row_ids
-from edgelora.peft.strangers import no_linear
+from edgelora.peft.strangers import ONE_MATRIX, no_linear
 from edgelora.peft.targets import by_pattern
 
 NO_ROWS = "its tokens have no rows that are read here"
-UNTIE = "this base has one matrix for both: `edgelora untie` writes one of it with two, over which this adapter runs"
 
 
 def layers_told(kind: Kind | None, tensors: Mapping[str, tuple[int, ...]]) -> Layers:
@@ -107,9 +106,9 @@ def tied_faults(kind: Kind, tensors: Mapping[str, Parts], settings: Settings) ->
     rows = ROWS in embedding or ROWS in head
     if (kind.saves or kind.of_embedding) and not rows:
         apart = "the head is not the embedding" if embedding and head else "one of embedding and head stays as it was"
-        yield f"{apart}, and {UNTIE}"
+        yield f"{apart}, and {ONE_MATRIX}"
     elif head:
-        yield f"{HEAD}: its rows are not the embedding's, and {UNTIE}"
+        yield f"{HEAD}: its rows are not the embedding's, and {ONE_MATRIX}"
 
 
 def _said_alike(settings: Settings) -> bool:

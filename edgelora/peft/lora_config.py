@@ -13,14 +13,15 @@ from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.errors import AdapterError, some
 from edgelora.peft.adapter import IN_TORCH, INVOCATION, MAGNITUDE, Adapter
 from edgelora.peft.change import Change
+from edgelora.peft.kind import EMBEDDING_A, EMBEDDING_B
 from edgelora.peft.targets import target_modules
 
 
 @dataclass(frozen=True)
 class StoredPair:
-    """A LoRA of one linear layer as a file has it: `a` (r, d_in) and `b` (d_out, r), which α/r has yet to scale.
+    """A LoRA of one matrix as a file has it: `a` (r, d_in) and `b` (d_out, r), which α/r has yet to scale.
 
-    A DoRA has a `magnitude` (d_out,) too.
+    A DoRA has a `magnitude` (d_out,) too. Of an embedding d_out is V and d_in d.
     """
 
     a: np.ndarray
@@ -32,8 +33,10 @@ class StoredPair:
     def rank(self) -> int:
         return len(self.a)
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """By PEFT's names."""
+    def tensors(self, *, of_embedding: bool = False) -> dict[str, np.ndarray]:
+        """By PEFT's names; an embedding's are turned there: A (r, V), B (d, r)."""
+        if of_embedding:
+            return {EMBEDDING_A: self.b.T, EMBEDDING_B: self.a.T}
         lengths = {} if self.magnitude is None else {MAGNITUDE: self.magnitude}
         return {"lora_A": self.a, "lora_B": self.b, **lengths}
 
@@ -72,7 +75,7 @@ def adapter_of(
     }
     if invocation:
         config[INVOCATION] = list(invocation)
-    return Adapter(config, {module: pair.tensors() for module, pair in pairs.items()})
+    return Adapter(config, {module: pair.tensors(of_embedding=module == EMBEDDING) for module, pair in pairs.items()})
 
 
 def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
@@ -80,9 +83,9 @@ def as_lora(adapter: Adapter, linears: Collection[str], base: str) -> Adapter:
 
     Raises AdapterError that names all that is no B A: norms, and layers whose rows, columns or biases change.
     """
-    others = (*adapter.norms, *adapter.vocabularies, *adapter.token_rows)
+    others = (*adapter.norms, *adapter.token_rows)
     faults, pairs = [f"{module} has another weight" for module in others], dict[str, StoredPair]()
-    for module in adapter.linears:
+    for module in (*adapter.linears, *adapter.vocabularies):
         change = adapter.change(module)
         if change.is_pair and change.pair is not None:
             pairs[module] = StoredPair(change.pair.a, change.pair.b, change.pair.rank)

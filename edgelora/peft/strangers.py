@@ -10,6 +10,9 @@ from edgelora.peft.lora_settings import IS_SET
 EXPERTS = "of the experts of a mixture, which stay as they are here"
 ROUTER = "of a mixture's router, which stays as it is here"
 
+ONE_MATRIX = (
+    "this base has one matrix for both: `edgelora untie` writes one of it with two, over which this adapter runs"
+)
 THERE = "merge it where it was trained (PEFT's merge_and_unload), save that and `edgelora convert` it"
 
 # What a tensor is that belongs to no linear layer of the decoder, by a part of its name. The first that fits.
@@ -38,6 +41,11 @@ def why_and_fix(faults: Collection[str]) -> tuple[str, str]:
             "of a mixture edgelora adapts the layers around its experts, and without the rest this adapter would "
             "compute something else",
             f"{THERE}; or train the layers of attention alone (--target-modules q_proj --target-modules v_proj)",
+        )
+    if faults and all(fault.endswith(ONE_MATRIX) for fault in faults):
+        return (
+            "what it makes of embedding and head is not the same, and one matrix cannot be both",
+            "write one with two, `edgelora untie BASE --out FILE`, and pass that as the base",
         )
     if any(IS_SET in fault for fault in faults):
         return (

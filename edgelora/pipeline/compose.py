@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from converters.adapter_from_peft import with_tied_head
 from converters.compose import Part, Recipe, compose, n_layers
 from converters.interference import LayerInterference, interference
 from edgelora.base.model import Base, open_base
@@ -81,7 +82,7 @@ def compose_adapters(
     base, parts = _open(base_path, adapters, options)
     if options.tasks:
         require_scorable(base, options.tasks)
-    adapter, lost = _composed(base, parts, options.recipe, on_progress)
+    adapter, ranks, lost = _composed(base, parts, options.recipe, on_progress)
     contract = _contract(base, parts, [path for path, _ in adapters], options.recipe)
     made_from.require_unchanged()
     write_adapter(out, Adapter(adapter.config, adapter.tensors, contract), overwrite=options.overwrite)
@@ -89,7 +90,7 @@ def compose_adapters(
     return Composition(
         out=out,
         size_bytes=sum(file.stat().st_size for file in out.iterdir()),
-        ranks=dict(Counter(len(tensors["lora_A"]) for tensors in adapter.tensors.values())),
+        ranks=dict(ranks),
         lost=lost,
         notes=_notes(parts, options, contract),
         layers=_layers(base, parts, composed, on_progress) if options.report else [],
@@ -132,17 +133,18 @@ def _open(base_path: Path, adapters: Sequence[tuple[Path, float]], options: Comp
 
 def _composed(
     base: Base, parts: Sequence[Part], recipe: Recipe, on_progress: OnProgress
-) -> tuple[Adapter, float | None]:
-    """The adapter, and the share of ΔW that its rank left out."""
+) -> tuple[Adapter, Counter[int], float | None]:
+    """The adapter, how many layers have each rank, and the share of ΔW that this left out."""
     pairs: dict[str, StoredPair] = {}
     lost = whole = 0.0
     pace = Pace(n_layers(parts))
-    for module, found in compose(parts, recipe, base.linears):
+    for module, found in compose(parts, recipe, {**base.linears, **base.vocabularies}):
         pairs[module] = StoredPair(found.pair.a, found.pair.b, alpha=found.pair.rank)  # α/r = 1
         lost, whole = lost + found.lost, whole + found.whole
         _, eta = pace.step(0)
         on_progress(Progress("compose", pace.done, pace.total, eta_s=eta))
-    return adapter_of(pairs, base.linears, str(base.path)), (lost / whole) ** 0.5 if lost else None
+    adapter = with_tied_head(adapter_of(pairs, base.linears, str(base.path)), base)
+    return adapter, Counter(pair.rank for pair in pairs.values()), (lost / whole) ** 0.5 if lost else None
 
 
 def _layers(base: Base, parts: Sequence[Part], composed: Part, on_progress: OnProgress) -> list[LayerInterference]:

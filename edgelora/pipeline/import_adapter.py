@@ -86,7 +86,7 @@ def export_as_lora(
     refuse_to_write(out, overwrite)
     base = open_base(base_path)
     adapter = read_checked(source, base, allow_unverified=allow_unverified)
-    folded = as_lora(adapter, base.linears, str(base.path))
+    folded = with_tied_head(as_lora(adapter, base.linears, str(base.path)), base)
     write_adapter(out, folded, overwrite=overwrite)
     return _imported(out, "PEFT", folded, base)
 
