@@ -32,6 +32,7 @@ from edgelora.cli import run
 from edgelora.errors import AdapterError, ExportError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
+from edgelora.files.adapter_check import contract_of
 from edgelora.files.contract import CERTIFICATE_BYTES
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, Adapter, write_adapter
@@ -380,18 +381,21 @@ def test_the_nearest_lora_is_the_svd_of_what_changes(base, tiny, method):
 
 
 def test_the_svd_is_written_with_what_it_loses(make_tiny, tmp_path, capsys):
-    model = make_tiny()
-    trained(open_base(model.path), "dora", folder=tmp_path / "mine")
-    lost = []
+    model, lost = make_tiny(), []
+    base = open_base(model.path)
+    contract = make_a_lora(base).contract.model_copy(update={"method": "dora", "evaluation": {"loss": 1.0}})
+    write_adapter(tmp_path / "mine", replace(trained(base, "dora")[1], contract=contract))
     for rank in (2, 256):
-        words = ["export", str(model.path), str(tmp_path / "mine"), "--allow-unverified-base", "--json"]
-        assert run([*words, "--svd-rank", str(rank), "--type", "F32", "--out", str(tmp_path / f"{rank}.gguf")]) == 0
+        words, out = ["export", str(model.path), str(tmp_path / "mine"), "--json"], tmp_path / f"{rank}.gguf"
+        assert run([*words, "--svd-rank", str(rank), "--type", "F32", "--out", str(out)]) == 0
         told = capsys.readouterr()
         assert "it is not the adapter" in told.err
         found = json.loads(told.out)["certificate"]
         assert found["passed"]
         assert found["svd_worst"]["error"] == max(found["svd_errors"].values())
         lost.append((found["svd_error"], found["lost"]["kl_mean"]))
+        said = contract_of(GGUFFile(out))
+        assert (said.method, said.evaluation) == (f"dora, its nearest LoRA of rank {rank}", {})  # scored was another
     assert lost[0][0] > 0.3
     assert lost[1][0] < 1e-5
     assert lost[0][1] > 100 * lost[1][1]

@@ -1,6 +1,7 @@
 """DyLoRA (arXiv:2210.07558): each micro-batch learns with the first b ranks alone, so that any first b are an adapter.
 
-y = x Wᵀ + α/b (x A₁..bᵀ) B₁..bᵀ with b drawn from 1 … r (algorithm 1); at other times b is r.
+y = x Wᵀ + α/b (x A₁..bᵀ) B₁..bᵀ with b drawn from 1 … r (algorithm 1); at other times b is r. Of the trained
+adapter any first b leave as a LoRA of that rank: `first_ranks.py`, `edgelora export --rank`.
 """
 
 from __future__ import annotations

@@ -95,8 +95,9 @@ def export_svd(
 
 
 def _signed(nearest: Nearest, adapter: Adapter, rank: int) -> Adapter:
-    """The LoRA under the adapter's contract, which says by what way it came."""
+    """The LoRA under the adapter's contract, which says by what way it came; what that says of scores was another's."""
     if adapter.contract is None:
         return nearest.adapter
     how = f"{adapter.contract.method}, its nearest LoRA of rank {rank}"
-    return replace(nearest.adapter, contract=adapter.contract.model_copy(update={"method": how, "certificate": None}))
+    changed = {"method": how, "evaluation": {}, "certificate": None}
+    return replace(nearest.adapter, contract=adapter.contract.model_copy(update=changed))
