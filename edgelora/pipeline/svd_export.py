@@ -99,5 +99,5 @@ def _signed(nearest: Nearest, adapter: Adapter, rank: int) -> Adapter:
     if adapter.contract is None:
         return nearest.adapter
     how = f"{adapter.contract.method}, its nearest LoRA of rank {rank}"
-    changed = {"method": how, "evaluation": {}, "certificate": None}
+    changed: dict[str, object] = {"method": how, "evaluation": {}, "certificate": None}
     return replace(nearest.adapter, contract=adapter.contract.model_copy(update=changed))
