@@ -1,6 +1,7 @@
 """Run a function in a child process of our own: true memory figures, and a crash in C costs an error, not the program.
 
-The child sends its Progress while it works; what it returns or raises comes back as from a call.
+The child sends its Progress while it works, and what Python warns of there is shown here; what it returns or raises
+comes back as from a call.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -49,6 +51,8 @@ def run_in_child(work: Callable[..., T], *args: Any, with_torch: bool = False, o
                 raise _died(work, process.exitcode) from None
             if kind == "progress":
                 on_progress(value)
+            elif kind == "warning":
+                warnings.showwarning(*value)
             elif kind == "error":
                 raise value
             else:
@@ -104,6 +108,12 @@ def _serve(sender: Connection, environment: Mapping[str, str], work: Callable[..
     def tell(progress: Progress) -> None:
         sender.send(("progress", progress))
 
+    def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        # the parent has not imported what defines a category of its own
+        known = next(one for one in category.__mro__ if one.__module__ == "builtins")
+        sender.send(("warning", (str(message), known, filename, lineno)))
+
+    warnings.showwarning = warn  # type: ignore[assignment]
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         sender.send(("result", work(*args, tell)))

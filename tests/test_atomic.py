@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +419,15 @@ def die(number: int, _: OnProgress) -> None:
     os.kill(os.getpid(), number)
 
 
+class Rare(UserWarning):
+    """A warning that no other process need know of."""
+
+
+def warn_of(what: str, on_progress: OnProgress) -> int:
+    warnings.warn(what, Rare, stacklevel=1)
+    return add(2, 3, on_progress)
+
+
 def own_id(_: OnProgress) -> int:
     return os.getpid()
 
@@ -442,6 +452,16 @@ def test_a_child_returns_and_tells_its_progress(with_torch):
     heard: list[Progress] = []
     assert run_in_child(add, 2, 3, with_torch=with_torch, on_progress=heard.append) == 5
     assert heard == [Progress("add", 1, 2, loss=0.5), Progress("add", 2, 2, loss=0.5)]
+
+
+@either
+def test_what_python_warns_of_in_a_child_is_shown_as_a_warning_of_its_parents(with_torch, capfd):
+    with pytest.warns(UserWarning, match="soon gone") as shown:
+        assert run_in_child(warn_of, "soon gone", with_torch=with_torch) == 5
+    (warned,) = shown
+    line = warn_of.__code__.co_firstlineno + 1
+    assert (warned.category, warned.filename, warned.lineno) == (UserWarning, __file__, line)
+    assert capfd.readouterr().err == ""
 
 
 @either
