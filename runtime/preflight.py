@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from edgelora.base.model import Base
-from edgelora.files.adapter_check import require_fit
-from edgelora.files.contract import CONTRACT_KEY, Contract, read_contract, require_its_base
+from edgelora.errors import AdapterError
+from edgelora.files.adapter_check import contract_of, require_adapter, require_fit
+from edgelora.files.contract import CONTRACT_KEY, Contract, fault_and_contract, read_contract, require_its_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.soft_prompt import Prefix, SoftPrompt, is_soft, read_soft
 from edgelora.files.whole import read_whole
@@ -63,18 +65,24 @@ def preflight(path: Path, base: Base, *, allow_unverified: bool = False, cache: 
     Frame, types, shapes, ranks, finite values and targets; the base it was trained on, which an adapter made elsewhere
     does not name (`allow_unverified`); and once in a throw-away process that it loads and computes.
     `cache`: where verdicts are kept, by default in the user's home.
-    Raises AdapterError or FileFormatError; the process is never at risk.
+    Raises AdapterError, one for all that is wrong with the file and its base, or FileFormatError; the process is never
+    at risk.
     """
+    held = partial(_held, path=path, base=base, allow_unverified=allow_unverified)
     verdicts = Verdicts(cache or cache_folder())
     content, digest = _read(path, base, verdicts)
     place = place_of(base.file.files)
     verdict, soft = verdicts.find(digest, place), None
     known = verdict is not None
     if verdict is None:
-        verdict, soft = _look(path, content, base)
+        file = GGUFFile(path, content)
+        require_adapter(file)  # of what is none nothing more is said
+        try:
+            verdict, soft = _look(file, base)
+        except AdapterError as fault:
+            raise fault_and_contract(fault, path, lambda: contract_of(file), held) from None
     contract = None if verdict.contract is None else read_contract(verdict.contract, str(path))
-    fitting = base.as_trained(contract)
-    require_its_base(contract, fitting.identity, path, base.path, allow_unverified=allow_unverified)
+    fitting = held(contract)
     if not known and soft is None:  # a soft prompt is floats alone; whoever loads it tries it
         try_adapter(path, content, base.path)
         verdicts.keep(digest, place, verdict)
@@ -91,9 +99,15 @@ def _read(path: Path, base: Base, verdicts: Verdicts) -> tuple[bytes, str]:
     return whole.content, digest
 
 
-def _look(path: Path, content: bytes, base: Base) -> tuple[Verdict, SoftPrompt | Prefix | None]:
+def _held(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> Base:
+    """`base` as the adapter at `path` was trained over it. Raises AdapterError if it was not."""
+    fitting = base.as_trained(contract)
+    require_its_base(contract, fitting.identity, path, base.path, allow_unverified=allow_unverified)
+    return fitting
+
+
+def _look(file: GGUFFile, base: Base) -> tuple[Verdict, SoftPrompt | Prefix | None]:
     """Everything that can be known of a file without llama.cpp."""
-    file = GGUFFile(path, content)
     if is_soft(file):
         soft = read_soft(file, base.architecture.gguf_name, base.config, base.context)
         return Verdict(file.get(CONTRACT_KEY, str), ()), soft

@@ -165,6 +165,30 @@ def test_an_imported_adapter_names_its_base_from_then_on(base, make_tiny, tmp_pa
         import_adapter(make_tiny(seed=7).path, tmp_path / "mine", tmp_path / "other", allow_unverified=True)
 
 
+def test_another_base_and_what_does_not_fit_it_are_told_in_one_error(base, make_tiny, tmp_path):
+    other, mine = make_tiny(seed=7).path, make_adapter(base)
+    narrow = {**mine.tensors, Q: {**mine.tensors[Q], "lora_A": mine.tensors[Q]["lora_A"][:, :64]}}
+    fault = f"{Q}: A is (4, 64) and B (256, 4), expected (r, 256) and (256, r)"
+    for name, contract in (("mine", mine.contract), ("foreign", None)):
+        write_adapter(tmp_path / name, replace(mine, tensors=narrow, contract=contract))
+    with pytest.raises(AdapterError) as error:
+        import_adapter(other, tmp_path / "mine", tmp_path / "out")
+    before, _, after = error.value.what.partition("the norm weights are others; ")
+    assert before == f"{tmp_path / 'mine'} does not belong to {other}: "
+    assert after.endswith(fault)
+    with pytest.raises(AdapterError) as error:
+        import_adapter(other, tmp_path / "foreign", tmp_path / "out")
+    assert error.value.what == f"{tmp_path / 'foreign'}: {fault}; it does not say which base it belongs to"
+    assert error.value.fix.startswith("pass the base it was trained on; ")
+    a, b = (mine.tensors[Q][half] for half in ("lora_A", "lora_B"))
+    write_as_llama_cpp(tmp_path / "a.gguf", base, {Q: (a[:, :64], b)}, 8.0)
+    with pytest.raises(AdapterError, match=r"expected \(r, 256\) with B's r 4; it does not say which base"):
+        import_adapter(other, tmp_path / "a.gguf", tmp_path / "out")
+    with pytest.raises(AdapterError) as error:
+        import_adapter(base.path, other, tmp_path / "out")
+    assert error.value.what == f"{other}: general.type is 'model', expected 'adapter'"
+
+
 # -- MLX ----------------------------------------------------------------------------------------------------------
 
 

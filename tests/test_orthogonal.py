@@ -139,6 +139,20 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_written(tiny, 
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+def test_another_base_and_what_does_not_fit_it_are_told_in_one_error(base, make_tiny, tmp_path):
+    mine = make_adapter(base)
+    mine.tensors[LAYER]["lora_B"][0, 0] = np.nan
+    write_adapter(tmp_path / "earlier", mine)
+    asked = TrainConfig(base=base.path, data="-", out=tmp_path / "new", orthogonal_to=(tmp_path / "earlier",))
+    with pytest.raises(AdapterError) as error:
+        avoided(asked, base)
+    assert error.value.what == f"{tmp_path / 'earlier'}: {LAYER}: it holds NaN or infinite values"
+    with pytest.raises(AdapterError) as error:
+        avoided(asked, open_base(make_tiny(seed=9).path))
+    assert error.value.what.startswith(f"{tmp_path / 'earlier'} does not belong to ")
+    assert error.value.what.endswith(f"; {LAYER}: it holds NaN or infinite values")
+
+
 def test_more_ranks_than_directions_are_left_are_refused(base, decoder):
     inject(decoder, "lora", 8, 8.0, seed=0)
     with pytest.raises(ConfigError) as e:

@@ -20,7 +20,9 @@ from test_export import make_adapter
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.model import open_base
 from edgelora.errors import AdapterError, BaseModelError, EdgeloraError, FileFormatError
-from edgelora.files.adapter_check import MAX_INVOCATION, check_adapter
+from edgelora.files.adapter_check import MAX_INVOCATION, check_adapter, contract_of
+from edgelora.files.contract import CONTRACT_KEY
+from edgelora.files.gguf import GGUFFile
 from edgelora.files.whole import read_whole
 from runtime import preflight as subject
 from runtime import verdicts
@@ -367,6 +369,29 @@ def test_threads_may_load_at_once(base, adapter, cache):
 def test_an_adapter_of_another_base_is_refused_before_it_is_tried(make_tiny, adapter, cache, trials):
     with pytest.raises(AdapterError, match="does not belong to"):
         preflight(adapter, open_base(make_tiny(seed=7).path), cache=cache)
+    assert trials == []
+
+
+def test_another_base_and_what_does_not_fit_it_are_told_in_one_error(make_tiny, adapter, tmp_path, cache, trials):
+    """So it is where the contract cannot be read; of what is no adapter nothing more is said."""
+    other, contract = open_base(make_tiny(seed=7).path), contract_of(GGUFFile(adapter)).model_dump_json()
+    signed, fault = gguf.GGUFValueType.STRING, f"{Q}.lora_b is (128, 4), expected (256, r)"
+
+    def refused(path):
+        with pytest.raises(AdapterError) as error:
+            preflight(path, other, cache=cache)
+        return error.value
+
+    mine = write_foreign(tmp_path / "mine.gguf", pair(rows=128), **{CONTRACT_KEY: (contract, signed)})
+    error = refused(mine)
+    assert error.what.startswith(f"{mine} does not belong to {other.path}: the norm weights are others; ")
+    assert error.what.endswith(f"; {fault}")
+    assert error.fix.startswith("use tiny-F32.gguf or another quantization of it")
+    foreign = write_foreign(tmp_path / "foreign.gguf", pair(rows=128))
+    assert refused(foreign).what == f"{foreign}: {fault}; it does not say which base it belongs to"
+    broken = write_foreign(tmp_path / "broken.gguf", pair(rows=128), **{CONTRACT_KEY: ("{", signed)})
+    assert refused(broken).what.startswith(f"{broken}: {fault}; the contract cannot be read (")
+    assert refused(other.path).what == f"{other.path}: general.type is 'model', expected 'adapter'"
     assert trials == []
 
 

@@ -43,7 +43,7 @@ def require_fit(
     Returns its invocation tokens: none for an adapter that is active from the first token on, which all must be where
     `n_vocab`, the base's number of tokens, is None.
     """
-    _require_adapter(file)
+    require_adapter(file)
     faults = _key_faults(file, architecture) + _tensor_faults(file, shapes)
     tokens = _invocation(file, n_vocab, faults)
     if faults:
@@ -55,7 +55,7 @@ def require_fit(
     return tokens
 
 
-def _require_adapter(file: GGUFFile) -> None:
+def require_adapter(file: GGUFFile) -> None:
     """Raise AdapterError for a file that says it is something else, none of whose tensors would fit."""
     kind = file.metadata.get("general.type")
     if kind is not None and kind.type == GGUFValueType.STRING and kind.data != "adapter":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,28 @@ def require_its_base(
             why="it was not written by edgelora, and on another base of the same shape it would answer nonsense",
             fix="pass --allow-unverified-base if you know that it was trained on this base",
         )
+
+
+def fault_and_contract(
+    fault: AdapterError,
+    path: Path,
+    read: Callable[[], Contract | None],
+    require: Callable[[Contract | None], object],
+) -> AdapterError:
+    """`fault` of the adapter at `path`, in one error with what is wrong with its contract, if anything is.
+
+    read, require: how the contract is read and held to the base. Where it names another base, why and fix are those of
+    that; where there is none, or none that can be read, they are the fault's.
+    """
+    named = False
+    try:
+        contract = read()
+        named = contract is not None
+        require(contract)
+    except AdapterError as foreign:
+        first, second = (foreign, fault) if named else (fault, foreign)
+        return AdapterError(f"{first.what}; {second.what.removeprefix(f'{path}: ')}", first.why, first.fix)
+    return fault
 
 
 def read_contract(text: str, where: str) -> Contract:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from edgelora.errors import AdapterError
 from edgelora.evaluate.fidelity import Fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.atomic import refuse_existing, write_text
-from edgelora.files.contract import FILE_NAME, Contract, contract_in, require_its_base
+from edgelora.files.contract import FILE_NAME, Contract, contract_in, fault_and_contract, require_its_base
 from edgelora.peft.adapter import Adapter, look_at, unfit
 from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
@@ -135,36 +136,22 @@ def read_checked(
     """Read an adapter folder and hold it to its contract with `base`: one AdapterError for all that is wrong with both.
     may_wait: whether it may be an aLoRA; with_rows: or new rows of tokens."""
     adapter, faults = look_at(path, base.layers, may_wait=may_wait, may_have_rows=with_rows)
-    try:
-        require_contract(adapter.contract, path, base, allow_unverified=allow_unverified)
-    except AdapterError as foreign:
-        if faults:
-            raise _both(path, foreign, unfit(path, faults), named=adapter.contract is not None) from None
-        raise
+    require = partial(require_contract, path=path, base=base, allow_unverified=allow_unverified)
     if faults:
-        raise unfit(path, faults)
+        raise fault_and_contract(unfit(path, faults), path, lambda: adapter.contract, require)
+    require(adapter.contract)
     return adapter
 
 
 def read_checked_prompt(path: Path, base: Base, *, allow_unverified: bool) -> TrainedPrompt:
     """The same of what stands before prompts."""
+    require = partial(require_contract, path=path, base=base, allow_unverified=allow_unverified)
     try:
         prompt = read_trained_prompt(path, base.config)
     except AdapterError as fault:
-        contract = contract_in(path)
-        try:
-            require_contract(contract, path, base, allow_unverified=allow_unverified)
-        except AdapterError as foreign:
-            raise _both(path, foreign, fault, named=contract is not None) from None
-        raise
-    require_contract(prompt.contract, path, base, allow_unverified=allow_unverified)
+        raise fault_and_contract(fault, path, lambda: contract_in(path), require) from None
+    require(prompt.contract)
     return prompt
-
-
-def _both(path: Path, foreign: AdapterError, fault: AdapterError, *, named: bool) -> AdapterError:
-    """The error for an adapter that has faults, and is another base's, or has named none: that is the lesser one."""
-    first, second = (foreign, fault) if named else (fault, foreign)
-    return AdapterError(f"{first.what}; {second.what.removeprefix(f'{path}: ')}", first.why, first.fix)
 
 
 def require_contract(contract: Contract | None, path: Path, base: Base, *, allow_unverified: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,10 @@ from converters.exit_words import note_of_ranks
 from edgelora.base.model import Base, open_base
 from edgelora.config import Method
 from edgelora.errors import AdapterError
+from edgelora.files.adapter_check import contract_of, require_adapter
 from edgelora.files.checkpoint import read_json
-from edgelora.files.contract import Contract, contract_in, require_its_base, sha256_file
+from edgelora.files.contract import Contract, contract_in, fault_and_contract, sha256_file
+from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
 from edgelora.invocation import command
 from edgelora.peft.adapter import (
@@ -33,7 +36,7 @@ from edgelora.peft.kinds import DORA, LORA, NATIVE_TYPE, kind_of
 from edgelora.peft.lora_config import as_lora
 from edgelora.peft.lora_settings import with_whole_vocabulary
 from edgelora.pipeline.contracts import contract_over
-from edgelora.pipeline.export import read_checked
+from edgelora.pipeline.export import read_checked, require_contract
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,18 @@ def import_adapter(
 
     source: a GGUF LoRA, a folder of mlx-lm's, a folder of PEFT's. Without a contract of its own (all that edgelora did
     not write) it must be allowed: nothing in it says whether that is its base.
-    Raises AdapterError for what cannot be a LoRA here, with every fault of it.
+    Raises AdapterError for what cannot be a LoRA here, or is another base's, with every fault of it.
     """
     refuse_to_write(out, overwrite)
     kind, file = recognised(source)
     base = open_base(base_path)
-    adapter = KINDS[kind](source, base)
-    require_its_base(adapter.contract, base.identity, source, base_path, allow_unverified=allow_unverified)
+    _require_layers(kind, source, base)
+    require = partial(require_contract, path=source, base=base, allow_unverified=allow_unverified)
+    try:
+        adapter = KINDS[kind](source, base)
+    except AdapterError as fault:
+        raise fault_and_contract(fault, source, partial(_contract_in, kind, source), require) from None
+    require(adapter.contract)
     if adapter.contract is None:
         adapter = replace(adapter, contract=_contract(adapter, base, kind, source, file))
     write_adapter(out, adapter, overwrite=overwrite)
@@ -125,6 +133,25 @@ def recognised(source: Path) -> tuple[str, Path]:
     )
 
 
+def _require_layers(kind: str, source: Path, base: Base) -> None:
+    """Raise AdapterError for what changes no layer, whatever its base: a whole model, or what stands before prompts."""
+    if kind == "GGUF":
+        require_adapter(GGUFFile(source))
+    elif kind == "PEFT" and read_json(source / CONFIG).get("peft_type") in VIRTUAL:
+        raise AdapterError(
+            what=f"{source}: nothing to import",
+            why="it stands before prompts and changes no layer, and PEFT's folder of it is the one that is read here",
+            fix=f"`{command('export', base.path, source, '--out', 'FILE')}` takes this folder as it is",
+        )
+
+
+def _contract_in(kind: str, source: Path) -> Contract | None:
+    """What is said of its training beside or inside an adapter of this kind; of mlx-lm's nothing is."""
+    if kind == "GGUF":
+        return contract_of(GGUFFile(source))
+    return contract_in(source) if kind == "PEFT" else None
+
+
 def _from_gguf(path: Path, base: Base) -> Adapter:
     adapter, contract = read_gguf(path, base)
     return replace(adapter, contract=contract)
@@ -132,12 +159,6 @@ def _from_gguf(path: Path, base: Base) -> Adapter:
 
 def _from_peft(path: Path, base: Base) -> Adapter:
     settings = read_json(path / CONFIG)
-    if settings.get("peft_type") in VIRTUAL:
-        raise AdapterError(
-            what=f"{path}: nothing to import",
-            why="it stands before prompts and changes no layer, and PEFT's folder of it is the one that is read here",
-            fix=f"`{command('export', base.path, path, '--out', 'FILE')}` takes this folder as it is",
-        )
     names = {usual_name(name) for name in SafetensorsFile(path / TENSORS).tensors}
     kind = kind_of(with_whole_vocabulary(settings, names))
     if kind in (LORA, DORA):

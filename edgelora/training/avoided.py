@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
+from pathlib import Path
 
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import AdapterError
-from edgelora.files.contract import require_same_base, sha256_file
+from edgelora.files.contract import Contract, contract_in, fault_and_contract, require_same_base, sha256_file
 from edgelora.peft.adapter import TENSORS, Adapter, read_adapter
 
 
@@ -20,18 +22,25 @@ def avoided(config: TrainConfig, base: Base) -> list[Adapter]:
     """
     adapters = []
     for path in config.orthogonal_to:
-        adapter = read_adapter(path, base.layers, may_have_rows=False)
+        require = partial(_require_its_base, path=path, base=base)
+        try:
+            adapter = read_adapter(path, base.layers, may_have_rows=False)
+        except AdapterError as fault:
+            raise fault_and_contract(fault, path, partial(contract_in, path), require) from None
         if not adapter.linears:
             raise AdapterError(
                 what=f"{path}: {adapter.kind.one} adapts no linear layer",
                 why="a start is orthogonal to what earlier adapters look at in those",
                 fix="name LoRAs in --orthogonal-to",
             )
-        if adapter.contract is not None:
-            identity = base.as_trained(adapter.contract).identity
-            require_same_base(adapter.contract, identity, str(path), str(base.path))
+        require(adapter.contract)
         adapters.append(adapter)
     return adapters
+
+
+def _require_its_base(contract: Contract | None, path: Path, base: Base) -> None:
+    if contract is not None:
+        require_same_base(contract, base.as_trained(contract).identity, str(path), str(base.path))
 
 
 def avoided_sha256(config: TrainConfig) -> str:
