@@ -14,6 +14,7 @@ MAY_SAY_THEM = {
     "edgelora/config.py": "the names that --method takes, before anything heavy is imported",
     "edgelora/peft/methods.py": "the table",
     "edgelora/peft/kinds.py": "what files say of themselves, read without torch",
+    "edgelora/peft/first_ranks.py": "the same of a contract",
     "edgelora/pipeline/import_adapter.py": "which method leaves a file that another program wrote",
     "edgelora/cli/": "commands that are to be run next",
     "converters/adapter_from_mlx.py": "MLX's words in its own settings",

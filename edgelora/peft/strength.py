@@ -9,7 +9,7 @@ from typing import Any
 
 from edgelora.errors import ConfigError
 from edgelora.peft.around import NOTHING
-from edgelora.peft.method import Method
+from edgelora.peft.method import Method, pair
 from edgelora.peft.methods import METHODS
 from edgelora.peft.targets import Placed, Where, placed, require_ranks
 
@@ -23,7 +23,7 @@ def strengths(
     """
     require_taken(row, where)
     found = placed(shapes, where, rank, alpha)
-    if row.peft_type in ("LORA", "GLORA") or row.name == "lors":  # B A as large as W; others have ranks of another kind
+    if row.peft_type in ("LORA", "GLORA") or row.shapes is pair:  # B A as large as W; others' ranks are another kind
         require_ranks(found, shapes, by_layer=_by_layer(row))
     if _by_root(row, where):  # a row scales by α/r: (α √r)/r is α/√r
         return {name: Placed(place.rank, place.alpha * math.sqrt(place.rank)) for name, place in found.items()}
