@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +153,14 @@ def test_it_leaves_something_out_while_it_is_drawn_and_only_then(base, method):
     assert not torch.equal(once, other)
     draw(deltas_of(decoder), None)
     assert torch.equal(decoder.logits(IDS), measured)
+
+
+@pytest.mark.parametrize("method", DROPS)
+def test_under_it_a_start_is_the_bases_but_for_those_that_stand_in_the_weight(base, method):
+    decoder, plain = build_decoder(base), build_decoder(base)
+    inject(decoder, method, RANK, ALPHA, 0, where_of(method))
+    apart = (drawn(decoder).logits(IDS) - plain.logits(IDS)).abs().max()
+    assert apart > 0.1 if METHODS[method].starts_in_weight else apart < 1e-5
 
 
 def kept_bytes(linear, x):
@@ -320,6 +329,17 @@ def test_a_run_that_goes_on_leaves_out_what_it_would_have(tiny, rows, tmp_path):
         run_training(settings("stopped"), stop)
     run_training(settings("stopped"))
     assert (tmp_path / "whole" / TENSORS).read_bytes() == (tmp_path / "stopped" / TENSORS).read_bytes()
+
+
+@pytest.mark.parametrize(("method", "p"), [("pissa", 0.05), ("olora", 0.0), ("lora", 0.05)])
+def test_that_it_blurs_a_start_is_told_once_before_the_first_step_and_kept(tiny, rows, tmp_path, method, p):
+    heard = []
+    config = TrainConfig(base=tiny.path, data=rows, out=tmp_path / "mine", method=method, lora_dropout=p, max_steps=1)
+    run_training(config, lambda progress: heard.append(progress.stage), lambda name, _: heard.append(name))
+    kept = json.loads((tmp_path / "mine.run" / "run.json").read_text())["choices"]
+    blurred = method == "pissa"
+    assert heard[: heard.index("train")].count("lora_dropout") == heard.count("lora_dropout") == blurred
+    assert ("noise" in kept.get("lora_dropout", {}).get("why", "")) == blurred
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ class Method:
     """Whether it acts from an invocation on, not from the first token."""
     drops: str = ""
     """What PEFT calls the share of x that its A does not see while it learns; empty where no A sees x alone."""
+    starts_in_weight: bool = False
+    """Whether A and B begin as a part of the weight, which the base keeps and they take away again: all of it, also of
+    what A does not see of x."""
     peft_type: str = "LORA"
     """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
     before: Callable[[ModelConfig, VirtualTokens], Before] | None = None

@@ -12,6 +12,7 @@ from edgelora.device import Choice, choose_device, choose_dtype, choose_products
 from edgelora.kernels import load
 from edgelora.nn import compiled
 from edgelora.nn.gpu_attention import WIDEST_HEAD
+from edgelora.peft.methods import METHODS
 from edgelora.training.avoided import avoided, why_avoided
 from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
@@ -21,6 +22,11 @@ from edgelora.training.original import original_of, why_original
 from edgelora.training.trained_tokens import tokens_of
 from edgelora.training.unused import refuse_unused
 from edgelora.training.whole import optimizer_of, rate_of_whole, require_whole, size_of
+
+BLURRED = (
+    "the part of the weights that A and B begin as is taken away whole, and A sees a share of it: the first step is not "
+    "the base's but one with noise, which can cost more than it gains; PiSSA's authors take 0"
+)
 
 
 def settle(
@@ -51,6 +57,8 @@ def settle(
         chosen["original"] = why_original(original, base, held.value)
     if avoided(settled, base):
         chosen["start"] = why_avoided(settled)
+    if settled.lora_dropout and METHODS[settled.method].starts_in_weight:
+        chosen["lora_dropout"] = Choice(f"{settled.lora_dropout:g}", BLURRED)
     found = plan(model, settled, machine, base.config.max_position_embeddings)
     choices = {
         "device": device,
