@@ -52,8 +52,10 @@ pytestmark = pytest.mark.real
 
 TEXT = "The cat sat on the mat. In 1969, two people walked on the Moon for the first time; the third one stayed above."
 AS_IT_IS = "Q4_1"
-SELDOM = [pytest.param(quant, marks=pytest.mark.exhaustive) for quant in (AS_IT_IS, "F16", "Q8_0")]
+SELDOM = [pytest.param(quant, marks=pytest.mark.exhaustive) for quant in ("F16", "Q8_0")]
+QUANTS = [AS_IT_IS, *SELDOM]
 PATCHED = {"dora": 0.2, "ia3": 0.4, "bitfit": 0.2, "layernorm": 0.1}  # by how much each is stirred
+ALWAYS = ("dora", "bitfit")  # over the file as it is; an IA3's is in test_exit_plan.py
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +106,10 @@ def require_near(base: Base, live: np.ndarray, theirs: np.ndarray, bare: np.ndar
 
 @pytest.mark.parametrize(
     ("method", "quant"),
-    [("dora", AS_IT_IS)] + [
-        pytest.param(method, *one.values, marks=one.marks)
-        for method in PATCHED for one in SELDOM[method == "dora" :]
+    [
+        *((method, AS_IT_IS) for method in ALWAYS),
+        *(pytest.param(method, AS_IT_IS, marks=pytest.mark.exhaustive) for method in PATCHED if method not in ALWAYS),
+        *(pytest.param(method, *one.values, marks=one.marks) for method in PATCHED for one in SELDOM),
     ],
 )  # fmt: skip
 def test_it_computes_the_same_over_a_patched_base(real, tmp_path, method, quant):
@@ -135,7 +138,7 @@ def prefix_folder(base: Base, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("quant", [AS_IT_IS, *SELDOM[1:]])
+@pytest.mark.parametrize("quant", QUANTS)
 def test_it_computes_the_same_behind_a_prefix(real, tmp_path, quant):
     base = real(quant)
     folder, ids = prefix_folder(base, tmp_path / "prefix"), np.array(ids_of(base))
@@ -155,7 +158,7 @@ def test_it_computes_the_same_behind_a_prefix(real, tmp_path, quant):
     require_near(base, Head(base).logits(states.behind), theirs, bare)
 
 
-@pytest.mark.parametrize("quant", SELDOM)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_an_alora_wakes_where_it_does_in_torch(real, tmp_path, quant):
     base = real(quant)
     ids, at = ids_of(base), 8
@@ -169,7 +172,7 @@ def test_an_alora_wakes_where_it_does_in_torch(real, tmp_path, quant):
     require_near(base, live[at:], theirs[at:], bare[at:])
 
 
-@pytest.mark.parametrize("quant", SELDOM)
+@pytest.mark.parametrize("quant", QUANTS)
 def test_new_rows_of_tokens_leave_as_a_lora_over_the_untied_base(real, tmp_path, quant):
     write_untied(tmp_path / "untied.gguf", real(quant))
     base = open_base(tmp_path / "untied.gguf")
