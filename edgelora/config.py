@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from edgelora.errors import ConfigError
+from edgelora.faults import in_words
 
 Method = Literal[
     "lora", "rslora", "loraplus", "dora", "pissa", "olora", "lora_xs", "multilora", "vera", "dylora",
@@ -109,9 +113,22 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 class TrainConfig(BaseModel):
-    """What `edgelora train` does. Unknown settings are refused."""
+    """What `edgelora train` does. Called with what cannot be, or with unknown settings, it raises ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    if not TYPE_CHECKING:  # mypy has one with the type of each field
+
+        @wraps(BaseModel.__init__)  # with pydantic's mark of it: `model_validate` goes its own way, and raises its own
+        def __init__(self, /, **settings):
+            try:
+                super().__init__(**settings)
+            except ValidationError as e:
+                raise ConfigError(
+                    what="; ".join(f"{fault['loc'][0]}: {in_words(TrainConfig, fault)}" for fault in e.errors()),
+                    why="these settings cannot train anything",
+                    fix="`edgelora train --print-config` prints each setting with what it is",
+                ) from e
 
     base: Path
     """The base model: a .gguf file, or a Hugging Face folder."""

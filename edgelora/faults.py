@@ -67,6 +67,11 @@ def in_words(model: type[BaseModel], fault: ErrorDetails) -> str:
     name, kind, value = str(fault["loc"][0]), fault["type"], fault["input"]
     if kind == "literal_error" and (values := values_of(model.model_fields[name])):
         return unlike(name, values, value)
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, model.model_fields, 1)
+        return f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
+    if kind == "missing":
+        return "it has to be said"
     if kind in MUST:
         shown = "empty" if value in ("", [], ()) else value
         return f"it is {shown}, and must {MUST[kind].format(**fault.get('ctx', {}))}"

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "team": set(),
     "kernels": set(),
     "versions": set(),
-    "config": set(),
+    "config": {"faults", "errors"},
     "faults": set(),
     "progress": set(),
     "words": set(),

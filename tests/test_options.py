@@ -11,7 +11,7 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typer.testing import CliRunner
 
 from edgelora.cli import app
@@ -218,6 +218,22 @@ def test_what_is_wrong_with_a_setting_is_said_in_our_words(name, value, said):
         settled(TrainConfig, None, {"base": "b", "data": "d", "out": "o", name: value}, command="plan")
     assert fault.value.what == f"--{name.replace('_', '-')}: {said}"
     assert fault.value.fix == "see `edgelora plan --help`"
+
+
+def test_python_is_told_the_same_by_the_names_of_settings():
+    """Of what was read back, `model_validate` raises pydantic's own, as of other files."""
+    whole = {"base": "b", "data": "d", "out": "o"}
+    with pytest.raises(ConfigError) as fault:
+        TrainConfig(**whole, method="qlora", rank=0, learning_rte=1e-4)
+    method, rank, rate = fault.value.what.split("; ")
+    assert method.startswith("method: qlora is none of its values: it is a LoRA over a quantized base, which is ")
+    assert rank == "rank: it is 0, and must be at least 1"
+    assert rate == "learning_rte: there is no such setting, did you mean learning_rate?"
+    with pytest.raises(ConfigError, match="out: it has to be said"):
+        TrainConfig(base="b", data="d")
+    with pytest.raises(ValidationError):
+        TrainConfig.model_validate({**whole, "rank": 0})
+    assert TrainConfig(**whole, rank="4") == TrainConfig.model_validate({**whole, "rank": 4})
 
 
 def test_what_is_missing_in_both_places_is_wrong_usage():

@@ -24,8 +24,8 @@ from edgelora.training.unused import refuse_unused
 from edgelora.training.whole import optimizer_of, rate_of_whole, require_whole, size_of
 
 BLURRED = (
-    "the part of the weights that A and B begin as is taken away whole, and A sees a share of it: the first step is not "
-    "the base's but one with noise, which can cost more than it gains; PiSSA's authors take 0"
+    "the part of the weights that A and B begin as is taken away whole, and A sees a share of it: the first step is "
+    "not the base's but one with noise, which can cost more than it gains; PiSSA's authors take 0"
 )
 
 
