@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_export import make_adapter
 
@@ -18,9 +19,11 @@ from edgelora.data.go_template import FAMILIES, go_template, render
 from edgelora.data.rows import Message
 from edgelora.errors import ConfigError, ExportError, OutputError
 from edgelora.files.contract import Contract
-from edgelora.peft.adapter import write_adapter
+from edgelora.peft.adapter import write_adapter, write_folder
+from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.ollama import ends_of_turns, ollama_template
-from edgelora.pipeline.runners import MOST_CONTEXT, RUNNERS, Served, prepare
+from edgelora.pipeline.runners import MOST_CONTEXT, RUNNERS, Served, prepare, prepare_for
+from edgelora.pipeline.torch_states import Reference
 
 SAID = [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
 JINJA = {
@@ -341,6 +344,24 @@ def test_what_a_program_cannot_run_is_refused_before_the_work(tiny, tmp_path, ca
     assert run(words) == ConfigError.exit_code
     assert "whole models only" in capfd.readouterr().err
     assert [p.name for p in Path(tmp_path).iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "fix"),
+    [("an aLoRA", "waits for its invocation", "--for llama-server"), ("a prompt", "stands before prompts", "chat`")],
+)
+def test_what_acts_elsewhere_than_on_every_token_goes_to_no_program_that_does_not_know(tiny, tmp_path, kind, said, fix):
+    base, folder = open_base(tiny.path), tmp_path / "mine"
+    if kind == "a prompt":
+        write_folder(folder, {"peft_type": "PROMPT_TUNING"}, {SAVED: np.zeros((2, 256), np.float32)}, None)
+    else:
+        write_adapter(folder, make_adapter(base, alora_invocation_tokens=[500, 77]))
+    reference, out = Reference(tiny.path, ((folder, 1.0),)), tmp_path / "a.gguf"
+    with pytest.raises(ConfigError, match=said) as refused:
+        prepare_for("ollama", reference, out, live=True, overwrite=False)
+    assert fix in refused.value.fix
+    if kind == "an aLoRA":
+        assert prepare_for("llama-server", reference, out, live=True, overwrite=False).texts
 
 
 def test_merge_for_a_program_names_the_merged_file(tiny, tmp_path, capfd):

@@ -14,6 +14,7 @@ from edgelora.base.model import Base
 from edgelora.errors import ConfigError, ExportError
 from edgelora.files.atomic import refuse_existing, staged, write_text
 from edgelora.files.contract import Contract
+from edgelora.peft.soft_prompt import is_trained_prompt
 from edgelora.pipeline.ollama import ends_of_turns, ollama_template
 from edgelora.pipeline.torch_states import Reference
 
@@ -32,6 +33,8 @@ class Served:
     model: Path
     adapter: Path | None = None
     contracts: Sequence[Contract] = ()
+    waits: bool = False
+    """Whether the adapter acts from an invocation on (aLoRA)."""
 
     @property
     def made(self) -> Path:
@@ -119,9 +122,17 @@ def prepare_for(runner: str | None, made_of: Reference, out: Path, *, live: bool
     """
     if runner is None:
         return None
+    for path, _ in made_of.adapters:
+        if live and is_trained_prompt(path):
+            raise ConfigError(
+                what=f"--for {runner}: {path} stands before prompts",
+                why="edgelora's own engine puts it there, and no other program does",
+                fix="leave --for out: `edgelora chat` and `edgelora generate` take the file",
+            )
     base, adapters = made_of.open()
     contracts = tuple(a.contract for a, scale in adapters if scale and a.contract is not None)
-    served = Served(base, base.file.path, out, contracts) if live else Served(base, out, contracts=contracts)
+    waits = any(adapter.invocation for adapter, _ in adapters)
+    served = Served(base, base.file.path, out, contracts, waits) if live else Served(base, out, contracts=contracts)
     return prepare(runner, served, overwrite=overwrite)
 
 
@@ -134,6 +145,12 @@ def for_ollama(served: Served, overwrite: bool) -> Delivery:
     What it says first is the system message of the training.
     """
     base, system = served.base, served.system
+    if served.waits:
+        raise ConfigError(
+            what=f"--for ollama: {served.adapter} waits for its invocation",
+            why="llama-server looks for that in each prompt, and not every ollama runs that; others act on all tokens",
+            fix="pass --for llama-server",
+        )
     family, template = ollama_template(base, system)
     stops = ends_of_turns(base)
     path = served.made.with_name(f"{served.made.stem}.Modelfile")
