@@ -307,8 +307,10 @@ def test_a_folder_of_it_is_inspected_without_a_base(trained, tiny, tmp_path):
 
 
 def test_a_folder_of_it_cannot_be_merged(trained, tiny, tmp_path):
-    with pytest.raises(AdapterError, match="stands before prompts, not in weights: `edgelora export` it"):
+    with pytest.raises(AdapterError, match="stands before prompts, not in weights: `edgelora export` it") as refused:
         merge(tiny.path, [(trained("prompt").out, 1.0)], tmp_path / "merged.gguf")
+    assert "another base" not in refused.value.why
+    assert "`edgelora export BASE FOLDER --out FILE`" in refused.value.fix
 
 
 def test_there_must_be_room_for_a_prompt(settings, tiny, tmp_path):  # noqa: F811

@@ -253,8 +253,9 @@ def test_a_method_that_this_version_does_not_know_is_refused(family, tmp_path):
     config = json.loads((tmp_path / "mine" / CONFIG).read_text())
     assert config["peft_type"] == "EDGELORA"
     (tmp_path / "mine" / CONFIG).write_text(json.dumps(config | {"method": "of tomorrow"}))
-    with pytest.raises(AdapterError, match="of the kind EDGELORA of tomorrow, which is not read here"):
+    with pytest.raises(AdapterError, match="of the kind EDGELORA of tomorrow, which is not read here") as refused:
         read_adapter(tmp_path / "mine", base.layers)
+    assert refused.value.why == "what its tensors do to a layer is not known here"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from edgelora.peft.fitting import NO_ROWS, module_faults, rank_faults
 from edgelora.peft.kind import BIAS, NORM, Kind, Parts
 from edgelora.peft.kinds import KINDS, NATIVE_TYPE, SAVED_BIASES, kind_of
 from edgelora.peft.lora_settings import OF_TRAINING, beyond_lora
-from edgelora.peft.strangers import why_and_fix
+from edgelora.peft.strangers import BEFORE, NO_KIND, why_and_fix
 
 INVOCATION = "alora_invocation_tokens"
 WAITS = f"{INVOCATION} is set: it acts from there on, and a weight on every token"
@@ -77,7 +77,7 @@ def kind_of_folder(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str
     if kind is None:
         found = f"{settings.get('peft_type')}"
         found += f" {settings.get('method')}" if found == NATIVE_TYPE else ""
-        why = "stands before prompts, not in weights: `edgelora export` it" if found in VIRTUAL else "is not read here"
+        why = BEFORE if found in VIRTUAL else NO_KIND
         return None, [f"{CONFIG} is that of an adapter of the kind {found}, which {why}"]
     faults = beyond_lora(settings)
     beside = {"modules_to_save": kind.saves, "trainable_token_indices": kind.rows, "lora_bias": kind.adds_bias}

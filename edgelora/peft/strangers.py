@@ -10,6 +10,9 @@ from edgelora.peft.lora_settings import IS_SET
 EXPERTS = "of the experts of a mixture, which stay as they are here"
 ROUTER = "of a mixture's router, which stays as it is here"
 
+BEFORE = "stands before prompts, not in weights: `edgelora export` it"
+NO_KIND = "is not read here"
+
 ONE_MATRIX = (
     "this base has one matrix for both: `edgelora untie` writes one of it with two, over which this adapter runs"
 )
@@ -46,6 +49,16 @@ def why_and_fix(faults: Collection[str]) -> tuple[str, str]:
         return (
             "what it makes of embedding and head is not the same, and one matrix cannot be both",
             "write one with two, `edgelora untie BASE --out FILE`, and pass that as the base",
+        )
+    if any(fault.endswith(BEFORE) for fault in faults):
+        return (
+            "this works on the weights of layers, and it changes none",
+            "`edgelora export BASE FOLDER --out FILE` writes what chat and generate take",
+        )
+    if any(fault.endswith(NO_KIND) for fault in faults):
+        return (
+            "what its tensors do to a layer is not known here",
+            f"{THERE}; or `edgelora methods` lists what trains here",
         )
     if any(IS_SET in fault for fault in faults):
         return (
