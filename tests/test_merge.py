@@ -18,6 +18,7 @@ import torch
 import transformers
 from gguf.constants import GGMLQuantizationType as Type
 from safetensors.numpy import save_file
+from stirred import Stir
 from test_export import llama_logits, make_adapter, make_dora, torch_logits
 
 from converters.adapter_to_gguf import gguf_changes
@@ -37,6 +38,7 @@ from edgelora.files.gguf import GGUFFile, Value
 from edgelora.peft.adapter import Adapter, read_adapter, write_adapter
 from edgelora.pipeline.export import export
 from edgelora.pipeline.merge import MergeOptions, Wanted, merge, open_parts, write_gguf
+from edgelora.pipeline.snap_back import snap_back_notes
 
 ROOT = Path(__file__).resolve().parent.parent
 QUANTS = ["Q8_0", "Q4_0", "Q4_K_M", "Q2_K", "IQ4_XS", "F16", "BF16", "F32"]
@@ -397,6 +399,19 @@ def test_merging_into_the_very_weights_it_was_trained_over_is_told(make_tiny, ti
         assert notes_of(base, mine, out, "Q8_0") == notes_of(base, mine, out, "F16") == []
         assert [note for note in write(base, [(mine, 0.0)], out, "Q4_0") if "snap back" in note] == []
     assert notes_of(tiny.path, mine, out, "Q4_0") == []
+
+
+def test_what_no_adapter_file_holds_is_not_advised_to_run_live(make_tiny, tmp_path):
+    q4 = make_tiny(Type.Q4_0)
+    base = open_base(q4.path)
+    for method, live in (("dora", True), ("lorma_pi", False)):
+        Stir(rank=2, alpha=2.0, by=0.1).on(base, method, folder=tmp_path / method)
+        _, parts = open_parts(q4.path, [(tmp_path / method, 1.0)], allow_unverified=True)
+        for quant in ("Q4_0", "F16"):
+            types = dict.fromkeys(base.file.tensors, Type[quant])
+            (note,) = snap_back_notes(base, parts, types)
+            assert (" live over " in note) == live
+            assert "erge it into the 16-bit original" in note
 
 
 def test_the_note_is_about_something_real(make_tiny, tiny, tmp_path):

@@ -17,6 +17,8 @@ from converters.merge import Part
 from edgelora.base.model import FLOAT_QUANTS, Base
 from edgelora.files.contract import SAME_WEIGHTS, Contract
 from edgelora.invocation import command
+from edgelora.peft.adapter import Adapter
+from edgelora.peft.of_weight import InPlaceOf
 
 FINE = (*FLOAT_QUANTS, "Q8_0")  # their steps are finer than what an adapter changes
 
@@ -31,9 +33,10 @@ def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQ
     parts = [part for part in parts if part.scale]
     touched = {base.tensor_of(module) for part in parts for module in part.adapter.tensors}
     coarse = sorted({types[name].name for name in touched if types[name].name not in FINE})
+    live = not any(_changes_as_a_whole(part.adapter) for part in parts)
     if not coarse:
-        return _later(grid_of(base, parts)) if touched else []
-    into, notes = ", ".join(coarse), []
+        return _later(grid_of(base, parts), live) if touched else []
+    into, notes, instead = ", ".join(coarse), [], _instead(base, live)
     for part in parts:
         contract = part.adapter.contract
         if contract is None or contract.base_file.quant in FINE or not _same_weights(contract, base):
@@ -42,12 +45,12 @@ def snap_back_notes(base: Base, parts: Sequence[Part], types: Mapping[str, GGMLQ
         notes.append(
             f"{part.name} was trained over {contract.base_file.name} ({contract.base_file.quant}), and these are that "
             f"file's weights{dequantized}: merged and quantized to {into} they snap back to the old steps, which can "
-            f"undo what it learned. {_instead(base)}"
+            f"undo what it learned. {instead}"
         )
     if not notes and base.quant not in FINE:
         notes.append(
             f"the base is {base.quant} already: merged and quantized again to {into}, its weights tend to snap back to "
-            f"the old steps, which can undo what the adapter learned. {_instead(base)}"
+            f"the old steps, which can undo what the adapter learned. {instead}"
         )
     return notes or notes_on_grid(base, types)
 
@@ -80,14 +83,15 @@ def _stated_grid(base: Base) -> str | None:
     return value.data if value is not None and isinstance(value.data, str) and value.data.isidentifier() else None
 
 
-def _later(grid: str | None) -> list[str]:
+def _later(grid: str | None, live: bool) -> list[str]:
     """What not to do with a merge in fine numbers."""
     if grid is None:
         return []
+    beside = f"run the adapter live over the {grid} file, or " if live else ""
     return [
         f"these weights were {grid}, and still lie near its steps: this file keeps what the adapter learned, but "
-        f"quantize it below 8 bits and they return to them. For a small file, run the adapter live over the {grid} "
-        f"file, or merge it into the 16-bit original of the base and quantize that"
+        f"quantize it below 8 bits and they return to them. For a small file, {beside}merge it into the 16-bit "
+        f"original of the base and quantize that"
     ]
 
 
@@ -97,9 +101,16 @@ def _same_weights(contract: Contract, base: Base) -> bool:
     return distance is not None and distance <= SAME_WEIGHTS
 
 
-def _instead(base: Base) -> str:
-    live = command("export", base.path, Path("ADAPTER"), "--out", "ADAPTER.gguf")
-    return (
-        f"Run it live over this base instead ({live}), or merge it into the 16-bit original of the base; F16 and Q8_0 "
-        f"results of this merge keep it too"
-    )
+def _changes_as_a_whole(adapter: Adapter) -> bool:
+    """Whether it changes weights in a way that neither a LoRA nor a patched base holds."""
+    changes = (adapter.change(module).whole for module in (*adapter.linears, *adapter.vocabularies))
+    return any(whole is not None and not isinstance(whole, InPlaceOf) for whole in changes)
+
+
+def _instead(base: Base, live: bool) -> str:
+    """What to do in the place of such a merge. live: whether the adapters can run over the base as it is."""
+    keeps = "F16 and Q8_0 results of this merge keep it too"
+    if not live:
+        return f"Merge it into the 16-bit original of the base; {keeps}"
+    over = command("export", base.path, Path("ADAPTER"), "--out", "ADAPTER.gguf")
+    return f"Run it live over this base instead ({over}), or merge it into the 16-bit original of the base; {keeps}"
