@@ -132,7 +132,7 @@ def test_a_measured_plan_is_of_what_is_written(make_tiny, tmp_path, method):
     assert measured.expected_error == patches.error
     assert (patches.error > 2.0**-11) == (method == "dora")
     (note,) = (note for note in measured.notes if "F16" in note)
-    assert note.startswith("1 tensors became F16 (blk.0.attn_k.weight …)")
+    assert note.startswith("1 tensor (blk.0.attn_k.weight) became F16: scales of blocks there ")
 
 
 def test_what_a_family_has_no_bias_for_is_refused_with_the_reason(facts, bases):
@@ -157,6 +157,7 @@ def test_a_row_of_a_tied_embedding_is_no_adapter(bases):
         through(coarse, None, Path("mine"))
     assert refused.value.fix.startswith("`edgelora untie BASE --out FILE` gives this base a head of its own")
     assert refused.value.fix.split("; or ")[1].startswith("pass --door merged")
+    assert "--door merged --type F16 for one that rounds once" in refused.value.fix
 
 
 def test_the_reason_of_a_patched_base_names_what_the_adapter_has(facts, bases):

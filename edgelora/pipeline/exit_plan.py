@@ -123,7 +123,8 @@ def _refused(found: ExitPlan, adapter_path: Path) -> ExportError:
 
 
 def _not_exact(found: ExitPlan, adapter_path: Path) -> ExportError:
-    taken = f"pass --door {found.door} to take it as it is, or look at --plan for the others"
+    larger = "--door merged --type F16 for one that rounds once and is larger, " if found.door == "merged" else ""
+    taken = f"pass --door {found.door} to take it as it is, {larger}or look at --plan for the others"
     return ExportError(
         what=f"{adapter_path}: no exact way leads to llama.cpp over this base",
         why=found.why,
