@@ -30,6 +30,7 @@ from converters.pair_types import stored_as
 from converters.scaled_rows import can_scale
 from converters.stream import Entry
 from edgelora.base import ggml
+from edgelora.words import count
 
 Door: TypeAlias = Literal["adapter", "patched", "soft prompt", "merged", "refused"]
 
@@ -128,7 +129,7 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     if not beyond_a_pair(adapter):
         return "nothing of it would go into the base: B A is added over it"
     if adapter.whole:
-        return f"{len(adapter.whole)} weights change as a whole, and would be quantized again as a merge does"
+        return f"{count(len(adapter.whole), 'weight')} changed as a whole would be quantized again, as a merge does"
     if not base.is_gguf:
         return "the base is a checkpoint, and what is patched are the blocks of a GGUF: `edgelora convert` writes one"
     if fault := unloaded(adapter, base):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from converters.exit_facts import AdapterFacts, BaseFacts, Type
 from edgelora.base import ggml
+from edgelora.words import count
 
 UNTIE = "edgelora untie BASE --out FILE"
 UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
@@ -46,13 +47,10 @@ def notes_of_patched(
     by_type = becomes if adapter.becomes is None else {}
     widened = {name for name, kind in by_type.items() if kind != base.types[name]}
     notes = [
-        f"{len(names)} tensors become F16: {why}"
+        f"stored as F16: {count(len(names), 'tensor')}, {why}"
         for names, why in (
-            (widened - adapter.replaced, "blocks of their type have no float16 scale"),
-            (
-                widened & adapter.replaced,
-                "they were trained whole, and blocks of their type would lose too much of that",
-            ),
+            (widened - adapter.replaced, "whose type of blocks has no float16 scale"),
+            (widened & adapter.replaced, "trained whole, of which blocks of that type would lose too much"),
         )
         if names
     ]

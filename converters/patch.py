@@ -9,7 +9,7 @@ SwiGLU: down(act(gate) ∘ up ∘ l). Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ from edgelora.peft.adapter import Adapter
 from edgelora.peft.change import Change, LoraPair
 from edgelora.peft.of_weight import InPlaceOf
 from edgelora.progress import OnProgress, silent
+from edgelora.words import count
 
 Type = GGMLQuantizationType
 How = Literal["scaled", "widened", "replaced", "merged"]
@@ -80,13 +81,11 @@ class PatchPlan:
         found = []
         if widened:
             found.append(
-                f"{len(widened)} tensors became F16 ({widened[0]} …): the scales of their blocks cannot take up a "
-                f"factor, or lose more than {LARGEST_ERROR:g} by it"
+                f"{_counted(widened)} became F16: scales of blocks there cannot take up a factor, or lose more than "
+                f"{LARGEST_ERROR:g} by it"
             )
         if merged:
-            found.append(
-                f"{len(merged)} tensors were merged and quantized again ({merged[0]} …): they change as a whole"
-            )
+            found.append(f"changed as a whole, merged and quantized again: {_counted(merged)}")
         if replaced:
             error, name = max(replaced)
             found.append(
@@ -94,6 +93,11 @@ class PatchPlan:
                 f"{self.patches[name].kind.name} lost {error:.2g} of its size, and no other more"
             )
         return found
+
+
+def _counted(names: Sequence[str]) -> str:
+    """`2 tensors (blk.0.attn_k.weight …)`."""
+    return f"{count(len(names), 'tensor')} ({names[0]}{' …' * (len(names) > 1)})"
 
 
 def plan_patch(base: Base, adapter: Adapter) -> PatchPlan:

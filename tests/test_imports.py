@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
         "child", "catalog", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
     },
-    "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "errors"},
+    "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "words", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "home", "device", "progress", "errors"},
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
