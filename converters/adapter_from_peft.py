@@ -55,7 +55,7 @@ def read_peft(path: Path, base: Base) -> Adapter:
     """The LoRA, aLoRA or DoRA in a folder of PEFT's. Raises AdapterError with all its faults, FileFormatError."""
     refuse_pickle(path)
     settings, file = read_json(path / CONFIG), SafetensorsFile(path / TENSORS)
-    faults = _settings_faults(settings)
+    faults = _settings_faults(settings, base)
     readable = not faults  # else no α may be in them
     places: dict[str, dict[str, str]] = {}
     for name in file.tensors:
@@ -149,7 +149,7 @@ def require_own_vocabulary(path: Path, base: Base) -> None:
     require_none(path, faults, base)
 
 
-def _settings_faults(settings: dict[str, Any]) -> list[str]:
+def _settings_faults(settings: dict[str, Any], base: Base) -> list[str]:
     kind = kind_of(settings)
     if kind is None:
         return [f"{CONFIG} is that of the kind {settings.get('peft_type')}"]
@@ -157,5 +157,5 @@ def _settings_faults(settings: dict[str, Any]) -> list[str]:
     if settings.get("bias", "none") != "none":
         faults.append(f"it has biases (bias: {settings['bias']})")
     if settings.get(INVOCATION):
-        faults += invocation_faults(settings, kind, may_wait=True)
+        faults += invocation_faults(settings, kind, may_wait=True, n_tokens=base.config.vocab_size)
     return faults + kind.faults(settings)

@@ -257,6 +257,7 @@ def test_no_weight_can_hold_it(base, decoder, tmp_path):
         ({"use_dora": True}, "alora_invocation_tokens is set in a DoRA"),
         ({"alora_invocation_tokens": "hello"}, "expected token ids"),
         ({"alora_invocation_tokens": [-1]}, "expected token ids"),
+        ({"alora_invocation_tokens": [5, 512]}, "alora_invocation_tokens holds 512, and the base has 512 tokens"),
     ],
 )
 def test_a_strange_one_is_refused(base, decoder, tmp_path, change, said):

@@ -213,7 +213,7 @@ def look_at(
     settings, file = settings_of(path), SafetensorsFile(path / TENSORS)
     names = {name: usual(name) for name in file.tensors}
     settings = with_whole_vocabulary(settings, names.values())
-    kind, faults = kind_of_folder(settings, may_wait)
+    kind, faults = kind_of_folder(settings, may_wait, layers.vocabularies.get(EMBEDDING, (0, 0))[0])
     tensors: Mapping[str, Parts] = {}
     if kind is not None:
         if kind.rows and not may_have_rows:

@@ -69,8 +69,9 @@ def without(module: str, tensors: Mapping[str, Parts]) -> Mapping[str, Parts]:
     return Lazy({name: name for name in tensors if name != module}, tensors.__getitem__)
 
 
-def kind_of_folder(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str]]:
-    """What an adapter_config.json says it is, and what is wrong with it."""
+def kind_of_folder(settings: Any, may_wait: bool, n_tokens: int) -> tuple[Kind | None, list[str]]:
+    """What an adapter_config.json says it is, and what is wrong with it. n_tokens: of the base, 0 where none is
+    known."""
     if not isinstance(settings, dict):
         return None, [f"{CONFIG} is no table of settings"]
     kind = kind_of(settings)
@@ -83,19 +84,22 @@ def kind_of_folder(settings: Any, may_wait: bool) -> tuple[Kind | None, list[str
     beside = {"modules_to_save": kind.saves, "trainable_token_indices": kind.rows, "lora_bias": kind.adds_bias}
     faults += [f"{key} is set in {kind.one}" for key, has in beside.items() if settings.get(key) and not has]
     if settings.get(INVOCATION):
-        faults += invocation_faults(settings, kind, may_wait)
+        faults += invocation_faults(settings, kind, may_wait, n_tokens)
     if settings.get("bias", "none") not in ("none", *(SAVED_BIASES if kind.saves else ())):
         faults.append("it has biases")
     return kind, faults + kind.faults(settings)
 
 
-def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool) -> list[str]:
-    """What is wrong with the tokens of an aLoRA, and with its being one unless it `may_wait`."""
+def invocation_faults(settings: Mapping[str, Any], kind: Kind, may_wait: bool, n_tokens: int) -> list[str]:
+    """What is wrong with the tokens of an aLoRA over a base of so many (0: nobody knows), and with its being one unless
+    it `may_wait`."""
     tokens = settings[INVOCATION]
     if not isinstance(tokens, list) or not all(isinstance(one, int) and one >= 0 for one in tokens):
         return [f"{INVOCATION} is {tokens}, expected token ids"]
     if kind is not KINDS["LORA"]:
         return [f"{INVOCATION} is set in {kind.one}"]
+    if n_tokens and max(tokens) >= n_tokens:
+        return [f"{INVOCATION} holds {max(tokens)}, and the base has {n_tokens} tokens"]
     return [] if may_wait else [WAITS]
 
 
