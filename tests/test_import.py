@@ -28,7 +28,7 @@ from edgelora.base import ggml
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
-from edgelora.errors import AdapterError, EdgeloraError
+from edgelora.errors import AdapterError, EdgeloraError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.peft.adapter import CONFIG, MAGNITUDE, TENSORS, VIRTUAL, Adapter, read_adapter, write_adapter
 from edgelora.peft.inject import adapter_config, attach, collect, inject
@@ -368,6 +368,9 @@ def test_a_strange_invocation_is_refused(base, tmp_path):
     write_adapter(tmp_path / "theirs", replace(make_adapter(base, alora_invocation_tokens="hello"), contract=None))
     with pytest.raises(AdapterError, match="alora_invocation_tokens is hello, expected token ids"):
         imported(base, tmp_path / "theirs", tmp_path / "mine")
+    write_adapter(tmp_path / "beyond", replace(make_adapter(base, alora_invocation_tokens=[5, 512]), contract=None))
+    with pytest.raises(AdapterError, match="alora_invocation_tokens holds 512, and the base has 512 tokens"):
+        imported(base, tmp_path / "beyond", tmp_path / "mine")
     write_adapter_gguf(tmp_path / "a.gguf", make_adapter(base, alora_invocation_tokens=[512]), base, "a", "F32")
     with pytest.raises(AdapterError, match="invocation_tokens holds 512, and the base has 512 tokens"):
         imported(base, tmp_path / "a.gguf", tmp_path / "mine")
@@ -481,6 +484,13 @@ def test_what_is_a_lora_leaves_as_one_bit_for_bit(base, tmp_path, method):
         for module in found.tensors:
             np.testing.assert_array_equal(found.pair(module).a, before.pair(module).a)
             np.testing.assert_array_equal(found.pair(module).b, before.pair(module).b)
+
+
+def test_nothing_is_written_over_what_it_is_made_from(base, plain):
+    """`plain` is a DoRA: its folder as a LoRA, or as another's, would be all that is left."""
+    for write in (export_as_lora, import_adapter):
+        with pytest.raises(OutputError, match="it would be written over"):
+            write(base.path, plain, plain, allow_unverified=True, overwrite=True)
 
 
 def test_a_dora_is_no_lora(base, plain, tmp_path):

@@ -21,6 +21,7 @@ from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import Contract, contract_in, fault_and_contract, sha256_file
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.safetensors import SafetensorsFile
+from edgelora.files.unchanged import stamp
 from edgelora.invocation import command
 from edgelora.peft.adapter import (
     CONFIG,
@@ -70,6 +71,7 @@ def import_adapter(
     """
     refuse_to_write(out, overwrite)
     kind, file = recognised(source)
+    stamp(source).require_apart(out)
     base = open_base(base_path)
     _require_layers(kind, source, base)
     require = partial(require_contract, path=source, base=base, allow_unverified=allow_unverified)
@@ -92,6 +94,7 @@ def export_as_lora(
     Raises AdapterError if it is no LoRA: what it makes of a layer has to be W + B A.
     """
     refuse_to_write(out, overwrite)
+    stamp(source).require_apart(out)
     base = open_base(base_path)
     adapter = read_checked(source, base, allow_unverified=allow_unverified)
     folded = with_tied_head(as_lora(adapter, base.linears, str(base.path)), base)
