@@ -16,6 +16,7 @@ from converters.exit_facts import AdapterFacts, BaseFacts, Type
 from converters.exit_words import (
     LAYERED,
     NEAREST,
+    OF_Q8_0,
     UNTIE,
     UNTIED,
     beyond_a_pair,
@@ -52,7 +53,9 @@ class Way:
     exact: bool
     """Whether nothing is lost but the rounding of `expected_error`."""
     expected_error: float | None
-    """The most that a number of it moves by rounding, relative to its own size; None: only measuring can tell."""
+    """The most that what is stored moves by rounding, relative to its size: a number, of scaled blocks their scale, of
+    Q8_0 the largest of 32 numbers, and where it was measured a tensor (root mean square). None: only measuring tells.
+    """
     size_bytes: int
     hot_swappable: bool
     """Whether it comes and goes over a loaded base."""
@@ -117,6 +120,8 @@ def as_adapter(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     error = max((ROUNDING[kind] for kind in narrow), default=ROUNDING[dtype])
     why = "it is B A and nothing else, which llama.cpp adds over any quantization of this base"
     notes = [note_of_ranks(adapter.pairs)]
+    if Type.Q8_0 in narrow:
+        notes.append(OF_Q8_0)
     if dtype == Type.Q8_0 and narrow != {Type.Q8_0}:
         notes.append("rows of Q8_0 are multiples of 32 numbers: matrices of another rank or width stay F16")
     return Way("adapter", True, error, size, True, why, tuple(filter(None, notes)))
@@ -142,10 +147,12 @@ def as_patched(adapter: AdapterFacts, base: BaseFacts, dtype: Type) -> Way | str
     grown = sum(_bytes(base.shapes[n], kind) - _bytes(base.shapes[n], base.types[n]) for n, kind in becomes.items())
     roundings = (_rounding(kind, name in adapter.replaced) for name, kind in becomes.items())
     error = max(adapter.moved, *roundings, 0.0)
-    if left:
-        error = max(error, *(ROUNDING[kind] for shape in left.values() for kind in _kinds(shape, dtype)))
+    narrow = {kind for shape in left.values() for kind in _kinds(shape, dtype)}
+    error = max(error, *(ROUNDING[kind] for kind in narrow), 0.0)
     size = base.size_bytes + grown + _pair_bytes(left, dtype)
     why, notes = why_patched(adapter, base, becomes), notes_of_patched(adapter, base, becomes, left)
+    if Type.Q8_0 in narrow | {becomes[name] for name in adapter.replaced & becomes.keys()}:
+        notes = (*notes, OF_Q8_0)
     return Way("patched", True, error, size, False, why, notes)
 
 

@@ -20,6 +20,7 @@ from test_vectors import FAMILIES, family, trained
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.exit_facts import AdapterFacts, facts_of_adapter, facts_of_base
 from converters.exit_plan import DOORS, plan_exit
+from converters.exit_words import OF_Q8_0
 from converters.merge import Part
 from converters.pair_types import stored
 from converters.patch import plan_patch, write_patched, write_rest
@@ -40,7 +41,7 @@ from edgelora.peft.inject import adapter_config, attach, collect, inject
 from edgelora.peft.lora_config import as_lora
 from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
-from edgelora.pipeline.exit_plan import plan, through
+from edgelora.pipeline.exit_plan import plan, rounded, taken_in_words, through
 from edgelora.pipeline.export import Certificate, ExportOptions, export
 from edgelora.pipeline.patch import patch
 from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
@@ -212,6 +213,20 @@ def test_llama_cpp_computes_a_q8_0_lora_nearly_as_torch_does(base, tmp_path, ran
     assert fidelity([(build_decoder(base).logits(IDS).numpy(), theirs)]).kl_mean > 20 * found.kl_mean
 
 
+def test_what_rounding_does_is_said_of_what_is_stored(bases, facts):
+    """Scales of blocks, not the weights that come of them; and of Q8_0 not each number's own size."""
+    for base, dtype, said in (
+        ("Q4_K", "F16", "rounding moves what is stored by at most 0.00049 of its size"),
+        ("Q4_K", "Q8_0", "rounding moves what is stored by at most 0.0039 of its size"),
+    ):
+        found = plan_exit(facts["lora" if dtype == "Q8_0" else "ia3"], bases[base], dtype)
+        lines = list(taken_in_words(found))
+        assert said in lines[1]
+        assert (OF_Q8_0 in lines) == (dtype == "Q8_0")
+    assert "nothing is rounded" in list(taken_in_words(plan_exit(facts["bitfit"], bases["Q4_K"])))[1]
+    assert rounded(0.0) == "rounding moves no weight"
+
+
 def test_a_value_beyond_a_type_is_refused_by_name():
     for kind, most in ((Type.F16, 7e4), (Type.Q8_0, 1e7)):
         with pytest.raises(ExportError, match=f"blk: a value of the adapter does not fit into {kind.name}"):
@@ -289,7 +304,7 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     assert told["door"] == door
     if method == "dora":  # F32 over F32, but what is B A of it is F16
         assert told["expected_error"] == 2.0**-11
-        assert "by more than" in told["notes"][-1]
+        assert told["notes"][-1] == "measured: rounding moves no weight"
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # nothing was written
     assert run([*words, "--out", str(tmp_path / "made.gguf")]) == 0
     said = capsys.readouterr()
@@ -297,7 +312,7 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     assert made["door"] == door
     before, checked = said.err.index(told["why"]), said.err.index("checked on ")
     assert before < said.err.index(f"{told['size_bytes'] / 1e6:.1f} MB, ") < checked
-    assert all(json.dumps(note)[1:-1] in said.err for note in told["notes"] if "by more than" not in note)
+    assert all(json.dumps(note)[1:-1] in said.err for note in told["notes"] if not note.startswith("measured: "))
     assert (f"{tmp_path / 'made.lora.gguf'}, " in said.err) == (method == "dora")
     assert made["certificate"]["passed"]
 

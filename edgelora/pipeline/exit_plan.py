@@ -74,6 +74,8 @@ def through(found: ExitPlan, asked: str | None, adapter_path: Path) -> Way:
 
 def rounded(error: float) -> str:
     """What patching did to weights, in words."""
+    if not error:
+        return "rounding moves no weight"
     return f"in no tensor do weights move by more than {error:.2g} of their size (root mean square)"
 
 
@@ -93,7 +95,9 @@ def taken_in_words(way: Way | ExitPlan) -> Iterator[str]:
         if error is None:
             rounding = "what it costs is measured once it is written"
         else:
-            rounding = f"numbers are rounded by at most {error:.2g} of themselves" if error else "nothing is rounded"
+            rounding = (
+                f"rounding moves what is stored by at most {error:.2g} of its size" if error else "nothing is rounded"
+            )
         stays = "comes and goes over a loaded base" if way.hot_swappable else "is loaded as a model"
         yield f"{way.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
     yield from way.notes
