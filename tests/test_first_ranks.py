@@ -169,7 +169,7 @@ def test_another_method_has_no_part_of_its_ranks(base, trained, method, how):
     assert str(error.value).splitlines() == [
         "mine: its first 2 ranks are no adapter",
         f"  why: only a DyLoRA learns with its first ranks alone, and this one {how}: all of its ranks belong together",
-        "  fix: leave --rank out; --svd-rank R writes the nearest LoRA of what changes weights alone, and says its loss",
+        "  fix: leave --rank out; --svd-rank R writes the nearest LoRA of what changes weights alone, and its loss",
     ]
 
 

@@ -53,7 +53,7 @@ def not_nested(name: str, rank: int, contract: Contract | None) -> ExportError:
     return ExportError(
         what=f"{name}: its first {rank} ranks are no adapter",
         why=f"only a DyLoRA learns with its first ranks alone, and this one {how}: all of its ranks belong together",
-        fix="leave --rank out; --svd-rank R writes the nearest LoRA of what changes weights alone, and says its loss",
+        fix="leave --rank out; --svd-rank R writes the nearest LoRA of what changes weights alone, and its loss",
     )
 
 
