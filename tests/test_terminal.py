@@ -17,7 +17,9 @@ import pytest
 from example_runs import example_rows
 from test_interrupt import HANG_UP
 
+from edgelora.cli import run
 from edgelora.cli.terminal import Outliving
+from edgelora.errors import OutputError
 from edgelora.training.checkpoint import read_checkpoint
 from edgelora.training.interrupt import interruptible
 from edgelora.training.metrics import read_metrics
@@ -117,6 +119,39 @@ def test_a_closed_pipe_is_an_error_until_the_command_ends_so(unread, monkeypatch
         unread.write(b"one")
     monkeypatch.setattr(Outliving, "stopping", True)
     assert unread.write(b"another") == 7
+
+
+@pytest.fixture
+def full() -> Iterator[Outliving]:
+    """A disk without room."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this platform has no /dev/full")
+    with Outliving("/dev/full", "wb") as stream:
+        yield stream
+
+
+def test_a_full_disk_is_one_error_and_then_quiet(full):
+    with pytest.raises(OutputError) as error:
+        full.write(b"one")
+    assert str(error.value).splitlines() == [
+        "standard output cannot be written: No space left on device",
+        "  why: the file or disk behind it takes no more, and what it did not take is lost",
+        "  fix: make room there or send it elsewhere, and give the command again",
+    ]
+    assert full.write(b"another") == 7
+
+
+@pytest.mark.parametrize("words", [["methods"], ["methods", "--json"], ["methods", "--help"]], ids=" ".join)
+def test_a_result_that_is_not_written_is_told_of_by_the_command(full, unread, monkeypatch, capsys, words):
+    """Also where all of it was still in memory; a reader that is gone needs no telling."""
+    for stream, said in ((full, "standard output cannot be written"), (unread, "")):
+        with io.TextIOWrapper(io.BufferedWriter(stream, 1 << 20), encoding="utf-8") as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert run(words) == 1
+            monkeypatch.undo()
+        told = capsys.readouterr().err
+        assert said in told
+        assert len(told.splitlines()) == (0 if not said else 1 if "--json" in words else 3)
 
 
 def test_what_is_read_is_written(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from itertools import takewhile
+from typing import Any
 
 import typer
 
@@ -78,9 +79,7 @@ def run(arguments: list[str] | None = None) -> int:
     as_json = "--json" in takewhile("--".__ne__, words)
     try:
         with warnings_as_notes() if as_json else nullcontext():
-            code = app(words, standalone_mode=not as_json)  # standing alone, typer draws what is wrong usage
-    except SystemExit as e:
-        code = e.code
+            code = _called(words, as_json)
     except Refused as e:
         _tell(wrong_usage(e), "", as_json)
         return e.exit_code
@@ -94,6 +93,20 @@ def run(arguments: list[str] | None = None) -> int:
         Outliving.stopping, line = True, "stopped; what was not finished was not written"
         _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
     return code if isinstance(code, int) else int(code is not None)
+
+
+def _called(words: list[str], as_json: bool) -> Any:
+    """What the command ended with, once all that it said is out."""
+    try:
+        code = app(words, standalone_mode=not as_json)  # standing alone, typer draws what is wrong usage
+    except SystemExit as e:
+        code = e.code
+    try:
+        if sys.stdout is not None:  # as it is behind `>&-`
+            sys.stdout.flush()  # what cannot be written is an error while there is somebody to tell
+    except BrokenPipeError:
+        return code or 1  # as typer has it, which is not always there to see it
+    return code
 
 
 def _tell(error: EdgeloraError, text: str, as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Standard output and error that outlive who reads them: a closed terminal, or a `tee` that Ctrl-C ended too.
 
-A write would fail there, in the midst of the step that a run was to finish, and its exit code would be another.
+A write would fail there, in the midst of the step that a run was to finish, and its exit code would be another. Behind
+what takes no more, a full disk, it fails once, in three lines.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import signal
 import sys
 from typing import TYPE_CHECKING, TextIO
 
+from edgelora.errors import OutputError
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
 class Outliving(io.FileIO):
-    """Writes to a descriptor; to nothing where nobody reads any more: behind a closed terminal, and behind a closed
-    pipe once the command was asked to stop."""
+    """Writes to a descriptor; to nothing where nobody reads any more: behind a closed terminal, behind a closed pipe
+    once the command was asked to stop, and wherever it has failed before.
+
+    Raises OSError for a closed pipe, and OutputError for whatever else cannot be written.
+    """
 
     stopping = False
     """Of all of them: whether the command ends because it was asked to."""
@@ -28,10 +34,20 @@ class Outliving(io.FileIO):
             try:
                 return super().write(data)
             except OSError as e:
-                self._gone = e.errno == errno.EIO or (e.errno == errno.EPIPE and (self.stopping or _asked()))
-                if not self._gone:
+                self._gone = True
+                if e.errno == errno.EPIPE and not (self.stopping or _asked()):
                     raise
+                if e.errno not in (errno.EIO, errno.EPIPE):
+                    raise _full(e, self.fileno()) from e
         return memoryview(data).nbytes
+
+
+def _full(fault: OSError, descriptor: int) -> OutputError:
+    return OutputError(
+        what=f"standard {'error' if descriptor == 2 else 'output'} cannot be written: {fault.strerror}",
+        why="the file or disk behind it takes no more, and what it did not take is lost",
+        fix="make room there or send it elsewhere, and give the command again",
+    )
 
 
 def outlive() -> None:
