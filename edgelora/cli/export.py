@@ -257,12 +257,8 @@ def _svd(asked: Asked, rank: int, display: Listener) -> dict[str, Any]:
     _require_no_runner(asked, "--svd-rank")
     out = asked.out
     found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, asked.options), display.show)
-    display.say(f"{out}: the nearest LoRA of rank {rank}, {_megabytes(out)}")
-    display.note(
-        f"it is not the adapter: {found.error:.1%} of what that changes in the weights is lost (by layer at most "
-        f"{found.errors[found.worst]:.1%}), and its answers are {found.lost.kl_mean:.2g} nats away (mean KL), same "
-        f"top {found.lost.same_top:.1%} ± {found.lost.same_top_error:.1%}"
-    )
+    display.say(f"{out}: the nearest LoRA of rank {found.rank}, {_megabytes(out)}")
+    display.note(found.sentence)
     display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
     certificate = {**found.as_dict(), "svd_errors": found.errors}
     return {"door": "adapter", "out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}

@@ -24,12 +24,15 @@ from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.torch_states import Reference
 from edgelora.progress import OnProgress, silent
 
+ROUNDING = 1e-5  # of ΔW: less is what float32 makes of singular values that are 0
+
 
 @dataclass(frozen=True)
 class SvdCertificate:
     """That llama.cpp computes the LoRA, and what the rank lost: of ΔW (Frobenius), and of the model's answers."""
 
     rank: int
+    """The largest that it has: what was asked for, or all that the adapter has, where that is less."""
     errors: dict[str, float]
     """‖ΔW − B A‖ / ‖ΔW‖ of every linear layer."""
     error: float
@@ -44,6 +47,20 @@ class SvdCertificate:
     def worst(self) -> str:
         """The layer of which most is lost."""
         return max(self.errors, key=self.errors.__getitem__)
+
+    @property
+    def sentence(self) -> str:
+        """What was lost, in words. llama.cpp's own rounding is part of how far its answers are from torch's."""
+        answers = (
+            f"its answers are {self.lost.kl_mean:.2g} nats away (mean KL; {self.lora.floor.kl_mean:.2g} of the bare "
+            f"base), same top {self.lost.same_top:.1%} ± {self.lost.same_top_error:.1%}"
+        )
+        if self.error < ROUNDING:
+            return f"nothing that the adapter changes in the weights is lost; {answers}"
+        return (
+            f"it is not the adapter: {self.error:.1%} of what that changes in the weights is lost (by layer at most "
+            f"{self.errors[self.worst]:.1%}), and {answers}"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """What the file says, which has reserved a place of one size for it: of the layers the worst alone."""
@@ -75,7 +92,8 @@ def export_svd(
     base = base.as_trained(adapter.contract)
     rows = rows_to_check(asked.data, asked.n_rows)
     nearest = nearest_lora(base, adapter, options.rank, on_progress)
-    lora = _signed(nearest, adapter, options.rank)
+    rank = max((len(parts["lora_A"]) for parts in nearest.adapter.tensors.values()), default=options.rank)
+    lora = _signed(nearest, adapter, rank)
     with tempfile.TemporaryDirectory(prefix="edgelora-svd-") as room:
         folder = Path(room) / "lora"
         write_adapter(folder, lora)
@@ -84,7 +102,7 @@ def export_svd(
             wholes = tuple(Reference(base_path, ((path, 1.0),)) for path in (folder, adapter_path))
             equal, (floor, own, lost) = side_by_side(SideBySide(base_path, draft, wholes, rows), on_progress)
             found = judged(base, len(rows), equal, floor, own, coarse=asked.dtype == "Q8_0")
-            return SvdCertificate(options.rank, dict(nearest.errors), nearest.whole, lost, found)
+            return SvdCertificate(rank, dict(nearest.errors), nearest.whole, lost, found)
 
         return write_certified(
             Output(out, asked.overwrite),
