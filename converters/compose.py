@@ -16,7 +16,7 @@ import numpy as np
 
 from converters.task_tensors import Composed, Thinning, leading, stacked, thin, together, truncated
 from edgelora.errors import AdapterError, ConfigError, some
-from edgelora.peft.adapter import Adapter, LoraPair
+from edgelora.peft.adapter import IN_TORCH, Adapter, LoraPair
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) of linear layers
 WORKING_MATRICES = 5  # the result, the elected signs, how many agree, and two between one step and the next
@@ -155,6 +155,8 @@ def _scale(adapter: Adapter, module: str, pair: LoraPair) -> float:
 
 # -- what is refused ----------------------------------------------------------------------------------------------
 
+MERGE_FIRST = "merge it into its base first (`edgelora merge`), and train or compose the others over that one"
+
 
 def _require_sense(recipe: Recipe) -> None:
     if recipe.how not in HOWS:
@@ -176,13 +178,12 @@ def _require_sense(recipe: Recipe) -> None:
 
 def _require_composable(parts: Sequence[Part], recipe: Recipe, linears: Shapes) -> int:
     """Raise unless `parts` can be composed so. Returns the largest rank that is put in, or the one asked for."""
-    for part in parts:
-        if part.adapter.invocation:
-            fix = "export it by itself (`edgelora export`), and chat with that over the base"
-            raise _no_pair(part, "it acts from its invocation on, not on every token", fix)
-        if others := [module for module in part.adapter.tensors if module not in linears]:
-            raise _no_pair(part, f"it changes {some(others)}, no linear layer")
-    ranks = {module: {p.name: _rank(p, module) for p in parts if module in p.adapter.tensors} for module in linears}
+    if others := {part.name: found for part in parts if (found := _other_than_pairs(part.adapter, linears))}:
+        raise _no_pairs(others)
+    ranks = {
+        module: {p.name: p.adapter.pair(module).rank for p in parts if module in p.adapter.tensors}
+        for module in linears
+    }  # fmt: skip
     ranks = {module: found for module, found in ranks.items() if found}
     largest = recipe.rank or max(rank for found in ranks.values() for rank in found.values())
     small = [module for module in ranks if recipe.rank is not None and recipe.rank > min(linears[module])]
@@ -218,23 +219,32 @@ def _require_equal_ranks(ranks: Mapping[str, Mapping[str, int]], recipe: Recipe)
         )
 
 
-def _rank(part: Part, module: str) -> int:
-    try:
-        pair = part.adapter.pair(module)
-    except AdapterError as e:
-        raise _no_pair(part, f"{e.what} ({e.why})") from e
-    if pair.magnitude is not None:
-        raise _no_pair(part, "a DoRA scales the rows of the base's weights as well")
-    return pair.rank
+def _other_than_pairs(adapter: Adapter, linears: Shapes) -> tuple[str, str] | None:
+    """Why an adapter is not changes B A alone, and what to do with it; None: it is."""
+    if adapter.invocation:
+        alone = "export it by itself (`edgelora export`), and chat with that over the base"
+        return "it acts from its invocation on, not on every token", alone
+    if adapter.kind.of_input:
+        return adapter.kind.of_input, IN_TORCH
+    if adapter.token_rows:
+        return f"it puts other rows in {' and '.join(adapter.token_rows)} for some tokens", MERGE_FIRST
+    if others := [module for module in adapter.tensors if module not in linears]:
+        return f"it changes {some(others, 3)}, no linear layer", MERGE_FIRST
+    for module in adapter.tensors:
+        try:
+            pair = adapter.pair(module)
+        except AdapterError as e:
+            return f"{e.what} ({e.why})", MERGE_FIRST
+        if pair.magnitude is not None:
+            return "a DoRA scales the rows of the base's weights as well", MERGE_FIRST
+    return None
 
 
-def _no_pair(
-    part: Part,
-    why: str,
-    fix: str = "merge it into its base first (`edgelora merge`), and train or compose the others over that one",
-) -> AdapterError:
+def _no_pairs(others: Mapping[str, tuple[str, str]]) -> AdapterError:
+    """The error for adapters that cannot be composed, by their names, with why and what to do with each."""
+    reasons = [why if len(others) == 1 else f"{name}: {why}" for name, (why, _) in others.items()]
     return AdapterError(
-        what=f"{part.name}: it cannot be composed",
-        why=f"{why}, and what is composed are changes B A",
-        fix=fix,
+        what="; ".join(f"{name}: it cannot be composed" for name in others),
+        why=f"{'; '.join(reasons)}, and what is composed are changes B A",
+        fix="; or ".join(dict.fromkeys(fix for _, fix in others.values())),
     )

@@ -467,6 +467,27 @@ def test_an_alora_and_rows_of_tokens_are_refused_by_what_they_are(tiny, base, fo
         assert fix in e.value.fix
 
 
+def test_all_that_cannot_be_composed_are_named_at_once(base):
+    parts = []
+    for method in ("lora", "houlsby", "layernorm"):
+        _, adapter = Stir(rank=2, alpha=2.0, by=0.1).on(base, method)
+        parts.append(Part(adapter, 1.0, method))
+    with pytest.raises(AdapterError) as e:
+        next(compose(parts, Recipe(), base.linears))
+    assert e.value.what == "houlsby: it cannot be composed; layernorm: it cannot be composed"
+    assert "houlsby: it adds a small nonlinear network" in e.value.why
+    assert "layernorm: it changes model.layers.0.input_layernorm" in e.value.why
+    assert "--in torch" in e.value.fix  # no merge can hold the one
+    assert "edgelora merge" in e.value.fix
+
+
+def test_a_density_that_nothing_uses_is_refused(tiny, folders, tmp_path, capsys):
+    words = ["compose", str(tiny.path), "--adapter", str(folders / "one"), "--out", str(tmp_path / "x")]
+    assert run([*words, "--density", "0.2"]) == 1
+    assert "error: --density 0.2 with --how sum" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def damaged(folder, base, change):
     adapter = make_adapter(base, seed=3)
     change(adapter.tensors["model.layers.0.mlp.up_proj"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +25,10 @@ How = Annotated[
         "of B by themselves, where they are of ΔW = B A.",
     ),
 ]
-Density = Annotated[float, typer.Option(help="The share of entries that ties, dare and magnitude keep.")]
+Density = Annotated[
+    float | None,
+    typer.Option(help="The share of entries that ties, dare and magnitude keep.", show_default="0.5"),
+]
 Rank = Annotated[
     int | None,
     typer.Option(help="Of the result, by SVD.", show_default="a sum: all ranks together; else the largest"),
@@ -40,7 +44,7 @@ def compose(
     adapter: Adapter,
     out: Out,
     how: How = "sum",
-    density: Density = 0.5,
+    density: Density = None,
     rank: Rank = None,
     seed: Annotated[int, typer.Option(min=0, help="Of what dare drops.")] = 0,
     report: Annotated[bool, typer.Option("--report", help="Measure how the adapters meet in each layer.")] = False,
@@ -58,8 +62,12 @@ def compose(
     from edgelora.pipeline.compose import ComposeOptions, Recipe, compose_adapters
     from edgelora.pipeline.task_scores import Task
 
+    recipe = Recipe(how, rank=rank, seed=seed)
+    if density is not None:
+        _require_thinning(how, density)
+        recipe = replace(recipe, density=density)
     options = ComposeOptions(
-        Recipe(how, density, rank, seed), report, [Task(*_task(text)) for text in data or ()],
+        recipe, report, [Task(*_task(text)) for text in data or ()],
         allow_unverified_base, overwrite,
     )  # fmt: skip
     with listener(as_json) as display:
@@ -74,6 +82,19 @@ def compose(
         print(json.dumps(made.as_dict()))
     else:
         _draw(made)
+
+
+def _require_thinning(how: str, density: float) -> None:
+    """Raise ConfigError for a density that nothing would use. A `how` that is none is refused where it is used."""
+    from edgelora.errors import ConfigError
+    from edgelora.pipeline.compose import HOWS
+
+    if how in HOWS and HOWS[how].thins is None:
+        raise ConfigError(
+            what=f"--density {density:g} with --how {how}",
+            why="all entries are kept in that",
+            fix="leave it out, or pass --how ties, dare or magnitude",
+        )
 
 
 def _task(text: str) -> tuple[str, Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.adapter_from_peft import with_tied_head
-from converters.compose import Part, Recipe, compose, n_layers
+from converters.compose import HOWS, Part, Recipe, compose, n_layers
 from converters.interference import LayerInterference, interference
 from edgelora.base.model import Base, open_base
 from edgelora.errors import AdapterError, ConfigError
@@ -22,7 +22,7 @@ from edgelora.pipeline.task_scores import Task, TaskScore, require_scorable, tas
 from edgelora.progress import OnProgress, Pace, Progress, silent
 from edgelora.versions import versions
 
-__all__ = ["ComposeOptions", "Composition", "Recipe", "compose_adapters"]
+__all__ = ["HOWS", "ComposeOptions", "Composition", "Recipe", "compose_adapters"]
 
 METHOD = "compose"
 COMPOSED = "composed"
