@@ -6,7 +6,7 @@ Each call evaluates all it needs and leaves nothing behind, so adapters may chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,49 +26,8 @@ from runtime.bench import prompt_and_generation_speed, rates
 from runtime.binding import Context, Entry, Lora, Model
 from runtime.names import require_scale, unknown_adapter
 from runtime.preflight import Checked, preflight
+from runtime.slot import Slot
 from runtime.threads import choose_threads
-
-
-class _Slot:
-    """One question in work: its prompt, then its answer token by token, then its reference in one piece."""
-
-    def __init__(self, number: int, question: Question, shared: int) -> None:
-        self.number, self.question = number, question
-        self.tokens: list[int] = []
-        self.nll: list[float] = []
-        self.rewind = self.finished = self._scoring = False
-        self.due, self._position = list(question.prompt[shared:]), shared
-
-    @property
-    def n_wanted(self) -> int:
-        return len(self.due) if self._scoring else 1
-
-    def entries(self, sequence: int) -> list[Entry]:
-        """What the next decode must evaluate: all rows are wanted of a reference, else only the last."""
-        last = len(self.due) - 1
-        return [
-            Entry(token, self._position + i, sequence, self._scoring or i == last) for i, token in enumerate(self.due)
-        ]
-
-    def advance(self, rows: Sequence[np.ndarray], max_tokens: int, ends: Callable[[int], bool]) -> None:
-        """Take in the logits of the wanted entries and decide what is due next."""
-        reference = self.question.reference
-        self._position += len(self.due)
-        self.rewind = False
-        if self._scoring:
-            self.nll += [_nll(z, label) for z, label in zip(rows, reference[1:], strict=True)]
-            self.finished = True
-            return
-        if not self.nll and reference:
-            self.nll.append(_nll(rows[0], reference[0]))
-        token = int(rows[0].argmax())
-        if not ends(token):
-            self.tokens.append(token)
-        if ends(token) or len(self.tokens) >= max_tokens:
-            self._scoring, self.finished = True, len(reference) < 2
-            self.rewind, self.due, self._position = True, list(reference[:-1]), len(self.question.prompt)
-        else:
-            self.due = [token]
 
 
 def _require_plain(checked: Checked) -> None:
@@ -81,11 +40,6 @@ def _require_plain(checked: Checked) -> None:
         why="questions are answered side by side here, each from its first token on with the same weights",
         fix="ask it through `edgelora generate` or `chat`, which run it",
     )
-
-
-def _nll(z: np.ndarray, label: int) -> float:
-    top = z.max()
-    return float(np.log(np.exp(z - top).sum()) + top - z[label])
 
 
 class ScoringEngine:
@@ -267,14 +221,14 @@ class ScoringEngine:
         done: dict[int, Answer] = {}
         pace = Pace(len(questions))
         waiting = list(enumerate(questions))[::-1]
-        slots: dict[int, _Slot] = {}
+        slots: dict[int, Slot] = {}
         while waiting or slots:
             for seq in range(1, self._context.n_sequences):
                 if seq not in slots and waiting:
                     number, question = waiting.pop()
                     self._require_room(len(question.prompt) + max(max_tokens, len(question.reference)))
                     self._context.copy(0, seq)
-                    slots[seq] = _Slot(number, question, shared)
+                    slots[seq] = Slot(number, question, shared)
             # what does not fit into this decode waits for the next; the oldest go first, so none waits for ever
             room, now = self._context.n_batch, {}
             for seq, slot in slots.items():
