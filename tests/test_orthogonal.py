@@ -19,6 +19,7 @@ from edgelora.config import TrainConfig
 from edgelora.errors import AdapterError, ConfigError
 from edgelora.peft.adapter import TENSORS, read_adapter, write_adapter
 from edgelora.peft.inject import inject
+from edgelora.peft.methods import METHODS
 from edgelora.peft.orthogonal import complement, start_orthogonally
 from edgelora.peft.targets import Where
 from edgelora.training.avoided import avoided
@@ -164,11 +165,19 @@ def test_more_ranks_than_directions_are_left_are_refused(base, decoder):
     ]
 
 
-@pytest.mark.parametrize("method", ["pissa", "olora", "vera", "lora_xs"])
-def test_a_method_with_a_start_of_its_own_is_refused(base, decoder, method):
-    inject(decoder, method, 4, 8.0, seed=0)
-    with pytest.raises(ConfigError, match="does not start with a random A"):
-        start_orthogonally(decoder, [make_adapter(base, seed=1)])
+NAMED = ("lora", "rslora", "loraplus", "dora", "dylora", "alora", "longlora", "lors", "molora")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "loftq"])  # which needs its original
+def test_a_method_without_a_random_a_is_refused_and_told_who_has_one(base, decoder, method):
+    inject(decoder, method, 4, 8.0, seed=0, targets=Where(token_indices=(5,) if METHODS[method].rows else ()))
+    earlier = [make_adapter(base, seed=1)]
+    if method in NAMED:
+        start_orthogonally(decoder, earlier)
+        return
+    with pytest.raises(ConfigError, match="does not start with a random A") as refused:
+        start_orthogonally(decoder, earlier)
+    assert all(name in refused.value.fix for name in NAMED)
 
 
 def test_a_dora_leaves_nothing(base, decoder):

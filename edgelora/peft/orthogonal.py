@@ -27,6 +27,8 @@ def start_orthogonally(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
     Raises ConfigError for a method that does not start with a random A and B at zero, or where the others leave fewer
     directions than its rank; AdapterError for adapters that look at all of x.
     """
+    if not any(is_adapted(linear.delta) for linear in decoder.linears.values()):
+        raise _no_random_a("any layer")
     for name, linear in decoder.linears.items():
         if not is_adapted(linear.delta):
             continue
@@ -74,9 +76,13 @@ def _fresh_a(name: str, delta: nn.Module | object) -> nn.Parameter:
     """The A of a delta that is a random A and a B of zeros."""
     a, b = getattr(delta, "lora_A", None), getattr(delta, "lora_B", None)
     if not isinstance(a, nn.Parameter) or not isinstance(b, nn.Parameter) or bool(b.any()):
-        raise ConfigError(
-            what=f"--orthogonal-to: this method does not start with a random A in {name}",
-            why="its start is taken from the weights, or shared by all layers: to turn it is to lose it",
-            fix="pass --method lora, rslora, loraplus, dora or dylora",
-        )
+        raise _no_random_a(name)
     return a
+
+
+def _no_random_a(where: str) -> ConfigError:
+    return ConfigError(
+        what=f"--orthogonal-to: this method does not start with a random A in {where}",
+        why="it has none, or one that is taken from the weights or shared by all layers: to turn that is to lose it",
+        fix="pass --method lora, rslora, loraplus, dora, dylora, alora, longlora, lors or molora",
+    )
