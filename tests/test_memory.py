@@ -256,10 +256,13 @@ UNUSED = {
     "--keep-adapter best without --valid": {"keep_adapter": "best"},
     "--eval-every 2 without --valid or --samples": {"eval_every": 2},
     "--beta 0.2 with the objective sft": {"beta": 0.2},
+    "--loraplus-ratio 4 with --method lora": {"loraplus_ratio": 4},
+    "--update-proj-gap 50 with --method full": {"update_proj_gap": 50, "method": "full", "base_dtype": "f32"},
 }
 USED = [
     {"patience": 1, "eval_every": 2, "valid": "rows"}, {"eval_every": 2, "samples": ["Lock the door"]},
-    {"objective": "dpo", "beta": 0.2}, {"beta": 0.1},  # as --print-config writes it
+    {"objective": "dpo", "beta": 0.2}, {"method": "loraplus", "loraplus_ratio": 4},
+    {"method": "galore", "update_proj_gap": 50}, {"beta": 0.1, "loraplus_ratio": 16},  # as --print-config writes it
 ]  # fmt: skip
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
+from edgelora.peft.method import Method
+from edgelora.peft.methods import METHODS
 
+OF_A_METHOD: dict[str, tuple[Callable[[Method], object], str]] = {
+    "loraplus_ratio": (lambda row: row.faster, "its A and B learn at one rate, or it has none"),
+    "update_proj_gap": (lambda row: row.projects, "its optimizer sees whole gradients"),
+}
+"""Settings of the step: which methods have a use for them, and why others have none."""
 HELD_OUT = "pass --valid ROWS, with rows that are not in the data, or leave it out"
 
 
@@ -37,3 +46,11 @@ def refuse_unused(config: TrainConfig) -> None:
             why="it weighs one answer against another, or the adapter against the base; here none are compared",
             fix="leave it out, or train with --objective dpo, ipo, orpo or kto",
         )
+    for name, (takes, why) in OF_A_METHOD.items():
+        given = getattr(config, name)
+        if given != TrainConfig.model_fields[name].default and not takes(METHODS[config.method]):
+            raise ConfigError(
+                what=f"--{name.replace('_', '-')} {given:g} with --method {config.method}",
+                why=why,
+                fix=f"leave it out, or take --method {', '.join(row.name for row in METHODS.values() if takes(row))}",
+            )
