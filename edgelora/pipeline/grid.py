@@ -1,70 +1,34 @@
-"""What a report measures: which ways at which levels, on which data; checked and digested before anything is built."""
+"""What a report measures: its cells, on which data; checked and digested before anything is built."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from converters.quant_types import COPY, NEEDS_IMPORTANCE, parse_type
-from edgelora.base.model import FLOAT_QUANTS, Base, open_base
+from edgelora.base.model import Base, open_base
 from edgelora.data.conversation import Conversation, read_conversations
-from edgelora.errors import AdapterError, ConfigError, DataError, FileFormatError
-from edgelora.evaluate.cells import WAYS, Sample, Way
+from edgelora.errors import ConfigError, DataError, FileFormatError
+from edgelora.evaluate.cells import Sample
 from edgelora.evaluate.choices import alternatives
 from edgelora.evaluate.metrics import choose_metric
 from edgelora.files.checkpoint import read_json
 from edgelora.files.contract import contract_in, sha256_file
 from edgelora.pipeline.evaluate import adapter_files, is_choice_file, read_choice_file
-from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.grid_live import Live, how_live
+from edgelora.pipeline.grid_places import LEVELS, Asked, Place, places_of, require_own_levels, require_there
 from edgelora.pipeline.perplexity import read_windows
 from edgelora.training.folder import RunFolder
 from edgelora.versions import versions
 
+__all__ = ["LEVELS", "Asked", "Grid", "Place", "Task", "digest"]
+
 FORMAT = 1  # of what is kept of a cell: a change makes kept ones void
 KEY_DIGITS = 12
 SAMPLES = 4  # rows whose answers are shown side by side
-LEVELS = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
-WINDOWS = 64
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user asks for. `adapters_for`: by a level, an adapter folder that was trained over that very file.
-    `calibration`: rows that importance is computed on; without it those that the adapter was trained on."""
-
-    base: Path
-    out: Path
-    adapter: tuple[Path, float] | None = None
-    quants: tuple[str, ...] = LEVELS
-    ways: tuple[str, ...] = ()
-    data: tuple[Path, ...] = ()
-    text: Path | None = None
-    adapters_for: Mapping[str, Path] = field(default_factory=dict)
-    calibration: Path | None = None
-    windows: int = WINDOWS
-    context: int = 512
-    metric: str = "auto"
-    pattern: str | None = None
-    allow_unverified: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """A cell of the grid."""
-
-    way: Way
-    quant: str
-
-    @property
-    def name(self) -> str:
-        """`Q4_K_M merged`: the level, and the way as WAYS calls it."""
-        return f"{self.quant} {WAYS[self.way]}"
 
 
 @dataclass(frozen=True)
@@ -112,11 +76,11 @@ class Grid:
     def plan(cls, asked: Asked) -> Grid:
         """Read everything that is read in every cell. Raises ConfigError, DataError, BaseModelError, AdapterError."""
         base = open_base(asked.base)
-        _require_there(asked)
+        require_there(asked)
         live = how_live(base, *asked.adapter) if asked.adapter else Live()
-        places = _places(asked, live)
+        places = places_of(asked, live)
         live_for = {quant: how_live(base, folder, 1.0) for quant, folder in asked.adapters_for.items()}
-        _require_own_levels(asked, base, live_for)
+        require_own_levels(asked, base, live_for)
         task, choices, n_choice_tokens = _data(asked, base)
         if task is None and not choices and asked.text is None:
             raise ConfigError(
@@ -155,83 +119,6 @@ def digest(files: Sequence[Path]) -> str:
     """Of one file its sha256; of several that of theirs."""
     found = [sha256_file(file) for file in files]
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-def _places(asked: Asked, live: Live) -> tuple[Place, ...]:
-    quants = tuple(dict.fromkeys(quant.upper() for quant in asked.quants))
-    for quant in (*quants, *asked.adapters_for):
-        parse_type(quant)
-        if quant == COPY:
-            raise ConfigError("--quants COPY", "a report compares levels of quantization", "name types such as Q4_K_M")
-    ways = list(dict.fromkeys(asked.ways or (("live", "merged") if asked.adapter else ("base",))))
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise ConfigError(f"--ways {unknown[0]}", "there is none of that name", f"choose from {', '.join(WAYS)}")
-    if not quants or (asked.adapter is None and set(ways) - {"base", "trained"}):
-        raise ConfigError(
-            what=f"--ways {','.join(ways)} without an adapter" if quants else "--quants names no type",
-            why="there is nothing to run live or to merge",
-            fix="pass --adapter FOLDER and --quants Q4_K_M,Q8_0",
-        )
-    ways = [live.way if way == "live" else way for way in ways]
-    if asked.adapter is not None:
-        _require_folder(ways, *asked.adapter)
-    found = [Place(way, quant) for way in get_args(Way) if way in ways and way != "trained" for quant in quants
-             if not (way == "imatrix" and quant in FLOAT_QUANTS)
-             and not (way != "imatrix" and quant in NEEDS_IMPORTANCE)]  # fmt: skip
-    found += [Place("trained", quant) for quant in asked.adapters_for]
-    if "base" not in ways:  # what the adapter has cost is seen beside it
-        found.insert(0, Place("base", max(quants, key=_bits)))
-    return tuple(found)
-
-
-def _require_folder(ways: Sequence[str], adapter: Path, scale: float) -> None:
-    """Torch computes an adapter's folder, at any scale; a base is patched with the whole of one."""
-    if adapter.is_file() and (named := [way for way in ways if way in ("torch", "patched")]):
-        raise ConfigError(
-            what=f"--ways {named[0]}: {adapter} is a GGUF adapter",
-            why="it was written for llama.cpp over the base as it is, and this way takes what it was exported from",
-            fix="pass the adapter's folder",
-        )
-    if "patched" in ways and scale != 1.0:
-        raise ConfigError(
-            what=f"--ways patched: {adapter} at the scale {scale:g}",
-            why="a base is patched with the whole adapter",
-            fix="pass it without a scale, or --ways live, which computes it in torch at any",
-        )
-
-
-def _require_there(asked: Asked) -> None:
-    if asked.adapter is not None and not all(file.is_file() for file in adapter_files(asked.adapter[0])):
-        raise AdapterError(
-            what=f"{asked.adapter[0]}: no adapter here",
-            why="an adapter is a folder with PEFT's two files, or the GGUF that was exported of one",
-            fix="pass the folder that `edgelora train --out` wrote",
-        )
-
-
-def _require_own_levels(asked: Asked, base: Base, live_for: Mapping[str, Live]) -> None:
-    """An adapter that stands for a level must be one that llama.cpp runs there, and must have been trained over it,
-    where it says what it was trained over."""
-    for quant, folder in asked.adapters_for.items():
-        if live_for[quant].way == "torch":
-            raise ConfigError(
-                what=f"--adapter-for {quant}={folder}: nothing of it is scored in llama.cpp",
-                why=live_for[quant].why,
-                fix=f"pass it as --adapter {folder} --quants {quant}: torch computes it over that very file",
-            )
-        contract = read_checked(folder, base, allow_unverified=True, may_wait=True, with_rows=True).contract
-        if contract is not None and contract.base_file.quant != quant:
-            raise ConfigError(
-                what=f"--adapter-for {quant}={folder}: it was trained over {contract.base_file.name}",
-                why=f"that is {contract.base_file.quant}, and this way is for adapters of that very level",
-                fix=f"pass it as --adapter, or as --adapter-for {contract.base_file.quant}={folder}",
-            )
-
-
-def _bits(quant: str) -> int:
-    """`Q4_K_M` → 4."""
-    found = re.search(r"\d+", quant)
-    return int(found[0]) if found else 0
 
 
 def _data(asked: Asked, base: Base) -> tuple[Task | None, dict[str, Path], int]:
