@@ -172,6 +172,7 @@ NAMED = ("lora", "rslora", "loraplus", "dora", "dylora", "alora", "longlora", "l
 def test_a_method_without_a_random_a_is_refused_and_told_who_has_one(base, decoder, method):
     inject(decoder, method, 4, 8.0, seed=0, targets=Where(token_indices=(5,) if METHODS[method].rows else ()))
     earlier = [make_adapter(base, seed=1)]
+    start_orthogonally(decoder, [])  # whatever the method: to nothing
     if method in NAMED:
         start_orthogonally(decoder, earlier)
         return

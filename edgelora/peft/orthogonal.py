@@ -27,7 +27,7 @@ def start_orthogonally(decoder: Decoder, adapters: Sequence[Adapter]) -> None:
     Raises ConfigError for a method that does not start with a random A and B at zero, or where the others leave fewer
     directions than its rank; AdapterError for adapters that look at all of x.
     """
-    if not any(is_adapted(linear.delta) for linear in decoder.linears.values()):
+    if adapters and not any(is_adapted(linear.delta) for linear in decoder.linears.values()):
         raise _no_random_a("any layer")
     for name, linear in decoder.linears.items():
         if not is_adapted(linear.delta):
