@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType
 
 from converters.exit_facts import AdapterFacts, BaseFacts, Type
 from converters.exit_words import (
+    CONVERT,
     LAYERED,
     NEAREST,
     OF_Q8_0,
@@ -97,6 +98,8 @@ def plan_exit(adapter: AdapterFacts, base: BaseFacts, dtype: str = "F16") -> Exi
         why = adapter.of_input or others["soft prompt" if adapter.prompt_numbers else "merged"]
         return ExitPlan("refused", False, None, 0, False, why, instead(adapter), others, ways)
     notes = (UNTIED, *taken.notes) if _could_be_untied(adapter, base) else taken.notes
+    if not base.is_gguf and taken.hot_swappable:
+        notes = (CONVERT, *notes)
     return ExitPlan(
         taken.door, taken.exact, taken.expected_error, taken.size_bytes, taken.hot_swappable, taken.why, notes,
         others, ways,

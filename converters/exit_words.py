@@ -10,6 +10,7 @@ from edgelora.words import count
 
 UNTIE = "edgelora untie BASE --out FILE"
 UNTIED = f"`{UNTIE}` gives this base a head of its own, over which it leaves as an adapter"
+CONVERT = "`edgelora convert` writes this checkpoint as the GGUF that it runs over: pass that as the base to export it"
 NEAREST = "--svd-rank R writes the nearest LoRA of a rank"
 OF_Q8_0 = "of Q8_0 that is a share of the largest of 32 numbers"
 LAYERED = "it changes layers, and puts nothing before a prompt"

@@ -20,7 +20,7 @@ from test_vectors import FAMILIES, family, trained
 from converters.adapter_to_gguf import write_adapter_gguf
 from converters.exit_facts import AdapterFacts, facts_of_adapter, facts_of_base
 from converters.exit_plan import DOORS, plan_exit
-from converters.exit_words import OF_Q8_0
+from converters.exit_words import CONVERT, OF_Q8_0
 from converters.merge import Part
 from converters.pair_types import stored
 from converters.patch import plan_patch, write_patched, write_rest
@@ -30,7 +30,7 @@ from edgelora.base import ggml
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.cli import run
-from edgelora.errors import AdapterError, ExportError
+from edgelora.errors import AdapterError, BaseModelError, ExportError
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.evaluate.thresholds import FLOATS
 from edgelora.files.adapter_check import contract_of
@@ -43,6 +43,7 @@ from edgelora.peft.methods import METHODS
 from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.exit_plan import plan, rounded, taken_in_words, through
 from edgelora.pipeline.export import Certificate, ExportOptions, export
+from edgelora.pipeline.methods import what_comes_next
 from edgelora.pipeline.patch import patch
 from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
 from runtime.scorer import ScoringEngine
@@ -243,6 +244,27 @@ def test_llama_cpp_computes_a_lora_of_each_family(family, tmp_path, name):
     found = as_a_lora(base, adapter, tmp_path / "a.gguf", IDS, decoder.logits(IDS))
     assert found.kl_mean <= 1e-4
     assert found.same_top == 1.0
+
+
+def test_over_a_checkpoint_what_is_live_is_refused_before_the_work_and_leaves_over_its_gguf(family, tmp_path):
+    """llama.cpp, which checks it, runs no checkpoint."""
+    made, out = family("llama"), tmp_path / "a.gguf"
+    trained(open_base(made.folder), "lora", folder=tmp_path / "mine")
+    options = ExportOptions(allow_unverified=True)
+    found = plan(made.folder, tmp_path / "mine", allow_unverified=True)
+    assert (found.door, found.notes[0]) == ("adapter", CONVERT)
+    for write in (
+        lambda: export(made.folder, tmp_path / "mine", out, options),
+        lambda: export_svd(made.folder, tmp_path / "mine", out, SvdOptions(1, options)),
+    ):
+        with pytest.raises(BaseModelError, match="a Hugging Face checkpoint, which llama"):
+            write()
+    assert plan(made.gguf, tmp_path / "mine", allow_unverified=True).notes == ()
+    said = what_comes_next("lora", made.folder, tmp_path / "mine")
+    assert f"convert {made.folder} --out {made.gguf} && " in said
+    assert f"export {made.gguf} {tmp_path / 'mine'} --out {tmp_path / 'mine.gguf'}" in said
+    assert "convert" not in what_comes_next("full", made.folder, tmp_path / "mine")
+    assert "convert" not in what_comes_next("lora", made.gguf, tmp_path / "mine")
 
 
 def prompt_folder(base, folder, kind):

@@ -99,11 +99,12 @@ def export(
 
     Returns its certificate, which is also kept inside and in the adapter's edgelora.json.
     Raises CertificateError, and keeps the file aside as `out`.rejected, if llama.cpp does not compute what torch
-    computes.
+    computes; BaseModelError if the base is a checkpoint.
     """
     refuse_existing(out, options.overwrite)
     made_from, result = stamp(base_path, adapter_path), Output(out, options.overwrite)
     base, rows = open_base(base_path), rows_to_check(options.data, options.n_rows)
+    _ = base.file  # what is written is compared over it in llama.cpp: a checkpoint is refused before the work
     dtype, allowed = options.dtype, options.allow_unverified
     if is_trained_prompt(adapter_path):
         prompt = read_checked_prompt(adapter_path, base, allow_unverified=allowed)

@@ -9,6 +9,8 @@ from edgelora.config import Method
 from edgelora.invocation import command
 from edgelora.peft.methods import METHODS
 
+LIVE = ("adapter", "soft prompt")  # the doors of what comes and goes over a loaded base
+
 
 def described() -> list[dict[str, Any]]:
     """name, paper, trains, leaves_as (`adapter`, `patched`, `merged`, `soft prompt`) and file_ranks of every method, in
@@ -23,9 +25,14 @@ def described() -> list[dict[str, Any]]:
 
 
 def what_comes_next(method: Method, base: Path, adapter: Path) -> str:
-    """The command to run behind a training: that which makes a file for llama.cpp, or where none can, the score."""
-    exits = METHODS[method].exits
+    """The command to run behind a training: that which makes a file for llama.cpp, or where none can, the score. What
+    is live over a base is checked over that as a GGUF."""
+    exits, out = METHODS[method].exits, Path(f"{adapter}.gguf")
     if not exits:
         return command("eval", base, "--adapter", adapter, "--in", "torch", "--data", "test.jsonl")
+    if base.is_dir() and exits[0] in LIVE:
+        gguf = Path(f"{base}.gguf")
+        first, second = command("convert", base, "--out", gguf), command("export", gguf, adapter, "--out", out)
+        return f"{first} && {second}"
     given = ("merge", base, "--adapter", adapter) if exits == ("merged",) else ("export", base, adapter)
-    return command(*given, "--out", Path(f"{adapter}.gguf"))
+    return command(*given, "--out", out)

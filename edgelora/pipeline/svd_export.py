@@ -83,11 +83,12 @@ def export_svd(
 ) -> SvdCertificate:
     """Write `out`, a GGUF LoRA of at most `options.rank`, the nearest to what the adapter makes of this base's weights.
 
-    Raises ExportError for an adapter that changes more than weights, CertificateError as `export` does.
+    Raises ExportError for an adapter that changes more than weights, the others as `export` does.
     """
     asked = options.export
     refuse_existing(out, asked.overwrite)
     made_from, base = stamp(base_path, adapter_path), open_base(base_path)
+    _ = base.file  # as in `export`: a checkpoint is refused before the work
     adapter = read_checked(adapter_path, base, allow_unverified=asked.allow_unverified)
     base = base.as_trained(adapter.contract)
     rows = rows_to_check(asked.data, asked.n_rows)
