@@ -8,6 +8,11 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
+def size(n_bytes: int) -> str:
+    """`46.1 kB`, `144.8 MB`."""
+    return f"{n_bytes / 1e3:.1f} kB" if n_bytes < 1e6 else f"{n_bytes / 1e6:.1f} MB"
+
+
 def visible(text: str | bytes, blank: str = " ") -> str:
     """A text on one line, with escapes for what a terminal would not show or would obey, and `blank` for a blank."""
     if isinstance(text, bytes):

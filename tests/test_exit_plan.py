@@ -46,6 +46,7 @@ from edgelora.pipeline.export import Certificate, ExportOptions, export
 from edgelora.pipeline.methods import what_comes_next
 from edgelora.pipeline.patch import patch
 from edgelora.pipeline.svd_export import SvdCertificate, SvdOptions, export_svd
+from edgelora.words import size
 from runtime.scorer import ScoringEngine
 
 LAYERED = [name for name, row in METHODS.items() if row.linears or row.norms]
@@ -226,6 +227,7 @@ def test_what_rounding_does_is_said_of_what_is_stored(bases, facts):
         assert (OF_Q8_0 in lines) == (dtype == "Q8_0")
     assert "nothing is rounded" in list(taken_in_words(plan_exit(facts["bitfit"], bases["Q4_K"])))[1]
     assert rounded(0.0) == "rounding moves no weight"
+    assert (size(46_080), size(144_810_000)) == ("46.1 kB", "144.8 MB")
 
 
 def test_a_value_beyond_a_type_is_refused_by_name():
@@ -282,7 +284,7 @@ def prompt_folder(base, folder, kind):
     ("kind", "name"),
     [("PROMPT_TUNING", "llama"), ("PROMPT_TUNING", "gemma3"), ("PREFIX_TUNING", "qwen2"), ("PREFIX_TUNING", "gemma3")],
 )
-def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path, kind, name):
+def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path, capsys, kind, name):
     path = family(name).gguf
     folder = prompt_folder(open_base(path), tmp_path / "it", kind)
     found = plan(path, folder, allow_unverified=True)
@@ -291,6 +293,18 @@ def test_llama_cpp_computes_behind_a_soft_prompt_of_each_family(family, tmp_path
         assert "--method prompt_tuning" in found.notes[0]
         return
     assert found.door == "soft prompt"
+    words = [
+        "export",
+        str(path),
+        str(folder),
+        "--allow-unverified-base",
+        "--type",
+        "Q8_0",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    assert run(words) == 1
+    assert "error: --type Q8_0 of a soft prompt" in capsys.readouterr().err
     apart = export(path, folder, tmp_path / "it.gguf", ExportOptions(allow_unverified=True)).adapter
     assert apart.kl_mean <= 1e-4
     assert apart.same_top == 1.0 or apart.worst_flip_nats <= FLOATS.flip_nats
@@ -333,7 +347,7 @@ def test_the_first_exact_door_is_taken(base, tiny, tmp_path, capsys, method, doo
     made = json.loads(said.out)
     assert made["door"] == door
     before, checked = said.err.index(told["why"]), said.err.index("checked on ")
-    assert before < said.err.index(f"{told['size_bytes'] / 1e6:.1f} MB, ") < checked
+    assert before < said.err.index(f"{size(told['size_bytes'])}, ") < checked
     assert all(json.dumps(note)[1:-1] in said.err for note in told["notes"] if not note.startswith("measured: "))
     assert (f"{tmp_path / 'made.lora.gguf'}, " in said.err) == (method == "dora")
     assert made["certificate"]["passed"]

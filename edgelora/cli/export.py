@@ -160,11 +160,14 @@ def _at_rank(rank: int | None, base: Path, adapter: Path, unverified: bool) -> A
 
 def _by_door(asked: Asked, door: Door | None, display: Listener) -> dict[str, Any]:
     """Through this door; without one through the planned."""
+    from edgelora.errors import ConfigError
     from edgelora.pipeline.exit_plan import plan, taken_in_words, through
 
     dtype = "F16" if door is Door.merged or asked.dtype is None else asked.dtype
     found = plan(asked.base, asked.adapter, dtype, allow_unverified=asked.options.allow_unverified)
     way = through(found, None if door is None else door.value.replace("-", " "), asked.adapter)
+    if way.door == "soft prompt" and asked.dtype is not None:
+        raise ConfigError(f"--type {asked.dtype} of a soft prompt", "its numbers are F32, and few", "leave it out")
     told = list(taken_in_words(found if way.door == found.door else way))
     if way.door == "merged" and asked.dtype is not None:
         told[1:2] = []  # its size and error are those of the base's own type
@@ -194,7 +197,7 @@ def _adapter(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any
     delivery = prepare_for(asked.for_, reference, out, live=True, overwrite=asked.options.overwrite)
     found = run(asked.base, asked.adapter, out, asked.options, show)
     display.say(
-        f"{out}: {_megabytes(out)}, checked on {found.n_prompts} prompts: mean KL "
+        f"{out}: {_size(out)}, checked on {found.n_prompts} prompts: mean KL "
         f"{found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), same top {found.adapter.same_top:.1%}"
     )
     if delivery is not None:
@@ -215,9 +218,9 @@ def _patched(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any
     out = asked.out
     made = patch(asked.base, asked.adapter, out, asked.options, show)
     found = made.certificate
-    rest = f", and {made.rest}, {_megabytes(made.rest)}, which belongs over it" if made.rest else ""
+    rest = f", and {made.rest}, {_size(made.rest)}, which belongs over it" if made.rest else ""
     display.say(
-        f"{out}: {_megabytes(out)}{rest}: {rounded(made.error)}; "
+        f"{out}: {_size(out)}{rest}: {rounded(made.error)}; "
         f"checked on {found.n_prompts} prompts: mean KL {found.adapter.kl_mean:.2g} (limit {found.kl_limit:.2g}), "
         f"same top {found.adapter.same_top:.1%}"
     )
@@ -231,6 +234,7 @@ def _merged(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]
     from edgelora.invocation import command
     from edgelora.pipeline.exit_plan import own_type
     from edgelora.pipeline.merge import MergeOptions, merge
+    from edgelora.words import size
 
     _require_no_runner(asked, "--door merged")
     options = asked.options
@@ -239,7 +243,7 @@ def _merged(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]
         options=MergeOptions(check=options.data, check_rows=options.n_rows),
         allow_unverified=options.allow_unverified, overwrite=options.overwrite, on_progress=show,
     )  # fmt: skip
-    display.say(f"{made.path}: {made.kind}, {made.size_bytes / 1e6:.1f} MB")
+    display.say(f"{made.path}: {made.kind}, {size(made.size_bytes)}")
     display.say(made.certificate.sentence)
     for note in made.notes:
         display.note(note)
@@ -257,15 +261,17 @@ def _svd(asked: Asked, rank: int, display: Listener) -> dict[str, Any]:
     _require_no_runner(asked, "--svd-rank")
     out = asked.out
     found = export_svd(asked.base, asked.adapter, out, SvdOptions(rank, asked.options), display.show)
-    display.say(f"{out}: the nearest LoRA of rank {found.rank}, {_megabytes(out)}")
+    display.say(f"{out}: the nearest LoRA of rank {found.rank}, {_size(out)}")
     display.note(found.sentence)
     display.say("next: " + command("chat", asked.base, "--adapter", str(out)))
     certificate = {**found.as_dict(), "svd_errors": found.errors}
     return {"door": "adapter", "out": str(out), "size_bytes": out.stat().st_size, "certificate": certificate}
 
 
-def _megabytes(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:.1f} MB"
+def _size(path: Path) -> str:
+    from edgelora.words import size
+
+    return size(path.stat().st_size)
 
 
 WAYS = {"adapter": _adapter, "soft prompt": _adapter, "patched": _patched, "merged": _merged}

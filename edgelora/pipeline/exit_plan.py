@@ -20,6 +20,7 @@ from edgelora.peft.adapter import Adapter
 from edgelora.peft.first_ranks import is_nested, ranks_of
 from edgelora.peft.soft_prompt import is_trained_prompt
 from edgelora.pipeline.export import read_checked, read_checked_prompt
+from edgelora.words import size
 
 
 def plan(
@@ -99,7 +100,7 @@ def taken_in_words(way: Way | ExitPlan) -> Iterator[str]:
                 f"rounding moves what is stored by at most {error:.2g} of its size" if error else "nothing is rounded"
             )
         stays = "comes and goes over a loaded base" if way.hot_swappable else "is loaded as a model"
-        yield f"{way.size_bytes / 1e6:.1f} MB, {rounding}, {stays}"
+        yield f"{size(way.size_bytes)}, {rounding}, {stays}"
     yield from way.notes
 
 
