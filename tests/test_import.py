@@ -419,7 +419,7 @@ def saved(base, folder, method, where):
     ("method", "title", "next_"),
     [
         ("token_rows", "trained token rows", "export"), ("longlora", "LoRA with whole tensors", "export"),
-        ("ia3", "IA3", "export"), ("layernorm", "LN tuning", "export"), ("houlsby", "Houlsby adapter", "eval"),
+        ("ia3", "IA3", "export"), ("layernorm", "LayerNorm tuning", "export"), ("houlsby", "Houlsby adapter", "eval"),
     ],
 )  # fmt: skip
 def test_what_is_no_lora_is_imported_as_what_it_is(base, tmp_path, capsys, method, title, next_):

@@ -117,7 +117,7 @@ def test_one_with_biases_norms_and_an_embedding_lends_its_directions_alone(famil
     [
         ("lora", Where(("q_proj",), modules_to_save=("down_proj",)), "down_proj: a layer that is saved whole leaves"),
         ("ia3", Where(), "what the IA3 makes of it is not B A"),
-        ("layernorm", Where(), "LN tuning adapts no linear layer"),
+        ("layernorm", Where(), "LayerNorm tuning adapts no linear layer"),
     ],
     ids=["whole", "ia3", "layernorm"],
 )

@@ -219,7 +219,7 @@ KINDS: dict[str, Kind] = {
         faults=_glora_faults,
     ),
     "TRAINABLE_TOKENS": Kind("trained token rows", {}, _no_linear, rows=True, faults=_rows_faults),
-    "LN_TUNING": Kind("LN tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
+    "LN_TUNING": Kind("LayerNorm tuning", {}, _no_linear, norms=True, endings={NORM: "ln_tuning_layers.weight"}),
 }  # fmt: skip
 """By PEFT's `peft_type`; a DoRA calls itself LORA, and so do those with whole tensors."""
 
