@@ -148,7 +148,7 @@ def _within_limits(scale: float, name: str) -> float:
 def _require_one_head(heads: Sequence[tuple[str, float]]) -> None:
     if len(heads) > 1 or any(scale != 1 for _, scale in heads):
         raise EngineError(
-            what=f"{len(heads)} soft prompts or prefixes at the scales {', '.join(f'{s:g}' for _, s in heads)}",
+            what=", ".join(f"a soft prompt or prefix at the scale {scale:g}" for _, scale in heads),
             why="one stands before a prompt, as it was trained: half of one or one behind another means nothing",
             fix="use one, at 1; LoRAs may be active beside it at any scale",
         )

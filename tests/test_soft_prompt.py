@@ -191,7 +191,7 @@ class SoftWalk(Walk):
             return super()._step(engine, content)
         self._draw.choice(self._sets)
         self.refused += 1
-        with pytest.raises(EngineError, match="soft prompts or prefixes at the scales"):
+        with pytest.raises(EngineError, match="a soft prompt or prefix at the scale"):
             engine.generate(Request((5, 6, 7), chosen))
         return True
 
