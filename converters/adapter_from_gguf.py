@@ -14,13 +14,13 @@ from converters.from_elsewhere import fitting, require_none
 from edgelora.architectures.names import EMBEDDING, hf_row_order
 from edgelora.base import ggml
 from edgelora.base.model import Base
-from edgelora.errors import AdapterError
+from edgelora.errors import AdapterError, some
 from edgelora.files.adapter_check import contract_of, own_shapes, require_fit
 from edgelora.files.contract import Contract
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import Adapter
 from edgelora.peft.lora_config import StoredPair, adapter_of
-from edgelora.peft.strangers import no_linear
+from edgelora.peft.strangers import VOCABULARY, no_linear
 
 ALPHA = "adapter.lora.alpha"
 
@@ -54,6 +54,12 @@ def _fitting_invocation(file: GGUFFile, foreign: set[str], base: Base) -> tuple[
         if not strangers:
             raise
         strangers.insert(0, e.what.removeprefix(f"{file.path}: "))
+    if strangers and base.layers.tied and all(stranger.endswith(VOCABULARY) for stranger in strangers):
+        raise AdapterError(
+            what=f"{file.path}: {some(strangers)}",
+            why=f"{base.path.name} has one matrix for both, which llama.cpp cannot adapt",
+            fix="pass the base with two that it was made over, which `edgelora untie BASE --out FILE` writes",
+        )
     require_none(file.path, strangers, base)
     return invocation
 

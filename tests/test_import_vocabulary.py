@@ -129,8 +129,11 @@ def test_what_peft_saved_computes_the_same_and_leaves_by_its_doors(case, transfo
         with pytest.raises(ExportError, match="its embedding is its head too"):
             write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F32")
         write_untied(tmp_path / "untied.gguf", base)
-        base = open_base(tmp_path / "untied.gguf")
+        tied, base = base, open_base(tmp_path / "untied.gguf")
         write_adapter_gguf(tmp_path / "a.gguf", read_adapter(tmp_path / "mine", base.layers), base, "a", "F32")
+        with pytest.raises(AdapterError) as refused:
+            import_adapter(tied.path, tmp_path / "a.gguf", tmp_path / "again", allow_unverified=True)
+        assert "`edgelora untie BASE --out FILE`" in refused.value.fix
     else:
         assert (found.door, found.exact) == ("adapter", True)
         write_adapter_gguf(tmp_path / "a.gguf", adapter, base, "a", "F32")

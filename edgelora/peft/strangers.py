@@ -9,6 +9,7 @@ from edgelora.peft.lora_settings import IS_SET
 
 EXPERTS = "of the experts of a mixture, which stay as they are here"
 ROUTER = "of a mixture's router, which stays as it is here"
+VOCABULARY = ("of the token embeddings", "of the head")
 
 BEFORE = "stands before prompts, not in weights: `edgelora export` it"
 NO_KIND = "is not read here"
@@ -22,8 +23,8 @@ THERE = "merge it where it was trained (PEFT's merge_and_unload), save that and 
 NO_LINEAR = (
     (r"experts|_exps\b|switch_mlp|shared_expert", EXPERTS),
     (r"block_sparse_moe\.gate|mlp\.gate(\.|$)|ffn_gate_inp", ROUTER),
-    (r"embed_tokens|embedding|token_embd|\bwte\b", "of the token embeddings"),
-    (r"lm_head|^output\.", "of the head"),
+    (r"embed_tokens|embedding|token_embd|\bwte\b", VOCABULARY[0]),
+    (r"lm_head|^output\.", VOCABULARY[1]),
     (r"norm", "of a norm"),
     (r"modules_to_save|original_module|base_layer", "a module that was trained as a whole"),
     (r"vision|visual|audio|multi_modal", "of the part of the model that sees or hears"),
