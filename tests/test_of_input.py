@@ -22,6 +22,7 @@ from edgelora.peft.inject import attach
 from edgelora.peft.lora_config import as_lora
 from edgelora.pipeline.export import ExportOptions, export
 from edgelora.pipeline.inspect import inspect
+from edgelora.pipeline.merge import merge
 from edgelora.training.run import run_training
 
 RANK, ALPHA = 6, 9.0
@@ -112,6 +113,8 @@ def test_no_door_leads_out_of_torch(base, tiny, tmp_path, method):
     _, adapter = trained(base, method, folder=tmp_path / "mine")
     with pytest.raises(ExportError, match="runs in torch alone"):
         export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", ExportOptions(allow_unverified=True))
+    with pytest.raises(ExportError, match=r"^mine: an? .* runs in torch alone"):
+        merge(tiny.path, [(tmp_path / "mine", 1.0)], tmp_path / "merged.gguf", allow_unverified=True)
     for fold in (lambda: as_lora(adapter, base.linears, "-"), lambda: adapter.pair(adapter.linears[0])):
         with pytest.raises(AdapterError):
             fold()

@@ -22,7 +22,7 @@ from edgelora.files.atomic import refuse_existing, require_space
 from edgelora.files.checkpoint import CONFIG
 from edgelora.files.contract import sha256_file
 from edgelora.files.split import open_gguf
-from edgelora.peft.adapter import TENSORS
+from edgelora.peft.adapter import TENSORS, only_in_torch
 from edgelora.pipeline.certificate import (
     ModelCertificate,
     Output,
@@ -151,6 +151,8 @@ def open_parts(
         for path, scale in adapters
     ]  # fmt: skip
     for part in parts:
+        if part.adapter.kind.of_input:
+            raise only_in_torch(part.adapter, part.name)
         base = base.as_trained(part.adapter.contract)
     return base, parts
 
