@@ -316,6 +316,9 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path, tiny):
     assert e.value.what == f"{tmp_path}: no adapter here"
     assert CONFIG in e.value.why
     assert "--out" in e.value.fix
+    with pytest.raises(AdapterError, match="no adapter here") as e:
+        read_adapter(tiny.path, Layers(tiny.linears))
+    assert "`edgelora import BASE FILE --out FOLDER`" in e.value.fix
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "nonsense"], ids=["empty", "open", "deep", "text"])

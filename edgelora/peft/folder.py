@@ -45,7 +45,9 @@ def settings_of(path: Path) -> Any:
         raise AdapterError(
             what=f"{path}: no adapter here",
             why=f"an adapter is a folder with {CONFIG} and {TENSORS}",
-            fix="pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
+            fix="`edgelora import BASE FILE --out FOLDER` makes one of a GGUF LoRA"
+            if path.is_file()
+            else "pass the folder that `edgelora train --out` wrote, or one saved by PEFT",
         )
     try:
         return read_json(path / CONFIG)
