@@ -88,9 +88,11 @@ class PatchPlan:
             found.append(f"changed as a whole, merged and quantized again: {_counted(merged)}")
         if replaced:
             error, name = max(replaced)
+            kind = self.patches[name].kind.name
+            lost = f"; storing {name} as {kind} lost {error:.2g} of its size, and no other more"
+            whole = ", and nothing of them was lost"
             found.append(
-                f"trained whole, and now in the base: {len(replaced)} of its tensors; storing {name} as "
-                f"{self.patches[name].kind.name} lost {error:.2g} of its size, and no other more"
+                f"trained whole, and now in the base: {len(replaced)} of its tensors{lost if error else whole}"
             )
         return found
 
