@@ -15,8 +15,9 @@ from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
-from edgelora.data.encode import Example
+from edgelora.data.encode import Example, encode_prompt
 from edgelora.data.pack import pack, unshared
+from edgelora.data.rows import Message
 from edgelora.errors import AdapterError, ConfigError, DataError
 from edgelora.files.adapter_check import INVOCATION_KEY
 from edgelora.files.gguf import GGUFFile
@@ -286,6 +287,17 @@ def test_it_waits_for_what_the_template_writes_before_an_answer(base, tmp_path):
     assert invocation_of(settled, base)[0] == settled  # a run that goes on
     own, _ = invocation_of(config_of(base, tmp_path, invocation="<|im_start|>x"), base)
     assert own.alora_invocation_tokens == (1, *base.tokenizer.encode("x").ids)
+
+
+def test_what_it_waits_for_stands_so_in_a_prompt_of_sentencepiece(stories, tmp_path):
+    """Which begins a text by itself with a blank, and has no token for what ChatML begins a turn with."""
+    base = open_base(stories, "chatml")
+    waits = invocation_of(config_of(base, tmp_path), base)[0].alora_invocation_tokens
+    alone = base.tokenizer.encode("<|im_start|>assistant", parse_special=True).ids
+    prompt = np.array(encode_prompt([Message("user", "hello")], base.tokenizer, base.template))
+    assert last_place(alone, prompt) == NEVER
+    assert alone[-len(waits) :] == list(waits)
+    assert 0 < last_place(waits, prompt) < len(prompt) - len(waits)  # a line ends behind it
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def invocation_of(config: TrainConfig, base: Base) -> tuple[TrainConfig, dict[st
     if not ids:
         text = header_of(base) if config.invocation is None else config.invocation
         why = why if config.invocation is not None else "what the chat template writes before an answer"
-        ids = tuple(base.tokenizer.encode(text, parse_special=True).ids)
+        ids = _as_it_stands(text, base)
     _require_ids(ids, base)
     shown = base.tokenizer.decode(ids)
     settled = config.model_copy(update={"alora_invocation_tokens": ids, "invocation": None})
@@ -64,6 +64,20 @@ def header_of(base: Base) -> str:
             fix="say them: --invocation TEXT",
         )
     return header
+
+
+def _as_it_stands(text: str, base: Base) -> tuple[int, ...]:
+    """The tokens of what the template writes, in the midst of a prompt: by itself SentencePiece would put a blank before
+    it, which no prompt has there. Of what the template does not write, those that it has by itself."""
+
+    def encoded(part: str) -> tuple[int, ...]:
+        return tuple(base.tokenizer.encode(part, parse_special=True).ids)
+
+    if base.template_source is None:
+        return encoded(text)
+    before, found, _ = base.template.render((Message("user", "x"),), generation_prompt=True).text.rpartition(text)
+    front, both = encoded(before), encoded(before + text)
+    return both[len(front) :] if found and both[: len(front)] == front else encoded(text)
 
 
 def _require_ids(ids: tuple[int, ...], base: Base) -> None:
