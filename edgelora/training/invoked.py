@@ -67,7 +67,7 @@ def header_of(base: Base) -> str:
 
 
 def _as_it_stands(text: str, base: Base) -> tuple[int, ...]:
-    """The tokens of what the template writes, in the midst of a prompt: by itself SentencePiece would put a blank before
+    """The tokens of what the template writes, in the midst of a prompt: SentencePiece alone would put a blank before
     it, which no prompt has there. Of what the template does not write, those that it has by itself."""
 
     def encoded(part: str) -> tuple[int, ...]:
