@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "pipeline": {
         "converters", "runtime", "training", "peft", "base", "nn", "evaluate", "data", "files",
-        "child", "catalog", "home", "invocation", "device", "kernels", "versions", "config", "progress", "errors",
+        "child", "catalog", "home", "invocation", "device", "kernels", "versions", "config", "progress", "words",
+        "errors",
     },
     "converters": {"peft", "base", "architectures", "data", "files", "child", "progress", "words", "errors"},
     "runtime": {"base", "evaluate", "data", "files", "home", "device", "progress", "errors"},
