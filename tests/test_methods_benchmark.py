@@ -65,9 +65,44 @@ def test_the_comparison_comes_to_its_end_from_wherever_it_was_stopped():
     assert found.keys() == {key for job in plan(found, guess=True) for key in job.makes}
     trainings = [Training.read(key) for key in found if key.startswith("train/")]
     ends = {t.row: t.factor for t in trainings if t.task == "intent"}
-    assert ends == {row.name: 1 / 9 for row in rows() if row.name != "vera"}  # beyond the edge; and none that failed
+    assert ends == {row.name: 1 / 81 for row in rows() if row.name != "vera"}  # the last one; and none that failed
     assert {t.seed for t in trainings if t.row == "dora"} == {0, 1, 2}
     assert {t.seed for t in trainings if t.row == "bitfit"} == {0}
+
+
+@pytest.mark.parametrize(
+    ("best", "beyond"),
+    [
+        (1.0, []),
+        (3.0, [9.0]),
+        (9.0, [9.0, 27.0]),
+        (27.0, [9.0, 27.0, 81.0]),
+        (1000.0, [9.0, 27.0, 81.0]),
+        (1 / 27, [1 / 9, 1 / 27, 1 / 81]),
+    ],
+)
+def test_rates_are_tried_beyond_until_the_best_is_not_at_the_edge(best, beyond):
+    from learning.jobs import Training, check, chosen, tried
+    from learning.rows import FACTORS, named
+
+    row, found, order = named("bitfit"), {}, []
+    while new := [factor for factor in tried(found, row) if factor not in order]:
+        assert chosen(found, row) is None  # before all were tried
+        order += new
+        found |= {check(row, factor).key: {"valid_loss": abs(math.log(factor / best))} for factor in new}
+    assert order == [*FACTORS, *beyond]
+    assert chosen(found, row) == min(order, key=lambda factor: abs(math.log(factor / best)))
+    assert [Training.read(key).factor for key in found] == order
+
+
+def test_what_breaks_down_is_the_edge():
+    from learning.jobs import check, chosen, tried
+    from learning.rows import FACTORS, named
+
+    row = named("bitfit")
+    found = {check(row, factor).key: {"valid_loss": 1 / factor} for factor in (*FACTORS, 9.0)}
+    found[check(row, 27.0).key] = {"failed": "not finite"}
+    assert (chosen(found, row), tried(found, row)) == (9.0, (*FACTORS, 9.0, 27.0))
 
 
 def test_the_main_rows_are_the_first_table():

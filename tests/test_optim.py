@@ -32,7 +32,7 @@ from edgelora.training.settle import settle
 
 OWN_SCALE = ["vera", "glora", "houlsby", "galore"]  # of which galore alone has one
 # They have A and B, and something beside them; or take a share of a LoRA's rate, and say so.
-WITH_A_AND_B = ["dora", "multilora", "adalora", "molora", "full", "galore"]
+WITH_A_AND_B = ["dora", "multilora", "molora", "full", "galore"]
 HERE = [name for name in OPTIMIZERS if name != "adamw8bit"]  # those that run without a graphics card
 
 
@@ -546,6 +546,12 @@ def test_a_vera_takes_more_ranks():
 def test_loraplus_slows_a_as_much_as_it_speeds_b():
     assert chosen(8e9, method="loraplus")[0].learning_rate == 5e-5  # 2e-4 / √16
     assert chosen(8e9, method="loraplus", loraplus_ratio=4)[0].learning_rate == 1e-4
+
+
+def test_an_adalora_takes_larger_steps_and_token_rows_those_of_embeddings():
+    rates = {method: [chosen(size, method=method)[0].learning_rate for size in (135e6, 8e9)] for method in METHODS}
+    assert rates["adalora"] == pytest.approx([9 * rate for rate in rates["lora"]])
+    assert rates["token_rows"][0] == rates["prompt_tuning"][0] == 3e-2
 
 
 def test_preferences_and_lion_take_smaller_steps():

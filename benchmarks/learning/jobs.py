@@ -116,9 +116,11 @@ def check(row: Row, factor: float) -> Training:
 
 
 def tried(found: Results, row: Row) -> tuple[float, ...]:
-    """FACTORS, and the one beyond where the best of them is at the edge."""
-    best = _best(found, row, FACTORS)
-    return FACTORS if best not in BEYOND else (*FACTORS, BEYOND[best])
+    """FACTORS, and the one beyond for as long as the best of them is at the edge."""
+    factors = FACTORS
+    while (best := _best(found, row, factors)) in BEYOND and BEYOND[best] not in factors:
+        factors = (*factors, BEYOND[best])
+    return factors
 
 
 def chosen(found: Results, row: Row) -> float | None:

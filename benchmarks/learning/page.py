@@ -9,7 +9,7 @@ from typing import Any
 
 from study.page import markdown
 
-from learning.rows import MARKS, OF_SOURCE, Q4_0, Q4_1
+from learning.rows import BEYOND, MARKS, OF_SOURCE, Q4_0, Q4_1
 
 HEAD = """# What each method learns, and what it costs
 
@@ -74,8 +74,8 @@ in the same model with a head of its own (`edgelora untie`). Scores are torch's 
 methods run nowhere else.
 
 Learning rates: the method's own (in its file, `edgelora/peft`), three times it and a third of it were tried on
-{check_task} with one seed, by the loss on {valid_rows} validation rows; where the best of three was at the edge, one
-beyond. All of a row's figures are at the best.
+{check_task} with one seed, by the loss on {valid_rows} validation rows; for as long as the best was at the edge of what
+was tried, the one beyond as well, up to ×{furthest:g}. All of a row's figures are at the best.
 
 {rates}
 
@@ -99,6 +99,7 @@ def written(found: Mapping[str, Any]) -> str:
             tasks=markdown(["task", "answer"], [(t["name"], t["title"]) for t in found["tasks"]]), rates=_rates(found),
             hours=found["cpu_seconds"] / 3600, marks=" and ".join(f"`{mark}`" for mark in MARKS.train_tokens),
             **found_of(found, "steps", "batch_rows", "warmup", "check_task", "valid_rows", "processor"),
+            furthest=max(BEYOND.values()),
         ),
     ])  # fmt: skip
 

@@ -68,7 +68,7 @@ TEST_ROWS, VALID_ROWS = 60, 40
 SEEDS = (0, 1, 2)
 
 # Times the method's own learning rate. Tried on one task with one seed, by the loss on its validation rows; a best one
-# at the edge is no optimum, and the one beyond is tried too.
+# at the edge is no optimum: then the one beyond is tried too, and beyond that, to these ends.
 FACTORS = (1.0, 3.0, 1 / 3)
-BEYOND = {1 / 3: 1 / 9, 3.0: 9.0}
+BEYOND = {3.0: 9.0, 9.0: 27.0, 27.0: 81.0, 1 / 3: 1 / 9, 1 / 9: 1 / 27, 1 / 27: 1 / 81}
 CHECK_TASK, CHECK_SEED = TASKS[0], SEEDS[0]

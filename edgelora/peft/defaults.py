@@ -49,7 +49,7 @@ def borrowed(n_weights: float) -> Sourced:
 
 
 def share_of_a_lora(share: float, why: str) -> Rate:
-    """Of a method that moves weights faster than a LoRA does at the same rate."""
+    """Of a method that moves weights faster or more slowly than a LoRA does at the same rate."""
     return lambda n_weights: Sourced(share * of_a_lora(n_weights).value, why)
 
 

@@ -30,6 +30,7 @@ from edgelora.peft import (
     prompt_tuning,
     replora,
     rslora,
+    token_rows,
     vera,
 )
 from edgelora.peft.defaults import BORROWED
@@ -207,6 +208,7 @@ METHODS: dict[str, Method] = {
             (adalora.ranks_at_first(rank), 1),
         ),
         held=5,
+        defaults=adalora.DEFAULTS,
         more_settings=adalora.ranks,
     ),
     "alora": Method(
@@ -358,7 +360,7 @@ METHODS: dict[str, Method] = {
         peft_type="TRAINABLE_TOKENS",
         linears=False,
         ranked=False,
-        defaults=BORROWED,
+        defaults=token_rows.DEFAULTS,
     ),
     "prompt_tuning": Method(
         name="prompt_tuning",

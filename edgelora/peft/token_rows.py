@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from edgelora.errors import ConfigError
 from edgelora.nn.decoder import Decoder
 from edgelora.nn.linear import Weight
+from edgelora.peft.defaults import COMPARED, GUIDE, Defaults, always
 from edgelora.peft.kind import ROWS
+
+DEFAULTS = Defaults(
+    rate=always(
+        GUIDE.value,
+        f"as for embeddings before a prompt: {GUIDE.why}; 160 steps over SmolLM2-135M learned no more with 0.08, nor "
+        f"with the 0.2 of {COMPARED}tokens that begin and end a text",
+    )
+)
 
 
 class TokenRows(nn.Module):
