@@ -24,7 +24,7 @@ from edgelora.training.memory import SHARE, Machine, plan
 ROOT = Path(__file__).resolve().parent.parent
 GIGABYTES = (8, 12, 16, 24)
 STORED = (Type.Q4_K, Type.Q8_0)
-THREADS = 8  # of the compiled code, whatever this machine has
+THREADS = 8  # of the compiled code, which multiplies bfloat16 too, whatever this machine has
 
 
 class Published(NamedTuple):
@@ -71,7 +71,7 @@ def model(p: Published, kind: Type) -> Model:
     )  # fmt: skip
     whole = kind is Type.Q8_0 or not any(n % 256 for n in (p.hidden_size, p.intermediate_size, p.heads * p.head_dim))
     found = Model.stored_as(ARCHITECTURES[p.model_type], config, kind if whole else Type.Q8_0)
-    return replace(found, threads=THREADS)
+    return replace(found, threads=THREADS, multiplies=True)
 
 
 def cell(p: Published, kind: Type, device: str, gigabytes: int) -> str:

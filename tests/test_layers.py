@@ -19,12 +19,14 @@ from edgelora.base.weights import Dense
 from edgelora.nn import attention, loss
 from edgelora.nn.activations import GATES, SwiGLU, swiglu
 from edgelora.nn.attention import SegmentAttention
+from edgelora.nn.layer import Residual
 from edgelora.nn.linear import FrozenLinear, LoraLinears
 from edgelora.nn.loss import LinearCrossEntropy, Target
-from edgelora.nn.norm import RMSNorm
+from edgelora.nn.norm import Norm, RMSNorm
 from edgelora.nn.recompute import recomputed
 from edgelora.nn.rotary import Rotary, rotary_tables
 from edgelora.nn.scores import Scores
+from edgelora.nn.scratch import room
 
 STARTS = [0, 5, 6, 11]  # three segments, one of them a single token
 LAYOUTS = [([0, 11], 0), (STARTS, 0), ([4, 7, 11], 4)]  # one segment, three, and two behind a shared prefix
@@ -152,9 +154,47 @@ def test_logits_are_those_of_the_whole_head(monkeypatch):
 # -- backwards against finite differences -------------------------------------------------------------------------
 
 
-def test_gradient_of_rms_norm():
-    w = draw(6, seed=1)
-    assert gradcheck(lambda x: RMSNorm.apply(x, w, 1e-5), draw(4, 6, grad=True))
+@pytest.mark.parametrize("by_output", [False, True])
+def test_gradient_of_rms_norm(by_output):
+    x, w = draw(4, 6, grad=True), draw(6, seed=1, grad=True)
+    assert gradcheck(lambda x, w: RMSNorm.apply(x, w, 1e-5, None, by_output), x, w)
+
+
+@pytest.mark.parametrize(("compute", "bits"), [(torch.float32, 0.0), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 6)], ids=["compiled", "torch"])
+def test_a_norm_lets_its_input_go(shape, compute, bits):
+    """Its output says the same; where a weight is 0 it does not, and the input is kept."""
+    x, dy, w = draw(*shape).float(), draw(*shape, seed=3).to(compute), draw(shape[-1], seed=1).float() + 3
+    gone = Norm(w, 1e-5, compute)
+    kept = Norm(w.clone().index_fill_(0, torch.tensor([2]), 0.0), 1e-5, compute)
+    for norm, lets_go in ((gone, True), (kept, False)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        saved = y.grad_fn.saved_tensors[0]
+        assert saved.data_ptr() == (y if lets_go else leaf).data_ptr()
+        (found,) = torch.autograd.grad(y, leaf, dy)
+        again = x.double().requires_grad_()
+        exact = plain_rms_norm(again, norm.weight.double(), 1e-5)
+        (expected,) = torch.autograd.grad(exact, again, dy.double())
+        assert (found - expected).norm() <= (1e-5 + lets_go * bits) * expected.norm()
+
+
+def test_a_residual_stream_stays_wide():
+    x, y = draw(3, 4).float().requires_grad_(), draw(3, 4, seed=1).bfloat16().requires_grad_()
+    out = Residual.apply(x, y, 0.5)
+    torch.testing.assert_close(out, x + y.float() * 0.5)
+    dx, dy = torch.autograd.grad(out, (x, y), draw(3, 4, seed=2).float())
+    assert (dx.dtype, dy.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(dy, (dx * 0.5).bfloat16())
+
+
+def test_room_is_aligned_and_of_any_shape():
+    for sizes in ((5, 7), (0, 3), (3, 2, 4), ()):
+        found = room(*sizes, dtype=torch.bfloat16)
+        assert (found.shape, found.dtype, found.is_contiguous()) == (torch.Size(sizes), torch.bfloat16, True)
+        assert found.data_ptr() % 64 == 0
+    rooms = [room(1000, dtype=torch.float32).fill_(i) for i in range(20)]
+    assert all((x == i).all() for i, x in enumerate(rooms))
 
 
 @pytest.mark.parametrize("rotated", [6, 4])

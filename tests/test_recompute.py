@@ -84,6 +84,8 @@ class Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+        if func is torch.ops.aten.resize_.default:
+            given = set()  # `room` gives memory that no operation made its shape
         out = func(*args, **(kwargs or {}))
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
@@ -107,10 +109,10 @@ def held(decoder, *, recompute):
 
 @pytest.mark.parametrize(("name", "compute"), [("gemma2", torch.float32), ("phi3", torch.bfloat16)])
 def test_only_inputs_are_kept(family, name, compute):  # noqa: F811
-    """float32 (T, d) for each layer and at both ends, and the tables of one rotation or two."""
+    """float32 (T, d) for each layer and at the end, and the tables of one rotation or two."""
     decoder = adapted(open_base(family(name).folder), compute)
     c, n = decoder.config, len(ROW)
-    least = (c.num_hidden_layers + 2) * n * c.hidden_size * 4
+    least = (c.num_hidden_layers + 1) * n * c.hidden_size * 4
     assert least <= held(decoder, recompute=True) <= least + 2 * n * c.rope.dim * 4 + n * 4
     assert held(decoder, recompute=False) > 2.5 * held(decoder, recompute=True)
 

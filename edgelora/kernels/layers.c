@@ -46,18 +46,29 @@ void rms_norm_forward(const void *x, const float *weight, void *out, float *inve
     }
 }
 
-void rms_norm_backward(const void *d_out, const void *x, const float *weight, const float *inverse_rms, void *dx,
-                       int64_t columns, int64_t narrow_x, int64_t narrow, int64_t first, int64_t last) {
+INLINE vec normed(const void *kept, int64_t at, int narrow, int is_output, vec weight, float scale) {
+    vec value = read(kept, at, narrow);
+    return is_output ? value / weight : value * scale;
+}
+
+// What was kept: x, or (`is_output`, where no weight is 0) the output.
+void rms_norm_backward(const void *d_out, const void *kept, const float *weight, const float *inverse_rms, void *dx,
+                       int64_t columns, int64_t narrow_x, int64_t narrow, int64_t is_output, int64_t first,
+                       int64_t last) {
+    int narrow_kept = is_output ? narrow : narrow_x;
     for (int64_t row = first; row < last; row++) {
         int64_t at = row * columns;
         float scale = inverse_rms[row];
         vec products = all(0);
-        for (int64_t c = 0; c < columns; c += LANES)
-            products += read(d_out, at + c, narrow) * load(weight + c) * read(x, at + c, narrow_x);
-        float along = sum(products) / columns * scale * scale;
         for (int64_t c = 0; c < columns; c += LANES) {
-            vec d = read(d_out, at + c, narrow) * load(weight + c);
-            write(dx, at + c, narrow_x, (d - read(x, at + c, narrow_x) * along) * scale);
+            vec w = load(weight + c);
+            products += read(d_out, at + c, narrow) * w * normed(kept, at + c, narrow_kept, is_output, w, scale);
+        }
+        float along = sum(products) / columns;
+        for (int64_t c = 0; c < columns; c += LANES) {
+            vec w = load(weight + c);
+            vec d = read(d_out, at + c, narrow) * w - normed(kept, at + c, narrow_kept, is_output, w, scale) * along;
+            write(dx, at + c, narrow_x, d * scale);
         }
     }
 }

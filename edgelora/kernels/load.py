@@ -26,7 +26,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "swiglu_forward": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
     "swiglu_backward": [*[_Pointer] * 5, *[_Size] * 2, *_ROWS],
     "rms_norm_forward": [*[_Pointer] * 4, *[_Size] * 3, _Float, *_ROWS],
-    "rms_norm_backward": [*[_Pointer] * 5, *[_Size] * 3, *_ROWS],
+    "rms_norm_backward": [*[_Pointer] * 5, *[_Size] * 4, *_ROWS],
     "rotary": [*[_Pointer] * 4, *[_Size] * 4, _Float, *_ROWS],
     "cross_entropy": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
     "narrow_product": [*[_Pointer] * 3, *[_Size] * 3, *_ROWS],  # here panels of rows

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgelora.nn import compiled, gpu
+from edgelora.nn.scratch import room_like
 
 
 class SwiGLU(torch.autograd.Function):
@@ -25,7 +26,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if compiled.usable(dy, gate, up) and dy.shape == gate.shape == up.shape:
             dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
-            d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+            d_gate, d_up = room_like(gate), room_like(up)
             n_rows, columns, narrow = gate.numel() // gate.shape[-1], gate.shape[-1], compiled.NARROW[gate.dtype]
             compiled.over_rows("swiglu_backward", n_rows, columns, dy, gate, up, d_gate, d_up, columns, narrow)
             return d_gate, d_up
@@ -64,7 +65,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) · up, in fresh memory; outside of any graph."""
     if compiled.usable(gate, up) and gate.shape == up.shape:
         gate, up = gate.contiguous(), up.contiguous()
-        out = torch.empty_like(gate)
+        out = room_like(gate)
         sizes = gate.numel() // gate.shape[-1], gate.shape[-1]
         compiled.over_rows("swiglu_forward", *sizes, gate, up, out, gate.shape[-1], compiled.NARROW[gate.dtype])
         return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -36,14 +34,14 @@ def over_rows(name: str, n_rows: int, columns: int, *arguments: Tensor | float) 
 
 
 def multiplies(x: Tensor) -> bool:
-    """Whether `narrow_product` can take these rows (m, k) on this processor."""
-    return usable(x) and x.shape[-1] % PAIRS == 0 and _panel() > 0
+    """Whether `narrow_product` can take these rows (m, k)."""
+    return usable(x) and x.shape[-1] % PAIRS == 0 and panel() > 0
 
 
 def narrow_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """a (m, k) bᵀ (k, n) of bfloat16 numbers, summed in float32, into `out` (m, n): float32 rows, however far apart."""
-    panel, (m, k) = _panel(), a.shape
-    n_panels = len(b) // panel
+    height, (m, k) = panel(), a.shape
+    n_panels = len(b) // height
     assert a.dtype == b.dtype == torch.bfloat16
     assert a.is_contiguous()
     assert b.is_contiguous()
@@ -53,15 +51,14 @@ def narrow_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     function = load.library().narrow_product  # type: ignore[union-attr]
     given = a.data_ptr(), b.data_ptr(), out.data_ptr(), m, k, out.stride(0)
     if n_panels:
-        pieces = team.split(n_panels, n_panels * panel * k, WORTH_A_THREAD)
+        pieces = team.split(n_panels, n_panels * height * k, WORTH_A_THREAD)
         team.run(pieces, lambda first, last: function(*given, first, last))
-    if rest := len(b) - n_panels * panel:
+    if rest := len(b) - n_panels * height:
         torch.mm(a.float(), b[-rest:].float().T, out=out[:, -rest:])
     return out
 
 
-@cache
-def _panel() -> int:
-    """How many rows of b make a panel; 0 where the processor lacks the instruction."""
+def panel() -> int:
+    """How many rows of b `narrow_product` takes at once; 0 where this processor has no instruction for it."""
     found = load.library()
     return 0 if found is None else int(found.narrow_panel())

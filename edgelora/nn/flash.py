@@ -16,7 +16,7 @@ from edgelora import team
 from edgelora.kernels import load
 from edgelora.nn.compiled import NARROW
 from edgelora.nn.scores import Scores
-from edgelora.nn.scratch import scratch
+from edgelora.nn.scratch import room, scratch
 
 WORTH_A_THREAD = 1 << 21  # products of a query's number with a key's, some 50 microseconds
 
@@ -59,7 +59,7 @@ class Problem:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output (T, H, d), and log Σ exp of each query's scores, float32 (T, H)."""
-        out, lse = torch.empty(self.shape, dtype=self.dtype), torch.empty(self.shape[:2])
+        out, lse = room(*self.shape, dtype=self.dtype), torch.empty(self.shape[:2])
         self.c.out, self.c.lse = out.data_ptr(), lse.data_ptr()
         self._run(self.library.attention_forward)
         return out, lse
@@ -70,7 +70,7 @@ class Problem:
         slots = self.threads + self.kv_heads - 1
         parts = scratch(2 * slots, n_tokens * dim, use="attention gradients").view(2, slots, n_tokens, dim)
         owners = (_Size * slots)(*[-1] * slots)
-        dq = torch.empty(self.shape, dtype=self.dtype)
+        dq = room(*self.shape, dtype=self.dtype)
         self.c.out, self.c.lse, self.c.d_out, self.c.dq = (x.data_ptr() for x in (out, lse, d_out, dq))
         self.c.dk, self.c.dv, self.c.owners = *(part.data_ptr() for part in parts), ctypes.addressof(owners)
         self._run(self.library.attention_backward)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from edgelora.nn.norm import Norm
 from edgelora.nn.recompute import is_replay, recomputed
 from edgelora.nn.rotary import Rotary, Tables
 from edgelora.nn.scores import Scores
+from edgelora.nn.scratch import room_like
 from edgelora.nn.shifted import shifted_attention
 from edgelora.nn.virtual import KeysValues, behind_past
 
@@ -111,6 +112,21 @@ class MLP(nn.Module):
             return self.down_proj(hidden, read)
 
 
+class Residual(torch.autograd.Function):
+    """x + m y: the residual stream x (T, d), float32, and what a block adds to it, in the dtype of its products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, multiplier: float) -> Tensor:
+        ctx.multiplier, ctx.dtype = multiplier, y.dtype
+        return torch.add(x, y, alpha=multiplier, out=room_like(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (dx,) = grads
+        dy = dx if ctx.multiplier == 1.0 else dx * ctx.multiplier
+        return dx, dy if dy.dtype == ctx.dtype else room_like(dy, ctx.dtype).copy_(dy), None
+
+
 def _mixture(architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> Mixture:
     names, prefix = architecture.experts, f"model.layers.{layer}"
     assert names is not None
@@ -149,14 +165,7 @@ class Layer(nn.Module):
         return self._around(x, norms.before_mlp, mlp, norms.after_mlp)
 
     def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
-        saved: AbstractContextManager[None] = nullcontext()
-        normed = x.to(self.compute)
-        if before is not None:
-            norm: Norm = getattr(self, before)
-            normed = norm(x)
-            saved = recomputed(normed, partial(norm.plain, x.detach()))
-        with saved:
-            y = block(normed)
-            if after is not None:
-                y = getattr(self, after)(y)
-            return x + y if self.multiplier == 1.0 else torch.add(x, y, alpha=self.multiplier)
+        y = block(x.to(self.compute) if before is None else getattr(self, before)(x))
+        if after is not None:
+            y = getattr(self, after)(y)
+        return Residual.apply(x, y, self.multiplier)

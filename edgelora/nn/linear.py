@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgelora.nn import gpu_lora
+from edgelora.nn.scratch import room, room_like
 
 
 class Weight(Protocol):
@@ -164,7 +165,8 @@ class LoraLinears(torch.autograd.Function):
             if isinstance(weight, Unread):
                 ys.append(x.new_zeros(len(x), len(b)))
                 continue
-            y = F.linear(x, weight.dequantize(x.dtype))
+            y = room(len(x), len(b), dtype=x.dtype, device=x.device)
+            torch.mm(x, weight.dequantize(x.dtype).T, out=y)
             ys.append(y.addmm_(part, b.to(x.dtype).T, alpha=scale))
         ctx.save_for_backward(x, down, *pairs)
         ctx.weights = [weight.weight if isinstance(weight, Unread) else weight for weight in weights]
@@ -186,7 +188,7 @@ class LoraLinears(torch.autograd.Function):
             torch.mm(dy, (b * scale).to(dy.dtype), out=d_part)
             if ctx.needs_input_grad[0]:
                 w = weight.dequantize(dy.dtype)
-                dx = dy @ w if dx is None else dx.addmm_(dy, w)
+                dx = torch.mm(dy, w, out=room_like(x, dy.dtype)) if dx is None else dx.addmm_(dy, w)
         if dx is not None:
             dx.addmm_(d_down, torch.cat(pairs[0::2]).to(dx.dtype))
         d_as = (d_down.T @ x).to(pairs[0].dtype).split(ctx.ranks)

@@ -1,6 +1,7 @@
 """RMSNorm: a layer whose weight an adapter can put another in the place of, over a function that saves little.
 
-Computed in float32, whatever it reads and gives.
+Computed in float32, whatever it reads and gives. The layer that reads what it gives keeps that, and it says all that
+the backward pass asks of x: so x itself is let go, which is float32 as the residual stream is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn import compiled, gpu
+from edgelora.nn.scratch import room_like
 
 
 class NewWeight(Protocol):
@@ -35,13 +37,10 @@ class Norm(nn.Module):
         self.eps, self.dtype, self.shift = eps, dtype, shift
         self.delta = None
         self.register_buffer("weight", weight, persistent=False)
+        self.hides = bool((weight == 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, self._weight, self.eps, self.dtype)
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The same values without a place in the graph."""
-        return rms_norm(x, self._weight.detach(), self.eps, self.dtype)[0]
+        return RMSNorm.apply(x, self._weight, self.eps, self.dtype, not self.hides and self.delta is None)
 
     @property
     def _weight(self) -> Tensor:
@@ -49,20 +48,33 @@ class Norm(nn.Module):
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / rms(x) · w (arXiv:1910.07467). x (…, d), w (d,), frozen or trained. Saves x and one float per row."""
+    """x / rms(x) · w (arXiv:1910.07467). x (…, d), w (d,), frozen or trained. Saves one float per row, and x or y.
+
+    by_output: w has no zero, so that y / w is x / rms(x); then y is saved if it takes no more memory than x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None, by_output: bool = False
+    ) -> Tensor:
         x = x.contiguous()
         y, inverse_rms = rms_norm(x, w, eps, dtype)
-        ctx.save_for_backward(x, w, inverse_rms)
+        # of a bfloat16 x the output is no smaller, and rounded once more
+        ctx.is_output, ctx.dtype = by_output and x.dtype != torch.bfloat16, x.dtype
+        ctx.save_for_backward(y if ctx.is_output else x, w, inverse_rms)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, w, inverse_rms = ctx.saved_tensors
-        dw = _backward_of_weight(grads[0], x, inverse_rms) if ctx.needs_input_grad[1] else None
-        return _backward(grads[0], x, w, inverse_rms) if ctx.needs_input_grad[0] else None, dw, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        kept, w, inverse_rms = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _backward(grads[0], kept, w, inverse_rms, ctx.dtype, ctx.is_output)
+        if ctx.needs_input_grad[1]:
+            normed = kept.to(inverse_rms.dtype)
+            normed = normed / w if ctx.is_output else normed * inverse_rms  # (…, d)
+            dw = (normed * grads[0]).flatten(0, -2).sum(0)
+        return dx, dw, None, None, None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -70,7 +82,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None)
     dtype = dtype or w.dtype
     if compiled.usable(x) and w.dtype == torch.float32 and dtype in compiled.NARROW:
         x = x.contiguous()
-        y, inverse_rms = torch.empty_like(x, dtype=dtype), torch.empty(*x.shape[:-1], 1)
+        y, inverse_rms = room_like(x, dtype), torch.empty(*x.shape[:-1], 1)
         compiled.over_rows(
             "rms_norm_forward", inverse_rms.numel(), x.shape[-1], x, w, y, inverse_rms,
             x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dtype], eps,
@@ -84,23 +96,19 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None)
     return (x * inverse_rms).mul_(w).to(dtype), inverse_rms
 
 
-def _backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
-    if compiled.usable(dy) and compiled.usable(x) and w.dtype == torch.float32:
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+def _backward(dy: Tensor, kept: Tensor, w: Tensor, inverse_rms: Tensor, dtype: torch.dtype, is_output: bool) -> Tensor:
+    """The gradient of x in `dtype`, which is its own, from x or from the output."""
+    if compiled.usable(dy) and compiled.usable(kept) and w.dtype == torch.float32 and dtype in compiled.NARROW:
+        dy, dx = dy.contiguous(), room_like(kept, dtype)
         compiled.over_rows(
-            "rms_norm_backward", inverse_rms.numel(), x.shape[-1], dy, x, w, inverse_rms, dx,
-            x.shape[-1], compiled.NARROW[x.dtype], compiled.NARROW[dy.dtype],
+            "rms_norm_backward", inverse_rms.numel(), kept.shape[-1], dy, kept, w, inverse_rms, dx,
+            kept.shape[-1], compiled.NARROW[dtype], compiled.NARROW[dy.dtype], is_output,
         )  # fmt: skip
         return dx
-    if gpu.usable(dy, x) and w.dtype == torch.float32:
-        d_rows: Tensor = gpu.kernels().rms_norm_backward(dy, x, w, inverse_rms)
+    if gpu.usable(dy, kept) and w.dtype == torch.float32:
+        d_rows: Tensor = gpu.kernels().rms_norm_backward(dy, kept, w, inverse_rms, dtype, is_output)
         return d_rows
+    normed = kept / w if is_output else kept * inverse_rms
     dy = dy * w  # (…, d) float32
-    mean = (dy * x).mean(-1, keepdim=True)  # (…, 1)
-    return dy.addcmul_(x, mean * inverse_rms.square(), value=-1).mul_(inverse_rms).to(x.dtype)
-
-
-def _backward_of_weight(dy: Tensor, x: Tensor, inverse_rms: Tensor) -> Tensor:
-    """Σ dy ∘ x / rms(x) over all rows, in the type of 1 / rms(x)."""
-    normed = x.to(inverse_rms.dtype) * inverse_rms  # (…, d)
-    return normed.mul_(dy).flatten(0, -2).sum(0)
+    mean = (dy * normed).mean(-1, keepdim=True)  # (…, 1)
+    return dy.addcmul_(normed, mean, value=-1).mul_(inverse_rms).to(dtype)

@@ -14,6 +14,7 @@ from edgelora.architectures.config import ModelConfig
 from edgelora.architectures.rope import Rope
 from edgelora.errors import DataError
 from edgelora.nn import compiled, gpu
+from edgelora.nn.scratch import room_like
 
 Tables = dict[Rope, tuple[Tensor, Tensor]]
 """The cos and sin (T, 1, rope.dim / 2) of each rope that some layer has."""
@@ -40,7 +41,7 @@ class Rotary(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """x (T, H, d) with its first 2·cos.shape[-1] columns rotated by halves, as HF does, by the angles times `sign`."""
     if compiled.usable(x) and cos.dtype == torch.float32 and cos.shape[-1] % compiled.LANES == 0 and len(cos) == len(x):
-        x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        x, out = x.contiguous(), room_like(x)
         (n_tokens, heads, dim), half, narrow = x.shape, cos.shape[-1], compiled.NARROW[x.dtype]
         tables = cos.contiguous(), sin.contiguous()
         compiled.over_rows("rotary", n_tokens, heads * dim, x, *tables, out, heads, dim, half, narrow, sign)

@@ -45,15 +45,18 @@ def _rms_norm(x, w, y, inverse_rms, x_stride, columns, eps, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _rms_norm_backward(dy, x, w, inverse_rms, dx, dy_stride, x_stride, columns, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    dy, kept, w, inverse_rms, dx, dy_stride, kept_stride, columns, IS_OUTPUT: tl.constexpr, BLOCK: tl.constexpr
+):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = column < columns
     grad = tl.load(dy + row * dy_stride + column, mask=inside, other=0.0).to(tl.float32)
-    grad *= tl.load(w + column, mask=inside, other=0.0)
-    wide = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(w + column, mask=inside, other=1.0)
+    normed = tl.load(kept + row * kept_stride + column, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(inverse_rms + row)
-    along = tl.sum(grad * wide) / columns * inverse * inverse
-    out = (grad - wide * along) * inverse
+    normed = normed / weight if IS_OUTPUT else normed * inverse
+    grad *= weight
+    out = (grad - normed * (tl.sum(grad * normed) / columns)) * inverse
     tl.store(dx + row * columns + column, out.to(dx.dtype.element_ty), mask=inside)
 
 
@@ -67,12 +70,15 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tens
     return y, inverse_rms
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, w: Tensor, inverse_rms: Tensor) -> Tensor:
-    """The gradient of x (…, d), in its dtype."""
-    grads, rows, columns = _flat(dy), _flat(x), x.shape[-1]
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def rms_norm_backward(
+    dy: Tensor, kept: Tensor, w: Tensor, inverse_rms: Tensor, dtype: torch.dtype, is_output: bool
+) -> Tensor:
+    """The gradient of x (…, d) in its dtype, from x, or from the output where that was kept and no weight is 0."""
+    grads, rows, columns = _flat(dy), _flat(kept), kept.shape[-1]
+    dx = torch.empty(kept.shape, dtype=dtype, device=kept.device)
     arguments = grads, rows, w, inverse_rms, dx, grads.stride(0), rows.stride(0), columns
-    launch(_rms_norm_backward, (len(rows),), arguments, (triton.next_power_of_2(columns),), _warps(columns))
+    constants = is_output, triton.next_power_of_2(columns)
+    launch(_rms_norm_backward, (len(rows),), arguments, constants, _warps(columns))
     return dx
 
 

@@ -16,7 +16,7 @@ from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
 from edgelora.base.model import Base
 from edgelora.device import compute_threads
 from edgelora.kernels import load as kernels
-from edgelora.nn.compiled import LANES
+from edgelora.nn.compiled import LANES, panel
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -35,6 +35,7 @@ class Model:
 
     shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
     threads: of the compiled code, should it compute on a CPU (see `compiled_threads`).
+    multiplies: whether that has products of bfloat16 numbers.
     """
 
     architecture: Architecture
@@ -45,6 +46,7 @@ class Model:
     """The layers that have a bias, by their names in a block."""
     shares: int = 1
     threads: int = field(default_factory=compiled_threads)
+    multiplies: bool = field(default_factory=lambda: panel() > 0)
 
     @classmethod
     def of(cls, base: Base) -> Model:

@@ -18,7 +18,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     They are the loss, the backward pass of a layer, and, with moments that wait elsewhere, the optimizer's step.
     """
     c, tokens, wide = model.config, load.tokens, 4 if config.dtype == "f32" else 2
-    one, inputs = kept_by_a_layer(model, config) + 4 * c.num_attention_heads, 4 * c.hidden_size
+    one, inputs = kept_by_a_layer(model, config, copied=False) + 4 * c.num_attention_heads, 4 * c.hidden_size
     numbers = adapter_numbers(model, config)
     if not load.recompute:
         kept = tokens * c.num_hidden_layers * one + (wide * numbers if wide == 2 else 0)
@@ -32,7 +32,7 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     moments = optimizer_bytes(model, config)
     away = config.offload and config.optimizer == "adamw" and not METHODS[config.method].projects
     lossy = at_the_loss > passing + dense
-    activations = int((kept + (at_the_loss - logits - head if lossy else passing)) * (1 + LOST["cuda"]))
+    activations = int((kept + (at_the_loss - logits - head if lossy else passing)) * (1 + LOST["cuda"][config.dtype]))
     return Footprint(
         process=CUDA_CONTEXT if process is None else process,
         base=base_bytes(model, config.base_dtype, "cuda"),

@@ -13,6 +13,7 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.config import TrainConfig
 from edgelora.nn.attention import QUERY_TILE
+from edgelora.nn.compiled import PAIRS
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
 from edgelora.peft.methods import METHODS
 from edgelora.training.adapter_footprint import (
@@ -29,10 +30,10 @@ from edgelora.training.base_footprint import Model, base_bytes
 
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
-FIRST_STEP = 115_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
-# Memory between live tensors that the allocator cannot hand out again: glibc asks for more than a hole of the same
-# size holds where memory must be aligned. Both as benchmarks/memory.py finds them, here as a share of activations.
-LOST = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
+FIRST_STEP = 105_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
+# Memory between live tensors that the allocator cannot hand out again, as a share of activations; more where tensors
+# of two dtypes take turns in it (nn/scratch.py: room). Both as benchmarks/memory.py finds them.
+LOST = {"cpu": {"f32": 0.0, "bf16": 0.28}, "cuda": {"f32": 0.1, "bf16": 0.1}, "mps": {"f32": 0.1, "bf16": 0.1}}
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,22 @@ class Footprint:
         return ", ".join(f"{name} {n / 1e6:.0f}" for name, n in self.as_dict().items() if n)
 
 
-def kept_by_a_layer(model: Model, config: TrainConfig) -> int:
-    """Bytes that the graph of one layer holds for each token until its backward pass, its float32 input included."""
+def kept_by_a_layer(model: Model, config: TrainConfig, copied: bool = True) -> int:
+    """Bytes that the graph of one layer holds for each token until its backward pass.
+
+    copied: of one product for queries, keys and values, the values alone are kept, as compiled attention reads them.
+    """
     c, a, wide = model.config, model.architecture, 4 if config.dtype == "f32" else 2
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     linears = most_adapted(model, config)
     norms = a.norms
     kept = 0
     for before, after in ((norms.before_attention, norms.after_attention), (norms.before_mlp, norms.after_mlp)):
-        kept += 4 * d + 4 if before is not None else wide * d  # the residual stream, or its copy to be multiplied
+        kept += wide * d + (4 if before is not None else 0)  # what is multiplied, normed or as it was
         kept += wide * d + 4 if after is not None else 0
     kept += wide * (q + 2 * kv)
-    if a.qk_norm is not None or a.fused:
-        kept += wide * (q + (2 if a.fused and a.qk_norm is None else 1) * kv)  # as they were before norm or rotation
+    if a.qk_norm is not None or (a.fused and not copied):
+        kept += wide * (q + kv)  # as they were before norm or rotation
     kept += wide * q  # what attention gives: o_proj's input, and the compiled attention's own
     if (row := METHODS[config.method]).ranked:  # x Aᵀ, once for each pair of the file
         each = row.file_ranks if row.kept_ranks is None else row.kept_ranks
@@ -122,12 +126,12 @@ def tile_bytes(model: Model, load: Load) -> int:
 
 
 def attention_buffers(model: Model, load: Load, device: str) -> int:
-    """What compiled attention keeps: of each thread six float32 matrices of its longest sequence (`attention_scratch`
+    """What compiled attention keeps: of each thread five float32 matrices of its longest sequence (`attention_scratch`
     of kernels/attention.c), and the parts that threads have in the gradients of keys and values (nn/flash.py).
     """
     threads, c = model.attention_threads(device), model.config
     parts = 2 * (threads + c.num_key_value_heads - 1) * load.tokens
-    return 4 * c.head_dim * (threads * 6 * load.longest + parts) if threads else 0
+    return 4 * c.head_dim * (threads * 5 * load.longest + parts) if threads else 0
 
 
 def scratch_bytes(model: Model, config: TrainConfig) -> int:
@@ -138,7 +142,8 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     same = config.base_dtype == config.dtype
     moved = slice_of_head if trains_head(model, config) else 0
     through_f32 = config.base_dtype == "nf4" or METHODS[config.method].reads_float32
-    wide = slice_of_head if kind != Type.F32 else 0
+    in_bfloat16 = config.dtype == "bf16" and model.multiplies and d % PAIRS == 0  # for logits too (nn/loss.py)
+    wide = slice_of_head if kind != Type.F32 and not in_bfloat16 else 0
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
     return 4 * wide + 2 * narrow + 4 * moved
@@ -164,11 +169,12 @@ def logits_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
 
 def activation_bytes(model: Model, config: TrainConfig, load: Load, device: str) -> tuple[int, int]:
     """What a micro-batch takes at the peak of its backward pass, and how much of it waits elsewhere (`offload`)."""
-    layers, one = model.config.num_hidden_layers, kept_by_a_layer(model, config)
+    copied = model.attention_threads(device) > 0
+    layers, one = model.config.num_hidden_layers, kept_by_a_layer(model, config, copied)
     inputs = 4 * model.config.hidden_size * layers
     kept = (0 if config.offload else inputs) + one if load.recompute else layers * one
     moving = load.tokens * kept + in_passing(model, config, load, device)
-    return int(moving * (1 + LOST[device])), load.tokens * inputs if config.offload else 0
+    return int(moving * (1 + LOST[device][config.dtype])), load.tokens * inputs if config.offload else 0
 
 
 def footprint(
