@@ -33,7 +33,7 @@ from edgelora.device import physical_cores, processor_name
 PEERS = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 COMMON = {
     "model": "model", "data": "chats", "batch": data.BATCH, "seed": None, "total": 1000, "held": "auto", "dtype": "f32",
-    "precision": "f32", "onednn": False, "micro_batch_tokens": 1024, "recompute": False,
+    "precision": "f32", "onednn": False, "micro_batch_tokens": 768, "recompute": False,
 }  # fmt: skip
 FULL = {"batch": 1}  # a full row at a time: the harder case for memory, there is nothing to split
 WIDE = {"model": "model-768"}

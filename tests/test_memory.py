@@ -204,7 +204,7 @@ def total(model, config, load, process=0):
 
 def test_with_room_the_smallest_fast_micro_batch_is_taken(model):
     found = plan(model, settled(), Machine("cpu", 64 * GB, 0), 2048)
-    assert (found.config.micro_batch_tokens, found.config.recompute, found.config.max_length) == (1024, "off", 2048)
+    assert (found.config.micro_batch_tokens, found.config.recompute, found.config.max_length) == (768, "off", 2048)
     assert set(found.choices) == {"micro_batch_tokens", "recompute", "max_length"}
     assert "context" in found.choices["max_length"].why
     assert plan(model, settled(), Machine("cpu", None), 2048).config == found.config  # no figure: nothing to hold to
@@ -340,7 +340,7 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tiny, tmp_path, monkeypat
     assert "there was not enough memory for a step (" in caught.value.what
     assert "allocate memory" in caught.value.what
     assert re.match(
-        r"the plan reckoned with 0\.\d\d GB for 1024 tokens \(in MB: process \d+, base \d+", caught.value.why
+        r"the plan reckoned with 0\.\d\d GB for 768 tokens \(in MB: process \d+, base \d+", caught.value.why
     )
     way = re.fullmatch(
         r"free some memory and go on with --resume, or begin anew with what takes less: pass (--.*) --overwrite",
@@ -350,9 +350,9 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tiny, tmp_path, monkeypat
     changes = dict(zip((word[2:].replace("-", "_") for word in words[::2]), words[1::2], strict=True))
     model, less = Model.of(open_base(tiny.path)), TrainConfig.model_validate(config.model_dump() | changes)
     monkeypatch.undo()
-    n = less.micro_batch_tokens or 1024
+    n = less.micro_batch_tokens or 768
     before, after = (total(model, settled(recompute=how), Load(m, m, how == "full"))
-                     for how, m in (("off", 1024), (less.recompute, n)))  # fmt: skip
+                     for how, m in (("off", 768), (less.recompute, n)))  # fmt: skip
     assert after < before
 
 

@@ -21,14 +21,13 @@ SmolLM2-135M, LoRA of rank 16 on all linear layers, ragged chats of 50 to 500 to
 process.
 """
 
-# leave this out once train.json is recorded anew
 LIMITS = """
 What limits a step: its matrix products. They take the shares of time below, and reach, with attention's operations and
 time left out, {products}.
-They do not reach more because an adapter's are only 16 wide, and logits are float32 always, at half of bfloat16's rate
-(torch's product of bfloat16 matrices on a CPU cannot write float32). The rest lies between products, where each layer's
-tensors are read and written a few times, and, over quantized weights, in their way out of the blocks, twice in each
-micro-batch.
+They do not reach more because an adapter's are only 16 wide. The rest lies between products, where each layer's tensors
+are read and written a few times, and, over quantized weights, in their way out of the blocks, twice in each
+micro-batch. Logits and attention are summed in float32 and multiplied in bfloat16, by code of our own (kernels/): torch
+has no such product on a CPU.
 
 Full rows have no padding, so what packing gains over ragged ones (a factor of {padding:.2f}) is gone. Twice the peer's
 speed would be {wanted_512:.0f} tokens/s at 512 ({needed_512:.0%} of the peak, where {reached_512:.0%} are reached) and
@@ -39,7 +38,7 @@ The way to the first step is mostly imports: torch's take 0.66 s, the command li
 their tokenizer 0.3 (looked at once, beside the record). The row is `edgelora train` as one types it, from the start of
 its process, against a script with TRL's trainer in it.
 
-Memory is bought with time: micro-batches of 512 tokens instead of 1,024 (`--micro-batch-tokens`), or of 256 with each
+Memory is bought with time: micro-batches of 512 tokens instead of 768 (`--micro-batch-tokens`), or of 256 with each
 layer computed again (`--recompute full`), are the rows below those at the defaults.
 
 `torch.compile` is not used: importing it alone costs 885 modules, 150 MB and 0.9 s (`edgelora/training/optim.py`).

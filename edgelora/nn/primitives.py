@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-CAPACITY = 64  # the shapes of a few micro-batches; with 16 a step of a 135M model took 8 % longer
+CAPACITY = 32  # the shapes of a micro-batch or two, no slower than 64; with 16 a step of a 135M model took 8 % longer
 BOUNDS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of torch's cache over oneDNN's, and of oneDNN's
 
 
