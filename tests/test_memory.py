@@ -120,6 +120,19 @@ def test_activations_are_what_the_graph_holds(family, name, dtype):  # noqa: F81
     assert layers == pytest.approx(found, rel=0.1, abs=ends)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["layernorm", "longlora", "full"])
+def test_activations_under_trained_norms(tiny, method, dtype):
+    """Such a norm keeps its input, and lets what it gives go."""
+    base = open_base(tiny.path)
+    decoder = adapted(base, DTYPES[dtype], method=method, how="f32")
+    gc.collect()
+    c, n = base.config, len(ROW)
+    ends = 4 * n * (2 * c.hidden_size + 2 * c.rope.dim)
+    kept = kept_by_a_layer(Model.of(base), settled(base.path, dtype=dtype, method=method, base_dtype="f32"))
+    assert c.num_hidden_layers * n * kept == pytest.approx(held(decoder, recompute=False), rel=0.1, abs=ends)
+
+
 def test_dora_keeps_more(tiny):
     base = open_base(tiny.path)
     lora, dora = (held(adapted(base, method=m), recompute=False) for m in ("lora", "dora"))

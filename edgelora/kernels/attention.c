@@ -203,7 +203,7 @@ static void tile_forward(const Attention *w, Tile *t) {
     vec sums[ROWS];  // of probabilities, lane by lane
     fetch(w, t, w->q, t->q, t->q);
     memset(t->sums, 0, t->n * d * sizeof(float));
-    for (int64_t i = 0; i < t->n; i++) top[i] = HIDDEN, sums[i] = all(0);
+    for (int64_t i = 0; i < ROWS; i++) top[i] = now[i] = HIDDEN, sums[i] = all(0);
     for (int64_t from = first_seen(w, t->position) / KEYS * KEYS, width; (width = width_of(t, from)); from += KEYS) {
         score(w, t, from, width, 0);
         for (int64_t i = 0; i < t->n; i++) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,9 @@ def narrow_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     assert out.shape == (m, len(b))
     assert out.stride(1) == 1
     assert out.dtype == torch.float32
-    function = load.library().narrow_product  # type: ignore[union-attr]
+    found = load.library()
+    assert found is not None
+    function: Any = found.narrow_product
     given = a.data_ptr(), b.data_ptr(), out.data_ptr(), m, k, out.stride(0)
     if n_panels:
         pieces = team.split(n_panels, n_panels * height * k, WORTH_A_THREAD)

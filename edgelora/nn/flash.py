@@ -46,12 +46,12 @@ class Problem:
         self.library, self.shape, self.kv_heads, self.dtype = found, q.shape, k.shape[1], q.dtype
         longest = prefix + max((b - a for a, b in itertools.pairwise(borders)), default=0)
         self.threads = max(1, min(team.threads(), q.numel() * longest // WORTH_A_THREAD))
-        room = found.attention_scratch(longest, q.shape[-1])
-        memory = scratch(self.threads, room, use="attention")
+        floats = found.attention_scratch(longest, q.shape[-1])
+        memory = scratch(self.threads, floats, use="attention")
         self._borders = (_Size * len(borders))(*borders)
         self._alive = [q, k, v, memory]
         self.c = _Attention(
-            q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), scratch=memory.data_ptr(), scratch_floats=room,
+            q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), scratch=memory.data_ptr(), scratch_floats=floats,
             borders=ctypes.addressof(self._borders), n_segments=len(borders) - 1, prefix=prefix, tokens=q.shape[0],
             heads=q.shape[1], kv_heads=k.shape[1], dim=q.shape[2], window=how.window or 0, scale=how.scale,
             softcap=how.softcap or 0.0, narrow=NARROW[q.dtype],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -165,7 +166,15 @@ class Layer(nn.Module):
         return self._around(x, norms.before_mlp, mlp, norms.after_mlp)
 
     def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
-        y = block(x.to(self.compute) if before is None else getattr(self, before)(x))
+        saved: AbstractContextManager[None] = nullcontext()
+        normed = x.to(self.compute)
+        if before is not None:
+            norm: Norm = getattr(self, before)
+            normed = norm(x)
+            if norm.keeps_input:  # in the place of what it gives
+                saved = recomputed(normed, partial(norm.plain, x.detach()))
+        with saved:
+            y = block(normed)
         if after is not None:
             y = getattr(self, after)(y)
         return Residual.apply(x, y, self.multiplier)

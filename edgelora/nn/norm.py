@@ -40,7 +40,16 @@ class Norm(nn.Module):
         self.hides = bool((weight == 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
-        return RMSNorm.apply(x, self._weight, self.eps, self.dtype, not self.hides and self.delta is None)
+        return RMSNorm.apply(x, self._weight, self.eps, self.dtype, not self.keeps_input)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same values without a place in the graph."""
+        return rms_norm(x, self._weight.detach(), self.eps, self.dtype)[0]
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether its backward pass asks for x itself: where the weight is trained, or hides a number of x by a 0."""
+        return self.hides or self.delta is not None
 
     @property
     def _weight(self) -> Tensor:
@@ -50,7 +59,7 @@ class Norm(nn.Module):
 class RMSNorm(torch.autograd.Function):
     """x / rms(x) · w (arXiv:1910.07467). x (…, d), w (d,), frozen or trained. Saves one float per row, and x or y.
 
-    by_output: w has no zero, so that y / w is x / rms(x); then y is saved if it takes no more memory than x.
+    by_output: w has no zero, so that y / w is x / rms(x); then y is saved, of anything but a bfloat16 x.
     """
 
     @staticmethod
@@ -99,6 +108,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, dtype: torch.dtype | None = None)
 def _backward(dy: Tensor, kept: Tensor, w: Tensor, inverse_rms: Tensor, dtype: torch.dtype, is_output: bool) -> Tensor:
     """The gradient of x in `dtype`, which is its own, from x or from the output."""
     if compiled.usable(dy) and compiled.usable(kept) and w.dtype == torch.float32 and dtype in compiled.NARROW:
+        assert not is_output or dy.dtype == kept.dtype  # C reads both as one type
         dy, dx = dy.contiguous(), room_like(kept, dtype)
         compiled.over_rows(
             "rms_norm_backward", inverse_rms.numel(), kept.shape[-1], dy, kept, w, inverse_rms, dx,

@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh memory costs a page fault every 4 KiB, each time."""
+"""Memory that is used again, or asked for so that it can be: a fresh one costs a page fault every 4 KiB, each time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-
 LINE = 64  # bytes
 
 _threads = threading.local()
@@ -26,7 +25,7 @@ def room(*sizes: int, dtype: torch.dtype, device: torch.device = CPU) -> Tensor:
     """
     n = math.prod(sizes)
     if device.type != "cpu" or not n:
-        return torch.empty(*sizes, dtype=dtype, device=device)
+        return torch.empty(sizes, dtype=dtype, device=device)
     memory = np.empty(n * dtype.itemsize + LINE, np.uint8)
     return torch.frombuffer(memory, dtype=dtype, count=n, offset=-memory.ctypes.data % LINE).resize_(sizes)
 

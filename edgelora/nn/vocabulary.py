@@ -94,7 +94,8 @@ class Moved:
         return self.rows(0, self.shape[0], dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Summed in the type of what is added, whose small steps bfloat16 would lose."""
+        """Summed in the type of what is added, whose small steps bfloat16 would lose; who asks for that has it rounded
+        once."""
         kind = self.delta.dtype
         out = scratch(last - first, self.shape[1], kind, self.delta.device, use="moved")
         torch.add(self.weight.rows(first, last, kind), self.delta[first:last], out=out)

@@ -34,6 +34,14 @@ def adapted(model: Model, config: TrainConfig) -> dict[str, Adapted]:
     return {name: Adapted(shapes[name], by_pattern(where.rank_pattern, name, config.rank)) for name in names}
 
 
+def trained_norms(model: Model, config: TrainConfig) -> list[str]:
+    """The norms whose weights are trained, by their HF names."""
+    row = METHODS[config.method]
+    if row.rows or row.before is not None:
+        return []
+    return list(chosen(config.method, model.layers.linears, model.layers.norms, where_of(config))[1])
+
+
 def most_adapted(model: Model, config: TrainConfig) -> list[Adapted]:
     """Those of the decoder layer whose adapters have the most ranks."""
     layers: dict[str, list[Adapted]] = {}
@@ -50,14 +58,13 @@ def trained_shapes(model: Model, config: TrainConfig) -> list[tuple[int, ...]]:
         return [(n, model.config.hidden_size)] * (1 if model.config.tie_word_embeddings else 2)
     if row.before is not None:
         return shapes(row, model.config, where_of(config).virtual)
-    _, norms = chosen(config.method, model.layers.linears, widths, where_of(config))
     of_linears = [
         shape for name, one in adapted(model, config).items() for shape in row.trained(name, *one.shape, one.rank)
     ]
     whole = trained_whole(model, config)
     matrices = [model.matrices[f"{name}.weight"][0] for name in (*whole.linears, *whole.vocabularies)]
     biases = [model.matrices[f"{name}.weight"][0][:1] for name in whole.biases]
-    return of_linears + [(widths[name],) for name in norms] + matrices + biases
+    return of_linears + [(widths[name],) for name in trained_norms(model, config)] + matrices + biases
 
 
 def trained_whole(model: Model, config: TrainConfig) -> Beside:

@@ -22,6 +22,7 @@ from edgelora.training.adapter_footprint import (
     held_beside,
     most_adapted,
     optimizer_bytes,
+    trained_norms,
     trained_whole,
     trains_head,
     virtual_tokens,
@@ -80,10 +81,12 @@ def kept_by_a_layer(model: Model, config: TrainConfig, copied: bool = True) -> i
     c, a, wide = model.config, model.architecture, 4 if config.dtype == "f32" else 2
     d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     linears = most_adapted(model, config)
-    norms = a.norms
+    norms, own = a.norms, {name.rpartition(".")[2] for name in trained_norms(model, config)}
     kept = 0
     for before, after in ((norms.before_attention, norms.after_attention), (norms.before_mlp, norms.after_mlp)):
-        kept += wide * d + (4 if before is not None else 0)  # what is multiplied, normed or as it was
+        kept += (4 if before in own else wide) * d + (
+            4 if before is not None else 0
+        )  # the stream, or what is multiplied
         kept += wide * d + 4 if after is not None else 0
     kept += wide * (q + 2 * kv)
     if a.qk_norm is not None or (a.fused and not copied):
@@ -143,7 +146,7 @@ def scratch_bytes(model: Model, config: TrainConfig) -> int:
     moved = slice_of_head if trains_head(model, config) else 0
     through_f32 = config.base_dtype == "nf4" or METHODS[config.method].reads_float32
     in_bfloat16 = config.dtype == "bf16" and model.multiplies and d % PAIRS == 0  # for logits too (nn/loss.py)
-    wide = slice_of_head if kind != Type.F32 and not in_bfloat16 else 0
+    wide = slice_of_head if kind != Type.F32 and (trains_head(model, config) or not in_bfloat16) else 0
     wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
     narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
     return 4 * wide + 2 * narrow + 4 * moved
