@@ -27,6 +27,7 @@ from edgelora.peft.targets import Where
 from runtime.scorer import ScoringEngine
 
 TOKENS = np.array([3, 77, 500])
+IDS = IDS.clone()
 IDS[[2, 9, 10, 20]] = torch.tensor([77, 500, 77, 3])
 
 

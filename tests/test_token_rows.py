@@ -40,6 +40,7 @@ pytestmark = [
 
 TOKENS = (3, 77, 500)
 WHERE = Where(token_indices=TOKENS)
+IDS = IDS.clone()
 IDS[[2, 9, 10, 20]] = torch.tensor([77, 500, 77, 3])
 
 
