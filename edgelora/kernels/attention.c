@@ -4,9 +4,10 @@
 // keys block by block, the softmax is kept up as they pass, and no scores leave the cache. nn/attention.py says what is
 // computed; nn/flash.py calls this once for each thread, which takes its share of the tiles by itself.
 //
-// Scores, their softmax and all sums are float32. Of bfloat16 tensors the factors of products are bfloat16: q, k, v and
-// the gradient of the output as they come, the probabilities and the gradients of scores rounded, as on a GPU. Such
-// factors stand in words (products.h): numbers of a row beside each other, or those of two rows, one above the other.
+// Scores, their softmax and all sums are float32. Where the processor multiplies pairs of bfloat16 numbers (products.h)
+// and the tensors are bfloat16, so are the factors of products: q, k, v and the gradient of the output as they come, the
+// probabilities and the gradients of scores rounded, as on a GPU. They stand in words: numbers of a row beside each
+// other, or those of two rows, one above the other. Elsewhere factors are float32, and a word is a number.
 
 #include <string.h>
 
@@ -48,11 +49,13 @@ static void multiply(int narrow, Left a, const void *b, int64_t ldb, float *c, i
             strip(0, 1, 1, a, right + j, ldb, c + j, ldc, m, k);
 }
 
+INLINE int paired(const Attention *w) { return PAIRS && w->narrow; }
+
 // How many words n numbers are.
-INLINE int64_t words(int narrow, int64_t n) { return narrow ? (n + 1) / 2 : n; }
+INLINE int64_t words(const Attention *w, int64_t n) { return paired(w) ? (n + 1) / 2 : n; }
 
 // Words of two rows of bfloat16 numbers, the first in their lower halves; `second` 0: zeros.
-INLINE uvec paired(const uint16_t *first, const uint16_t *second) {
+INLINE uvec both(const uint16_t *first, const uint16_t *second) {
     uvec high = second ? __builtin_convertvector(*(const hvec *)second, uvec) << 16 : (uvec){0};
     return high | __builtin_convertvector(*(const hvec *)first, uvec);
 }
@@ -76,25 +79,33 @@ INLINE int64_t at_key(const Attention *w, const Segment *s, int64_t position) {
     return (token_of(s, position) * w->kv_heads + s->kv) * w->dim;
 }
 
-static void gather(const Attention *w, const void *from, const Segment *s, uint32_t *rows, uint32_t *columns) {
-    int64_t d = w->dim, n = s->shared + s->end - s->begin, padded = s->n_blocks * KEYS, deep = words(w->narrow, d);
-    int64_t together = w->narrow ? 2 : 1;
-    for (int64_t i = 0; rows && i < n; i += together) {
-        const uint16_t *first = (const uint16_t *)from + at_key(w, s, i);
-        const uint16_t *second = i + 1 < n ? (const uint16_t *)from + at_key(w, s, i + 1) : 0;
-        uint32_t *to = rows + i / together * d;
+// A row of d numbers in words, as factors have them.
+INLINE void fetch_row(const Attention *w, const void *from, int64_t at, uint32_t *to) {
+    if (paired(w))
+        memcpy(to, (const uint16_t *)from + at, w->dim * sizeof(uint16_t));
+    else
+        for (int64_t c = 0; c < w->dim; c += LANES) store((float *)to + c, read(from, at + c, w->narrow));
+}
+
+static void gather_rows(const Attention *w, const void *from, const Segment *s, uint32_t *rows) {
+    int64_t d = w->dim, n = s->shared + s->end - s->begin, used = words(w, n), all_rows = words(w, s->n_blocks * KEYS);
+    for (int64_t i = 0; i < used; i++)
         for (int64_t c = 0; c < d; c += LANES)
-            if (w->narrow)
-                *(uvec *)(to + c) = paired(first + c, second ? second + c : 0);
-            else
-                store((float *)to + c, load((const float *)from + at_key(w, s, i) + c));
-    }
-    int64_t n_rows = words(w->narrow, n);
-    if (rows) memset(rows + n_rows * d, 0, (words(w->narrow, padded) - n_rows) * d * sizeof *rows);
-    if (columns) memset(columns + (padded - KEYS) * deep, 0, KEYS * deep * sizeof *columns);
-    for (int64_t i = 0; columns && i < n; i++) {
-        const uint32_t *row = (const uint32_t *)from + words(w->narrow, at_key(w, s, i));
+            if (paired(w)) {
+                const uint16_t *numbers = from, *second = numbers + at_key(w, s, 2 * i + 1) + c;
+                *(uvec *)(rows + i * d + c) = both(numbers + at_key(w, s, 2 * i) + c, 2 * i + 1 < n ? second : 0);
+            } else
+                store((float *)rows + i * d + c, read(from, at_key(w, s, i) + c, w->narrow));
+    memset(rows + used * d, 0, (all_rows - used) * d * sizeof *rows);
+}
+
+static void gather_columns(const Attention *w, const void *from, const Segment *s, uint32_t *columns) {
+    int64_t d = w->dim, n = s->shared + s->end - s->begin, deep = words(w, d);
+    memset(columns + (s->n_blocks - 1) * KEYS * deep, 0, KEYS * deep * sizeof *columns);
+    uint32_t row[d];
+    for (int64_t i = 0; i < n; i++) {
         uint32_t *to = columns + i / KEYS * KEYS * deep + i % KEYS;
+        fetch_row(w, from, at_key(w, s, i), row);
         for (int64_t c = 0; c < deep; c++) to[c * KEYS] = row[c];
     }
 }
@@ -137,13 +148,12 @@ INLINE int64_t at_row(const Attention *w, const Tile *t, int64_t i) {
 }
 
 static void fetch(const Attention *w, const Tile *t, const void *from, uint32_t *rows, uint32_t *pairs) {
-    int64_t d = w->dim, deep = words(w->narrow, d);
-    for (int64_t i = 0; i < t->n; i++)
-        memcpy(rows + i * deep, (const uint32_t *)from + words(w->narrow, at_row(w, t, i)), deep * sizeof *rows);
+    int64_t d = w->dim, deep = words(w, d);
+    for (int64_t i = 0; i < t->n; i++) fetch_row(w, from, at_row(w, t, i), rows + i * deep);
     for (int64_t i = 0; pairs != rows && i < t->n; i += 2)
         for (int64_t c = 0; c < d; c += LANES) {
             const uint16_t *first = (const uint16_t *)(rows + i * deep) + c;
-            *(uvec *)(pairs + i / 2 * d + c) = paired(first, i + 1 < t->n ? first + d : 0);
+            *(uvec *)(pairs + i / 2 * d + c) = both(first, i + 1 < t->n ? first + d : 0);
         }
 }
 
@@ -175,9 +185,9 @@ INLINE int64_t width_of(const Tile *t, int64_t from) {
 // rows (n, d) of the tile against columns [from, from + width) of its segment
 static void against(const Attention *w, const Tile *t, const uint32_t *rows, const uint32_t *columns, int64_t from,
                     int64_t width, float *to) {
-    int64_t deep = words(w->narrow, w->dim);
+    int64_t deep = words(w, w->dim);
     memset(to, 0, t->n * KEYS * sizeof *to);
-    multiply(w->narrow, rows_of(rows, deep), columns + from * deep, KEYS, to, KEYS, t->n, width, deep);
+    multiply(paired(w), rows_of(rows, deep), columns + from * deep, KEYS, to, KEYS, t->n, width, deep);
 }
 
 // scores (n, width) of the tile against keys [from, from + width), bent below softcap; `slopes` is its derivative
@@ -217,15 +227,15 @@ static void tile_forward(const Attention *w, Tile *t) {
             sums[i] *= kept[i];
             for (int64_t c = 0; c < width; c += LANES) {
                 vec p = exponential(load(row + c) - now[i]);
-                write(row, c, w->narrow, p);  // in the row's own memory: no number is written before it was read
+                write(row, c, paired(w), p);  // in the row's own memory: no number is written before it was read
                 sums[i] += p;
             }
             if (top[i] != now[i])
                 for (int64_t c = 0; c < d; c += LANES) store(t->sums + i * d + c, load(t->sums + i * d + c) * kept[i]);
             top[i] = now[i];
         }
-        multiply(w->narrow, rows_of(t->scores, KEYS), t->segment->v + words(w->narrow, from) * d, d, t->sums, d, t->n, d,
-                 words(w->narrow, width));
+        multiply(paired(w), rows_of(t->scores, KEYS), t->segment->v + words(w, from) * d, d, t->sums, d, t->n, d,
+                 words(w, width));
     }
     for (int64_t i = 0; i < t->n; i++) {
         float total = top[i] == HIDDEN ? NAN : sum(sums[i]);  // nothing that it sees has a finite score
@@ -258,15 +268,15 @@ static void tile_backward(const Attention *w, Tile *t) {
                 vec slope = load(p + c) * (load(ds + c) - inner[i]) * w->scale;
                 if (w->softcap != 0) slope *= load(bends + c);
                 store(ds + c, slope);
-                if (w->narrow) write(bends + i * KEYS, c - i * KEYS, 1, slope);
+                if (paired(w)) write(bends + i * KEYS, c - i * KEYS, 1, slope);
             }
-        const float *ds_rows = w->narrow ? bends : ds;
-        if (w->narrow) pair(p, t->n, width), pair(ds, t->n, width);
-        int64_t deep = words(w->narrow, t->n);
-        multiply(w->narrow, columns_of(p, KEYS), t->d_pairs, d, s->dv + from * d, d, width, d, deep);
-        multiply(w->narrow, columns_of(ds, KEYS), t->q_pairs, d, s->dk + from * d, d, width, d, deep);
-        multiply(w->narrow, rows_of(ds_rows, KEYS), s->k + words(w->narrow, from) * d, d, t->sums, d, t->n, d,
-                 words(w->narrow, width));
+        const float *ds_rows = paired(w) ? bends : ds;
+        if (paired(w)) pair(p, t->n, width), pair(ds, t->n, width);
+        int64_t deep = words(w, t->n);
+        multiply(paired(w), columns_of(p, KEYS), t->d_pairs, d, s->dv + from * d, d, width, d, deep);
+        multiply(paired(w), columns_of(ds, KEYS), t->q_pairs, d, s->dk + from * d, d, width, d, deep);
+        multiply(paired(w), rows_of(ds_rows, KEYS), s->k + words(w, from) * d, d, t->sums, d, t->n, d,
+                 words(w, width));
     }
     for (int64_t i = 0; i < t->n; i++) put(w, t, w->dq, i, 1.0f);
 }
@@ -297,8 +307,8 @@ static void share(const Attention *w, int64_t thread, int64_t threads, int backw
     memory += 5 * room;
     Tile tile = {.segment = &segment, .q = memory, .d_out = memory + ROWS * d, .sums = (float *)memory + 2 * ROWS * d};
     tile.scores = tile.sums + ROWS * d, tile.slopes = tile.scores + ROWS * KEYS;
-    tile.q_pairs = w->narrow ? tile.q + ROWS * d / 2 : tile.q;  // of bfloat16 numbers both fit in
-    tile.d_pairs = w->narrow ? tile.d_out + ROWS * d / 2 : tile.d_out;
+    tile.q_pairs = paired(w) ? tile.q + ROWS * d / 2 : tile.q;  // of bfloat16 numbers both fit in
+    tile.d_pairs = paired(w) ? tile.d_out + ROWS * d / 2 : tile.d_out;
 
     for (segment.kv = 0; segment.kv < w->kv_heads; segment.kv++)
         for (int64_t s = 0; s < w->n_segments; s++) {
@@ -312,8 +322,9 @@ static void share(const Attention *w, int64_t thread, int64_t threads, int backw
                 done += cost(w, tile.position);
                 if (middle < from || middle >= to) continue;
                 if (!gathered) {
-                    gather(w, w->k, &segment, segment.k, segment.k_columns);
-                    gather(w, w->v, &segment, segment.v, segment.v_columns);
+                    gather_columns(w, w->k, &segment, segment.k_columns);
+                    gather_rows(w, backward ? w->k : w->v, &segment, backward ? segment.k : segment.v);
+                    if (backward) gather_columns(w, w->v, &segment, segment.v_columns);
                     if (backward) memset(segment.dk, 0, 2 * room * sizeof(float));
                     gathered = 1;
                 }

@@ -10,7 +10,7 @@
 #define TURN 32    // of k: the pairs of so many that registers turn at once
 #define DEPTH 640  // of k at a time, so that a panel (80 KiB) stays in the second cache
 
-#if defined(__AVX512BF16__)
+#if PAIRS
 
 // 16 rows of 16 pairs → their transpose, in rows of PANEL pairs.
 INLINE void turn(const uint16_t *from, int64_t ld, uint32_t *to) {

@@ -5,6 +5,12 @@
 
 #include "vectors.h"
 
+#if defined(__AVX512BF16__)
+#define PAIRS 1  // there is an instruction for them; taking them apart would be slower than floats are
+#else
+#define PAIRS 0
+#endif
+
 typedef struct {
     const void *at;
     int64_t row, column;  // strides, in words
@@ -17,12 +23,10 @@ INLINE Left columns_of(const void *a, int64_t lda) { return (Left){a, 1, lda}; }
 INLINE vec summed(const int narrow, vec sums, uint32_t left, uvec right) {
     uvec word = left - (uvec){0};
     if (!narrow) return sums + (vec)word * (vec)right;
-#if defined(__AVX512BF16__)
+#if PAIRS
     return (vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)word, (__m512bh)right);
-#else
-    sums += (vec)(word << 16) * (vec)(right << 16);
-    return sums + (vec)(word & 0xffff0000) * (vec)(right & 0xffff0000);
 #endif
+    return sums;  // never: nothing is narrow without PAIRS
 }
 
 // c (height, width vectors) = a (height, k) b (k, width vectors), after what stood there if `add`.

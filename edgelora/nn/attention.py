@@ -4,8 +4,8 @@ Never builds a T x T mask or score matrix: a tile is QUERY_TILE queries of one s
 The backward recomputes the probabilities of a tile from q and k (as FlashAttention does, arXiv:2205.14135). Scores and
 sums are float32 also where q, k and v are narrower: they are the part of a step that bears it least. On a CPU compiled
 code does it (`flash.py`), on an NVIDIA GPU in narrow numbers torch's FlashAttention (`gpu_attention.py`): both round
-the factors of products to bfloat16 where q, k and v are. What stands here does it through torch, on any device and in
-any dtype, with all of a tile in float32.
+the factors of products to bfloat16 where q, k and v are and the hardware multiplies such. What stands here does it
+through torch, on any device and in any dtype, with all of a tile in float32.
 """
 
 from __future__ import annotations
