@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,8 +98,6 @@ def export(
     """
     from edgelora.cli.display import listener
     from edgelora.errors import ConfigError
-    from edgelora.pipeline.exit_plan import in_words
-    from edgelora.pipeline.exit_plan import plan as plan_exit
     from edgelora.pipeline.export import ExportOptions
 
     _require_one_way(as_lora, door, svd_rank, plan)
@@ -107,8 +105,7 @@ def export(
     at_rank = {} if rank is None else {"rank": rank}
     if plan:
         with _at_rank(rank, base, adapter, allow_unverified_base) as source:
-            found = plan_exit(base, source, type_ or "F16", allow_unverified=allow_unverified_base, measure=True)
-        print(json.dumps(found.as_dict() | at_rank) if as_json else "\n".join(in_words(found)))
+            _show_plan(base, source, type_ or "F16", allow_unverified_base, at_rank if as_json else None)
         return
     if out is None:
         raise ConfigError("export without --out", "the result needs a place", "pass --out FILE, or --plan to look only")
@@ -123,6 +120,17 @@ def export(
             made = _by_door(asked, door, display)
     if as_json:
         print(json.dumps(made | at_rank))
+
+
+def _show_plan(
+    base: Path, adapter: Path, dtype: str, unverified: bool, as_json_with: Mapping[str, object] | None
+) -> None:
+    """The doors, in words; or as one JSON object, with these keys beside the plan's."""
+    from edgelora.pipeline.exit_plan import in_words, plan
+
+    found = plan(base, adapter, dtype, allow_unverified=unverified, measure=True)
+    words = "\n".join(in_words(found)) if as_json_with is None else json.dumps({**found.as_dict(), **as_json_with})
+    print(words)
 
 
 def _require_one_way(as_lora: bool, door: Door | None, svd_rank: int | None, plan: bool) -> None:
