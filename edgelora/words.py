@@ -9,8 +9,9 @@ def count(n: int, noun: str) -> str:
 
 
 def size(n_bytes: int) -> str:
-    """`46.1 kB`, `144.8 MB`."""
-    return f"{n_bytes / 1e3:.1f} kB" if n_bytes < 1e6 else f"{n_bytes / 1e6:.1f} MB"
+    """`46.1 kB`, `144.8 MB`, `4.7 GB`."""
+    scale, unit = (1e3, "kB") if n_bytes < 1e6 else (1e6, "MB") if n_bytes < 1e9 else (1e9, "GB")
+    return f"{n_bytes / scale:.1f} {unit}"
 
 
 def visible(text: str | bytes, blank: str = " ") -> str:

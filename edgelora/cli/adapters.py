@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import Json
-from edgelora.words import visible
+from edgelora.words import size, visible
 
 if TYPE_CHECKING:
     from runtime.store import About, Stored
@@ -131,7 +131,7 @@ def _score(key: str, value: Any) -> str:
 
 
 def _size(about: About) -> str:
-    return f"{about.size_bytes / 1e6:.1f} MB"
+    return f"{size(about.size_bytes)}"
 
 
 def _ranks(about: About) -> str:

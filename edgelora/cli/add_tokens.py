@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite
-from edgelora.words import count, visible
+from edgelora.words import count, size, visible
 
 Tokens = Annotated[
     list[str] | None, typer.Option("--token", help="The text of a new token (repeatable).", show_default=False)
@@ -52,9 +52,9 @@ def add_tokens(
         texts += [text for line in lines if (text := line.removesuffix("\r"))]
     with listener(as_json) as display:
         made = run(base, texts, out, control=control, overwrite=overwrite, on_progress=display.show)
-        size = f"{made.size_bytes / 1e6:.1f} MB, {count(made.vocab_size, 'token')}"
+        holds = f"{size(made.size_bytes)}, {count(made.vocab_size, 'token')}"
         padding = f" and {made.padding} padding" if made.padding else ""
-        display.say(f"{out}: {size}, {len(made.tokens)} of them new{padding}")
+        display.say(f"{out}: {holds}, {len(made.tokens)} of them new{padding}")
         for text, pieces in list(zip(made.tokens, made.pieces, strict=True))[:MOST_SHOWN]:
             display.say(f"  {made.tokens[text]} {visible(text)}: begins as the mean of {count(len(pieces), 'token')}")
         for note in made.notes:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite, Unverified, scaled
+from edgelora.words import size
 
 if TYPE_CHECKING:
     from edgelora.pipeline.compose import Composition
@@ -74,7 +75,7 @@ def compose(
         made = compose_adapters(base, [scaled(text) for text in adapter], out, options, display.show)
         lost = "" if made.lost is None else f", {made.lost:.1%} of ΔW is left out by its rank"
         ranks = ", ".join(map(str, sorted(made.ranks)))
-        display.say(f"{out}: {made.size_bytes / 1e6:.1f} MB, rank {ranks}{lost}")
+        display.say(f"{out}: {size(made.size_bytes)}, rank {ranks}{lost}")
         for note in made.notes:
             display.note(note)
         display.say("next: " + command("export", base, out, "--out", Path(f"{out}.gguf")))

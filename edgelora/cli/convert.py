@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite
+from edgelora.words import size
 
 
 def convert(
@@ -33,7 +34,7 @@ def convert(
             base, out, dtype=type_.upper(), template=chat_template, overwrite=overwrite, on_progress=display.show
         )
         display.say(
-            f"{made.path}: {type_.upper()}, {made.size_bytes / 1e6:.1f} MB, checked on {made.fidelity.n_tokens} "
+            f"{made.path}: {type_.upper()}, {size(made.size_bytes)}, checked on {made.fidelity.n_tokens} "
             f"tokens: mean KL {made.fidelity.kl_mean:.2g}, same top {made.fidelity.same_top:.1%}"
         )
         for note in made.notes:

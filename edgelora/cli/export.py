@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import CHECKED_ROWS, Base, CheckData, CheckRows, For, Json, Overwrite, Unverified
+from edgelora.words import size
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Listener
@@ -242,7 +243,6 @@ def _merged(asked: Asked, display: Listener, show: OnProgress) -> dict[str, Any]
     from edgelora.invocation import command
     from edgelora.pipeline.exit_plan import own_type
     from edgelora.pipeline.merge import MergeOptions, merge
-    from edgelora.words import size
 
     _require_no_runner(asked, "--door merged")
     options = asked.options
@@ -277,8 +277,6 @@ def _svd(asked: Asked, rank: int, display: Listener) -> dict[str, Any]:
 
 
 def _size(path: Path) -> str:
-    from edgelora.words import size
-
     return size(path.stat().st_size)
 
 

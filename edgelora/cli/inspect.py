@@ -22,10 +22,9 @@ from edgelora.cli.inspect_words import (
     note,
     plain,
     si,
-    size_text,
     value_text,
 )
-from edgelora.words import count
+from edgelora.words import count, size
 
 if TYPE_CHECKING:
     from edgelora.pipeline.inspect import BaseFacts, Origin
@@ -98,7 +97,7 @@ def _weights(w: Weights) -> Rows:
     number = f"{si(w.parameters)} parameters, " if w.parameters is not None else ""
     files = f" in {w.files} files" if w.files > 1 else ""
     bits = f", {w.bits_per_weight:.2f} bits per weight" if w.bits_per_weight else ""
-    yield "size", plain(f"{number}{size_text(w.size_bytes)}{files}{bits}")
+    yield "size", plain(f"{number}{size(w.size_bytes)}{files}{bits}")
     table = Table.grid(padding=(0, 2))
     total = sum(share.size_bytes for share in w.types) or 1
     for share in w.types:

@@ -15,8 +15,8 @@ from edgelora.cli.inspect_words import (
     note,
     plain,
     si,
-    size_text,
 )
+from edgelora.words import size
 
 if TYPE_CHECKING:
     from edgelora.pipeline.inspect_adapter import AdapterFacts
@@ -36,7 +36,7 @@ def _made_of(facts: AdapterFacts) -> Rows:
     for fault in facts.faults:
         yield "fault", bad(fault)
     types = ", ".join(share.type for share in facts.types) or "no tensors"
-    yield "size", plain(f"{si(facts.parameters)} parameters in {types}, {size_text(facts.size_bytes)}")
+    yield "size", plain(f"{si(facts.parameters)} parameters in {types}, {size(facts.size_bytes)}")
     if facts.ranks:
         ranks = sorted(facts.ranks)
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

@@ -116,7 +116,3 @@ def si(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f} {unit}"
     return str(n)
-
-
-def size_text(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"

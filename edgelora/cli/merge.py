@@ -21,6 +21,7 @@ from edgelora.cli.arguments import (
     Unverified,
     scaled,
 )  # fmt: skip
+from edgelora.words import size
 
 Adapters = Annotated[
     list[str] | None, typer.Argument(metavar="ADAPTER[:SCALE]", help="Adapter folders.", show_default=False)
@@ -80,7 +81,7 @@ def merge(
             base, parts, out, quant=to, options=options,
             allow_unverified=allow_unverified_base, overwrite=overwrite, on_progress=display.show,
         )  # fmt: skip
-        display.say(f"{merged.path}: {merged.kind}, {merged.size_bytes / 1e6:.1f} MB")
+        display.say(f"{merged.path}: {merged.kind}, {size(merged.size_bytes)}")
         display.say(merged.certificate.sentence)
         for note in merged.notes:
             display.note(note)

@@ -11,6 +11,7 @@ import typer
 
 from edgelora.cli import budget
 from edgelora.cli.arguments import CHECKED_ROWS, CheckRows, Imatrix, Json, Overwrite, PlanFile
+from edgelora.words import size
 
 if TYPE_CHECKING:
     from edgelora.pipeline.quantize import Quantized, QuantizeSettings
@@ -143,7 +144,7 @@ def _done(places: _Places, quant: str | None, settings: QuantizeSettings, as_jso
             done = run(
                 source, target, quant, settings, save_plan=save_plan, overwrite=overwrite, on_progress=display.show
             )
-            display.say(f"{target}: {done.plan.kind}, {done.size_bytes / 1e6:.1f} MB")
+            display.say(f"{target}: {done.plan.kind}, {size(done.size_bytes)}")
             if done.certificate is not None:
                 display.say(done.certificate.sentence)
         for note in done.notes:
@@ -196,8 +197,8 @@ def _draw(done: Quantized) -> None:
         column.justify, column.no_wrap = "right", True
     found = done.plan.by_type()
     everything = tuple(map(sum, zip(*found.values(), strict=True)))
-    for name, (n, weights, size) in [*((k.name, row) for k, row in found.items()), ("in all", everything)]:
-        table.add_row(name, f"{n:,}", f"{weights:,}", f"{8 * size / weights:.2f}", f"{size / 1e6:.1f} MB")
+    for name, (n, weights, n_bytes) in [*((k.name, row) for k, row in found.items()), ("in all", everything)]:
+        table.add_row(name, f"{n:,}", f"{weights:,}", f"{8 * n_bytes / weights:.2f}", size(n_bytes))
     console = output()
     console.print(table)
     console.print(f"{done.plan.kind}: the file will have {done.size_bytes:,} bytes", soft_wrap=True)

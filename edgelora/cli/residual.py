@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Json, Out, Overwrite
+from edgelora.words import size
 
 To = Annotated[str, typer.Option(help="A quantization such as Q4_0 or Q4_K_M.", show_default=False)]
 Rank = Annotated[int, typer.Option(min=1, help="How many ranks are taken out: those that the adapter will have.")]
@@ -38,7 +39,7 @@ def residual(
 
     with listener(as_json) as display:
         made = write_residual(base, Output(out, overwrite), to, rank, over, display.show)
-        display.say(f"{made.path}: {made.kind} without {made.rank} ranks, {made.size_bytes / 1e6:.1f} MB")
+        display.say(f"{made.path}: {made.kind} without {made.rank} ranks, {size(made.size_bytes)}")
         display.say(made.certificate.sentence)
         options = ("--method", "loftq", "--original", base, "--rank", str(rank), "--out", "ADAPTER")
         display.say("next: " + command("train", out, "ROWS", *options))

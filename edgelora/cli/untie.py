@@ -6,6 +6,7 @@ import json
 
 from edgelora.cli.arguments import GGUFBase, Json, Overwrite
 from edgelora.cli.arguments import Out as Result
+from edgelora.words import size
 
 
 def untie(base: GGUFBase, out: Result, overwrite: Overwrite = False, as_json: Json = False) -> None:
@@ -18,7 +19,7 @@ def untie(base: GGUFBase, out: Result, overwrite: Overwrite = False, as_json: Js
 
     with listener(as_json) as display:
         made = run(base, out, overwrite=overwrite, on_progress=display.show)
-        display.say(f"{out}: {made.size_bytes / 1e6:.1f} MB, computes what {base.name} does")
+        display.say(f"{out}: {size(made.size_bytes)}, computes what {base.name} does")
         display.say(made.certificate.sentence)
     if as_json:
         print(json.dumps({
