@@ -71,7 +71,7 @@ def model(p: Published, kind: Type) -> Model:
     )  # fmt: skip
     whole = kind is Type.Q8_0 or not any(n % 256 for n in (p.hidden_size, p.intermediate_size, p.heads * p.head_dim))
     found = Model.stored_as(ARCHITECTURES[p.model_type], config, kind if whole else Type.Q8_0)
-    return replace(found, threads=THREADS, multiplies=True)
+    return replace(found, threads=THREADS, sums=frozenset({"f32", "bf16"}))
 
 
 def cell(p: Published, kind: Type, device: str, gigabytes: int) -> str:

@@ -160,7 +160,7 @@ def test_under_it_a_start_is_the_bases_but_for_those_that_stand_in_the_weight(ba
     decoder, plain = build_decoder(base), build_decoder(base)
     inject(decoder, method, RANK, ALPHA, 0, where_of(method))
     apart = (drawn(decoder).logits(IDS) - plain.logits(IDS)).abs().max()
-    assert apart > 0.1 if METHODS[method].starts_in_weight else apart < 1e-5
+    assert apart > 0.1 if METHODS[method].starts_in_weight else apart < 2e-5, apart
 
 
 def kept_bytes(linear, x):

@@ -285,7 +285,7 @@ def test_an_adapter_computes_the_same_when_read_again(base, decoder, tmp_path, m
     live = decoder.logits(IDS)
     written(decoder, base, method, tmp_path / "mine")
     attach(decoder, read_adapter(tmp_path / "mine", base.layers))
-    torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", [name for name in LAYERED if "merged" in METHODS[name].exits])
@@ -306,7 +306,7 @@ def test_merged_is_unmerged(decoder, method):
         weight = decoder.embedding.dequantize()
         change = torch.from_numpy(adapter.change(EMBEDDING).change(weight.numpy()))
         decoder.embedding = decoder.head = Dense(weight + change)
-    torch.testing.assert_close(decoder.logits(IDS), live, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(decoder.logits(IDS), live, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", LAYERED)

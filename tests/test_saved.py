@@ -31,7 +31,7 @@ from edgelora.base.weights import Dense
 from edgelora.config import TrainConfig
 from edgelora.errors import AdapterError, ConfigError, ExportError
 from edgelora.evaluate.fidelity import fidelity
-from edgelora.nn import loss
+from edgelora.nn import loss, products
 from edgelora.nn.loss import Target
 from edgelora.nn.trained_head import TrainedHeadCrossEntropy
 from edgelora.peft import saved
@@ -298,10 +298,12 @@ def test_cross_entropy_under_a_trained_head_is_torchs(monkeypatch, how):
     z = theirs[0] @ (own + theirs[1]).T
     z = z if how.softcap is None else how.softcap * torch.tanh(z / how.softcap)
     wanted = functional.cross_entropy(z, labels, reduction="none", label_smoothing=how.smoothing)
-    torch.testing.assert_close(nll, wanted, atol=1e-5, rtol=1e-5)
+    narrow = how.compute is not None
+    # where bfloat16 can be summed in float32, logits are of rounded factors (test_compiled.py)
+    error = 0.05 if narrow and products.exist(how.compute) else 1e-5
+    torch.testing.assert_close(nll, wanted, atol=error, rtol=1e-5)
     for one in (nll, wanted):
         (one * each).sum().backward()
-    narrow = how.compute is not None
     for found, one in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found.grad, one.grad, atol=0.05 if narrow else 1e-5, rtol=0.05 if narrow else 1e-4)
 

@@ -20,7 +20,7 @@ from edgelora.data.encode import Example
 from edgelora.data.fit import Encoder
 from edgelora.data.pack import Batch
 from edgelora.device import choose_products, free_memory_bytes
-from edgelora.nn import compiled
+from edgelora.nn import products
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
 from edgelora.training.objectives import objective_of
@@ -117,11 +117,11 @@ def _gradients(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _profile(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds that each operator of torch takes by itself in the first batch, the longest first."""
-    packed, product = run.pack(next(batches(run.examples, asked["batch"]))), compiled.narrow_product
-    compiled.narrow_product = torch.profiler.record_function("narrow_product")(product)  # torch does not see it
+    packed, compute = run.pack(next(batches(run.examples, asked["batch"]))), products.compute
+    products.compute = torch.profiler.record_function("sums of products")(compute)  # torch does not see it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         run.backward(packed)
-    compiled.narrow_product = product
+    products.compute = compute
     run.optimizer.zero_grad(set_to_none=True)
     found = {event.key: event.self_cpu_time_total / 1e3 for event in profiler.key_averages()}
     return dict(sorted(found.items(), key=lambda event: -event[1]))

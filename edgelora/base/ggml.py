@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgelora.errors import BaseModelError, ExportError
-from edgelora.kernels import load
+from edgelora.kernels import call, load
 from edgelora.team import run, shared_openmp, split
 
 Type = GGMLQuantizationType
@@ -151,39 +151,38 @@ class Reader:
             raise ValueError(f"blocks of shape {blocks.shape} are not contiguous rows of {columns} {kind.name} weights")
         self._blocks, self._kind, self._columns = blocks, kind, columns
         self._function, self._source, self._stride = _dequantizer(kind), blocks.ctypes.data, blocks.shape[1]
-        self._own = _own(kind)
+        own = _own(kind)
+        self._own, self._ggml = (0 if f is None else call.address(f) for f in (own, self._function))
+        self._sizes = columns, self._stride, row_bytes(kind, load.CHUNK)
+        self._is_compiled = load.library() is not None and (self._own or self._ggml)
 
     def read(self, first: int, last: int, address: int, *, bfloat16: bool = False) -> None:
         """Write rows [first, last) to `address`, (last - first, columns) of float32 or bfloat16 (to the nearest)."""
         n, columns = last - first, self._columns
+        pieces = split(n, n * columns, worth_a_thread())
+        if self._is_compiled:
+            source = self._source + first * self._stride
+            job = call.packed("block_rows", self._own, self._ggml, source, address, *self._sizes, bfloat16)
+            call.run("block_rows", job, n, len(pieces))
+            return
         write = self._write_narrow if bfloat16 else self._write
         size = (2 if bfloat16 else 4) * columns
 
         def work(begin: int, end: int) -> None:
             write(first + begin, first + end, address + begin * size)
 
-        run(split(n, n * columns, worth_a_thread()), work)
+        run(pieces, work)
 
     def _write(self, first: int, last: int, address: int) -> None:
         n = (last - first) * self._columns
-        if self._own is not None:
-            self._own(self._source + first * self._stride, address, 0, n)
-        elif self._function is not None:
+        if self._function is not None:
             self._function(self._source + first * self._stride, address, n)
         elif n:
             floats = np.ctypeslib.as_array((ctypes.c_float * n).from_address(address))
             floats[:] = gguf.quants.dequantize(self._blocks[first:last], self._kind).ravel()
 
     def _write_narrow(self, first: int, last: int, address: int) -> None:
-        """At once, or a few rows at a time through float32 that stays in the cache."""
-        compiled = load.library()
-        source, n = self._source + first * self._stride, (last - first) * self._columns
-        if self._own is not None:
-            self._own(source, address, 1, n)
-            return
-        if compiled is not None and self._function is not None:
-            compiled.narrow_blocks(self._function, source, address, row_bytes(self._kind, load.CHUNK), n)
-            return
+        """A few rows at a time through float32 that stays in the cache."""
         step = max(1, NARROWED_AT_ONCE // self._columns)
         wide = np.empty(step * self._columns, np.float32)
         for begin in range(first, last, step):

@@ -27,7 +27,7 @@ typedef struct {
     int64_t *owners;        // (threads + KV - 1,): the head that such a part belongs to; stays as it was where none is
     float *scratch;         // (threads, scratch_floats)
     const int64_t *borders; // (n_segments + 1,): segment s is the tokens [borders[s], borders[s + 1])
-    int64_t n_segments, prefix, tokens, heads, kv_heads, dim, window, scratch_floats;
+    int64_t n_segments, prefix, tokens, heads, kv_heads, dim, window, scratch_floats, threads;
     float scale, softcap;   // softcap 0: none; window 0: none
     int32_t narrow;
 } Attention;
@@ -53,12 +53,6 @@ INLINE int paired(const Attention *w) { return PAIRS && w->narrow; }
 
 // How many words n numbers are.
 INLINE int64_t words(const Attention *w, int64_t n) { return paired(w) ? (n + 1) / 2 : n; }
-
-// Words of two rows of bfloat16 numbers, the first in their lower halves; `second` 0: zeros.
-INLINE uvec both(const uint16_t *first, const uint16_t *second) {
-    uvec high = second ? __builtin_convertvector(*(const hvec *)second, uvec) << 16 : (uvec){0};
-    return high | __builtin_convertvector(*(const hvec *)first, uvec);
-}
 
 // ---- keys and values of a segment, in the order of their positions: the shared prefix first, then its own
 
@@ -287,7 +281,7 @@ static int64_t cost(const Attention *w, int64_t position) {  // of a tile: the k
     return position + ROWS - first_seen(w, position);
 }
 
-static void share(const Attention *w, int64_t thread, int64_t threads, int backward) {
+static void share(const Attention *w, int64_t thread, int backward) {
     int64_t d = w->dim, group = w->heads / w->kv_heads, whole = 0, done = 0, longest = 0;
     for (int64_t s = 0; s < w->n_segments; s++) {
         int64_t begin = w->borders[s], shared = begin >= w->prefix ? w->prefix : 0;
@@ -296,7 +290,7 @@ static void share(const Attention *w, int64_t thread, int64_t threads, int backw
         longest = shared + n > longest ? shared + n : longest;
     }
     whole *= w->kv_heads;
-    int64_t from = whole * thread / threads, to = whole * (thread + 1) / threads;
+    int64_t from = whole * thread / w->threads, to = whole * (thread + 1) / w->threads;
     int64_t room = (longest + KEYS - 1) / KEYS * KEYS * d;
     uint32_t *memory = (uint32_t *)(w->scratch + thread * w->scratch_floats);
     Segment segment = {.v = memory, .k_columns = memory + room};
@@ -345,5 +339,10 @@ int64_t attention_scratch(int64_t longest, int64_t dim) {
     return 5 * ((longest + KEYS - 1) / KEYS * KEYS * dim) + 3 * ROWS * dim + 2 * ROWS * KEYS;
 }
 
-void attention_forward(const Attention *w, int64_t thread, int64_t threads) { share(w, thread, threads, 0); }
-void attention_backward(const Attention *w, int64_t thread, int64_t threads) { share(w, thread, threads, 1); }
+void attention_forward(const Attention *w, int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; thread++) share(w, thread, 0);
+}
+
+void attention_backward(const Attention *w, int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; thread++) share(w, thread, 1);
+}

@@ -36,21 +36,47 @@ void narrow_row(const float *from, uint16_t *to, int64_t n) {
 
 #define CHUNK 4096  // floats on their way: 16 KB stay in the cache
 
-// n weights as bfloat16: by ggml's function for their type, CHUNK at a time, which are `chunk_bytes` of blocks.
-void narrow_blocks(void (*dequantize)(const void *, float *, int64_t), const uint8_t *blocks, uint16_t *to,
-                   int64_t chunk_bytes, int64_t n) {
-    float wide[CHUNK];
-    for (int64_t i = 0; i < n; i += CHUNK, blocks += chunk_bytes) {
-        int64_t some = n - i < CHUNK ? n - i : CHUNK;
-        dequantize(blocks, wide, some);
-        narrow_row(wide, to + i, some);
-    }
+// Rows of GGUF blocks as float32, or as bfloat16 if `narrow`: by the function of dequantize.c for their type, or, where
+// there is none, by ggml's, which knows no bfloat16 and so gives CHUNK at a time, which are `chunk_bytes` of blocks.
+typedef struct {
+    void (*own)(const void *, void *, int64_t, int64_t);
+    void (*ggml)(const void *, float *, int64_t);
+    const uint8_t *blocks;
+    void *to;
+    int64_t columns, row_bytes, chunk_bytes, narrow;
+} Rows;
+
+void block_rows(const Rows *j, int64_t first, int64_t last) {
+    const uint8_t *blocks = j->blocks + first * j->row_bytes;
+    uint16_t *narrowed = (uint16_t *)j->to + first * j->columns;
+    float *to = (float *)j->to + first * j->columns, wide[CHUNK];
+    int64_t n = (last - first) * j->columns;
+    if (j->own)
+        j->own(blocks, j->narrow ? (void *)narrowed : to, j->narrow, n);
+    else if (!j->narrow)
+        j->ggml(blocks, to, n);
+    else
+        for (int64_t i = 0; i < n; i += CHUNK, blocks += j->chunk_bytes) {
+            int64_t some = n - i < CHUNK ? n - i : CHUNK;
+            j->ggml(blocks, wide, some);
+            narrow_row(wide, narrowed + i, some);
+        }
 }
 
 // Blocks [first, last) of NF4: 32 bytes are 64 codes, the first of each two in the high bits; a code is one of 16 levels,
 // times the scale of its block. `to` holds 64 float32 for each, or bfloat16 if `narrow`.
-void nf4_blocks(const uint8_t *codes, const float *scales, const float *levels, void *to, int64_t narrow, int64_t first,
-                int64_t last) {
+typedef struct {
+    const uint8_t *codes;
+    const float *scales, *levels;
+    void *to;
+    int64_t narrow;
+} Nf4;
+
+void nf4_blocks(const Nf4 *j, int64_t first, int64_t last) {
+    const uint8_t *codes = j->codes;
+    const float *scales = j->scales, *levels = j->levels;
+    void *to = j->to;
+    const int narrow = j->narrow != 0;
 #if LANES == 16 && defined(__GNUC__) && !defined(__clang__)
     const ivec even = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     vec table = load(levels);

@@ -13,33 +13,23 @@ import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 CHUNK = 4096  # weights that narrow_blocks takes at a time
 HERE = Path(__file__).resolve().parent
 
-_Pointer, _Size, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_ROWS = [_Size, _Size]  # the first, and the last + 1
+_Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
+_WORK = [_Pointer, _Size, _Size]
 
-# The arguments of each function: tensors, sizes, numbers, and at last the rows that a thread takes.
-SIGNATURES: dict[str, list[Any]] = {
-    "swiglu_forward": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
-    "swiglu_backward": [*[_Pointer] * 5, *[_Size] * 2, *_ROWS],
-    "rms_norm_forward": [*[_Pointer] * 4, *[_Size] * 3, _Float, *_ROWS],
-    "rms_norm_backward": [*[_Pointer] * 5, *[_Size] * 4, *_ROWS],
-    "rotary": [*[_Pointer] * 4, *[_Size] * 4, _Float, *_ROWS],
-    "cross_entropy": [*[_Pointer] * 3, *[_Size] * 2, *_ROWS],
-    "narrow_product": [*[_Pointer] * 3, *[_Size] * 3, *_ROWS],  # here panels of rows
-    "attention_forward": [_Pointer, *_ROWS],  # here a thread, of how many
-    "attention_backward": [_Pointer, *_ROWS],
-    "nf4_blocks": [*[_Pointer] * 4, _Size, *_ROWS],
-    "narrow_row": [*[_Pointer] * 2, _Size],
-    "narrow_blocks": [*[_Pointer] * 3, *[_Size] * 2],
-}
+# What each function is given, as `struct` packs the fields of its C type: P tensors, q sizes, d numbers.
+JOBS = {
+    "swiglu_forward": "PPPqq", "swiglu_backward": "PPPPPqq", "rms_norm_forward": "PPPPqqqd",
+    "rms_norm_backward": "PPPPPqqqq", "rotary": "PPPPqqqqd", "cross_entropy": "PPPqq", "products": "PPqqq",
+    "nf4_blocks": "PPPPq", "block_rows": "PPPPqqqq",
+}  # fmt: skip
+ATTENTION = ("attention_forward", "attention_backward")  # of a `ctypes.Structure` (nn/flash.py)
 
-# Types of blocks that have a function here, `NAME_blocks`: blocks, where to, whether as bfloat16, how many weights.
+# Types of blocks that have a function here, `NAME_blocks`.
 BLOCKS = ("q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q6_K")
-SIGNATURES |= {f"{name}_blocks": [*[_Pointer] * 2, *[_Size] * 2] for name in BLOCKS}
 
 
 def sources() -> list[Path]:
@@ -76,9 +66,12 @@ def _opened(path: Path) -> ctypes.CDLL:
     needed = found.kernels_need().decode()
     if sys.platform == "linux" and needed and needed not in Path("/proc/cpuinfo").read_text(encoding="utf-8").split():
         raise ValueError(f"it was compiled for a processor with {needed}")
-    for name, arguments in SIGNATURES.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = arguments, None
+    for name in (*JOBS, *ATTENTION):
+        getattr(found, name).argtypes, getattr(found, name).restype = _WORK, None
+    found.on_all_cores.argtypes, found.on_all_cores.restype = [*[_Pointer] * 2, *[_Size] * 2, *[_Pointer] * 3], None
+    found.narrow_row.argtypes, found.narrow_row.restype = [*[_Pointer] * 2, _Size], None
     found.attention_scratch.argtypes, found.attention_scratch.restype = [_Size, _Size], _Size
-    found.attention_bytes.restype = found.narrow_panel.restype = _Size
+    for name in ("products_pay", "products_of"):
+        getattr(found, name).argtypes, getattr(found, name).restype = [_Size], _Size
+    found.attention_bytes.restype = _Size
     return found

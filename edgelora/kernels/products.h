@@ -11,6 +11,14 @@
 #define PAIRS 0
 #endif
 
+// Words of two rows of bfloat16 numbers, the first in their lower halves; `second` 0: zeros.
+INLINE uvec both(const uint16_t *first, const uint16_t *second) {
+    uvec high = second ? __builtin_convertvector(*(const hvec *)second, uvec) << 16 : (uvec){0};
+    return high | __builtin_convertvector(*(const hvec *)first, uvec);
+}
+
+#define AHEAD 32  // words
+
 typedef struct {
     const void *at;
     int64_t row, column;  // strides, in words
@@ -32,23 +40,29 @@ INLINE vec summed(const int narrow, vec sums, uint32_t left, uvec right) {
 // c (height, width vectors) = a (height, k) b (k, width vectors), after what stood there if `add`.
 INLINE void block(const int narrow, const int add, const int height, const int width, Left a, const void *b,
                   int64_t ldb, float *c, int64_t ldc, int64_t k) {
-    vec sums[6][WIDE];
+    vec sums[12][WIDE];
     const uint32_t *left = a.at, *right = b;
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < height; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < width; j++) sums[i][j] = add ? load(c + i * ldc + j * LANES) : all(0);
-    for (int64_t p = 0; p < k; p++) {
-        uvec passing[WIDE];
+    for (int64_t p = 0, stop; p < k; p = stop) {
+        stop = p + 16 < k ? p + 16 : k;
+        if (a.column == 1)  // rows that lie far apart, of which a line each is needed at once
+#pragma GCC unroll 12
+            for (int i = 0; i < height; i++) __builtin_prefetch(left + i * a.row + p + AHEAD);
+        for (int64_t at = p; at < stop; at++) {
+            uvec passing[WIDE];
 #pragma GCC unroll 4
-        for (int j = 0; j < width; j++) passing[j] = *(const uvec *)(right + p * ldb + j * LANES);
-#pragma GCC unroll 6
-        for (int i = 0; i < height; i++)
+            for (int j = 0; j < width; j++) passing[j] = *(const uvec *)(right + at * ldb + j * LANES);
+#pragma GCC unroll 12
+            for (int i = 0; i < height; i++)
 #pragma GCC unroll 4
-            for (int j = 0; j < width; j++)
-                sums[i][j] = summed(narrow, sums[i][j], left[i * a.row + p * a.column], passing[j]);
+                for (int j = 0; j < width; j++)
+                    sums[i][j] = summed(narrow, sums[i][j], left[i * a.row + at * a.column], passing[j]);
+        }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < height; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES, sums[i][j]);
@@ -59,6 +73,8 @@ INLINE Left below(Left a, int64_t rows) { return (Left){(const uint32_t *)a.at +
 // The same for m rows.
 INLINE void strip(const int narrow, const int add, const int width, Left a, const void *b, int64_t ldb, float *c,
                   int64_t ldc, int64_t m, int64_t k) {
+    if (width <= 2 && LANES == 16)  // 32 registers: as many sums as hide what one takes
+        for (; m >= 12; m -= 12, a = below(a, 12), c += 12 * ldc) block(narrow, add, 12, width, a, b, ldb, c, ldc, k);
     for (; m >= 6; m -= 6, a = below(a, 6), c += 6 * ldc) block(narrow, add, 6, width, a, b, ldb, c, ldc, k);
     if (m >= 4) {
         block(narrow, add, 4, width, a, b, ldb, c, ldc, k);

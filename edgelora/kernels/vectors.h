@@ -54,7 +54,11 @@ INLINE uvec rounded(vec x) {
 
 INLINE void write(void *p, int64_t at, int narrow, vec x) {
     if (narrow)
+#if defined(__AVX512BF16__)
+        _mm256_storeu_si256((void *)((uint16_t *)p + at), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
         *(hvec *)((uint16_t *)p + at) = __builtin_convertvector(rounded(x), hvec);
+#endif
     else
         store((float *)p + at, x);
 }

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from edgelora.nn.linear import Factors, Weight
+from edgelora.nn.linear import Factors, Weight, times, times_transposed
 
 NEVER = 1 << 40  # beyond any position
 
@@ -89,7 +88,7 @@ class AwakeLora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, rows: Tensor, scale: float, a: Tensor, b: Tensor) -> Tensor:
         rows = rows.to(x.dtype)
         down = (x @ a.to(x.dtype).T).mul_(rows)
-        y = F.linear(x, weight.dequantize(x.dtype))
+        y = times_transposed(x, weight)
         ctx.save_for_backward(x, rows, down, a, b)
         ctx.weight, ctx.scale = weight, scale
         return y.addmm_(down, b.to(x.dtype).T, alpha=scale)
@@ -102,7 +101,7 @@ class AwakeLora(torch.autograd.Function):
         d_a = (d_down.T @ x).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.weight.dequantize(dy.dtype)).addmm_(d_down, a.to(dy.dtype))
+            dx = times(dy, ctx.weight).addmm_(d_down, a.to(dy.dtype))
         return dx, None, None, None, d_a, d_b
 
 

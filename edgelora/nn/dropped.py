@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from edgelora.nn.linear import Factors, Weight
+from edgelora.nn.linear import Factors, Weight, times, times_transposed
+from edgelora.nn.products import factor, product
 
 
 class Drop(NamedTuple):
@@ -39,7 +39,7 @@ class DroppedLora(torch.autograd.Function):
         down = drop(x) @ a.to(x.dtype).T
         if rows is not None:
             down *= rows
-        y = F.linear(x, weight.dequantize(x.dtype))
+        y = times_transposed(x, weight)
         ctx.save_for_backward(x, down, a, b)
         ctx.weight, ctx.drop, ctx.rows, ctx.scale = weight, drop, rows, scale
         return y.addmm_(down, b.to(x.dtype).T, alpha=scale)
@@ -54,7 +54,7 @@ class DroppedLora(torch.autograd.Function):
         d_a = (d_down.T @ ctx.drop(x)).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.drop(d_down @ a.to(dy.dtype)).addmm_(dy, ctx.weight.dequantize(dy.dtype))
+            dx = ctx.drop(d_down @ a.to(dy.dtype)).add_(times(dy, ctx.weight))
         return dx, None, None, None, None, d_a, d_b
 
 
@@ -78,9 +78,9 @@ class Parted(torch.autograd.Function):
         down = seen @ a.to(x.dtype).T
         ctx.save_for_backward(x, down, a, b)
         ctx.weight, ctx.drop, ctx.scale = weight, drop, scale
-        w = weight.dequantize(x.dtype)
-        y = F.linear(seen, w).addmm_(down, b.to(x.dtype).T, alpha=scale)
-        return y, F.linear(x - seen, w)
+        w = factor(weight, x.dtype).T
+        y = product(seen, w).addmm_(down, b.to(x.dtype).T, alpha=scale)
+        return y, product(x - seen, w)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,8 +90,8 @@ class Parted(torch.autograd.Function):
         d_a = (d_down.T @ ctx.drop(x)).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            w = ctx.weight.dequantize(dy.dtype)
-            dx = ctx.drop((d_down @ a.to(dy.dtype)).addmm_(dy - dz, w)).addmm_(dz, w)
+            w = factor(ctx.weight, dy.dtype)
+            dx = ctx.drop((d_down @ a.to(dy.dtype)).add_(product(dy - dz, w))).add_(product(dz, w))
         return dx, None, None, None, d_a, d_b
 
 

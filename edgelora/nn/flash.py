@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from edgelora import team
-from edgelora.kernels import load
+from edgelora.kernels import call, load
 from edgelora.nn.compiled import NARROW
 from edgelora.nn.scores import Scores
 from edgelora.nn.scratch import room, scratch
@@ -30,7 +29,8 @@ class _Attention(ctypes.Structure):
         *((name, _Pointer) for name in ("q", "k", "v", "out", "lse", "d_out", "dq", "dk", "dv")),
         *((name, _Pointer) for name in ("owners", "scratch", "borders")),
         *((name, _Size) for name in ("n_segments", "prefix", "tokens", "heads", "kv_heads", "dim", "window")),
-        ("scratch_floats", _Size), ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("narrow", ctypes.c_int32),
+        *((name, _Size) for name in ("scratch_floats", "threads")),
+        ("scale", ctypes.c_float), ("softcap", ctypes.c_float), ("narrow", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Problem:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, borders: list[int], prefix: int, how: Scores) -> None:
         found = load.library()
         assert found is not None
-        self.library, self.shape, self.kv_heads, self.dtype = found, q.shape, k.shape[1], q.dtype
+        self.shape, self.kv_heads, self.dtype = q.shape, k.shape[1], q.dtype
         longest = prefix + max((b - a for a, b in itertools.pairwise(borders)), default=0)
         self.threads = max(1, min(team.threads(), q.numel() * longest // WORTH_A_THREAD))
         floats = found.attention_scratch(longest, q.shape[-1])
@@ -54,14 +54,14 @@ class Problem:
             q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), scratch=memory.data_ptr(), scratch_floats=floats,
             borders=ctypes.addressof(self._borders), n_segments=len(borders) - 1, prefix=prefix, tokens=q.shape[0],
             heads=q.shape[1], kv_heads=k.shape[1], dim=q.shape[2], window=how.window or 0, scale=how.scale,
-            softcap=how.softcap or 0.0, narrow=NARROW[q.dtype],
+            softcap=how.softcap or 0.0, narrow=NARROW[q.dtype], threads=self.threads,
         )  # fmt: skip
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The output (T, H, d), and log Σ exp of each query's scores, float32 (T, H)."""
         out, lse = room(*self.shape, dtype=self.dtype), torch.empty(self.shape[:2])
         self.c.out, self.c.lse = out.data_ptr(), lse.data_ptr()
-        self._run(self.library.attention_forward)
+        self._run("attention_forward")
         return out, lse
 
     def backward(self, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Problem:
         dq = room(*self.shape, dtype=self.dtype)
         self.c.out, self.c.lse, self.c.d_out, self.c.dq = (x.data_ptr() for x in (out, lse, d_out, dq))
         self.c.dk, self.c.dv, self.c.owners = *(part.data_ptr() for part in parts), ctypes.addressof(owners)
-        self._run(self.library.attention_backward)
+        self._run("attention_backward")
         total = torch.zeros(2, n_tokens, self.kv_heads, dim)
         for slot, head in enumerate(owners):
             if head >= 0:
@@ -81,6 +81,5 @@ class Problem:
         dk, dv = total.to(self.dtype)
         return dq, dk, dv
 
-    def _run(self, function: Any) -> None:
-        problem, threads = ctypes.addressof(self.c), self.threads
-        team.run([(i, i + 1) for i in range(threads)], lambda thread, _: function(problem, thread, threads))
+    def _run(self, function: str) -> None:
+        call.run(function, ctypes.addressof(self.c), self.threads, self.threads)

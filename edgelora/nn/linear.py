@@ -7,9 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgelora.nn import gpu_lora
+from edgelora.nn import cpu_lora, gpu_lora, products
 from edgelora.nn.scratch import room, room_like
 
 
@@ -129,18 +128,28 @@ def lora(x: Tensor, weight: Weight, factors: Factors) -> Tensor:
     return y
 
 
+def times_transposed(x: Tensor, weight: Weight) -> Tensor:
+    """x Wᵀ: (T, d_in) → (T, d_out), outside of any graph."""
+    return products.product(x, products.factor(weight, x.dtype).T)
+
+
+def times(dy: Tensor, weight: Weight) -> Tensor:
+    """dy W: (T, d_out) → (T, d_in), outside of any graph."""
+    return products.product(dy, products.factor(weight, dy.dtype))
+
+
 class FrozenLinear(torch.autograd.Function):
     """x Wᵀ; the backward dequantizes W again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype))
+        return times_transposed(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         (dy,) = grads
-        return dy @ ctx.weight.dequantize(dy.dtype) if ctx.needs_input_grad[0] else None, None
+        return times(dy, ctx.weight) if ctx.needs_input_grad[0] else None, None
 
 
 class LoraLinears(torch.autograd.Function):
@@ -155,15 +164,19 @@ class LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float], *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         ranks = [len(a) for a in pairs[0::2]]
+        summed = cpu_lora.usable(x, ranks)
         if gpu_lora.usable(x, scales):
             a, bs = ctx.narrow = gpu_lora.narrowed(pairs, x.dtype)
         else:
             a, bs = torch.cat(pairs[0::2]).to(x.dtype), list(pairs[1::2])
-        down = x @ a.T  # (T, Σ r)
+        down = cpu_lora.down_of(x, a) if summed else x @ a.T  # (T, Σ r)
         ys = []
         for weight, scale, b, part in zip(weights, scales, bs, down.split(ranks, 1), strict=True):
             if isinstance(weight, Unread):
                 ys.append(x.new_zeros(len(x), len(b)))
+                continue
+            if summed:
+                ys.append(cpu_lora.up(x, weight, part, b, scale))
                 continue
             y = room(len(x), len(b), dtype=x.dtype, device=x.device)
             torch.mm(x, weight.dequantize(x.dtype).T, out=y)
@@ -178,6 +191,9 @@ class LoraLinears(torch.autograd.Function):
         x, down, *pairs = ctx.saved_tensors
         if gpu_lora.usable(x, ctx.scales):
             dx, d_as, d_bs = gpu_lora.backward(ctx, x, down, grads)
+            return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)
+        if cpu_lora.usable(x, ctx.ranks):
+            dx, d_as, d_bs = cpu_lora.backward(ctx, x, down, pairs, grads)
             return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)
         d_down, dx, d_bs = torch.empty_like(down), None, []
         narrow = zip(down.split(ctx.ranks, 1), d_down.split(ctx.ranks, 1), strict=True)  # (T, r) of each

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edgelora.nn import compiled, gpu
+from edgelora.nn import compiled, gpu, products
 from edgelora.nn.linear import Weight
+from edgelora.nn.products import Sum
 from edgelora.nn.scores import bent, slope_of_bent
 from edgelora.nn.scratch import scratch
 
-LOGITS = 48 << 18  # alive at once, 48 MiB of them: 256 positions of a vocabulary of 49,152
+LOGITS = 24 << 18  # alive at once, 24 MiB of them: 128 positions of a vocabulary of 49,152
 # the head comes out of its blocks for each piece, and products over few positions are slow there
 LOGITS_CUDA = 64 << 20
 VOCABULARY_ROWS = 8192  # rows of the head dequantized at once
@@ -29,7 +30,9 @@ def logits(hidden: Tensor, head: Weight, softcap: float | None = None, out: Tens
     """hidden (P, d) → float32 logits (P, V), a slice of the vocabulary at a time, bent below `softcap` (Gemma 2)."""
     out = hidden.new_empty(len(hidden), head.shape[0]) if out is None else out
     for first, last in slices(head.shape[0]):
-        bent(torch.mm(hidden, head.rows(first, last).T, out=out[:, first:last]), softcap)
+        bent(
+            products.product(hidden, products.factor(head, hidden.dtype, (first, last)).T, out[:, first:last]), softcap
+        )
     return out
 
 
@@ -124,7 +127,7 @@ def logits_of(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
 
     They are some ten times faster on a CUDA card, and twice as fast on a CPU that has AVX512-BF16.
     """
-    if how.compute != torch.bfloat16 or not (gpu.usable(hidden) or compiled.multiplies(hidden)):
+    if how.compute != torch.bfloat16 or not (gpu.usable(hidden) or products.fit(hidden, torch.bfloat16)):
         return logits(hidden, head, how.softcap, out)
     narrow = hidden.to(torch.bfloat16)
     for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA if hidden.is_cuda else VOCABULARY_ROWS):
@@ -132,7 +135,7 @@ def logits_of(hidden: Tensor, head: Weight, how: Target, out: Tensor) -> Tensor:
         if hidden.is_cuda:
             torch.mm(narrow, rows.T, out_dtype=torch.float32, out=part)
         else:
-            compiled.narrow_product(narrow, rows, part)
+            products.compute(Sum(part, [(narrow, rows.T)]))
     return bent(out, how.softcap)
 
 
@@ -168,7 +171,10 @@ def accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) 
     """d_hidden (P, d) += d_z (P, V) @ head (V, d), computed in `dtype`, a slice of the vocabulary at a time."""
     for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA if d_z.is_cuda else VOCABULARY_ROWS):
         part = d_z[:, first:last]
-        if dtype == d_hidden.dtype:
+        if products.pay(part, dtype):
+            rows = products.factor(head, dtype, (first, last))
+            products.compute(Sum(d_hidden, [(part.to(dtype), rows)], before=d_hidden))
+        elif dtype == d_hidden.dtype:
             d_hidden.addmm_(part, head.rows(first, last))
         else:
             d_hidden.add_(part.to(dtype) @ head.rows(first, last, dtype))

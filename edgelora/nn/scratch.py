@@ -44,3 +44,9 @@ def scratch(
     if buffer is None or buffer.numel() < n_rows * columns:
         buffer = buffers[use, dtype, device] = torch.empty(n_rows * columns, dtype=dtype, device=device)
     return buffer[: n_rows * columns].view(n_rows, columns)
+
+
+def is_scratch(x: Tensor) -> bool:
+    """Whether x lies in one of this thread's buffers."""
+    memory = x.untyped_storage().data_ptr()
+    return any(memory == buffer.untyped_storage().data_ptr() for buffer in _threads.__dict__.values())

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgelora.errors import ConfigError
+from edgelora.nn import products
 from edgelora.nn.linear import Weight
 from edgelora.nn.scratch import scratch
 
@@ -41,15 +41,17 @@ class Remade(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, rule: Rule, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parameters)
         ctx.weight, ctx.rule = weight, rule
-        return F.linear(x, _remade(weight, rule, parameters, x.dtype))
+        return products.product(x, _remade(weight, rule, parameters, x.dtype).T)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, *parameters = ctx.saved_tensors
         dtype = parameters[0].dtype
-        dx = dy @ _remade(ctx.weight, ctx.rule, parameters, dy.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = (dy.T @ x).to(dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = products.product(dy, _remade(ctx.weight, ctx.rule, parameters, dy.dtype))
+        of_weight = products.product(dy.T, x).to(dtype)
         return dx, None, None, *ctx.rule.gradients(ctx.weight.dequantize(dtype), of_weight, *parameters)
 
 

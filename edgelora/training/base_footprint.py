@@ -16,7 +16,8 @@ from edgelora.base.hold import BLOCKS, FALLBACK, FLOATS
 from edgelora.base.model import Base
 from edgelora.device import compute_threads
 from edgelora.kernels import load as kernels
-from edgelora.nn.compiled import LANES, panel
+from edgelora.nn import products
+from edgelora.nn.compiled import LANES, NARROW
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -29,13 +30,18 @@ def compiled_threads() -> int:
     return 0 if kernels.library() is None else compute_threads()
 
 
+def summed() -> frozenset[str]:
+    """The dtypes of which the compiled code sums products on this CPU (nn/products.py), by their names in a config."""
+    return frozenset(name for name, dtype in FLOATS.items() if dtype in NARROW and products.exist(dtype))
+
+
 @dataclass(frozen=True)
 class Model:
     """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers.
 
     shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
     threads: of the compiled code, should it compute on a CPU (see `compiled_threads`).
-    multiplies: whether that has products of bfloat16 numbers.
+    sums: of which dtypes that sums products.
     """
 
     architecture: Architecture
@@ -46,7 +52,7 @@ class Model:
     """The layers that have a bias, by their names in a block."""
     shares: int = 1
     threads: int = field(default_factory=compiled_threads)
-    multiplies: bool = field(default_factory=lambda: panel() > 0)
+    sums: frozenset[str] = field(default_factory=summed)
 
     @classmethod
     def of(cls, base: Base) -> Model:
@@ -77,6 +83,11 @@ class Model:
     def attention_threads(self, device: str) -> int:
         """How many compute attention in compiled code, as nn/flash.py can; 0: torch does, tile by tile."""
         return self.threads if device == "cpu" and self.config.head_dim % LANES == 0 else 0
+
+    def is_factor(self, stored: str | Type, dtype: str) -> bool:
+        """Whether a weight stays as it is stored where products of `dtype` read it (nn/products.py)."""
+        name = {Type.F32: "f32", Type.BF16: "bf16"}.get(stored) if isinstance(stored, Type) else stored
+        return name == dtype or (name == "bf16" and dtype in self.sums)
 
     @property
     def head(self) -> tuple[Shape, Type]:

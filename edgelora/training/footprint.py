@@ -13,7 +13,6 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.config import TrainConfig
 from edgelora.nn.attention import QUERY_TILE
-from edgelora.nn.compiled import PAIRS
 from edgelora.nn.loss import VOCABULARY_ROWS, positions
 from edgelora.peft.methods import METHODS
 from edgelora.training.adapter_footprint import (
@@ -137,19 +136,29 @@ def attention_buffers(model: Model, load: Load, device: str) -> int:
     return 4 * c.head_dim * (threads * 5 * load.longest + parts) if threads else 0
 
 
-def scratch_bytes(model: Model, config: TrainConfig) -> int:
-    """The buffers that weights are dequantized into (`base/weights.py`): for each dtype one, of the largest."""
+def scratch_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
+    """The buffers that weights are dequantized into (`base/weights.py`): for each dtype one, of the largest.
+
+    With them one for the gradient that layers of one input sum up, whose weights are not there at once (`cpu_lora.py`).
+    """
     (vocabulary, d), kind = model.head
     slice_of_head = min(vocabulary, VOCABULARY_ROWS) * d
-    largest = max(prod(shape) for name, (shape, _) in model.matrices.items() if ".layers." in name)
-    same = config.base_dtype == config.dtype
-    moved = slice_of_head if trains_head(model, config) else 0
-    through_f32 = config.base_dtype == "nf4" or METHODS[config.method].reads_float32
-    in_bfloat16 = config.dtype == "bf16" and model.multiplies and d % PAIRS == 0  # for logits too (nn/loss.py)
-    wide = slice_of_head if kind != Type.F32 and (trains_head(model, config) or not in_bfloat16) else 0
-    wide = max(wide, largest) if (config.dtype == "f32" and not same) or through_f32 else wide
-    narrow = max(slice_of_head, 0 if same else largest) if config.dtype == "bf16" else 0
-    return 4 * wide + 2 * narrow + 4 * moved
+    how, dtype, trained = config.base_dtype, config.dtype, trains_head(model, config)
+    layers = [
+        (prod(shape), kind if how == "blocks" else how)
+        for name, (shape, kind) in model.matrices.items()
+        if ".layers." in name
+    ]
+    largest = max((size for size, stored in layers if not model.is_factor(stored, dtype)), default=0)
+    largest_f32 = max((size for size, stored in layers if not model.is_factor(stored, "f32")), default=0)
+    through_f32 = how == "nf4" or METHODS[config.method].reads_float32
+    logits = "bf16" if dtype == "bf16" and "bf16" in model.sums else "f32"
+    of_head = trained or (logits == "f32" and not model.is_factor(kind, "f32"))
+    wide = slice_of_head if kind != Type.F32 and of_head else 0
+    wide = max(wide, largest_f32 if dtype == "f32" or through_f32 else 0)
+    narrow = max(0 if model.is_factor(kind, "bf16") else slice_of_head, largest) if dtype == "bf16" else 0
+    summed = tokens * d if largest and dtype in model.sums else 0
+    return 4 * (wide + summed) + 2 * narrow + (4 * slice_of_head if trained else 0)
 
 
 def remade_bytes(model: Model, config: TrainConfig) -> int:
@@ -199,7 +208,9 @@ def footprint(
         adapter=numbers * (2 if config.ema_decay else 1) + 4 * held_beside(model, config),
         gradients=numbers,
         optimizer=optimizer_bytes(model, config),
-        scratch=scratch_bytes(model, config) + remade_bytes(model, config) + attention_buffers(model, load, device),
+        scratch=scratch_bytes(model, config, load.tokens)
+        + remade_bytes(model, config)
+        + attention_buffers(model, load, device),
         logits=logits_bytes(model, config, load.tokens),
         activations=activations,
         offloaded=offloaded,
