@@ -1,7 +1,8 @@
 """LoRA over frozen weights on a CPU whose sums of products are ours (nn/products.py): what `LoraLinears` computes.
 
 Each result is summed in float32 and rounded once: an output with what the adapter adds to it, and the gradient of x
-with what comes from every weight and every A.
+with what comes from every weight and every A. The scale goes to A in the forward pass and to B in the backward one, so
+that each gradient has it once.
 """
 
 from __future__ import annotations
@@ -25,41 +26,40 @@ def usable(x: Tensor, ranks: Sequence[int]) -> bool:
     return products.pay(x, x.dtype) and (x.dtype == torch.float32 or not any(rank % 2 for rank in ranks))
 
 
-def down_of(x: Tensor, a: Tensor) -> Tensor:
-    """x aᵀ, a (Σ r, d_in)."""
-    down = x.new_empty(len(x), len(a))
+def forward(
+    x: Tensor, weights: Sequence[Weight | None], scales: Sequence[float], pairs: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """The outputs (zeros where there is no weight, because nobody reads them), and sᵢ x Aᵢᵀ (T, Σ r)."""
+    a = _stacked(pairs[0::2], scales, x.dtype)
+    down = room(len(x), len(a), dtype=x.dtype)
     products.compute(Sum(down, [(x, a.T)]))
-    return down
-
-
-def up(x: Tensor, weight: Weight, part: Tensor, b: Tensor, scale: float) -> Tensor:
-    """x Wᵀ + scale part bᵀ (T, d_out)."""
-    y = room(len(x), len(b), dtype=x.dtype)
-    products.compute(Sum(y, [(x, products.factor(weight, x.dtype).T), (part, _scaled(b, scale, x.dtype).T)]))
-    return y
+    ys, parts = [], down.split([len(a) for a in pairs[0::2]], 1)
+    for weight, b, part in zip(weights, pairs[1::2], parts, strict=True):
+        if weight is None:
+            ys.append(x.new_zeros(len(x), len(b)))
+            continue
+        ys.append(y := room(len(x), len(b), dtype=x.dtype))
+        products.compute(Sum(y, [(x, products.factor(weight, x.dtype).T), (part, b.to(x.dtype).T)]))
+    return ys, down
 
 
 def backward(
     ctx: Any, x: Tensor, down: Tensor, pairs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
-    """The gradients of x, of each A and of each B."""
-    d_down, d_bs, narrow = torch.empty_like(down), [], []
+    """The gradients of x, of each A and of each B. `down` is what `forward` gave."""
+    d_down, d_bs, narrow = room_like(down), [torch.empty_like(b) for b in pairs[1::2]], []
     parts = zip(down.split(ctx.ranks, 1), d_down.split(ctx.ranks, 1), strict=True)
-    for scale, b, (part, d_part), dy in zip(ctx.scales, pairs[1::2], parts, grads, strict=True):
-        d_b = torch.empty(b.shape[1], b.shape[0])
-        d_bs.append(d_b)
-        narrow += [Sum(d_part, [(dy, _scaled(b, scale, dy.dtype))]), Sum(d_b, [(part.T, dy)])]
+    for scale, b, d_b, (part, d_part), dy in zip(ctx.scales, pairs[1::2], d_bs, parts, grads, strict=True):
+        narrow += [Sum(d_part, [(dy, _stacked([b], [scale], dy.dtype))]), Sum(d_b, [(dy.T, part)])]
     products.compute(*narrow)
-    for scale, d_b in zip(ctx.scales, d_bs, strict=True):
-        if scale != 1:
-            d_b.mul_(scale)
     d_a = torch.empty(d_down.shape[1], x.shape[1])
     last, dx = [Sum(d_a, [(d_down.T, x)])], None
     if ctx.needs_input_grad[0]:
         dx = room_like(x)
-        last.append(_d_input(ctx.weights, grads, dx, (d_down, torch.cat(list(pairs[0::2])).to(x.dtype))))
+        a = _stacked(pairs[0::2], [1.0], x.dtype)
+        last.append(_d_input(ctx.weights, grads, dx, (d_down, a)))
     products.compute(*last)
-    return dx, list(d_a.split(ctx.ranks)), [d_b.T for d_b in d_bs]
+    return dx, list(d_a.split(ctx.ranks)), d_bs
 
 
 def _d_input(weights: Sequence[Weight], grads: Sequence[Tensor], dx: Tensor, last: tuple[Tensor, Tensor]) -> Sum:
@@ -75,5 +75,9 @@ def _d_input(weights: Sequence[Weight], grads: Sequence[Tensor], dx: Tensor, las
     return Sum(dx, [*terms, last], so_far)
 
 
-def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return (b if scale == 1 else b * scale).to(dtype)
+def _stacked(matrices: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The matrices (r, d) above each other, each times its scale, in `dtype`."""
+    if len(set(scales)) > 1:
+        matrices, scales = [m * scale for m, scale in zip(matrices, scales, strict=True)], [1.0]
+    whole = matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+    return (whole if scales[0] == 1 else whole * scales[0]).to(dtype)

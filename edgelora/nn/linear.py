@@ -164,26 +164,32 @@ class LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float], *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         ranks = [len(a) for a in pairs[0::2]]
-        summed = cpu_lora.usable(x, ranks)
+        if cpu_lora.usable(x, ranks):
+            read = [None if isinstance(weight, Unread) else weight for weight in weights]
+            ys, down = cpu_lora.forward(x, read, scales, pairs)
+            return LoraLinears._kept(ctx, x, down, weights, scales, pairs, ys)
         if gpu_lora.usable(x, scales):
             a, bs = ctx.narrow = gpu_lora.narrowed(pairs, x.dtype)
         else:
             a, bs = torch.cat(pairs[0::2]).to(x.dtype), list(pairs[1::2])
-        down = cpu_lora.down_of(x, a) if summed else x @ a.T  # (T, Σ r)
-        ys = []
+        down, ys = x @ a.T, []  # (T, Σ r)
         for weight, scale, b, part in zip(weights, scales, bs, down.split(ranks, 1), strict=True):
             if isinstance(weight, Unread):
                 ys.append(x.new_zeros(len(x), len(b)))
                 continue
-            if summed:
-                ys.append(cpu_lora.up(x, weight, part, b, scale))
-                continue
             y = room(len(x), len(b), dtype=x.dtype, device=x.device)
             torch.mm(x, weight.dequantize(x.dtype).T, out=y)
             ys.append(y.addmm_(part, b.to(x.dtype).T, alpha=scale))
+        return LoraLinears._kept(ctx, x, down, weights, scales, pairs, ys)
+
+    @staticmethod
+    def _kept(
+        ctx: Any, x: Tensor, down: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float],
+        pairs: Sequence[Tensor], ys: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.save_for_backward(x, down, *pairs)
         ctx.weights = [weight.weight if isinstance(weight, Unread) else weight for weight in weights]
-        ctx.scales, ctx.ranks = scales, ranks
+        ctx.scales, ctx.ranks = scales, [len(a) for a in pairs[0::2]]
         return tuple(ys)
 
     @staticmethod
