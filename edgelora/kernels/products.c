@@ -14,6 +14,7 @@
 #define DEPTH 512             // words of a panel: 128 KiB, in the second cache
 #define ROWS 480              // rows of c whose sums lie beside it
 #define TURNED_ROWS 64        // rows whose words are put in order too, where they are columns of a
+#define SOON 8                // rows of words before they are read
 #define UNIT 24               // rows that a thread takes at least
 
 typedef struct {
@@ -91,6 +92,15 @@ INLINE void turned(const int how, const void *from, int64_t row, int64_t n, int6
             for (int64_t i = j; i < j + 16; i++) to[p * PANEL + i] = i < n ? one_word(how, from, i * row + p) : 0;
 }
 
+// Ask for the 64 columns of a row of words: such rows lie so far apart that no processor expects the next.
+INLINE void fetch(const int how, const void *from, int64_t row, int64_t p) {
+    const int size = how == WHOLE ? 4 : 2;
+    const char *next = (const char *)from + size * row * (how == PAIRED ? 2 * p : p);
+    __builtin_prefetch(next), __builtin_prefetch(next + 64);
+    if (how == PAIRED) __builtin_prefetch(next + 2 * row), __builtin_prefetch(next + 2 * row + 64);
+    if (how == WHOLE) __builtin_prefetch(next + 128), __builtin_prefetch(next + 192);
+}
+
 // Words of n columns of the rows [0, k) of a matrix: to (words, n) in rows of `width` words, a multiple of 16.
 INLINE void stacked(const int how, const void *from, int64_t row, int64_t n, int64_t k, uint32_t *to, int64_t width) {
     const uint16_t *numbers = from;
@@ -98,6 +108,7 @@ INLINE void stacked(const int how, const void *from, int64_t row, int64_t n, int
     for (int64_t p = 0; p < deep; p++, to += width) {
         int64_t j = 0;
         const uint16_t *first = numbers + 2 * p * row, *second = 2 * p + 1 < k ? first + row : 0;
+        fetch(how, from, row, p + SOON);
         for (; n - j >= 16; j += 16)
             *(uvec *)(to + j) = how == PAIRED ? both(first + j, second ? second + j : 0) : word(how, from, p * row + j);
         if (j < n)

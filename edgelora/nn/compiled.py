@@ -23,6 +23,10 @@ def usable(*tensors: Tensor) -> bool:
 
 def over_rows(name: str, n_rows: int, columns: int, *arguments: Tensor | float) -> None:
     """Call a function of `load.JOBS` for rows of so many numbers, on all cores."""
-    assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor))
-    job = call.packed(name, *(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    job = call.packed(name, *[_address(x) if isinstance(x, Tensor) else x for x in arguments])
     call.run(name, job, n_rows, len(team.split(n_rows, n_rows * columns, WORTH_A_THREAD)))
+
+
+def _address(x: Tensor) -> int:
+    assert x.is_contiguous()
+    return x.data_ptr()

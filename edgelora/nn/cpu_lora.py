@@ -31,14 +31,14 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """The outputs (zeros where there is no weight, because nobody reads them), and sᵢ x Aᵢᵀ (T, Σ r)."""
     a = _stacked(pairs[0::2], scales, x.dtype)
-    down = room(len(x), len(a), dtype=x.dtype)
+    down = room(x.shape[0], a.shape[0], dtype=x.dtype)
     products.compute(Sum(down, [(x, a.T)]))
-    ys, parts = [], down.split([len(a) for a in pairs[0::2]], 1)
+    ys, parts = [], down.split([a.shape[0] for a in pairs[0::2]], 1)
     for weight, b, part in zip(weights, pairs[1::2], parts, strict=True):
         if weight is None:
-            ys.append(x.new_zeros(len(x), len(b)))
+            ys.append(x.new_zeros(x.shape[0], b.shape[0]))
             continue
-        ys.append(y := room(len(x), len(b), dtype=x.dtype))
+        ys.append(y := room(x.shape[0], b.shape[0], dtype=x.dtype))
         products.compute(Sum(y, [(x, products.factor(weight, x.dtype).T), (part, b.to(x.dtype).T)]))
     return ys, down
 
@@ -69,7 +69,7 @@ def _d_input(weights: Sequence[Weight], grads: Sequence[Tensor], dx: Tensor, las
         w = products.factor(weight, dy.dtype)
         terms.append((dy, w))
         if i + 1 < len(weights) and is_scratch(w):
-            sums = scratch(len(dx), dx.shape[1], use="sums")
+            sums = scratch(dx.shape[0], dx.shape[1], use="sums")
             products.compute(Sum(sums, terms, so_far))
             terms, so_far = [], sums
     return Sum(dx, [*terms, last], so_far)

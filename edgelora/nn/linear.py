@@ -163,7 +163,7 @@ class LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float], *pairs: Tensor
     ) -> tuple[Tensor, ...]:
-        ranks = [len(a) for a in pairs[0::2]]
+        ranks = [a.shape[0] for a in pairs[0::2]]
         if cpu_lora.usable(x, ranks):
             read = [None if isinstance(weight, Unread) else weight for weight in weights]
             ys, down = cpu_lora.forward(x, read, scales, pairs)

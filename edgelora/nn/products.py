@@ -7,9 +7,9 @@ adapter, and keeps memory and code for each shape it has seen.
 
 from __future__ import annotations
 
-import ctypes
+import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +38,12 @@ class Sum(NamedTuple):
     before: Tensor | None = None
 
 
-@runtime_checkable
-class Floats(Protocol):
-    """A weight that is stored as floats."""
-
-    values: Tensor
-
-
 def factor(weight: Weight, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
     """A weight, or the first to the last of its rows, to stand beside factors of `dtype` in a `Sum`: what is stored as
     bfloat16 as it is."""
-    if isinstance(weight, Floats) and weight.values.dtype == torch.bfloat16:
-        return weight.values if rows is None else weight.values[slice(*rows)]
+    values: Tensor | None = getattr(weight, "values", None)  # of a `Dense` one; asked for some hundred times a step
+    if values is not None and values.dtype == torch.bfloat16:
+        return values if rows is None else values[slice(*rows)]
     return weight.dequantize(dtype) if rows is None else weight.rows(*rows, dtype)
 
 
@@ -57,14 +51,14 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n), in the dtype of a, on any device."""
     if not pay(a, a.dtype):
         return torch.mm(a, b.to(a.dtype), out=out)
-    out = room(len(a), b.shape[1], dtype=a.dtype) if out is None else out
+    out = room(a.shape[0], b.shape[1], dtype=a.dtype) if out is None else out
     compute(Sum(out, [(a, b)]))
     return out
 
 
 def pay(a: Tensor, dtype: torch.dtype) -> bool:
     """Whether sums of products with a (m, k), in `dtype`, are faster than torch's."""
-    return len(a) >= FEW and fit(a, dtype) and _answers("products_pay", dtype)
+    return a.shape[0] >= FEW and fit(a, dtype) and _answers("products_pay", dtype)
 
 
 def fit(a: Tensor, dtype: torch.dtype) -> bool:
@@ -84,29 +78,35 @@ def _answers(question: str, dtype: torch.dtype) -> bool:
 
 def compute(*sums: Sum) -> None:
     """All of them, side by side: none reads what another gives."""
-    narrow = NARROW[sums[0].terms[0][0].dtype]
-    products, terms, alive, work = [], [], [], 0
+    listed: list[int] = []
+    terms: list[int] = []
+    alive: list[Tensor] = []
+    work = 0
     for out, pairs, before in sums:
         m, n = out.shape
-        assert out.stride(1) == 1
-        before_at = (0, 0) if before is None else (before.data_ptr(), before.stride(0))
-        products += [out.data_ptr(), before_at[0], out.stride(0), before_at[1], m, n, len(pairs), NARROW[out.dtype]]
-        for pair in pairs:
-            a, b = (x if 1 in x.stride() else x.contiguous() for x in pair)
+        row, column = out.stride()
+        assert column == 1
+        before_at, before_row = (0, 0) if before is None else (before.data_ptr(), before.stride(0))
+        listed += out.data_ptr(), before_at, row, before_row, m, n, len(pairs), NARROW[out.dtype]
+        for a, b in pairs:
             k = a.shape[1]
-            assert (len(a), *b.shape) == (m, k, n)
-            assert b.dtype in (a.dtype, torch.bfloat16)
-            across, down = _layout(a), _layout(b)
-            terms += [a.data_ptr(), b.data_ptr(), across[0], down[0], k, across[1], down[1], NARROW[b.dtype]]
-            alive += [a, b]
+            assert (a.shape[0], *b.shape) == (m, k, n)
+            a_row, a_transposed, a = _laid(a)
+            b_row, b_transposed, b = _laid(b)
+            terms += a.data_ptr(), b.data_ptr(), a_row, b_row, k, a_transposed, b_transposed, NARROW[b.dtype]
+            alive += a, b
             work += m * n * k
+    narrow = NARROW[alive[0].dtype]
+    assert all(x.dtype == alive[0].dtype or (not narrow and x.dtype == torch.bfloat16) for x in alive)
     threads = len(team.split(team.threads(), work, WORTH_A_THREAD))
-    memory = (ctypes.c_int64 * len(products))(*products), (ctypes.c_int64 * len(terms))(*terms)
-    job = call.packed("products", *map(ctypes.addressof, memory), len(sums), threads, narrow)
+    memory = array.array("q", listed), array.array("q", terms)
+    job = call.packed("products", *(x.buffer_info()[0] for x in memory), len(sums), threads, narrow)
     call.run("products", job, threads, threads)
 
 
-def _layout(x: Tensor) -> tuple[int, bool]:
-    """How far apart rows are, and whether x is stored transposed."""
+def _laid(x: Tensor) -> tuple[int, bool, Tensor]:
+    """How far apart rows are, whether it is stored transposed, and x, which is copied if neither fits."""
     row, column = x.stride()
-    return (row, False) if column == 1 else (column, True)
+    if column == 1:
+        return row, False, x
+    return (column, True, x) if row == 1 else (x.shape[1], False, x.contiguous())
