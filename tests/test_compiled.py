@@ -12,6 +12,7 @@ from edgelora.base.weights import Dense
 from edgelora.kernels import load
 from edgelora.nn import compiled, loss, products
 from edgelora.nn.activations import SwiGLU, swiglu
+from edgelora.nn.layer import Residual
 from edgelora.nn.loss import LinearCrossEntropy, Target
 from edgelora.nn.norm import RMSNorm, rms_norm
 from edgelora.nn.rotary import Rotary
@@ -197,6 +198,16 @@ def test_rows_are_shared_whatever_their_number(monkeypatch, threads):
     monkeypatch.setattr(compiled, "WORTH_A_THREAD", 16)
     gate, up = draw(37, 32), draw(37, 32, seed=1)
     torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("multiplier", [1.0, 0.22])
+def test_the_residual_stream(dtype, multiplier):
+    x, y = draw(37, 160), draw(37, 160, dtype=dtype, seed=1)
+    found = with_gradients(lambda a, b: Residual.apply(a, b, multiplier), [x, y])
+    exact = x.double() + multiplier * y.double(), draw(37, 160, seed=9), draw(37, 160, seed=9) * multiplier
+    for ours, theirs in zip(found, exact, strict=True):
+        assert_near(ours, theirs.float())
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 1000])

@@ -4,6 +4,8 @@
 // where `narrow` says so; everything is computed in float32. activations.py, norm.py, rotary.py and loss.py say what.
 // What a function is given are the fields of its struct, in their order (kernels/load.py).
 
+#include <string.h>
+
 #include "vectors.h"
 
 INLINE vec sigmoid(vec x) {
@@ -121,6 +123,50 @@ void rotary(const Rotary *j, int64_t first, int64_t last) {
             }
             for (int64_t c = 2 * half; c < dim; c += LANES) write(j->out, at + c, narrow, read(j->x, at + c, narrow));
         }
+}
+
+typedef struct {
+    const float *x;
+    const void *y;  // added to x, `multiplier` times
+    float *out;
+    int64_t columns, narrow;
+    double multiplier;
+} Residual;
+
+void residual(const Residual *j, int64_t first, int64_t last) {
+    const int narrow = j->narrow != 0;
+    const float multiplier = (float)j->multiplier;
+    for (int64_t i = first * j->columns; i < last * j->columns; i += LANES)
+        store(j->out + i, load(j->x + i) + read(j->y, i, narrow) * multiplier);
+}
+
+typedef struct {
+    const float *from;
+    void *to;
+    int64_t n;
+    double scale;
+} Copy;
+
+typedef struct {
+    const Copy *list;
+    int64_t narrow;
+} Copies;
+
+// The copies [first, last): each number times the scale.
+void scaled_copies(const Copies *j, int64_t first, int64_t last) {
+    for (const Copy *c = j->list + first; c < j->list + last; c++) {
+        const float scale = (float)c->scale;
+        int64_t i = 0;
+        for (; i + LANES <= c->n; i += LANES) write(c->to, i, j->narrow, load(c->from + i) * scale);
+        if (i < c->n) {
+            float end[LANES] = {0};
+            char to[LANES * sizeof(float)];
+            int64_t size = j->narrow ? 2 : 4;
+            memcpy(end, c->from + i, (c->n - i) * sizeof *end);
+            write(to, 0, j->narrow, load(end) * scale);
+            memcpy((char *)c->to + i * size, to, (c->n - i) * size);
+        }
+    }
 }
 
 // -log p(label) of each row of logits z (P, V), and in the place of z what it changes by: p - 1 at the label, p

@@ -23,8 +23,8 @@ _WORK = [_Pointer, _Size, _Size]
 # What each function is given, as `struct` packs the fields of its C type: P tensors, q sizes, d numbers.
 JOBS = {
     "swiglu_forward": "PPPqq", "swiglu_backward": "PPPPPqq", "rms_norm_forward": "PPPPqqqd",
-    "rms_norm_backward": "PPPPPqqqq", "rotary": "PPPPqqqqd", "cross_entropy": "PPPqq", "products": "PPqqq",
-    "nf4_blocks": "PPPPq", "block_rows": "PPPPqqqq",
+    "rms_norm_backward": "PPPPPqqqq", "rotary": "PPPPqqqqd", "residual": "PPPqqd", "scaled_copies": "Pq",
+    "cross_entropy": "PPPqq", "products": "PPqqq", "nf4_blocks": "PPPPq", "block_rows": "PPPPqqqq",
 }  # fmt: skip
 ATTENTION = ("attention_forward", "attention_backward")  # of a `ctypes.Structure` (nn/flash.py)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.nn import compiled
 from edgelora.nn.activations import GATES
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.cache import KeyValues
@@ -119,7 +120,15 @@ class Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, multiplier: float) -> Tensor:
         ctx.multiplier, ctx.dtype = multiplier, y.dtype
-        return torch.add(x, y, alpha=multiplier, out=room_like(x))
+        out = room_like(x)
+        if compiled.usable(x) and compiled.usable(y) and x.dtype == torch.float32:
+            rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+            narrow = compiled.NARROW[y.dtype]
+            compiled.over_rows(
+                "residual", rows, columns, x.contiguous(), y.contiguous(), out, columns, narrow, multiplier
+            )
+            return out
+        return torch.add(x, y, alpha=multiplier, out=out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
