@@ -61,7 +61,7 @@ def test_it_learns_what_transformers_learns(tiny, transformers_model):
         moved = own[f"{name}.weight"].detach() - start[f"{name}.weight"]
         assert (linear.delta.delta - moved).abs().mean() < 1e-3 * moved.abs().mean()  # 1 in 10⁵ gradients is near zero
     with torch.no_grad():
-        torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(decoder.logits(IDS), theirs(IDS[None]).logits[0], atol=2e-3, rtol=1e-3)
 
 
 def test_merged_it_computes_the_same_in_llama_cpp_and_transformers(tiny, tmp_path):

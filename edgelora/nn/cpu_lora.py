@@ -54,7 +54,7 @@ def backward(
     ctx: Any, x: Tensor, down: Tensor, pairs: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """The gradients of x, of each A and of each B. `down` is what `forward` gave."""
-    d_down, d_bs, narrow = room_like(down), [torch.empty_like(b) for b in pairs[1::2]], []
+    d_down, d_bs, narrow = room_like(down), [torch.empty(b.shape) for b in pairs[1::2]], []
     parts = zip(down.split(ctx.ranks, 1), d_down.split(ctx.ranks, 1), strict=True)
     a, bs = _factors(pairs, [1.0] * len(ctx.scales), ctx.scales, x.dtype)
     for b, d_b, (part, d_part), dy in zip(bs, d_bs, parts, grads, strict=True):

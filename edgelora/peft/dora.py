@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgelora.nn.dropped import Drop, parted
 from edgelora.nn.linear import Factors, LoraLinears, Weight
+from edgelora.nn.scaled import scaled
 from edgelora.peft.adapter import SHORTEST
 from edgelora.peft.defaults import RANK, SCALE_AT_RANK, SMALL, Defaults, Sourced, of_a_lora
 from edgelora.peft.lora import fresh_pair
@@ -61,7 +62,7 @@ class DoraDelta(nn.Module):
     def _at_length(self, along: Tensor, weight: Weight) -> Tensor:
         lengths = row_lengths(weight, self.squares, self.lora_A, self.lora_B, self.scale)
         # in float32 beside bfloat16 products too: a factor rounded to 8 bits would be as wrong for every token
-        return (along * (self.lora_magnitude_vector / lengths)).to(along.dtype)
+        return scaled(along, self.lora_magnitude_vector / lengths)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.named_parameters()}

@@ -20,6 +20,7 @@ from edgelora.training.adafactor import Adafactor
 from edgelora.training.defaults import WHOLE_BESIDE
 from edgelora.training.lion import Lion
 from edgelora.training.offloaded_adamw import OffloadedAdamW
+from edgelora.training.places import keep_gradients
 
 BETA2 = {"adamw": 0.999, "adamw8bit": 0.999, "lion": 0.99}  # where the config leaves it open: each paper's own
 
@@ -52,6 +53,7 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
             **({"projected": projected} if row.projects else {}),
         })  # fmt: skip
         group["params"].append((name, parameter))
+    keep_gradients(parameter for group in groups.values() for _, parameter in group["params"])
     if row.projects:
         return galore.GaLore(groups.values(), rank, scale, config.update_proj_gap, _betas(config, "adamw"))
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
