@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -154,6 +155,45 @@ def test_a_frozen_layer_of_few_and_of_many_rows(rows):
 
 def test_odd_ranks_of_bfloat16_pass_through_torch():
     x = draw(50, 96, dtype=torch.bfloat16)
-    assert not cpu_lora.usable(x, [4, 3])
+    odd = draw(3, 96, seed=1), draw(32, 3, seed=2), draw(4, 96), draw(31, 4)
+    assert not cpu_lora.usable(x, odd[:2])
+    assert not cpu_lora.usable(x, odd[2:])
     y = LoraLinears.apply(x, [Dense(draw(32, 96))], [2.0], draw(3, 96, seed=1), draw(32, 3, seed=2))[0]
     assert y.isfinite().all()
+
+
+def test_bfloat16_rows_of_an_odd_length_are_copied():
+    wide, w = draw(16, 33, dtype=torch.bfloat16), draw(48, 33, dtype=torch.bfloat16, seed=1)
+    x, part = wide[:, :32], w[:, :32]
+    out = torch.empty(16, 48)
+    compute(Sum(out, [(x, part.T)]))
+    assert_near(out, exact([(x, part.T)]), 32)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(16, 0, 8), (0, 16, 8), (16, 8, 0)])
+def test_products_of_nothing_are_torchs(m, k, n):
+    assert torch.equal(products.product(draw(m, k), draw(k, n)), torch.zeros(m, n))
+    with pytest.raises(ValueError, match="a product of nothing"):
+        compute(Sum(torch.empty(m, n), [(draw(m, k), draw(k, n))]))
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_a_pair_whose_b_is_stored_transposed(rows):
+    """RepLoRA's are made so."""
+    a, b, x = draw(4, 96), draw(4, 32, seed=1).T, draw(rows, 96, seed=2)
+    inputs = [t.clone().requires_grad_() for t in (x, a)] + [b.detach().requires_grad_()]
+    (y,) = LoraLinears.apply(inputs[0], [Dense(draw(32, 96, seed=3))], [2.0], *inputs[1:])
+    dy = draw(rows, 32, seed=4)
+    d_b = torch.autograd.grad(y, inputs, dy)[2]
+    torch.testing.assert_close(d_b, 2 * dy.T @ (x @ a.T), atol=1e-4, rtol=1e-5)
+
+
+def test_a_stack_of_256_kb_is_enough():
+    size, found = threading.stack_size(256 * 1024), []
+    try:
+        worker = threading.Thread(target=lambda: found.append(products.product(draw(16, 32), draw(32, 8))))
+        worker.start()
+        worker.join()
+    finally:
+        threading.stack_size(size)
+    assert found[0].shape == (16, 8)

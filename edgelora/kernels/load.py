@@ -14,7 +14,7 @@ from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-CHUNK = 4096  # weights that narrow_blocks takes at a time
+CHUNK = 4096  # weights that block_rows takes at a time
 HERE = Path(__file__).resolve().parent
 
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64

@@ -175,8 +175,8 @@ static void wide_term(const Term *t, int begun, int64_t row, int64_t m, int64_t 
 
 // The rows [first, last) of the columns from `column` on.
 static void part(const Product *p, const Term *terms, int64_t narrow, int64_t column, int64_t first, int64_t last) {
-    float sums[ROWS * PANEL];
-    uint32_t panel[DEPTH * PANEL], rows[DEPTH * TURNED_ROWS];
+    static _Thread_local float sums[ROWS * PANEL];  // no stack of a thread has to bear this
+    static _Thread_local uint32_t panel[DEPTH * PANEL], rows[DEPTH * TURNED_ROWS];
     int64_t n = p->n - column < PANEL ? p->n - column : PANEL, at_once = ROWS;
     for (int64_t i = 0; i < p->n_terms; i++)
         if (terms[i].left_transposed) at_once = TURNED_ROWS;

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 COPY = "PPqd"  # kernels/layers.c: from, to, how many numbers, times what
 
 
-def usable(x: Tensor, ranks: Sequence[int]) -> bool:
-    """Whether this computes it."""
-    return products.pay(x, x.dtype) and (x.dtype == torch.float32 or not any(rank % 2 for rank in ranks))
+def usable(x: Tensor, pairs: Sequence[Tensor]) -> bool:
+    """Whether this computes it: bfloat16 numbers pass by twos, and nothing of a width that is odd."""
+    if not products.pay(x, x.dtype) or any(one.dtype != torch.float32 for one in pairs):
+        return False
+    return x.dtype == torch.float32 or not any(b.shape[0] % 2 or b.shape[1] % 2 for b in pairs[1::2])
 
 
 def forward(

@@ -164,7 +164,7 @@ class LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, weights: Sequence[Weight | Unread], scales: Sequence[float], *pairs: Tensor
     ) -> tuple[Tensor, ...]:
         ranks = [a.shape[0] for a in pairs[0::2]]
-        if cpu_lora.usable(x, ranks):
+        if cpu_lora.usable(x, pairs):
             read = [None if isinstance(weight, Unread) else weight for weight in weights]
             ys, down = cpu_lora.forward(x, read, scales, pairs)
             return LoraLinears._kept(ctx, x, down, weights, scales, pairs, ys)
@@ -198,7 +198,7 @@ class LoraLinears(torch.autograd.Function):
         if gpu_lora.usable(x, ctx.scales):
             dx, d_as, d_bs = gpu_lora.backward(ctx, x, down, grads)
             return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)
-        if cpu_lora.usable(x, ctx.ranks):
+        if cpu_lora.usable(x, pairs):
             dx, d_as, d_bs = cpu_lora.backward(ctx, x, down, pairs, grads)
             return dx, None, None, *(d for pair in zip(d_as, d_bs, strict=True) for d in pair)
         d_down, dx, d_bs = torch.empty_like(down), None, []

@@ -17,7 +17,7 @@ from torch import Tensor
 from edgelora import team
 from edgelora.kernels import call, load
 from edgelora.nn.compiled import NARROW
-from edgelora.nn.scratch import room
+from edgelora.nn.scratch import room, scratch
 
 if TYPE_CHECKING:
     from edgelora.nn.linear import Weight
@@ -42,23 +42,31 @@ def factor(weight: Weight, dtype: torch.dtype, rows: tuple[int, int] | None = No
     """A weight, or the first to the last of its rows, to stand beside factors of `dtype` in a `Sum`: what is stored as
     bfloat16 as it is."""
     values: Tensor | None = getattr(weight, "values", None)  # of a `Dense` one; asked for some hundred times a step
-    if values is not None and values.dtype == torch.bfloat16:
+    if values is not None and values.dtype == torch.bfloat16 and exist(dtype) and values.device.type == "cpu":
         return values if rows is None else values[slice(*rows)]
     return weight.dequantize(dtype) if rows is None else weight.rows(*rows, dtype)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n), in the dtype of a, on any device."""
-    if not pay(a, a.dtype):
-        return torch.mm(a, b.to(a.dtype), out=out)
+    if not pay(a, a.dtype) or not b.shape[1]:
+        return torch.mm(a, b if b.dtype == a.dtype else _widened(b, a.dtype), out=out)
     out = room(a.shape[0], b.shape[1], dtype=a.dtype) if out is None else out
     compute(Sum(out, [(a, b)]))
     return out
 
 
+def _widened(b: Tensor, dtype: torch.dtype) -> Tensor:
+    """b (k, n) in another dtype, laid out as it is, in the buffer of weights."""
+    _, transposed, b = _laid(b)
+    b = b.T if transposed else b
+    b = scratch(b.shape[0], b.shape[1], dtype, b.device).copy_(b)
+    return b.T if transposed else b
+
+
 def pay(a: Tensor, dtype: torch.dtype) -> bool:
     """Whether sums of products with a (m, k), in `dtype`, are faster than torch's."""
-    return a.shape[0] >= FEW and fit(a, dtype) and _answers("products_pay", dtype)
+    return a.shape[0] >= FEW and a.shape[1] > 0 and fit(a, dtype) and _answers("products_pay", dtype)
 
 
 def fit(a: Tensor, dtype: torch.dtype) -> bool:
@@ -86,6 +94,9 @@ def compute(*sums: Sum) -> None:
         m, n = out.shape
         row, column = out.stride()
         assert column == 1
+        assert before is None or (before.dtype == torch.float32 and before.stride(1) == 1)
+        if not all((m, n, *(a.shape[1] for a, _ in pairs))):
+            raise ValueError(f"a product of nothing: {out.shape}, {[a.shape for a, _ in pairs]}")
         before_at, before_row = (0, 0) if before is None else (before.data_ptr(), before.stride(0))
         listed += out.data_ptr(), before_at, row, before_row, m, n, len(pairs), NARROW[out.dtype]
         for a, b in pairs:
@@ -93,6 +104,12 @@ def compute(*sums: Sum) -> None:
             assert (a.shape[0], *b.shape) == (m, k, n)
             a_row, a_transposed, a = _laid(a)
             b_row, b_transposed, b = _laid(b)
+            if a.dtype == torch.bfloat16:  # numbers that pass by twos lie in whole words
+                assert k % 2 == 0 or (a_transposed and not b_transposed)
+                if a_row % 2 and not a_transposed:
+                    a_row, a = k, a.contiguous()
+                if b_row % 2 and b_transposed:
+                    b_row, b_transposed, b = n, False, b.contiguous()
             terms += a.data_ptr(), b.data_ptr(), a_row, b_row, k, a_transposed, b_transposed, NARROW[b.dtype]
             alive += a, b
             work += m * n * k

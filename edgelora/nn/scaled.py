@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgelora.nn.scratch import room_like, scratch
+from edgelora.nn.scratch import room_like
 
 
 class Scaled(torch.autograd.Function):
@@ -25,8 +25,7 @@ class Scaled(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.mul(dy, factor, out=room_like(x))
         if ctx.needs_input_grad[1]:
-            products = scratch(x.shape[0], x.shape[1], factor.dtype, x.device, use="scaled")
-            d_factor = torch.mul(dy.to(factor.dtype), x, out=products).sum(0)
+            d_factor = torch.mul(dy.to(factor.dtype), x, out=room_like(x, factor.dtype)).sum(0)
         return dx, d_factor
 
 
