@@ -6,6 +6,7 @@ A chat is one question and one answer, cut so that its length in tokens is the o
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ def share(step: int, total: int) -> float:
 
 
 def texts() -> Iterator[str]:
-    """Messages of the data sets, a row of each set in turn."""
+    """Messages of the data sets, a row of each set in turn, again and again."""
     shared = CHECKOUT.parent / "shared" / "data" / "datasets"
     files = [shared / f"{name}.train.jsonl" for name in ("general", "math", "sql", "style")]
     if not shared.is_dir():
         files = [CHECKOUT / "examples" / name / "train.jsonl" for name in ("couplets", "home")]
     rows = [file.read_text(encoding="utf-8").splitlines() for file in files]
-    for i in range(max(map(len, rows))):
+    for i in itertools.count():
         for lines in rows:
             for message in json.loads(lines[i % len(lines)])["messages"]:
                 if message["role"] != "system" and message["content"].strip():

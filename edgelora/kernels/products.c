@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define PANEL (WIDE * LANES)  // columns of c
-#define DEPTH 512             // words of a panel: 128 KiB, in the second cache
+#define DEPTH 256             // words of a panel: 64 KiB, in the second cache; a longer sum is one of such sums
 #define ROWS 480              // rows of c whose sums lie beside it
 #define TURNED_ROWS 64        // rows whose words are put in order too, where they are columns of a
 #define SOON 8                // rows of words before they are read

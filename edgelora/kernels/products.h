@@ -45,7 +45,7 @@ INLINE void block(const int narrow, const int add, const int height, const int w
 #pragma GCC unroll 12
     for (int i = 0; i < height; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < width; j++) sums[i][j] = add ? load(c + i * ldc + j * LANES) : all(0);
+        for (int j = 0; j < width; j++) sums[i][j] = all(0);
     for (int64_t p = 0, stop; p < k; p = stop) {
         stop = p + 16 < k ? p + 16 : k;
         if (a.column == 1)  // rows that lie far apart, of which a line each is needed at once
@@ -65,7 +65,12 @@ INLINE void block(const int narrow, const int add, const int height, const int w
 #pragma GCC unroll 12
     for (int i = 0; i < height; i++)
 #pragma GCC unroll 4
-        for (int j = 0; j < width; j++) store(c + i * ldc + j * LANES, sums[i][j]);
+        for (int j = 0; j < width; j++) {
+            float *to = c + i * ldc + j * LANES;
+            vec sum = sums[i][j];
+            if (add) sum += load(to);  // at last: a long sum loses less in parts
+            store(to, sum);
+        }
 }
 
 INLINE Left below(Left a, int64_t rows) { return (Left){(const uint32_t *)a.at + rows * a.row, a.row, a.column}; }
