@@ -28,6 +28,14 @@ STEP = """## What the storage of frozen weights costs
 A float32 step of {tokens} tokens over each, against the same step over dense float32 weights, on {processor}.
 """
 
+PRODUCTS = """## Sums of products
+
+    python benchmarks/products.py --out benchmarks/results/products.json
+
+Microseconds for {tokens} tokens on {cores} cores of {processor}: x is what goes into a layer, W its weight, z = x Aᵀ
+and B of a LoRA of rank 16, dy the gradient of what comes out.
+"""
+
 BLOCKS = """## Blocks to floats
 
     python benchmarks/dequantize.py --out benchmarks/results/dequantize.json
@@ -105,6 +113,16 @@ def step(result: Mapping[str, Any]) -> str:
     rows = [(r["width"], r["held"], f"{r['mb']:.0f}", f"{r['ratio']:.2f}") for r in result["found"]]
     text = STEP.format(tokens=result["tokens"], processor=result["processor"])
     return text + "\n" + markdown(["width", "held as", "MB", "times the dense step"], rows) + "\n"
+
+
+def sums(result: Mapping[str, Any]) -> str:
+    rows = [
+        (r["dtype"], f"{r['d_in']} → {r['d_out']}", r["what"], r["ours_us"], r["torch_us"],
+         f"{r['torch_us'] / r['ours_us']:.2f}")
+        for r in result["found"]
+    ]  # fmt: skip
+    head = ["dtype", "layer", "product", "edgelora", "torch", "times torch's speed"]
+    return PRODUCTS.format(**result) + "\n" + markdown(head, rows) + "\n"
 
 
 def blocks(result: Mapping[str, Any]) -> str:
@@ -263,8 +281,8 @@ def gpu(result: Mapping[str, Any]) -> str:
 def written() -> str:
     """The whole text."""
     parts: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "train": training, "step": step, "dequantize": blocks, "export": export, "export-memory": memory,
-        "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report, "kill": kill,
+        "train": training, "products": sums, "step": step, "dequantize": blocks, "export": export,
+        "export-memory": memory, "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report, "kill": kill,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand

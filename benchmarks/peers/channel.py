@@ -66,19 +66,22 @@ class Side:
     """The benchmark's end of one side, a child process that stays alive. Use it as a context manager.
 
     `seconds_to_first_step`: from starting the process until its first step could begin.
+    `tree`: the benchmarks of the checkout whose code it runs.
     """
 
-    def __init__(self, program: str, settings: Mapping[str, Any], log: Path, threads: int) -> None:
+    def __init__(
+        self, program: str, settings: Mapping[str, Any], log: Path, threads: int, tree: Path = BENCHMARKS
+    ) -> None:
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
+            "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tree.parent),
         }  # fmt: skip
         self._log = log
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as err:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", f"peers.{program}", json.dumps(settings)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, cwd=BENCHMARKS, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True, cwd=tree, env=environment,
             )  # fmt: skip
         self.facts = self._hear()["facts"]
         self.seconds_to_first_step = time.perf_counter() - start

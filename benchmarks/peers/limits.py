@@ -14,15 +14,7 @@ WIDTHS = {"4bit-768": 768}  # of parts whose model is padded
 HELD = {"blocks": "bf16"}  # of the checkpoint that all sides train over: its blocks are bfloat16
 ADAMW_BYTES = 16  # of each trained parameter in float32: itself, its gradient and two moments
 PROFILED = {"ragged, bf16": "ragged-bf16", "ragged, f32": "ragged-f32", "full rows of 1024, bf16": "full-1024"}
-PRODUCTS = (
-    "aten::mm",
-    "aten::addmm_",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::matmul",
-    "sums of products",
-    "narrow_product",
-)
+PRODUCTS = ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm", "aten::matmul", "sums of products")
 
 
 def peak_gflops(parts: Mapping[str, Any], dtype: str) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.nn.linear import Linear, Weight, product
+from edgelora.nn.scaled import scaled
 from edgelora.peft.defaults import Defaults, always
 
 FEED_FORWARD = "down_proj"
@@ -33,8 +34,8 @@ class Ia3Delta(nn.Module):
 
     def forward(self, x: Tensor, weight: Weight) -> Tensor:
         if len(self.ia3_l) == 1:
-            return product((x * self.ia3_l).to(x.dtype), weight)
-        return (product(x, weight) * self.ia3_l[:, 0]).to(x.dtype)
+            return product(scaled(x, self.ia3_l[0]), weight)
+        return scaled(product(x, weight), self.ia3_l[:, 0])
 
     def of_bias(self, bias: Tensor | None) -> Tensor | None:
         return bias if bias is None or len(self.ia3_l) == 1 else bias * self.ia3_l[:, 0]
