@@ -282,7 +282,8 @@ def written() -> str:
     """The whole text."""
     parts: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "train": training, "products": sums, "step": step, "dequantize": blocks, "export": export,
-        "export-memory": memory, "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live, "report": report, "kill": kill,
+        "export-memory": memory, "budget": budget, "budget-gemma": partial(budget, about=GEMMA), "live": live,
+        "report": report, "kill": kill,
     }  # fmt: skip
     found = {name: RESULTS / f"{name}.json" for name in parts}
     if (measured := RESULTS / "gpu.json").exists():  # where a graphics card was at hand

@@ -26,14 +26,15 @@ What limits a step: its matrix products. They take the shares of time below, and
 time left out, {products}.
 They do not reach more because each micro-batch brings all weights from memory twice, and because an adapter's products
 are only 16 wide. The rest lies between products, where each layer's tensors are read and written a few times, over
-quantized weights in their way out of the blocks, and in Python: some 0.1 s a micro-batch. Products are summed in
-float32 by code of our own (kernels/products.c), as fast as oneDNN's where these are alone and faster with what an
-adapter adds; attention and logits multiply in bfloat16 and sum in float32.
+quantized weights in their way out of the blocks, and in Python and autograd (looked at once: 0.09 s a micro-batch).
+Products are summed in float32 by code of our own (the next section); attention and logits multiply in bfloat16 and sum
+in float32.
 
 The processor is a Zen 4. The record before, without these products, was of a Zen 5, whose products are twice as fast:
 TRL 6.22 times, PEFT 3.28 (ragged), 1.99 and 2.11 (full rows), 3.73 (float32), bitsandbytes 4.0 to 4.4; the losses in
-the table are of that record. On one Zen 4, in turns with the tree of that record, a step is 1.2 times as fast (ragged
-bfloat16 and float32), 1.07 on full rows of 1024.
+the table are of that record. On one Zen 4, in turns with the tree of that record (9edfc9d; `benchmarks/turns.py`,
+medians of 5 rounds), a step is 1.17 times as fast (ragged bfloat16), 1.19 (float32), 1.24 (Q4_0), 1.08 (full rows of
+512 and 1024), and takes 50 to 84 MiB less.
 
 Full rows have no padding, so what packing gains over ragged ones (a factor of {padding:.2f}) is gone. Twice the peer's
 speed would be {wanted_512:.0f} tokens/s at 512 ({needed_512:.0%} of the peak, where {reached_512:.0%} are reached) and

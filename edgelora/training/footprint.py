@@ -30,7 +30,10 @@ from edgelora.training.base_footprint import Model, base_bytes
 
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
-FIRST_STEP = 80_000_000  # pages of libraries that it touches, what oneDNN keeps (nn/primitives.py), and first holes
+FIRST_STEP = 50_000_000  # pages of libraries that it touches, and first holes
+ONEDNN = (
+    60_000_000  # what oneDNN keeps for shapes of products (nn/primitives.py), where these are not the compiled code's
+)
 # Memory between live tensors that the allocator cannot hand out again, as a share of activations; more where tensors
 # of two dtypes take turns in it (nn/scratch.py: room). Both as benchmarks/memory.py finds them.
 LOST = {"cpu": {"f32": 0.0, "bf16": 0.28}, "cuda": {"f32": 0.1, "bf16": 0.1}, "mps": {"f32": 0.1, "bf16": 0.1}}
@@ -70,6 +73,11 @@ class Footprint:
     def in_words(self) -> str:
         """`process 375, base 140, …`, in MB."""
         return ", ".join(f"{name} {n / 1e6:.0f}" for name, n in self.as_dict().items() if n)
+
+
+def first_step(model: Model, config: TrainConfig) -> int:
+    """What a process on a CPU takes once and for all when it computes for the first time."""
+    return FIRST_STEP + (0 if config.dtype in model.sums else ONEDNN)
 
 
 def kept_by_a_layer(model: Model, config: TrainConfig, copied: bool = True) -> int:
@@ -203,7 +211,7 @@ def footprint(
     activations, offloaded = activation_bytes(model, config, load, device)
     fixed = IMPORTS if device == "cpu" else CUDA_CONTEXT
     return Footprint(
-        process=(fixed if process is None else process) + (FIRST_STEP if device == "cpu" else 0),
+        process=(fixed if process is None else process) + (first_step(model, config) if device == "cpu" else 0),
         base=base_bytes(model, config.base_dtype),
         adapter=numbers * (2 if config.ema_decay else 1) + 4 * held_beside(model, config),
         gradients=numbers,
