@@ -25,6 +25,7 @@ from edgelora.training.memory import SHARE, Machine, what_would_fit
 from edgelora.training.optim import build_optimizer
 from edgelora.training.settle import settle
 from edgelora.training.whole import optimizer_of
+from edgelora.words import size
 
 ENOUGH = 10**10  # bytes
 
@@ -144,8 +145,9 @@ def test_where_memory_is_short_it_takes_adafactor(tiny):
 def test_the_size_of_its_file_is_said_before_it_is_trained(tiny):
     base = open_base(tiny.path)
     plan = settle(config_of(base.path), base, ENOUGH)
-    numbers = sum(d_out * d_in for d_out, d_in in base.linears.values()) + sum(base.norms.values())
-    assert plan.choices["size"].value == f"{4 * numbers / 1e6:.0f} MB"
+    matrices = {**base.linears, **base.vocabularies}.values()
+    numbers = sum(d_out * d_in for d_out, d_in in matrices) + sum(base.norms.values())
+    assert plan.choices["size"].value == size(4 * numbers)
     assert plan.config.learning_rate == 1e-4  # a tenth of a LoRA's
 
 

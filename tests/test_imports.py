@@ -31,15 +31,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "edgelora": {"training", "config"},  # the package itself: `edgelora.train` and `edgelora.TrainConfig`, on demand
     "training": {
         "peft", "base", "nn", "architectures", "data", "files", "invocation", "device", "kernels", "versions",
-        "config", "faults", "progress", "errors",
+        "config", "faults", "progress", "words", "errors",
     },
     "peft": {"nn", "architectures", "files", "errors"},
     "base": {"nn", "architectures", "data", "files", "device", "team", "kernels", "errors"},
     "nn": {"architectures", "team", "kernels", "errors"},
     "architectures": {"files", "errors"},
-    "evaluate": {"data", "progress", "errors"},
+    "evaluate": {"data", "progress", "words", "errors"},
     "data": {"files", "words", "errors"},
-    "files": {"errors"},
+    "files": {"words", "errors"},
     "child": {"progress", "errors"},
     "catalog": {"home", "errors"},
     "home": {"errors"},

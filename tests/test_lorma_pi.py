@@ -20,6 +20,7 @@ from edgelora.config import TrainConfig
 from edgelora.peft.inject import attach
 from edgelora.peft.lorma_pi import beyond_identity, fresh, turned_back
 from edgelora.training.settle import settle
+from edgelora.words import size
 
 
 def turned(matrix):
@@ -70,7 +71,7 @@ def test_the_size_of_what_it_leaves_is_that_of_the_weights(tiny):
     base = open_base(tiny.path)
     plan = settle(TrainConfig(base=base.path, data="rows.jsonl", out="out", method="lorma_pi"), base, 10**10)
     numbers = sum(d_out * d_in for d_out, d_in in base.linears.values())
-    assert plan.choices["size"].value == f"{4 * numbers / 1e6:.0f} MB"
+    assert plan.choices["size"].value == size(4 * numbers)
 
 
 def test_merged_it_computes_the_same_in_llama_cpp(family, tmp_path):  # noqa: F811

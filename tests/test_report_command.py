@@ -154,7 +154,7 @@ def test_what_was_measured_is_not_measured_again(asked, made, again):
     heard, said = [], []
     same = make_report(replace(asked, out=again), "x", None, Heard(heard.append, said.append))
     assert heard == []
-    assert said == ["6 cells, 6 of them measured before; 0 files to build, 0 MB at most"]
+    assert said == ["6 cells, 6 of them measured before; 0 files to build"]
     assert same.report.cells == made.report.cells
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from edgelora.words import size
+
 if TYPE_CHECKING:
     from edgelora.cli.display import Listener
     from edgelora.pipeline.budget import Reached
@@ -90,12 +92,11 @@ def run(asked: Asked, *, as_json: bool) -> None:
 def _say(reached: Reached, source: str, display: Listener) -> None:
     for tried in reached.attempts:
         if tried is not reached.taken:
-            size, kl = tried.file_bytes / 1e6, tried.measured.kl_mean
-            display.say(f"a plan of {size:.1f} MB has a KL of {kl:.4g}: not taken")
+            display.say(f"a plan of {size(tried.file_bytes)} has a KL of {tried.measured.kl_mean:.4g}: not taken")
     last = reached.taken
     kinds = Counter(kind.name for kind in reached.plan.types.values()).most_common()
     display.say(
-        f"{reached.path}: {reached.size_bytes / 1e6:.1f} MB, mean KL {reached.kl:.4g} to {source} on "
+        f"{reached.path}: {size(reached.size_bytes)}, mean KL {reached.kl:.4g} to {source} on "
         f"{last.measured.n_tokens:,} held-out tokens ({last.predicted_kl:.4g} predicted)"
     )
     display.say("tensors: " + ", ".join(f"{n} {kind}" for kind, n in kinds))

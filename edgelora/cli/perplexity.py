@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.cli.arguments import Base, Engine, Json, Unverified, scaled
+from edgelora.words import size
 
 if TYPE_CHECKING:
     from edgelora.evaluate.divergence import Divergence, Estimate
@@ -71,7 +72,7 @@ def _draw(found: Measured) -> None:
         f"perplexity     {p.value:.4f} ± {p.error:.5f}",
         f"bits per byte  {found.bits_per_byte:.4f}",
         f"scored         {p.n_tokens:,} tokens in {found.n_windows} windows of {found.context}, "
-        f"{found.tokens_per_s:.0f} tokens/s, {found.peak_bytes / 1e6:.0f} MB",
+        f"{found.tokens_per_s:.0f} tokens/s, {size(found.peak_bytes)}",
     ]
     if found.divergence is not None:
         top = found.against_top

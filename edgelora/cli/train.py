@@ -12,7 +12,7 @@ from edgelora.cli.arguments import Json
 from edgelora.cli.importing import uncollected
 from edgelora.cli.options import as_toml, settled, with_options
 from edgelora.config import TrainConfig
-from edgelora.words import count
+from edgelora.words import count, size
 
 if TYPE_CHECKING:
     from edgelora.cli.display import Listener
@@ -79,7 +79,7 @@ def tell(run: Run, config: TrainConfig, display: Listener) -> None:
     held = "" if run.held_out_loss is None else f", held-out loss {run.held_out_loss:.4f}"
     display.say(
         f"{run.out}: {count(run.n_steps, 'step')} over {count(run.n_rows, 'row')} in {run.seconds:.0f} s, "
-        f"{run.tokens_per_s:.0f} tokens/s, peak memory {run.peak_bytes / 1e6:.0f} MB{held}"
+        f"{run.tokens_per_s:.0f} tokens/s, peak memory {size(run.peak_bytes)}{held}"
     )
     if run.step != run.n_steps:
         display.note(f"it is the adapter of step {run.step}, whose held-out loss was the lowest")

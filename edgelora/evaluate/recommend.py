@@ -14,6 +14,7 @@ from edgelora.evaluate.cells import CellResult, in_order
 from edgelora.evaluate.measures import kind_of, title_of
 from edgelora.evaluate.pareto import goodness, ranked_by
 from edgelora.evaluate.studied import advice
+from edgelora.words import size
 
 RULES = (
     "Only whole cells count: what failed, is partial, or whose figure is no number is never ranked. The base alone is "
@@ -230,7 +231,7 @@ def _figures(cell: CellResult, keys: Sequence[str]) -> str:
 
 def _size(cell: CellResult) -> str:
     peak = cell.speed.peak_bytes
-    return f"{cell.size_bytes / 1e6:.0f} MB" + (f", {peak / 1e6:.0f} MB of memory" if peak else "")
+    return size(cell.size_bytes) + (f", {size(peak)} of memory" if peak else "")
 
 
 def _speed(cell: CellResult) -> float:

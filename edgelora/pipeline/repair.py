@@ -15,6 +15,7 @@ from edgelora.pipeline.contracts import contract_over
 from edgelora.pipeline.export import Certificate, certify_adapter
 from edgelora.pipeline.prepared import Attempt, BudgetOptions, Prepared
 from edgelora.progress import OnProgress, Pace, Progress
+from edgelora.words import size
 
 FOLDER = "adapter"  # beside the draft, for the time of the check
 
@@ -44,7 +45,7 @@ class Repair:
     def __str__(self) -> str:
         verdict = "kept" if self.kept else "not kept"
         return (
-            f"repair of rank {self.rank}, {self.size_bytes / 1e6:.1f} MB: KL {self.kl_without:.4f} → "
+            f"repair of rank {self.rank}, {size(self.size_bytes)}: KL {self.kl_without:.4f} → "
             f"{self.kl_with:.4f}, the same bytes as bits {self.kl_bits:.4f}: {verdict}"
         )
 

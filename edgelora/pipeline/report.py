@@ -30,6 +30,7 @@ from edgelora.pipeline.grid_provenance import provenance
 from edgelora.pipeline.page import write_page
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.interrupt import Stopped, asked_by
+from edgelora.words import count, size
 
 CELLS, FILES, LOCK = "cells", "files", "lock"
 CHILD_SECONDS = 2.0  # to start a process and load a model, four or more times a cell: what is said before one was timed
@@ -113,9 +114,8 @@ class _Run:
         survey = Survey(self.grid, self.folder / FILES)
         needed, n_places, n_left = survey.require_space(), len(self.grid.places), len(self.left)
         kept = f", {n_places - n_left} of them measured before" if n_left < n_places else ""
-        self.heard.on_say(
-            f"{n_places} cells{kept}; {len(survey.missing)} files to build, {needed / 1e6:.0f} MB at most"
-        )
+        room = f", {size(needed)} at most" if survey.missing else ""
+        self.heard.on_say(f"{n_places} cells{kept}; {count(len(survey.missing), 'file')} to build{room}")
         if not n_left:
             return
         self.forecast = self._forecast()

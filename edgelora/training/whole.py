@@ -13,6 +13,7 @@ from edgelora.peft.remade import no_floats
 from edgelora.training.adapter_footprint import adapted, adapter_numbers, trained_whole
 from edgelora.training.base_footprint import Model, held_bytes
 from edgelora.training.defaults import WHOLE_BESIDE
+from edgelora.words import size
 
 MOMENTS_SHARE = 0.25  # of the memory there is, beyond which AdamW's moments of whole weights are not taken unasked
 
@@ -73,4 +74,4 @@ def size_of(config: TrainConfig, model: Model) -> dict[str, Choice]:
     matrices += [model.matrices[f"{name}.weight"][0] for name in trained_whole(model, config).vocabularies]
     numbers = sum(map(prod, matrices)) + sum(norms)
     why = f"what is added to {numbers / 1e6:.0f} million weights, float32; `edgelora merge` makes a model of it"
-    return {"size": Choice(f"{4 * numbers / 1e6:.0f} MB", why)}
+    return {"size": Choice(size(4 * numbers), why)}
