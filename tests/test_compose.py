@@ -509,6 +509,8 @@ def test_what_is_wrong_with_an_adapter_is_said(tiny, base, make_tiny, folders, t
     assert "model.layers.0.mlp.up_proj: it holds NaN or infinite values" in refused(one, nan)
     assert "named twice" in refused(one, one)
     assert "nothing to compose" in refused()
+    with pytest.raises(ConfigError, match="two:0: nothing of it would be in the result"):
+        compose_adapters(tiny.path, [(one, 1.0), (two, 0.0)], tmp_path / "x", ComposeOptions())
     assert "exists already" in refused(one, two, out=two)
     assert "it would be written over" in refused(one, two, out=two, overwrite=True)
     (two_unsigned := tmp_path / "unsigned").mkdir()

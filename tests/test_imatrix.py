@@ -30,7 +30,15 @@ from edgelora.base.importance import collect_importance
 from edgelora.base.model import open_base
 from edgelora.cli import run
 from edgelora.data.calibration import Mix, _sample, calibrate
-from edgelora.errors import BaseModelError, ConfigError, DataError, EngineError, ExportError, FileFormatError
+from edgelora.errors import (
+    AdapterError,
+    BaseModelError,
+    ConfigError,
+    DataError,
+    EngineError,
+    ExportError,
+    FileFormatError,
+)
 from edgelora.files.gguf import GGUFFile
 from edgelora.peft.adapter import write_adapter
 from edgelora.pipeline.imatrix import Settings, compute_importance
@@ -374,6 +382,15 @@ def test_a_dora_is_computed_in_torch(make_tiny, text, tmp_path):
     merge(model, adapters, tmp_path / "merged.gguf")
     merged = compute(tmp_path / "merged.gguf", tmp_path / "b.gguf", text=text)
     assert_alike(made.importance, merged.importance, rtol=2e-2)  # its weights are rounded to F16
+
+
+def test_an_adapter_of_another_base_is_called_that_and_not_misshapen(make_tiny, text, tmp_path):
+    other = make_adapter(open_base(make_tiny(seed=9).path))
+    parts = other.tensors["model.layers.0.mlp.up_proj"]
+    parts["lora_A"] = parts["lora_A"][:, :-32]
+    write_adapter(tmp_path / "theirs", other)
+    with pytest.raises(AdapterError, match="theirs does not belong to"):
+        compute(make_tiny().path, tmp_path / "a.gguf", text=text, adapters=[(tmp_path / "theirs", 1.0)])
 
 
 def test_a_family_that_only_llama_cpp_computes(make_tiny, text, tmp_path):

@@ -76,6 +76,12 @@ def compose_adapters(
     """
     if not adapters:
         raise ConfigError("nothing to compose", "no adapter was named", "pass --adapter FOLDER[:WEIGHT]")
+    if nothing := [path for path, weight in adapters if not weight]:
+        raise ConfigError(
+            what=f"--adapter {nothing[0]}:0: nothing of it would be in the result",
+            why="a weight multiplies what an adapter changes",
+            fix="leave it out, or give it another weight",
+        )
     refuse_to_write(out, options.overwrite)
     made_from = stamp(base_path, *(path for path, _ in adapters))
     made_from.require_apart(out)

@@ -22,7 +22,7 @@ from edgelora.files.atomic import refuse_existing, staged
 from edgelora.files.contract import require_same_base
 from edgelora.files.gguf import GGUFFile
 from edgelora.files.unchanged import stamp
-from edgelora.peft.adapter import Adapter, read_adapter
+from edgelora.peft.adapter import Adapter
 from edgelora.pipeline.export import read_checked
 from edgelora.pipeline.foreign import Foreign, open_model
 from edgelora.progress import OnProgress, Pace, Progress, silent
@@ -155,7 +155,7 @@ def _more_than_a_lora(path: Path, base: Base) -> str | None:
 
 
 def _read(path: Path, base: Base) -> Adapter:
-    return read_adapter(path, base.layers, may_have_rows=False)
+    return read_checked(path, base, allow_unverified=True)  # of another base it is refused here, of none where it runs
 
 
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:
