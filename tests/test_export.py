@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.data.encode import Example
 from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, BaseFile, Contract, sha256_file
@@ -23,6 +24,7 @@ from edgelora.peft.adapter import CONFIG, TENSORS, Adapter, read_adapter, write_
 from edgelora.peft.inject import attach
 from edgelora.peft.soft_prompt import SAVED
 from edgelora.pipeline.export import ExportOptions, export, read_checked, read_checked_prompt
+from edgelora.pipeline.said import within
 from runtime.scorer import ScoringEngine
 
 IDS = [[*range(3, 60)], [*range(100, 180)]]
@@ -156,6 +158,34 @@ def test_export_compares_where_something_is_learned(tiny, tmp_path):
     with pytest.raises(DataError, match="no row has an answer to compare"):
         export(tiny.path, tmp_path / "mine", tmp_path / "other.gguf", none)
     assert not (tmp_path / "other.gguf").exists()
+
+
+def test_a_row_beyond_the_context_is_compared_as_far_as_it_fits(tiny, tmp_path):
+    base = open_base(tiny.path)
+    write_adapter(tmp_path / "mine", make_adapter(base))
+    long = [{"role": "user", "content": "lights " * base.context}, {"role": "assistant", "content": "off " * 40}]
+    short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = "".join(json.dumps({"messages": row}) + "\n" for row in (long, short))
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    certificate = export(
+        tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", ExportOptions(data=tmp_path / "rows.jsonl")
+    )
+    assert certificate.passed
+    assert certificate.equal_ids == certificate.n_prompts == 2
+
+
+@pytest.mark.parametrize(("n", "answer", "room", "ids", "compared"), [
+    (9, slice(4, 8), 9, [*range(9)], [4, 5, 6, 7]),  # it fits: as it is
+    (9, slice(4, 8), 6, [0, 3, 4, 5, 6, 7], [4, 5, 6, 7]),  # the first token, and up to the answer's end
+    (9, slice(2, 4), 6, [*range(6)], [2, 3]),  # what follows the answer goes first
+    (9, slice(1, 9), 4, [0, 6, 7, 8], [6, 7, 8]),  # an answer that is longer itself
+    (600, slice(100, 500), 600, [*range(600)], [*range(244, 500)]),  # no more than 256 are compared
+])  # fmt: skip
+def test_what_a_long_row_is_compared_on(n, answer, room, ids, compared):
+    whole = Example(np.arange(n), np.isin(np.arange(n), np.arange(n)[answer]))
+    part = within(whole, room)
+    assert part.input_ids.tolist() == ids
+    assert part.input_ids[part.loss_mask].tolist() == compared
 
 
 def test_export_refuses_another_base_and_an_existing_file(make_tiny, tiny, tmp_path):

@@ -108,7 +108,8 @@ def export(
     dtype, allowed = options.dtype, options.allow_unverified
     if is_trained_prompt(adapter_path):
         prompt = read_checked_prompt(adapter_path, base, allow_unverified=allowed)
-        contract, check = prompt.contract, SoftCheck(base.as_trained(prompt.contract), adapter_path, rows)
+        contract, spoken = prompt.contract, base.as_trained(prompt.contract)
+        check = SoftCheck(spoken, adapter_path, prompt.length, rows)
         states = check.states(on_progress)
         certificate = write_certified(
             result,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelora.data.conversation import Conversation
-from edgelora.data.encode import Example
+from edgelora.data.encode import Example, encode_conversation
 from edgelora.errors import DataError
 from edgelora.pipeline.check_rows import CHECK_TEXTS, DEFAULT_CHECK, Speaks, require_template
 from edgelora.pipeline.tokenize import Tokenized, tokenize_chat
@@ -44,6 +44,26 @@ class Said:
     def examples(self) -> list[Example]:
         """Those of all groups, one group behind another."""
         return [example for group in self.groups for example in group]
+
+
+def answered(base: Speaks, rows: Sequence[Conversation], room: int) -> list[Group]:
+    """The rows as they are trained on, in groups; of a longer one than `room` tokens what `within` leaves."""
+    examples = [encode_conversation(row, base.tokenizer, base.template) for row in rows]
+    return list(groups_of([within(example, room) for example in examples]))
+
+
+def within(example: Example, room: int) -> Example:
+    """At most `room` tokens, of which at most ROW_TOKENS are learned: the last of them, and what leads up to them.
+
+    The first token, which may be BOS, stays.
+    """
+    learned = np.flatnonzero(example.loss_mask)
+    compared = np.isin(np.arange(len(example)), learned[-ROW_TOKENS:])
+    kept = np.arange(len(example))
+    if len(example) > room:
+        end = max(int(learned[-1]) + 1, room)
+        kept = np.append(0, kept[end - room + 1 : end])
+    return Example(example.input_ids[kept], compared[kept])
 
 
 def groups_of(examples: Sequence[Example]) -> Iterator[list[Example]]:

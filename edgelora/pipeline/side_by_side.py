@@ -14,11 +14,10 @@ import numpy as np
 from edgelora.base.head import Head
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
-from edgelora.data.encode import encode_conversation
 from edgelora.evaluate.fidelity import Fidelity, Tally
 from edgelora.pipeline.compare import InLlamaCpp, in_llama_cpp, logits, stepper
 from edgelora.pipeline.new_rows import head_rows
-from edgelora.pipeline.said import Group, groups_of
+from edgelora.pipeline.said import Group, answered
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.pipeline.torch_states import Reference, torch_states
 from edgelora.progress import OnProgress
@@ -45,7 +44,7 @@ class SideBySide:
 def side_by_side(work: SideBySide, on_progress: OnProgress) -> tuple[int, list[Fidelity]]:
     """How many rows have the same ids, and how far llama.cpp is from torch: bare, and from each whole with the LoRA."""
     base, _ = work.wholes[-1].open()
-    groups = list(groups_of([encode_conversation(row, base.tokenizer, base.template) for row in work.rows]))
+    groups = answered(base, work.rows, base.context)
     examples = [example for group in groups for example in group]
     states = run_in_child(torch_states, work.models, examples, with_torch=True, on_progress=on_progress)
     return run_in_child(_compare, work, groups, states, on_progress=on_progress)

@@ -15,7 +15,6 @@ from edgelora.base.head import Head
 from edgelora.base.model import Base, open_base
 from edgelora.child import run_in_child
 from edgelora.data.conversation import Conversation
-from edgelora.data.encode import encode_conversation
 from edgelora.device import compute_threads
 from edgelora.evaluate.fidelity import Fidelity, fidelity
 from edgelora.files.gguf import GGUFFile
@@ -23,7 +22,7 @@ from edgelora.files.soft_prompt import MAX_REFERENCE_TOKENS, N_REFERENCES, read_
 from edgelora.pipeline.check_rows import DEFAULT_CHECK
 from edgelora.pipeline.compare import logits, stepper
 from edgelora.pipeline.evaluate import context_for
-from edgelora.pipeline.said import Group, groups_of
+from edgelora.pipeline.said import Group, answered
 from edgelora.pipeline.soft_states import SoftStates, soft_states
 from edgelora.pipeline.tokenize import difference_of_chat, tokenize_chat
 from edgelora.progress import OnProgress
@@ -35,16 +34,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SoftCheck:
-    """A folder of PEFT's over a base, and what both sides must say. `base`: with the template it was trained with."""
+    """A folder of PEFT's over a base, and what both sides must say. `base`: with the template it was trained with.
+
+    n_before: positions that stand before every row.
+    """
 
     base: Base
     folder: Path
+    n_before: int
     rows: Sequence[Conversation]
 
     @property
     def groups(self) -> list[Group]:
         """The rows as token ids, a few at a time."""
-        return list(groups_of([encode_conversation(row, self.base.tokenizer, self.base.template) for row in self.rows]))
+        return answered(self.base, self.rows, self.base.context - self.n_before)
 
     def states(self, on_progress: OnProgress) -> SoftStates:
         """What torch computes, in a child."""
