@@ -58,10 +58,10 @@ def test_the_smallest_that_is_not_clearly_worse_is_taken_and_the_words_say_why()
     # the interval is that of the paired bootstrap, which is what makes it noise
     (low, high), (least, most) = (differs(F16, other) for other in (Q4, Q2))
     assert found.why.splitlines() == [
-        "Q4_K_M merged: 105 MB, within noise of F16 merged, the best on your task, 1.9× its speed.",
+        "Q4_K_M merged: 105.0 MB, within noise of F16 merged, the best on your task, 1.9× its speed.",
         f"Right answers 91.0% against 93.0%: −2.0 points (95 %: {low} … {high}).",
-        "Take F16 merged (270 MB) if the best measured figure is worth its size.",
-        f"Q2_K merged (88 MB) is smaller, but worse: right answers −18.0 points (95 %: {least} … {most}).",
+        "Take F16 merged (270.0 MB) if the best measured figure is worth its size.",
+        f"Q2_K merged (88.0 MB) is smaller, but worse: right answers −18.0 points (95 %: {least} … {most}).",
     ]
 
 
