@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from test_export import make_adapter
+from test_methods import stir
 
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
+from edgelora.peft.inject import inject
 from edgelora.pipeline.doctor import _features
 from runtime.binding import Context, Entry, Lora, Model, Placement
 
@@ -132,6 +134,24 @@ def test_torch_on_mps_computes_what_it_computes_on_the_cpu(tiny, device):
     wanted = build_decoder(base).logits(ids)
     found = build_decoder(base, device=device).logits(ids.to(device)).cpu()
     assert mean_kl(wanted.detach().numpy(), found.detach().numpy()) < 1e-5
+
+
+@DEVICE
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_a_step_on_mps_has_the_gradients_of_one_on_the_cpu(tiny, device, method):
+    found = []
+    for on in ("cpu", device):
+        base, ids = open_base(tiny.path), torch.tensor(TOKENS, device=on)
+        decoder = build_decoder(base, device=on)
+        inject(decoder, method, 4, 8.0, seed=0)
+        stir(decoder)
+        decoder.to(on)
+        positions = torch.arange(len(ids), device=on)
+        loss = decoder.nll(decoder(ids, positions, [0, len(ids)])[:-1], ids[1:]).sum()
+        loss.backward()
+        found.append([loss.detach().cpu(), *(p.grad.cpu() for p in decoder.parameters())])
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_doctor_names_the_gpu_that_llama_cpp_was_built_for():

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from edgelora.nn.linear import Factors, Weight, times, times_transposed
-from edgelora.nn.products import factor, product
+from edgelora.nn.linear import Factors, Weight, times_transposed
+from edgelora.nn.products import add_product, factor, product
 
 
 class Drop(NamedTuple):
@@ -54,7 +54,7 @@ class DroppedLora(torch.autograd.Function):
         d_a = (d_down.T @ ctx.drop(x)).to(a.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.drop(d_down @ a.to(dy.dtype)).add_(times(dy, ctx.weight))
+            dx = add_product(ctx.drop(d_down @ a.to(dy.dtype)), dy, factor(ctx.weight, dy.dtype))
         return dx, None, None, None, None, d_a, d_b
 
 
@@ -91,7 +91,7 @@ class Parted(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             w = factor(ctx.weight, dy.dtype)
-            dx = ctx.drop((d_down @ a.to(dy.dtype)).add_(product(dy - dz, w))).add_(product(dz, w))
+            dx = add_product(ctx.drop(add_product(d_down @ a.to(dy.dtype), dy - dz, w)), dz, w)
         return dx, None, None, None, d_a, d_b
 
 

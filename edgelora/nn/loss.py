@@ -115,8 +115,10 @@ def parts(hidden: Tensor, head: Weight) -> Iterator[tuple[slice, Tensor]]:
     vocabulary = head.shape[0]
     step = positions(len(hidden), vocabulary, hidden.device.type)
     # a card's allocator has such memory at hand, and the backward pass needs it for other things
-    on_card = hidden.is_cuda
-    buffer = hidden.new_empty(step, vocabulary) if on_card else scratch(step, vocabulary, hidden.dtype, use="logits")
+    if hidden.device.type == "cpu":
+        buffer = scratch(step, vocabulary, hidden.dtype, use="logits")
+    else:
+        buffer = hidden.new_empty(step, vocabulary)
     for first in range(0, len(hidden), step):
         n = min(step, len(hidden) - first)
         yield slice(first, first + n), buffer[:n]

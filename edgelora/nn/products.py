@@ -50,10 +50,19 @@ def factor(weight: Weight, dtype: torch.dtype, rows: tuple[int, int] | None = No
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n), in the dtype of a, on any device."""
     if not pay(a, a.dtype) or not b.shape[1]:
-        return torch.mm(a, b if b.dtype == a.dtype else _widened(b, a.dtype), out=out)
+        b = b if b.dtype == a.dtype else _widened(b, a.dtype)
+        # MPS has written garbage into a part of a larger `out` (pytorch#193385)
+        return torch.mm(a, b, out=out) if out is None or a.device.type != "mps" else out.copy_(a @ b)
     out = room(a.shape[0], b.shape[1], dtype=a.dtype) if out is None else out
     compute(Sum(out, [(a, b)]))
     return out
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out (m, n) += a (m, k) b (k, n), rounded once more than it must be where the product is ours."""
+    if pay(a, a.dtype) or b.dtype != a.dtype:
+        return out.add_(product(a, b))
+    return out.addmm_(a, b)
 
 
 def _widened(b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,12 +75,17 @@ def _widened(b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def pay(a: Tensor, dtype: torch.dtype) -> bool:
     """Whether sums of products with a (m, k), in `dtype`, are faster than torch's."""
-    return a.shape[0] >= FEW and a.shape[1] > 0 and fit(a, dtype) and _answers("products_pay", dtype)
+    return a.shape[0] >= FEW and a.shape[1] > 0 and fit(a, dtype) and are_faster(dtype)
 
 
 def fit(a: Tensor, dtype: torch.dtype) -> bool:
     """Whether there are any with a (m, k): bfloat16 numbers pass by twos."""
     return a.device.type == "cpu" and exist(dtype) and (dtype == torch.float32 or a.shape[1] % 2 == 0)
+
+
+def are_faster(dtype: torch.dtype) -> bool:
+    """Whether on this processor they are faster than torch's."""
+    return dtype in NARROW and _answers("products_pay", dtype)
 
 
 def exist(dtype: torch.dtype) -> bool:

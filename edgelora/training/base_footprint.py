@@ -17,7 +17,7 @@ from edgelora.base.model import Base
 from edgelora.device import compute_threads
 from edgelora.kernels import load as kernels
 from edgelora.nn import products
-from edgelora.nn.compiled import LANES, NARROW
+from edgelora.nn.compiled import LANES
 
 Type = GGMLQuantizationType
 Shape = tuple[int, int]
@@ -32,7 +32,7 @@ def compiled_threads() -> int:
 
 def summed() -> frozenset[str]:
     """The dtypes of which the compiled code sums products on this CPU (nn/products.py), by their names in a config."""
-    return frozenset(name for name, dtype in FLOATS.items() if dtype in NARROW and products.exist(dtype))
+    return frozenset(name for name, dtype in FLOATS.items() if products.are_faster(dtype))
 
 
 @dataclass(frozen=True)
