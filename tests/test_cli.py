@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -468,6 +469,16 @@ def test_what_print_config_prints_is_a_config(files, tmp_path, capsys):
     assert 'optimizer = "lion"' in first
     assert "# learning_rate = " in first  # left to be chosen
     assert [p.name for p in tmp_path.iterdir()] == ["printed.toml"]
+
+
+def test_print_config_alone_leaves_blanks(capsys):
+    assert run(["train", "--print-config", "--rank", "8"]) == 0
+    shown = capsys.readouterr().out
+    settings = tomllib.loads(shown)
+    assert settings["rank"] == 8
+    assert not {"base", "data", "out"} & settings.keys()
+    assert all(f"\n# {name} = \n" in shown for name in ("base", "data", "out"))
+    assert run(["train", "--print-config", "--rank", "0"]) == 1
 
 
 def test_a_run_that_was_begun_is_not_overwritten_unasked(files, tmp_path, capsys):

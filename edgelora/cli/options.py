@@ -114,6 +114,14 @@ def settled(
         raise ConfigError(listed, "these settings cannot train anything", fix) from e
 
 
+def printed(model: type[BaseModel], file: Path | None, given: Mapping[str, Any], arguments: Collection[str]) -> str:
+    """What `settled` gives, as TOML, a required setting that stands nowhere yet left open. Raises as it does."""
+    there = {name for name, value in given.items() if value} | set({} if file is None else read_toml(file, model))
+    required = {name for name, field in model.model_fields.items() if field.is_required()}
+    blanks = dict.fromkeys(required - there, "…")
+    return as_toml(settled(model, file, {**given, **blanks}, arguments), blanks)
+
+
 def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     """The settings in a TOML file; paths in it are relative to where one stands, as on the command line."""
     try:
@@ -136,13 +144,13 @@ def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     return settings
 
 
-def as_toml(config: BaseModel) -> str:
-    """Every setting with its docstring above it; those that are left to be chosen are commented out."""
+def as_toml(config: BaseModel, blanks: Collection[str] = ()) -> str:
+    """Every setting with its docstring above it; those that are left to be chosen, and `blanks`, are commented out."""
     lines = []
     for name, field in type(config).model_fields.items():
         value = config.model_dump(mode="json")[name]
         lines += [f"# {line}" for line in " ".join((field.description or "").split()).splitlines()]
-        lines += [f"# {name} = " if value is None else f"{name} = {_toml(value)}", ""]
+        lines += [f"# {name} = " if value is None or name in blanks else f"{name} = {_toml(value)}", ""]
     return "\n".join(lines)
 
 

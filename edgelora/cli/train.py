@@ -10,7 +10,7 @@ import typer
 
 from edgelora.cli.arguments import Json
 from edgelora.cli.importing import uncollected
-from edgelora.cli.options import as_toml, settled, with_options
+from edgelora.cli.options import printed, settled, with_options
 from edgelora.config import TrainConfig
 from edgelora.words import count, size
 
@@ -52,10 +52,11 @@ def train(
 
     if sweep:
         sweep, base, data = sweeping.taken_apart(sweep, base, data)
-    asked = settled(TrainConfig, config, {"base": base, "data": data, **settings}, arguments=("base", "data"))
+    given, arguments = {"base": base, "data": data, **settings}, ("base", "data")
     if print_config:
-        print(as_toml(asked))
+        print(printed(TrainConfig, config, given, arguments))
         return
+    asked = settled(TrainConfig, config, given, arguments)
     if sweep:
         sweeping.sweep(asked, sweep, as_json)
         return
