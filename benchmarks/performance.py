@@ -46,10 +46,10 @@ bitsandbytes. Each call is timed behind five others, with its 16 MB in the cache
 
 EXPORT = """## From adapter to one file
 
-    python benchmarks/export.py --out benchmarks/results/export.json
+    python benchmarks/export.py --tools BIN --llama-cpp SOURCE --out benchmarks/results/export.json
 
 SmolLM2-135M and an adapter of rank {rank}, merged and quantized to {quant} on {processor}: llama.cpp's own
-tools, and PEFT with llama.cpp's converter, against one pass. Neither peer
+tools, built from SOURCE into BIN, and PEFT with llama.cpp's converter, against one pass. Neither peer
 checks its result, so theirs is compared with the writing alone.
 """
 
@@ -94,7 +94,7 @@ rounds lay between 1.05 and 1.6 times the peer. Q4_K was not profiled.
 
 BUDGET = """## The same bytes, spent where they matter
 
-    python benchmarks/budget.py --text wiki.txt --windows 4 --out benchmarks/results/budget.json
+    python benchmarks/budget.py --text wiki.txt --windows 4 --repair 8 --out benchmarks/results/budget.json
 
 {model}, on {processor}. Mean KL to F16 in nats over {scored_tokens} tokens that were not calibrated on: llama.cpp's own
 choice of types, the same with an importance matrix, and types by measured sensitivity at no more bytes.
@@ -215,7 +215,8 @@ def live(result: Mapping[str, Any]) -> str:
 
 REPORT = """## What the text of a report costs against llama-perplexity
 
-    python benchmarks/report.py --base F16.gguf --text wiki.txt --tools BIN --room FOLDER
+    python benchmarks/report.py --base F16.gguf --text wiki.txt --tools BIN --room FOLDER \\
+        --chunks 12 --rounds 3  # once before with --prepare
 
 Seconds of a process that scores {chunks} windows of {context} tokens, {threads} threads of {processor}, medians of
 {rounds} rounds in turns. A report's cell has perplexity, bits per byte, KL and same top. Target: all levels in at most

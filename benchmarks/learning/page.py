@@ -79,9 +79,10 @@ was tried, the one beyond as well, up to ×{furthest:g}. All of a row's figures 
 
 {rates}
 
-    .venv/bin/python benchmarks/methods.py --room FOLDER --jobs 1
+    .venv/bin/python benchmarks/methods.py --data DATASETS --room FOLDER --jobs 1
 
-goes on where it was stopped; this has taken {hours:.1f} hours of CPU time on {processor}.
+Rows are `TASK.train.jsonl`, `TASK.valid.jsonl` and `TASK.test.jsonl` in DATASETS. It goes on where it was
+stopped; this has taken {hours:.1f} hours of CPU time on {processor}.
 """
 
 

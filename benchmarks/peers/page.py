@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 TRAINING = """## A training step against what people use
 
-    python benchmarks/train.py --out benchmarks/results/train.json
+    python benchmarks/train.py --rounds {rounds} --out benchmarks/results/train.json
 
 SmolLM2-135M, LoRA of rank 16 on all linear layers, ragged chats of 50 to 500 tokens, four rows a step,
 {threads} threads of {processor} (losses: {learning_threads}), medians of {rounds} rounds; peak memory is the whole

@@ -48,9 +48,10 @@ each way on {check_task} with one seed, by the loss on its validation rows: {che
 Where the best of three was at the edge, one beyond was tried. Each way took its best; (1), (2) and (6) share trainings
 where they took the same one.
 
-    .venv/bin/python benchmarks/which_way.py --room FOLDER --jobs 2
+    .venv/bin/python benchmarks/which_way.py --data DATASETS --room FOLDER --jobs 2
 
-goes on where it was stopped; a whole study is about two and a half hours of CPU time, and this one has taken
+Rows are `TASK.train.jsonl`, `TASK.valid.jsonl` and `TASK.test.jsonl` in DATASETS. It goes on where it was
+stopped; a whole study is about two and a half hours of CPU time, and this one has taken
 {hours:.1f} on {processor}.
 """
 
