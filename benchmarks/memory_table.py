@@ -71,7 +71,8 @@ def model(p: Published, kind: Type) -> Model:
     )  # fmt: skip
     whole = kind is Type.Q8_0 or not any(n % 256 for n in (p.hidden_size, p.intermediate_size, p.heads * p.head_dim))
     found = Model.stored_as(ARCHITECTURES[p.model_type], config, kind if whole else Type.Q8_0)
-    return replace(found, threads=THREADS, sums=frozenset({"f32", "bf16"}))
+    products = frozenset({"f32", "bf16"})
+    return replace(found, threads=THREADS, sums=products, faster=products)
 
 
 def cell(p: Published, kind: Type, device: str, gigabytes: int) -> str:
@@ -108,8 +109,8 @@ def document() -> str:
         "run, not what is built in; `edgelora plan BASE` goes by your machine. `*`: layers are computed",
         "again in the backward pass, which takes longer and a fraction of the memory. –: nothing fits.",
         "Short rows are packed together into micro-batches, and take the memory of one.",
-        f"On a CPU the compiled code computes, on {THREADS} threads; one without AVX512_BF16 or AMX (`edgelora doctor`",
-        "says) multiplies float32, which takes more.",
+        f"On a CPU the compiled code computes, on {THREADS} threads; with AVX512_BF16 (`edgelora doctor` says).",
+        "With AMX 60 MB more are reckoned with, and a CPU that has neither multiplies float32, which takes more too.",
         "",
         "All activations are kept where a micro-batch of them fits, so more memory can show a shorter row without a",
         "`*`: `--recompute full` allows longer ones. `python benchmarks/memory_table.py` writes this file.",

@@ -10,7 +10,7 @@ def count(n: int, noun: str) -> str:
 
 def size(n_bytes: int) -> str:
     """`46.1 kB`, `144.8 MB`, `4.7 GB`."""
-    scale, unit = (1e3, "kB") if n_bytes < 1e6 else (1e6, "MB") if n_bytes < 1e9 else (1e9, "GB")
+    scale, unit = (1e3, "kB") if n_bytes < 999_950 else (1e6, "MB") if n_bytes < 999_950_000 else (1e9, "GB")
     return f"{n_bytes / scale:.1f} {unit}"
 
 

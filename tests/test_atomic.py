@@ -390,7 +390,7 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
     assert str(caught.value) == (
         f"{tmp_path / 'run'}: the checkpoints need 3,600,000 bytes, and 1,500,000 are free\n"
         "  why: the disk would be full before the end\n"
-        "  fix: free 2.1 MB or more there, or choose a folder on another disk"
+        "  fix: free 2,100,000 bytes or more there, or choose a folder on another disk"
     )
 
 

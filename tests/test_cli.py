@@ -477,7 +477,7 @@ def test_print_config_alone_leaves_blanks(capsys):
     settings = tomllib.loads(shown)
     assert settings["rank"] == 8
     assert not {"base", "data", "out"} & settings.keys()
-    assert all(f"\n# {name} = \n" in shown for name in ("base", "data", "out"))
+    assert all(f"\n# {name} =   # required\n" in shown for name in ("base", "data", "out"))
     assert run(["train", "--print-config", "--rank", "0"]) == 1
 
 

@@ -227,7 +227,7 @@ def test_what_rounding_does_is_said_of_what_is_stored(bases, facts):
         assert (OF_Q8_0 in lines) == (dtype == "Q8_0")
     assert "nothing is rounded" in list(taken_in_words(plan_exit(facts["bitfit"], bases["Q4_K"])))[1]
     assert rounded(0.0) == "rounding moves no weight"
-    assert (size(46_080), size(144_810_000)) == ("46.1 kB", "144.8 MB")
+    assert (size(46_080), size(144_810_000), size(999_999)) == ("46.1 kB", "144.8 MB", "1.0 MB")
 
 
 def test_a_value_beyond_a_type_is_refused_by_name():
@@ -269,15 +269,29 @@ def test_over_a_checkpoint_what_is_live_is_refused_before_the_work_and_leaves_ov
     assert "convert" not in what_comes_next("lora", made.gguf, tmp_path / "mine")
 
 
-def prompt_folder(base, folder, kind):
-    """A soft prompt of PEFT's with random numbers, as long as 7 tokens."""
+def prompt_folder(base, folder, kind, length=7):
+    """A soft prompt of PEFT's with random numbers, as long as so many tokens."""
     c, draw = base.config, np.random.default_rng(0)
     width = c.hidden_size if kind == "PROMPT_TUNING" else 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    values = draw.normal(0, 0.3, (7, width)).astype(np.float32)
+    values = draw.normal(0, 0.3, (length, width)).astype(np.float32)
     folder.mkdir()
     save_file({SAVED: values}, folder / TENSORS)
     (folder / CONFIG).write_text(json.dumps({"peft_type": kind, "task_type": "CAUSAL_LM"}))
     return folder
+
+
+def test_a_long_row_is_compared_behind_a_soft_prompt_as_far_as_it_fits(tiny, tmp_path):
+    base, rows = open_base(tiny.path), tmp_path / "rows.jsonl"
+    turns = [("user", "lights " * base.context), ("assistant", "off " * 40)]
+    rows.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}), encoding="utf-8")
+    options = ExportOptions(data=rows, allow_unverified=True)
+    folder = prompt_folder(base, tmp_path / "long", "PROMPT_TUNING", base.context - 200)
+    certificate = export(tiny.path, folder, tmp_path / "long.gguf", options)
+    assert certificate.passed
+    assert certificate.adapter.n_tokens > 40
+    folder = prompt_folder(base, tmp_path / "full", "PROMPT_TUNING", base.context - 1)
+    with pytest.raises(AdapterError, match="leave no room for a prompt and an answer"):
+        export(tiny.path, folder, tmp_path / "full.gguf", options)
 
 
 @pytest.mark.parametrize(

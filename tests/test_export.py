@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from converters.adapter_to_gguf import write_adapter_gguf
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
-from edgelora.data.encode import Example
+from edgelora.data.conversation import read_conversations
+from edgelora.data.encode import Example, encode_conversation
 from edgelora.errors import AdapterError, CertificateError, DataError, ExportError, OutputError
 from edgelora.evaluate.fidelity import fidelity
 from edgelora.files.contract import CERTIFICATE_KEY, FILE_NAME, BaseFile, Contract, sha256_file
@@ -166,23 +167,26 @@ def test_a_row_beyond_the_context_is_compared_as_far_as_it_fits(tiny, tmp_path):
     long = [{"role": "user", "content": "lights " * base.context}, {"role": "assistant", "content": "off " * 40}]
     short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     rows = "".join(json.dumps({"messages": row}) + "\n" for row in (long, short))
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    certificate = export(
-        tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", ExportOptions(data=tmp_path / "rows.jsonl")
-    )
+    (file := tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    certificate = export(tiny.path, tmp_path / "mine", tmp_path / "mine.gguf", ExportOptions(data=file))
     assert certificate.passed
     assert certificate.equal_ids == certificate.n_prompts == 2
+    answers = [encode_conversation(row, base.tokenizer, base.template) for row in read_conversations(file)]
+    assert certificate.adapter.n_tokens == sum(row.n_loss_tokens for row in answers) > 40
 
 
 @pytest.mark.parametrize(("n", "answer", "room", "ids", "compared"), [
-    (9, slice(4, 8), 9, [*range(9)], [4, 5, 6, 7]),  # it fits: as it is
-    (9, slice(4, 8), 6, [0, 3, 4, 5, 6, 7], [4, 5, 6, 7]),  # the first token, and up to the answer's end
-    (9, slice(2, 4), 6, [*range(6)], [2, 3]),  # what follows the answer goes first
-    (9, slice(1, 9), 4, [0, 6, 7, 8], [6, 7, 8]),  # an answer that is longer itself
-    (600, slice(100, 500), 600, [*range(600)], [*range(244, 500)]),  # no more than 256 are compared
+    (9, [4, 5, 6, 7], 9, [*range(9)], [4, 5, 6, 7]),  # it fits: as it is
+    (12, [8, 9, 10], 6, [0, 6, 7, 8, 9, 10], [8, 9, 10]),  # the first token, and up to the answer's end
+    (9, [2, 3], 6, [*range(4)], [2, 3]),  # what follows the answer goes first
+    (9, [*range(1, 9)], 4, [*range(3)], [1, 2]),  # of an answer that is longer itself, how it begins
+    (9, [0, 5, 6, 7, 8], 2, [0, 5], [5]),  # before the first nothing comes
+    (12, [2, 3, 7, 8, 9, 10], 4, [0, 6, 7, 8], [7, 8]),  # the last answer
+    (12, [2, 3, 7], 8, [*range(8)], [2, 3, 7]),  # and the one before it
+    (600, [*range(100, 500)], 600, [*range(356)], [*range(100, 356)]),  # no more than 256 are compared
 ])  # fmt: skip
 def test_what_a_long_row_is_compared_on(n, answer, room, ids, compared):
-    whole = Example(np.arange(n), np.isin(np.arange(n), np.arange(n)[answer]))
+    whole = Example(np.arange(n), np.isin(np.arange(n), answer))
     part = within(whole, room)
     assert part.input_ids.tolist() == ids
     assert part.input_ids[part.loss_mask].tolist() == compared

@@ -137,7 +137,7 @@ def test_torch_on_mps_computes_what_it_computes_on_the_cpu(tiny, device):
 
 
 @DEVICE
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "lorma_pi"])
 def test_a_step_on_mps_has_the_gradients_of_one_on_the_cpu(tiny, device, method):
     found = []
     for on in ("cpu", device):

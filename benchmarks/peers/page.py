@@ -34,7 +34,7 @@ The processor is a Zen 4. The record before, without these products, was of a Ze
 TRL 6.22 times, PEFT 3.28 (ragged), 1.99 and 2.11 (full rows), 3.73 (float32), bitsandbytes 4.0 to 4.4. The machine
 shares its memory with others, which slows the sides unequally: of three records on it, hours apart, TRL was 5.1 to 7.0
 times slower, PEFT 3.3 to 3.8 (ragged; 0.23 to 0.26 of its memory), 1.7 to 1.8 and 1.7 to 1.9 (full rows), 2.3 to 2.9
-(float32), bitsandbytes 3.9 to 4.8 (Q4_0). On one Zen 4, in turns with the tree of that record (9edfc9d;
+(float32), bitsandbytes 3.9 to 4.8 (Q4_0). On one Zen 4, in turns with the tree before these products (9edfc9d;
 `benchmarks/turns.py`, medians of 5 rounds), a step is 1.17 times as fast (ragged bfloat16), 1.19 (float32), 1.24
 (Q4_0), 1.08 (full rows of 512 and 1024), and takes 50 to 84 MiB less.
 

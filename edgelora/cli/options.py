@@ -99,7 +99,7 @@ def settled(
     what is missing in both places is wrong usage.
     """
     settings = {} if file is None else read_toml(file, model)
-    said = {name: value for name, value in given.items() if value is not None and value != []}
+    said = _said(given)
     try:
         return model.model_validate(settings | said)
     except ValidationError as e:
@@ -114,9 +114,13 @@ def settled(
         raise ConfigError(listed, "these settings cannot train anything", fix) from e
 
 
+def _said(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None and value != []}
+
+
 def printed(model: type[BaseModel], file: Path | None, given: Mapping[str, Any], arguments: Collection[str]) -> str:
     """What `settled` gives, as TOML, a required setting that stands nowhere yet left open. Raises as it does."""
-    there = {name for name, value in given.items() if value} | set({} if file is None else read_toml(file, model))
+    there = _said(given).keys() | ({} if file is None else read_toml(file, model)).keys()
     required = {name for name, field in model.model_fields.items() if field.is_required()}
     blanks = dict.fromkeys(required - there, "…")
     return as_toml(settled(model, file, {**given, **blanks}, arguments), blanks)
@@ -150,7 +154,10 @@ def as_toml(config: BaseModel, blanks: Collection[str] = ()) -> str:
     for name, field in type(config).model_fields.items():
         value = config.model_dump(mode="json")[name]
         lines += [f"# {line}" for line in " ".join((field.description or "").split()).splitlines()]
-        lines += [f"# {name} = " if value is None or name in blanks else f"{name} = {_toml(value)}", ""]
+        if name in blanks:
+            lines += [f"# {name} =   # required", ""]
+            continue
+        lines += [f"# {name} = " if value is None else f"{name} = {_toml(value)}", ""]
     return "\n".join(lines)
 
 

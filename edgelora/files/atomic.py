@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgelora.errors import OutputError
-from edgelora.words import size
 
 REPLACED = "replaced"
 STALE = ".stale"
@@ -250,5 +249,5 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise OutputError(
             what=f"{folder}: {what} need {needed_bytes:,} bytes, and {free_bytes:,} are free",
             why="the disk would be full before the end",
-            fix=f"free {size(needed_bytes - free_bytes)} or more there, or choose a folder on another disk",
+            fix=f"free {needed_bytes - free_bytes:,} bytes or more there, or choose a folder on another disk",
         )

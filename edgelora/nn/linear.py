@@ -207,7 +207,7 @@ class LoraLinears(torch.autograd.Function):
             ctx.weights, ctx.scales, pairs[1::2], narrow, grads, strict=True
         ):
             d_bs.append((part.T @ dy).T.to(b.dtype).mul_(scale))  # in this order the faster product
-            d_part.copy_(dy @ (b * scale).to(dy.dtype))
+            d_part.copy_(dy @ (b * scale).to(dy.dtype))  # not `out=`: see products.product
             if ctx.needs_input_grad[0]:
                 w = weight.dequantize(dy.dtype)
                 dx = torch.mm(dy, w, out=room_like(x, dy.dtype)) if dx is None else dx.addmm_(dy, w)

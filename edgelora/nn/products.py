@@ -51,15 +51,19 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n), in the dtype of a, on any device."""
     if not pay(a, a.dtype) or not b.shape[1]:
         b = b if b.dtype == a.dtype else _widened(b, a.dtype)
-        # MPS has written garbage into a part of a larger `out` (pytorch#193385)
-        return torch.mm(a, b, out=out) if out is None or a.device.type != "mps" else out.copy_(a @ b)
+        if out is not None and a.device.type == "mps":
+            return out.copy_(a @ b)  # it has written garbage into a part of a larger `out` (pytorch#193385)
+        return torch.mm(a, b, out=out)
     out = room(a.shape[0], b.shape[1], dtype=a.dtype) if out is None else out
     compute(Sum(out, [(a, b)]))
     return out
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out (m, n) += a (m, k) b (k, n), rounded once more than it must be where the product is ours."""
+    """out (m, n) += a (m, k) b (k, n), on any device."""
+    if out.dtype == torch.float32 and pay(a, a.dtype) and b.shape[1]:
+        compute(Sum(out, [(a, b)], before=out))
+        return out
     if pay(a, a.dtype) or b.dtype != a.dtype:
         return out.add_(product(a, b))
     return out.addmm_(a, b)

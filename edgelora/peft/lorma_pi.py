@@ -78,7 +78,7 @@ def beyond_identity(a: Tensor, b: Tensor, scale: float, identity: float) -> Tens
     """s I_π(B A) − I (d, d): the identity is the first column of s B A before it is turned."""
     d = len(b)
     twice = b.new_empty(d, 2 * d)  # every row behind itself: turned by i it begins i places before its second half
-    torch.mm(b, a, out=twice[:, :d])
+    twice[:, :d] = b @ a
     twice[:, :d].mul_(scale)[:, 0].sub_(identity)
     twice[:, d:] = twice[:, :d]
     return twice.as_strided((d, d), (2 * d - 1, 1), d)

@@ -22,6 +22,7 @@ from edgelora.peft.adapter import Adapter, look_at, unfit
 from edgelora.peft.soft_prompt import TrainedPrompt, is_trained_prompt, read_trained_prompt
 from edgelora.pipeline.certificate import Output, stamp, write_certified
 from edgelora.pipeline.check_rows import CHECKED_ROWS, rows_to_check
+from edgelora.pipeline.said import SHORTEST
 from edgelora.pipeline.side_by_side import SideBySide, side_by_side
 from edgelora.pipeline.soft_export import SoftCheck
 from edgelora.pipeline.torch_states import Reference
@@ -108,6 +109,12 @@ def export(
     dtype, allowed = options.dtype, options.allow_unverified
     if is_trained_prompt(adapter_path):
         prompt = read_checked_prompt(adapter_path, base, allow_unverified=allowed)
+        if base.context < prompt.length + SHORTEST:
+            raise AdapterError(
+                what=f"{adapter_path}: its {prompt.length} positions leave no room for a prompt and an answer",
+                why=f"the base sees {base.context} tokens in all",
+                fix="train fewer virtual tokens",
+            )
         contract, spoken = prompt.contract, base.as_trained(prompt.contract)
         check = SoftCheck(spoken, adapter_path, prompt.length, rows)
         states = check.states(on_progress)

@@ -155,7 +155,7 @@ def _more_than_a_lora(path: Path, base: Base) -> str | None:
 
 
 def _read(path: Path, base: Base) -> Adapter:
-    return read_checked(path, base, allow_unverified=True)  # of another base it is refused here, of none where it runs
+    return read_checked(path, base, allow_unverified=True)  # one that names no base is judged where it runs
 
 
 def _speaking(opened: Base | Foreign, adapters: Sequence[Scaled], settings: Settings) -> Base | Foreign:

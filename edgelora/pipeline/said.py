@@ -17,6 +17,8 @@ ROWS_TOGETHER = 8
 TOKENS_TOGETHER = 64  # unless one row alone is longer: logits are float32 over the whole vocabulary
 ROW_TOKENS = 256  # of a row, what is compared at most: of Gemma's vocabulary these are 270 MB of logits
 
+SHORTEST = 2  # tokens: one to begin with, and one to compare
+
 Group = Sequence[Example]
 
 
@@ -47,23 +49,30 @@ class Said:
 
 
 def answered(base: Speaks, rows: Sequence[Conversation], room: int) -> list[Group]:
-    """The rows as they are trained on, in groups; of a longer one than `room` tokens what `within` leaves."""
+    """The rows as they are trained on, in groups; of a long one what `within` leaves of it."""
     examples = [encode_conversation(row, base.tokenizer, base.template) for row in rows]
     return list(groups_of([within(example, room) for example in examples]))
 
 
 def within(example: Example, room: int) -> Example:
-    """At most `room` tokens, of which at most ROW_TOKENS are learned: the last of them, and what leads up to them.
+    """At most `room` tokens, of which at most half, and ROW_TOKENS, are compared: how the last answer begins, and what
+    is learned before it.
 
-    The first token, which may be BOS, stays.
+    What follows the last of them changes nothing, and goes first; then what lies behind the first token, which may be
+    BOS. So an aLoRA's invocation, right before the answer, stays. Some token behind the first is learned.
     """
-    learned = np.flatnonzero(example.loss_mask)
-    compared = np.isin(np.arange(len(example)), learned[-ROW_TOKENS:])
-    kept = np.arange(len(example))
-    if len(example) > room:
-        end = max(int(learned[-1]) + 1, room)
-        kept = np.append(0, kept[end - room + 1 : end])
-    return Example(example.input_ids[kept], compared[kept])
+    learned = 1 + np.flatnonzero(example.loss_mask[1:])
+    if len(example) <= room and len(learned) <= ROW_TOKENS:
+        return example
+    assert len(learned)
+    assert room >= SHORTEST
+    most = min(ROW_TOKENS, room // 2)
+    gaps = np.flatnonzero(np.diff(learned) > 1)
+    answer = int(gaps[-1]) + 1 if len(gaps) else 0  # where among the learned ones the last answer begins
+    compared = learned[: answer + most][-most:]
+    end = int(compared[-1]) + 1
+    kept = np.append(0, np.arange(max(1, end - room + 1), end))
+    return Example(example.input_ids[kept], np.isin(kept, compared))
 
 
 def groups_of(examples: Sequence[Example]) -> Iterator[list[Example]]:

@@ -32,6 +32,11 @@ def compiled_threads() -> int:
 
 def summed() -> frozenset[str]:
     """The dtypes of which the compiled code sums products on this CPU (nn/products.py), by their names in a config."""
+    return frozenset(name for name, dtype in FLOATS.items() if products.exist(dtype))
+
+
+def summed_faster() -> frozenset[str]:
+    """Those of which it sums them faster than torch: a LoRA's are torch's otherwise."""
     return frozenset(name for name, dtype in FLOATS.items() if products.are_faster(dtype))
 
 
@@ -41,7 +46,7 @@ class Model:
 
     shares: how many processes hold the layers together (`--shard-base`, see `sharding.py`); this is one of them.
     threads: of the compiled code, should it compute on a CPU (see `compiled_threads`).
-    sums: of which dtypes that sums products.
+    sums, faster: of which dtypes that sums products, and of which a LoRA's.
     """
 
     architecture: Architecture
@@ -53,6 +58,7 @@ class Model:
     shares: int = 1
     threads: int = field(default_factory=compiled_threads)
     sums: frozenset[str] = field(default_factory=summed)
+    faster: frozenset[str] = field(default_factory=summed_faster)
 
     @classmethod
     def of(cls, base: Base) -> Model:

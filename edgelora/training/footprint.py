@@ -77,7 +77,7 @@ class Footprint:
 
 def first_step(model: Model, config: TrainConfig) -> int:
     """What a process on a CPU takes once and for all when it computes for the first time."""
-    return FIRST_STEP + (0 if config.dtype in model.sums else ONEDNN)
+    return FIRST_STEP + (0 if config.dtype in model.faster else ONEDNN)
 
 
 def kept_by_a_layer(model: Model, config: TrainConfig, copied: bool = True) -> int:
@@ -165,7 +165,7 @@ def scratch_bytes(model: Model, config: TrainConfig, tokens: int) -> int:
     wide = slice_of_head if kind != Type.F32 and of_head else 0
     wide = max(wide, largest_f32 if dtype == "f32" or through_f32 else 0)
     narrow = max(0 if model.is_factor(kind, "bf16") else slice_of_head, largest) if dtype == "bf16" else 0
-    summed = tokens * d if largest and dtype in model.sums else 0
+    summed = tokens * d if largest and dtype in model.faster else 0
     return 4 * (wide + summed) + 2 * narrow + (4 * slice_of_head if trained else 0)
 
 
