@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from edgelora.architectures import Rope
 from edgelora.base.weights import Dense
-from edgelora.nn import attention, loss
+from edgelora.nn import attention, loss, products
 from edgelora.nn.activations import GATES, SwiGLU, swiglu
 from edgelora.nn.attention import SegmentAttention
 from edgelora.nn.layer import Residual
@@ -149,6 +149,24 @@ def test_logits_are_those_of_the_whole_head(monkeypatch):
     monkeypatch.setattr(loss, "VOCABULARY_ROWS", 3)
     hidden, head = draw(2, 4, dtype=torch.float32), draw(7, 4, seed=1, dtype=torch.float32)
     torch.testing.assert_close(loss.logits(hidden, Dense(head)), hidden @ head.T)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+@pytest.mark.parametrize(
+    ("out", "a", "b"),
+    [("f32", "f32", "f32"), ("f32", "f32", "bf16"), ("f32", "bf16", "bf16"), ("bf16", "bf16", "bf16")],
+)
+def test_a_product_is_added_to_what_is_there(monkeypatch, ours, out, a, b):
+    """Whoever computes it: the compiled code where this processor has it, or torch."""
+    if not ours:
+        monkeypatch.setattr(products, "pay", lambda *_: False)
+    kinds = {"f32": torch.float32, "bf16": torch.bfloat16}
+    there, left, right = draw(12, 6).to(kinds[out]), draw(12, 8, seed=1).to(kinds[a]), draw(8, 6, seed=2).to(kinds[b])
+    wanted = there.double() + left.double() @ right.double()
+    found = products.add_product(there, left, right)
+    assert found is there
+    rounding = 2**-7 if "bf16" in (out, a) else 1e-5  # torch rounds the product before it adds it
+    torch.testing.assert_close(found.double(), wanted, atol=4 * rounding, rtol=rounding)
 
 
 # -- backwards against finite differences -------------------------------------------------------------------------

@@ -115,6 +115,7 @@ def settled(
 
 
 def _said(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands on the command line."""
     return {name: value for name, value in given.items() if value is not None and value != []}
 
 
@@ -149,15 +150,13 @@ def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
 
 
 def as_toml(config: BaseModel, blanks: Collection[str] = ()) -> str:
-    """Every setting with its docstring above it; those that are left to be chosen, and `blanks`, are commented out."""
+    """Every setting with its docstring above it; those to be chosen, or as `blanks` to be given, are commented out."""
     lines = []
     for name, field in type(config).model_fields.items():
         value = config.model_dump(mode="json")[name]
         lines += [f"# {line}" for line in " ".join((field.description or "").split()).splitlines()]
-        if name in blanks:
-            lines += [f"# {name} =   # required", ""]
-            continue
-        lines += [f"# {name} = " if value is None else f"{name} = {_toml(value)}", ""]
+        left_open = f"# {name} = {'  # required' if name in blanks else ''}"
+        lines += [left_open if value is None or name in blanks else f"{name} = {_toml(value)}", ""]
     return "\n".join(lines)
 
 

@@ -173,10 +173,4 @@ def accumulate(d_hidden: Tensor, d_z: Tensor, head: Weight, dtype: torch.dtype) 
     """d_hidden (P, d) += d_z (P, V) @ head (V, d), computed in `dtype`, a slice of the vocabulary at a time."""
     for first, last in slices(head.shape[0], VOCABULARY_ROWS_CUDA if d_z.is_cuda else VOCABULARY_ROWS):
         part = d_z[:, first:last]
-        if products.pay(part, dtype) and d_hidden.dtype == torch.float32:
-            rows = products.factor(head, dtype, (first, last))
-            products.compute(Sum(d_hidden, [(part.to(dtype), rows)], before=d_hidden))
-        elif dtype == d_hidden.dtype:
-            d_hidden.addmm_(part, head.rows(first, last))
-        else:
-            d_hidden.add_(part.to(dtype) @ head.rows(first, last, dtype))
+        products.add_product(d_hidden, part.to(dtype), products.factor(head, dtype, (first, last)))

@@ -60,13 +60,13 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out (m, n) += a (m, k) b (k, n), on any device."""
-    if out.dtype == torch.float32 and pay(a, a.dtype) and b.shape[1]:
+    """out (m, n) += a (m, k) b (k, n), on any device; out may be float32 where a is not."""
+    ours = pay(a, a.dtype) and b.shape[1] > 0
+    if ours and out.dtype == torch.float32:
         compute(Sum(out, [(a, b)], before=out))
         return out
-    if pay(a, a.dtype) or b.dtype != a.dtype:
-        return out.add_(product(a, b))
-    return out.addmm_(a, b)
+    alike = out.dtype == a.dtype == b.dtype
+    return out.addmm_(a, b) if alike and not ours else out.add_(product(a, b))
 
 
 def _widened(b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,6 @@ from edgelora.pipeline.tokenize import Tokenized, tokenize_chat
 ROWS_TOGETHER = 8
 TOKENS_TOGETHER = 64  # unless one row alone is longer: logits are float32 over the whole vocabulary
 ROW_TOKENS = 256  # of a row, what is compared at most: of Gemma's vocabulary these are 270 MB of logits
-
 SHORTEST = 2  # tokens: one to begin with, and one to compare
 
 Group = Sequence[Example]
@@ -70,8 +69,7 @@ def within(example: Example, room: int) -> Example:
     gaps = np.flatnonzero(np.diff(learned) > 1)
     answer = int(gaps[-1]) + 1 if len(gaps) else 0  # where among the learned ones the last answer begins
     compared = learned[: answer + most][-most:]
-    end = int(compared[-1]) + 1
-    kept = np.append(0, np.arange(max(1, end - room + 1), end))
+    kept = _up_to(int(compared[-1]) + 1, room)
     return Example(example.input_ids[kept], np.isin(kept, compared))
 
 
@@ -117,4 +115,9 @@ def _cut(row: Tokenized, room: int) -> list[int]:
     if row.learned is None or len(row.ids) <= room:
         return row.ids[:room]
     end = 1 + max((i for i, learned in enumerate(row.learned) if learned), default=room - 1)
-    return row.ids[:room] if end <= room else [row.ids[0], *row.ids[end - room + 1 : end]]
+    return row.ids[:room] if end <= room else [row.ids[i] for i in _up_to(end, room)]
+
+
+def _up_to(end: int, room: int) -> list[int]:
+    """The first place and those up to `end`, `room` of them at most."""
+    return [0, *range(max(1, end - room + 1), end)]

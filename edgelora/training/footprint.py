@@ -31,9 +31,8 @@ from edgelora.training.base_footprint import Model, base_bytes
 IMPORTS = 300_000_000  # a process with torch and an opened base, before any weight is read
 CUDA_CONTEXT = 750_000_000  # what CUDA and its libraries take of a card: as measured on an NVIDIA H100, torch 2.11
 FIRST_STEP = 50_000_000  # pages of libraries that it touches, and first holes
-ONEDNN = (
-    60_000_000  # what oneDNN keeps for shapes of products (nn/primitives.py), where these are not the compiled code's
-)
+# What oneDNN keeps for shapes of products (nn/primitives.py), where these are not the compiled code's.
+ONEDNN = 60_000_000
 # Memory between live tensors that the allocator cannot hand out again, as a share of activations; more where tensors
 # of two dtypes take turns in it (nn/scratch.py: room). Both as benchmarks/memory.py finds them.
 LOST = {"cpu": {"f32": 0.0, "bf16": 0.28}, "cuda": {"f32": 0.1, "bf16": 0.1}, "mps": {"f32": 0.1, "bf16": 0.1}}
