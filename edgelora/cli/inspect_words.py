@@ -71,14 +71,17 @@ def plain(text: str) -> Text:
 
 
 def good(text: str) -> Text:
+    """A line with a green tick."""
     return _marked("✓ ", "green", text)
 
 
 def bad(text: str) -> Text:
+    """A line with a red cross."""
     return _marked("✗ ", "red", text)
 
 
 def note(text: str) -> Text:
+    """A line with a yellow mark."""
     return _marked("! ", "yellow", text)
 
 
@@ -103,6 +106,7 @@ def _is_scalar(value: object) -> bool:
 
 
 def value_text(value: object) -> str:
+    """A value of a file's metadata: `yes`, `8,192`, `1e-05`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
