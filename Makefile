@@ -19,7 +19,8 @@ test:
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info edgelora/kernels/native.* .pytest_cache .mypy_cache .ruff_cache

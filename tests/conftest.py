@@ -319,8 +319,22 @@ def stories(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):  # here the others are started, which numpy counts all cores in
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _keep_to_a_core(getattr(config, "workerinput", {}).get("workerid", ""))
     _hear_ctrl_c()
+
+
+LONG = (
+    "test_resume.py", "test_distributed.py", "test_quickstart.py", "test_exit_plan.py", "test_sweep.py",
+    "test_report_command.py", "test_mutants.py", "test_faults.py", "test_quantize.py", "test_budget.py",
+)  # fmt: skip
+"""The files that take longest. Begun last, one of them would keep a process at work when all others have ended."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONG)))
 
 
 def _keep_to_a_core(worker: str) -> None:

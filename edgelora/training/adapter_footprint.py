@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ class Adapted(NamedTuple):
     rank: int
 
 
-def adapted(model: Model, config: TrainConfig) -> dict[str, Adapted]:
+@lru_cache(maxsize=8)  # a plan asks a hundred times, for lengths of one config
+def adapted(model: Model, config: TrainConfig) -> Mapping[str, Adapted]:
     """Every linear layer that gets an adapter, by its HF name."""
     assert config.rank is not None
     shapes, where = model.layers.linears, where_of(config)

@@ -40,7 +40,7 @@ def summed_faster() -> frozenset[str]:
     return frozenset(name for name, dtype in FLOATS.items() if products.are_faster(dtype))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A base as far as memory goes: its matrices with shape and stored type, and its vectors' numbers.
 
