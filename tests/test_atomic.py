@@ -16,7 +16,17 @@ import pytest
 
 from edgelora.child import run_in_child
 from edgelora.errors import CertificateError, EngineError, OutputError
-from edgelora.files.atomic import REPLACED, refuse_existing, remove, require_space, share, staged, sweep, write_text
+from edgelora.files.atomic import (
+    REPLACED,
+    refuse_existing,
+    remove,
+    require_space,
+    set_aside,
+    share,
+    staged,
+    sweep,
+    write_text,
+)
 from edgelora.peft.adapter import CONFIG, TENSORS
 from edgelora.peft.adapter import write_folder as write_adapter_folder
 from edgelora.progress import OnProgress, Progress
@@ -224,6 +234,44 @@ def test_a_folder_one_may_not_write_to(tmp_path):
     with pytest.raises(OutputError, match="nothing can be made here"):
         write_file(tmp_path / "out")
     tmp_path.chmod(0o700)
+
+
+def test_a_name_that_the_disk_cannot_hold(tmp_path):
+    path = tmp_path / ("x" * 300) / "out"
+    for refuse in (refuse_existing, lambda path: require_space(path, 1, "the checkpoints")):
+        with pytest.raises(OutputError) as caught:
+            refuse(path)
+        assert caught.value.what == f"{path}: nothing can be made here (File name too long)"
+        assert caught.value.fix == "choose a folder you may write to, and a shorter name where it is too long"
+
+
+@pytest.mark.parametrize("letter", ["x", "ß"])
+def test_a_name_that_leaves_no_room_for_staging_is_refused_before_the_work(tmp_path, letter):
+    most = 255 - len(".edgelora-.rejected-12345678")
+    size = len(letter.encode())
+    fits, long = (tmp_path / (letter * n) for n in (most // size, most // size + 1))
+    refuse_existing(fits)
+    write_file(fits)
+    remove(set_aside(fits, fits))
+    with pytest.raises(OutputError) as caught:
+        refuse_existing(long)
+    assert str(caught.value) == (
+        f"{long}: a name of {len(os.fsencode(long.name))} bytes\n"
+        f"  why: while it is written, longer ones stand beside it, which leaves it {most} bytes\n"
+        "  fix: choose a shorter name"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_closed_to_us(tmp_path, monkeypatch):
+    def closed(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", closed)  # root may enter everywhere
+    with pytest.raises(OutputError) as caught:
+        refuse_existing(tmp_path / "private" / "out")
+    assert caught.value.what == f"{tmp_path / 'private' / 'out'}: nothing can be made here (Permission denied)"
+    assert caught.value.why == "a folder on the way to it is closed to you, or a name is too long for the disk"
 
 
 # -- what is removed, and what a killed process left --------------------------------------------------------------

@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -266,6 +267,19 @@ def test_heads_that_every_layer_states_alike_are_one_number(tiny, tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="no such file"):
         open_base(tmp_path / "none.gguf")
+
+
+def test_a_path_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 300)
+    assert fault_of(long).what == f"{long}: cannot be read (File name too long)"
+
+    def closed(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", closed)  # root may enter everywhere
+    fault = fault_of(tmp_path / "private" / "base.gguf")
+    assert fault.what == f"{tmp_path / 'private' / 'base.gguf'}: cannot be read (Permission denied)"
+    assert fault.fix == "check the path, and the rights of the folders in it"
 
 
 def test_an_unknown_architecture_is_refused(tiny, tmp_path):

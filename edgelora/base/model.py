@@ -205,7 +205,14 @@ def open_base(path: Path | str, chat_template: str | None = None) -> Base:
     chat_template: for one that has none, as `with_template` takes it. Reads headers only. Raises BaseModelError or
     FileFormatError, and what `with_template` raises.
     """
-    base = _opened(Path(path))
+    try:
+        base = _opened(Path(path))
+    except OSError as e:
+        raise BaseModelError(
+            what=f"{path}: cannot be read ({e.strerror})",
+            why="a folder on the way to it is closed to you, or a name is too long for the disk",
+            fix="check the path, and the rights of the folders in it",
+        ) from e
     return base if chat_template is None else base.with_template(chat_template)
 
 

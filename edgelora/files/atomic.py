@@ -24,17 +24,35 @@ STALE = ".stale"
 REJECTED = ".rejected"
 STAGE_PREFIX = ".edgelora-"
 STAGE_NAME = re.compile(re.escape(STAGE_PREFIX) + r"(?P<name>.+)-[a-z0-9_]{8}")  # as tempfile and `remove` draw them
+MOST_BYTES = 255 - len(f"{STAGE_PREFIX}{REJECTED}-xxxxxxxx")  # of a name: of the longest beside it, disks take 255
 
 
 def refuse_existing(path: Path, overwrite: bool = False, *, folder: bool = False) -> None:
     """Raise OutputError if something stands at `path`, or nothing can be made there; ask before the work."""
-    parent = next(p for p in path.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    with _reached(path):
+        parent = _standing(path)
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise OutputError(
+                what=f"{path}: nothing can be made here",
+                why=f"{parent} is {'read-only' if parent.is_dir() else 'a file, not a folder'}",
+                fix="choose a folder you may write to",
+            )
+        _refuse_long(path)
+        _refuse_other(path, overwrite, folder)
+
+
+def _refuse_long(path: Path) -> None:
+    """Raise OutputError for a name to which no staging could add its own."""
+    if (n := len(os.fsencode(path.name))) > MOST_BYTES:
         raise OutputError(
-            what=f"{path}: nothing can be made here",
-            why=f"{parent} is {'read-only' if parent.is_dir() else 'a file, not a folder'}",
-            fix="choose a folder you may write to",
+            what=f"{path}: a name of {n} bytes",
+            why=f"while it is written, longer ones stand beside it, which leaves it {MOST_BYTES} bytes",
+            fix="choose a shorter name",
         )
+
+
+def _refuse_other(path: Path, overwrite: bool, folder: bool) -> None:
+    """Raise OutputError for what stands at `path`, if it may not be replaced by a file or a folder."""
     if path.exists() and not overwrite:
         kind = "folder" if path.is_dir() else "file"
         raise OutputError(
@@ -49,6 +67,24 @@ def refuse_existing(path: Path, overwrite: bool = False, *, folder: bool = False
             why=f"the result is a {'folder' if folder else 'file'}, and would delete what stands here",
             fix="choose another name",
         )
+
+
+def _standing(path: Path) -> Path:
+    """The nearest folder above `path` that is there. Raises OSError."""
+    return next(p for p in path.absolute().parents if p.exists())
+
+
+@contextmanager
+def _reached(path: Path) -> Iterator[None]:
+    """Raise OutputError where the system does not say what stands at `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(
+            what=f"{path}: nothing can be made here ({e.strerror})",
+            why="a folder on the way to it is closed to you, or a name is too long for the disk",
+            fix="choose a folder you may write to, and a shorter name where it is too long",
+        ) from e
 
 
 @contextmanager
@@ -243,8 +279,8 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
 
     `what` needs the space, in the plural: "the checkpoints".
     """
-    stands = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free_bytes = shutil.disk_usage(stands).free
+    with _reached(folder):
+        free_bytes = shutil.disk_usage(_standing(folder / "any")).free
     if free_bytes < needed_bytes:
         raise OutputError(
             what=f"{folder}: {what} need {needed_bytes:,} bytes, and {free_bytes:,} are free",
