@@ -313,13 +313,58 @@ def test_broken_json_names_the_line(tmp_path, text, rows, line):
         '{"text": "a", "data": [{"text": "b"}]}',  # a row itself
         '{"tools": [{"name": "f"}], "id": 1, "text": "a"}',  # its list comes first, and holds no rows
         '{"notes": ["text"], "empty": [], "data": [{"id": 1, "text": "a"}]}',
-        '{"data": [{"text": "a"}], "more": [{"text": "b"}]}',
+        '{"data": [{"text": "a"}], "more": [{"id": 1}], "empty": [], "version": 2}',
     ],
 )
 def test_an_object_is_a_row_or_holds_rows(tmp_path, text):
     path = tmp_path / "rows.json"
     path.write_text(text, encoding="utf-8")
     assert found(path) == [(1, Document("a"))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"text": "a"}]\n[{"text": "b"}]\n',
+        '[{"text": "a"}]\n[]{"data": [{"text": "b"}]}',
+        '{"data": [{"text": "a"}]}\n{"n": 1, "data": [{"text": "b"}], "m": 2}',
+        '{"text": "a"}\n{"text": "b"}',
+        '{"text": "a"}\n[{"text": "b"}]',
+    ],
+)
+def test_files_that_were_joined_are_read_to_the_end(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    assert found(path) == [(1, Document("a")), (2, Document("b"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('[{"text": "a"}]\n}} and more', "not JSON from here on: Expecting value"),
+        ('[{"text": "a"}]\n{"text": "b"}', "this object holds no list of rows: put it into a list, as those before it"),
+        ('{"data": [{"text": "a"}]}\n{"meta": 1}', "this object holds no list of rows"),
+        ('[{"text": "a"}]\n7', "a row must be a JSON object"),
+        ('{"text": "a"}\n{"data": [{"text": "b"}]}', "no format has the keys of this row: data"),
+        ('{"data": [{"text": "a"}],\n"meta": {"x":', "not JSON from here on: "),
+        ('{"data": [{"text": "a"}]\n', "not JSON from here on: expected ,, found the end of the file"),
+        ('{"data": [{"text": "a"}],\n7}', "not JSON from here on: expected a key, found 7"),
+        (
+            '{"train": [{"text": "a"}],\n"test": [{"text": "b"}]}',
+            "`train` and `test` both hold rows: split the file, a list in each",
+        ),
+        ('{"train": [{"text": "a"}],\n"test": [{"id": 1}, {"text": "b"}]}', "`train` and `test` both hold rows"),
+        (
+            '{"notes": [{"text": "a"}],\n"text": "b"}',
+            "`notes` holds rows, and `text` beside it makes the object one: keep one, or put it into a list",
+        ),
+    ],
+)
+def test_what_stands_behind_rows_is_never_lost(tmp_path, text, why):
+    path = tmp_path / "rows.json"
+    path.write_text(text, encoding="utf-8")
+    (fault,) = refused(path).what.split("\n  ")[1:]
+    assert fault.startswith(f"{path}:2: {why}")
 
 
 # -- streaming ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rows out of a JSON file, one at a time: an array of them, an object that holds it, or one object after another.
+"""Rows out of a JSON file, one at a time: arrays of them, objects that hold these, or one object after another.
 
 Holds no more of the file than the row it is at, so a file may be larger than memory.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from itertools import chain
 from typing import IO, Any
 
@@ -19,51 +19,71 @@ _BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 def json_rows(file: IO[str], row_keys: Collection[str]) -> Iterator[tuple[int, Any]]:
-    """Each row of a seekable file with the line where it begins. Raises NotJSONError at what is not JSON.
+    """Each row of a seekable file with the line where it begins. Raises NoMoreRowsError at what is none.
 
     `row_keys`: an object that has one of them is a row. An object at the top that is none holds the rows in a list.
+    Arrays, and objects that hold rows, may follow one another: files that were joined.
     """
     values = _Values(file)
-    if values.peek() == "[":
-        yield from values.items()
-        return
-    if values.peek() == "{" and (rows := _list_of_rows(values, row_keys)):
-        yield from rows
-        return
-    file.seek(0)
-    values = _Values(file)
-    while values.peek():
+    first, are_rows = True, False  # objects at the top are rows themselves
+    while begin := values.peek():
         line = values.line
-        yield line, values.value()
+        if begin == "[":
+            yield from values.items()
+        elif begin != "{" or are_rows:
+            yield line, values.value()
+        elif not (yield from _rows_within(values, row_keys)):
+            if not first:
+                raise NoMoreRowsError(line, "this object holds no list of rows: put it into a list, as those before it")
+            file.seek(0)
+            values, are_rows = _Values(file), True
+        first = False
 
 
-def _list_of_rows(values: _Values, row_keys: Collection[str]) -> Iterator[tuple[int, Any]] | None:
-    """The list in the object that comes next whose first item is a row, or None if the object is a row itself."""
-    values.take("{")
-    while values.peek() == '"':
-        key = values.value()
-        values.take(":")
+def _rows_within(values: _Values, row_keys: Collection[str]) -> Generator[tuple[int, Any], None, bool]:
+    """The list in the object that comes next whose first item is a row. Returns whether there is one, and then has read
+    the object to its end; one that is a row itself only in part."""
+
+    def is_row(item: Any) -> bool:
+        return isinstance(item, dict) and not item.keys().isdisjoint(row_keys)
+
+    holder: str | None = None
+    for line, key in values.names():
         if key in row_keys:
-            return None
-        if values.peek() == "[":
-            items = values.items()
-            first = next(items, None)
-            if first and isinstance(first[1], dict) and not first[1].keys().isdisjoint(row_keys):
-                return chain([first], items)  # what follows the rows is about them, and no row
-            deque(items, maxlen=0)
-        else:
+            if holder is None:
+                return False
+            raise NoMoreRowsError(
+                line,
+                f"`{holder}` holds rows, and `{key}` beside it makes the object one: keep one, or put it into a list",
+            )
+        if values.peek() != "[":
             values.value()
-        if values.peek() == ",":
-            values.take(",")
-    return None
+            continue
+        items = values.items()
+        if holder is not None:
+            if any(is_row(item) for _, item in items):
+                raise NoMoreRowsError(line, f"`{holder}` and `{key}` both hold rows: split the file, a list in each")
+        elif (first := next(items, None)) and is_row(first[1]):
+            holder = key
+            yield from chain([first], items)
+        else:
+            deque(items, maxlen=0)
+    return holder is not None
 
 
-class NotJSONError(ValueError):
+class NoMoreRowsError(ValueError):
+    """Where in a file no row can be told from there on: in which line, and why."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class NotJSONError(NoMoreRowsError):
     """What is not JSON, and in which line of the file."""
 
     def __init__(self, line: int, reason: str) -> None:
-        super().__init__(f"not JSON from here on: {reason}")
-        self.line = line
+        super().__init__(line, f"not JSON from here on: {reason}")
 
 
 class _Values:
@@ -114,6 +134,19 @@ class _Values:
             if self.peek() != "]":
                 self.take(",")
         self.take("]")
+
+    def names(self) -> Iterator[tuple[int, str]]:
+        """The keys of the object that comes next, each with its line; whoever takes one reads its value."""
+        self.take("{")
+        while self.peek() != "}":
+            if self.peek() != '"':
+                raise NotJSONError(self.line, f"expected a key, found {self.peek() or 'the end of the file'}")
+            line, key = self.line, self.value()
+            self.take(":")
+            yield line, key
+            if self.peek() != "}":
+                self.take(",")
+        self.take("}")
 
     def _read(self, size: int) -> None:
         more = self._file.read(size)

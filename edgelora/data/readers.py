@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from edgelora.data.formats import DATA_FORMATS
-from edgelora.data.json_stream import NotJSONError, json_rows
+from edgelora.data.json_stream import NoMoreRowsError, json_rows
 from edgelora.errors import DataError
 
 LARGEST_PART = 1 << 20  # characters of a plain text that are one document
@@ -66,7 +66,7 @@ def _json(path: Path) -> Iterator[Raw]:
         try:
             for number, value in json_rows(file, ROW_KEYS):
                 yield Raw(number, value)
-        except NotJSONError as e:
+        except NoMoreRowsError as e:
             yield Raw(e.line, e)
 
 
