@@ -26,23 +26,53 @@ class Choice:
 
 
 def choose_device(asked: str = "auto") -> Choice:
-    """Where training runs: `cpu`, `cuda` or `mps`. Raises ConfigError for a device that is not here."""
+    """Where training runs: `cpu`, `mps`, `cuda` or, of several, `cuda:1`. Raises ConfigError for what is not here."""
     import torch
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if asked != "auto":
-        if not there.get(asked.partition(":")[0], False):
+        kind, numbered, number = asked.partition(":")
+        if not there.get(kind, False):
             raise ConfigError(
                 what=f"--device {asked}: there is none that torch can use",
                 why=f"torch {torch.__version__} sees {', '.join(name for name, is_there in there.items() if is_there)}",
                 fix="leave --device out, or install the build of torch for it (make quickstart TORCH=default)",
             )
+        if numbered:
+            _require_number(kind, number)
         return Choice(asked, "asked for")
     if there["cuda"]:
         return Choice("cuda", torch.cuda.get_device_name())
     if there["mps"]:
         return Choice("cpu", "an Apple GPU is there, but training on one was never measured: --device mps tries it")
     return Choice("cpu", "no GPU that torch can use")
+
+
+def _require_number(kind: str, number: str) -> None:
+    """Raise ConfigError unless `kind:number` is one of the cards that torch sees."""
+    import torch
+
+    if kind != "cuda":
+        raise ConfigError(
+            what=f"--device {kind}:{number}: there is one {kind}, and it has no number",
+            why="only NVIDIA cards are counted",
+            fix=f"pass --device {kind}",
+        )
+    cards = [str(i) for i in range(torch.cuda.device_count())]
+    if number not in cards:
+        raise ConfigError(
+            what=f"--device {kind}:{number}: there is no such card",
+            why=f"torch sees {', '.join(f'cuda:{card}' for card in cards)}",
+            fix="pass one of these, or --device cuda",
+        )
+
+
+def card_of(device: str) -> int:
+    """The number of the card that `cuda` or `cuda:1` is; without a number it is the one that is computed on."""
+    import torch
+
+    number = device.partition(":")[2]
+    return int(number) if number else torch.cuda.current_device()
 
 
 def choose_dtype(asked: str = "auto", device: str = "cpu") -> Choice:

@@ -8,6 +8,7 @@ import torch
 from edgelora import device
 from edgelora.device import (
     Choice,
+    card_of,
     choose_device,
     choose_dtype,
     choose_products,
@@ -22,10 +23,11 @@ from edgelora.errors import ConfigError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """`machine(cuda=…, bf16=…, mps=…, flags=…, vendor=…)`: as if this one had that."""
+    """`machine(cuda=…, bf16=…, mps=…, flags=…, vendor=…)`: as if this one had that, and two cards if any."""
 
     def is_one(cuda=False, bf16=True, mps=False, flags="", vendor="GenuineIntel"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -45,7 +47,7 @@ def test_the_device_that_is_chosen(machine, has, expected):
     assert ("--device mps tries it" in choice.why) == (has == {"mps": True})
 
 
-@pytest.mark.parametrize("asked", ["cpu", "cuda:1", "mps"])
+@pytest.mark.parametrize("asked", ["cpu", "cuda", "cuda:0", "cuda:1", "mps"])
 def test_a_device_that_is_there_can_be_asked_for(machine, asked):
     machine(cuda=True, mps=True)
     assert choose_device(asked) == Choice(asked, "asked for")
@@ -61,6 +63,34 @@ def test_a_device_that_is_not_there_is_refused(machine, asked):
         f"  why: torch {torch.__version__} sees cpu",
         "  fix: leave --device out, or install the build of torch for it (make quickstart TORCH=default)",
     ]
+
+
+@pytest.mark.parametrize("number", ["2", "-1", "foo", "", "01", "+1", "1 ", "1:1", "\N{SUPERSCRIPT ONE}"])
+def test_a_card_that_is_not_there_is_refused(machine, number):
+    machine(cuda=True)
+    with pytest.raises(ConfigError) as fault:
+        choose_device(f"cuda:{number}")
+    assert str(fault.value).splitlines() == [
+        f"--device cuda:{number}: there is no such card",
+        "  why: torch sees cuda:0, cuda:1",
+        "  fix: pass one of these, or --device cuda",
+    ]
+
+
+@pytest.mark.parametrize("asked", ["cpu:0", "cpu:foo", "cpu:", "mps:0"])
+def test_what_is_not_counted_is_asked_for_without_a_number(machine, asked):
+    """`cpu:0` would be the CPU to torch, and another device to all that is chosen for `cpu`."""
+    machine(mps=True)
+    with pytest.raises(ConfigError) as fault:
+        choose_device(asked)
+    kind = asked[:3]
+    assert fault.value.what == f"--device {asked}: there is one {kind}, and it has no number"
+    assert fault.value.fix == f"pass --device {kind}"
+
+
+def test_a_card_without_a_number_is_the_one_that_is_computed_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert [card_of(asked) for asked in ("cuda", "cuda:0", "cuda:12")] == [3, 0, 12]
 
 
 @pytest.mark.parametrize(
