@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import io
 import json
+import os
 import random
 import sys
 import tracemalloc
@@ -218,6 +220,87 @@ def test_a_folder_without_data(tmp_path):
     error = refused(tmp_path)
     assert error.what == f"{tmp_path}: cannot be read (a folder without data)"
     assert all(end in error.why for end in READERS)
+
+
+def link(path: Path, target: object) -> None:
+    try:
+        path.symlink_to(str(target))
+    except OSError as e:
+        pytest.skip(f"no links here: {e}")
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    for file in (data / "b/2.jsonl", elsewhere / "x.jsonl", elsewhere / "inner/y.jsonl"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(TEXTS["rows.jsonl"][0], encoding="utf-8")
+    link(data / "a", elsewhere)
+    link(data / "a-real-one", data / "b")
+    link(data / "again", elsewhere / "inner")
+    link(data / "b/up", data)
+    link(data / "c.jsonl", data / "b/2.jsonl")
+    link(elsewhere / "back", data)
+    assert [f.relative_to(data).as_posix() for f in files_of(data)] == [
+        "a/inner/y.jsonl", "a/x.jsonl", "b/2.jsonl", "c.jsonl",
+    ]  # fmt: skip
+    assert len(found(data)) == 4 * len(ROWS)
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv.gz", "folder"])
+def test_a_link_to_nothing_is_no_folder_without_data(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(TEXTS["rows.jsonl"][0], encoding="utf-8")
+    link(tmp_path / "notes.md", "nowhere")
+    assert len(found(tmp_path)) == len(ROWS)
+    link(tmp_path / name, "nowhere")
+    error = refused(tmp_path)
+    assert error.what == f"{tmp_path / name}: cannot be read (No such file or directory)"
+    assert error.why == "it is a link to nowhere, which leads to nothing"
+    assert error.fix == "mend the link, or take it out"
+
+
+def not_for_us(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_folder_that_is_closed_to_us_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(TEXTS["rows.jsonl"][0], encoding="utf-8")
+    closed, scandir = tmp_path / "closed", os.scandir
+    closed.mkdir()
+    monkeypatch.setattr(os, "scandir", lambda at: not_for_us() if at == closed else scandir(at))
+    error = refused(tmp_path)
+    assert error.what == f"{closed}: cannot be read (Permission denied)"
+    assert error.why == "this user may not read it"
+
+
+def test_a_file_that_is_closed_to_us_is_not_misspelt(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(TEXTS["rows.jsonl"][0], encoding="utf-8")
+    for part in ("open", "stat"):  # the file, or a folder above it
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, part, not_for_us)
+            error = refused(path)
+        assert error.what == f"{path}: cannot be read (Permission denied)"
+        assert error.why == "this user may not read it"
+        assert error.fix.startswith("let this user read it")
+
+
+def test_a_disk_that_fails_is_no_wrong_path(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(TEXTS["rows.jsonl"][0], encoding="utf-8")
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fails)
+    error = refused(path)
+    assert (error.what, error.why) == (f"{path}: cannot be read (Input/output error)", "the system failed to read it")
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    path = tmp_path / ("a" * 5000)
+    error = refused(path)
+    assert error.what == f"{path}: cannot be read (File name too long)"
+    assert error.fix == "check the spelling of the path"
 
 
 def test_a_missing_file(tmp_path):

@@ -5,8 +5,12 @@ Every fault of a file is reported at once, with its line. Whatever the size of a
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
+import stat
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +22,7 @@ from edgelora.data.rows import Row
 from edgelora.errors import DataError
 
 MAX_FAULTS_SHOWN = 20
+NO_SUCH_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
 
 Item = TypeVar("Item")
 
@@ -107,12 +112,16 @@ def count_rows(path: Path) -> int | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, or those files of a folder (and the folders in it) that may hold rows; hidden ones are left out."""
-    if not path.is_dir():
-        return [path]
-    inside = sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts)
-    visible = (f for f in inside if not any(part.startswith(".") for part in f.relative_to(path).parts))
-    found = [file for file in visible if file.is_file() and suffix_of(file) in READERS]
+    """The file, or those files of a folder (and the folders in it) that may hold rows; hidden ones are left out.
+
+    Links are followed, and each folder is read once. Raises DataError for what cannot be looked into.
+    """
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return [path]
+    except OSError as e:
+        raise cannot_read(path, e) from e
+    found = sorted(_inside(path), key=lambda file: file.relative_to(path).parts)
     if not found:
         raise DataError(
             what=f"{path}: cannot be read (a folder without data)",
@@ -120,6 +129,38 @@ def files_of(path: Path) -> list[Path]:
             fix="name a file of rows, or a folder with such files in it",
         )
     return found
+
+
+def _inside(top: Path) -> Iterator[Path]:
+    """The files of rows in a folder, in no order."""
+    folders, linked, seen = [top], deque[Path](), set[tuple[int, int]]()
+    while folders or linked:
+        folder = folders.pop() if folders else linked.popleft()  # a file has the name without a link where it has one
+        try:
+            state = folder.stat()
+            if (state.st_dev, state.st_ino) in seen:
+                continue
+            seen.add((state.st_dev, state.st_ino))
+            with os.scandir(folder) as entries:
+                visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as e:
+            raise cannot_read(folder, e) from e
+        for entry in visible:
+            file = folder / entry.name
+            if _is_folder(entry, file):
+                (linked if entry.is_symlink() else folders).append(file)
+            elif suffix_of(file) in READERS and entry.is_file():
+                yield file
+
+
+def _is_folder(entry: os.DirEntry[str], file: Path) -> bool:
+    """Raises DataError for a link to nothing that was rows, or a folder of them."""
+    try:
+        if entry.is_symlink() and suffix_of(file) in (*READERS, ""):
+            file.stat()
+        return entry.is_dir()
+    except OSError as e:
+        raise cannot_read(file, e) from e
 
 
 def _read_file(path: Path, data_format: str) -> Iterator[Found]:
@@ -163,8 +204,12 @@ def _guarded(path: Path, raw_rows: Iterator[Item]) -> Iterator[Item]:
 
 def cannot_read(path: Path, e: OSError) -> DataError:
     """What is raised where a file that somebody named cannot be opened or read."""
-    return DataError(
-        what=f"{path}: cannot be read ({e.strerror or e})",
-        why="the path is wrong, or is not a file",
-        fix="check the spelling of the path",
-    )
+    if isinstance(e, PermissionError):
+        why, fix = "this user may not read it", "let this user read it (chmod, or ask its owner), or name another file"
+    elif e.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
+        why, fix = f"it is a link to {path.readlink()}, which leads to nothing", "mend the link, or take it out"
+    elif e.errno in NO_SUCH_PATH:
+        why, fix = "the path is wrong, or is not a file", "check the spelling of the path"
+    else:
+        why, fix = "the system failed to read it", "see whether its disk or network is in order, or copy it elsewhere"
+    return DataError(what=f"{path}: cannot be read ({e.strerror or e})", why=why, fix=fix)
