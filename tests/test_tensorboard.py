@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import ExitStack, closing
 
 import pytest
 
-from edgelora.errors import ConfigError
+from edgelora.errors import ConfigError, OutputError
 from edgelora.progress import Sample
 from edgelora.training.metrics import Metrics
 from edgelora.training.tensorboard import TensorBoardLog
@@ -64,3 +65,55 @@ def test_without_the_package_it_is_said_how_to_install_it(tmp_path, monkeypatch)
     assert caught.value.what == "--tensorboard: the package tensorboard is not installed"
     assert caught.value.fix.startswith("pip install 'edgelora[tensorboard]'")
     assert list(tmp_path.iterdir()) == []
+
+
+class Full:
+    """A writer on a full disk."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def add_scalar(self, *_):
+        raise OSError(28, "No space left on device")
+
+    add_text = close = add_scalar
+
+
+@pytest.fixture
+def full(tmp_path, monkeypatch):
+    writers = pytest.importorskip("torch.utils.tensorboard", reason="pip install tensorboard")
+    monkeypatch.setattr(writers, "SummaryWriter", Full)
+    return TensorBoardLog(tmp_path, None)
+
+
+def test_a_full_disk_is_a_typed_error(full, tmp_path):
+    with pytest.raises(OutputError) as appended, full:
+        full.append(LINES[0])
+    with pytest.raises(OutputError) as closed, full:
+        pass
+    for caught in (appended, closed):
+        assert str(caught.value) == (
+            f"{tmp_path}: could not be written (No space left on device)\n"
+            "  why: the disk refused; the checkpoints that stand are untouched\n"
+            "  fix: free some space, then run the command again with --resume"
+        )
+
+
+def test_a_folder_that_cannot_be_made_is_a_typed_error(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match="could not be written"), TensorBoardLog(tmp_path / "file" / "board", None):
+        pass
+
+
+def closed_by_a_stack(board):
+    """Who closes a stack of contexts does not hand on what ended them."""
+    stack = ExitStack()
+    stack.enter_context(board)
+    return closing(stack)
+
+
+@pytest.mark.parametrize("within", [lambda board: board, closed_by_a_stack], ids=["alone", "in a stack"])
+def test_what_ended_the_run_is_told_before_a_full_disk(full, within):
+    with pytest.raises(KeyError, match="the run's own"), within(full):
+        raise KeyError("the run's own")
