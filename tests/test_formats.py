@@ -120,6 +120,22 @@ def test_a_row_is_also_read_as_another_format_whose_keys_it_has(name, row):
                 parse_row(row, other)
 
 
+# rows of files whose rows have all keys, null where there is nothing → the format
+NULLS = [
+    ({"messages": [ROLE_USER, ROLE_SAYS], "chosen": None, "rejected": None}, "chat"),
+    ({"prompt": "Hi", "completion": "Hello", "label": None}, "completion"),
+    ({"messages": None, "text": "Once"}, "text"),
+    ({"instruction": None, "output": None, "text": "Once"}, "text"),
+    ({"prompt": None, "chosen": [ROLE_USER, ROLE_SAYS], "rejected": [ROLE_USER, ROLE_WORSE]}, "preference"),
+]
+
+
+@pytest.mark.parametrize(("row", "name"), NULLS)
+def test_a_key_that_is_null_makes_no_format(row, name):
+    without = {key: value for key, value in row.items() if value is not None}
+    assert parse_row(row) == parse_row(without) == (name, parse_row(row, name)[1])
+
+
 # row → why it is refused
 BAD = {
     "sharegpt by nobody": ({"conversations": [{"from": "narrator", "value": "Hi"}]}, "`from` is 'narrator'"),
@@ -133,6 +149,7 @@ BAD = {
     "alpaca with a number": ({"instruction": "Hi", "output": 3}, "`output` is not a text"),
     "alpaca with half a history": ({"instruction": "a", "output": "b", "history": [["q"]]}, "`history`"),
     "a completion that is null": ({"prompt": "Hi", "completion": None}, "`completion` is not a text"),
+    "messages that are null": ({"messages": None}, "`messages` is not a list"),
     "half a surrogate pair": ({"prompt": "\ud83d", "completion": "a"}, "half of a surrogate pair"),
     "an empty text": ({"text": " \n"}, "`text` is empty"),
     "a text that is a list": ({"text": ["a"]}, "`text` is not a text"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -25,8 +25,8 @@ class DataFormat:
     keys: str
     parse: Callable[[RawRow], Row]
 
-    def fits(self, row: RawRow) -> bool:
-        return all(key in row for key in self.keys.split())
+    def fits(self, keys: Container[str]) -> bool:
+        return all(key in keys for key in self.keys.split())
 
 
 # -- conversations ------------------------------------------------------------------------------------------------
@@ -191,9 +191,11 @@ def parse_row(row: Any, data_format: str = AUTO) -> tuple[str, Row]:
         if not chosen.fits(row):
             raise ValueError(f"the format {data_format} needs the keys {chosen.keys}; this row has {_listed(row)}")
         return data_format, chosen.parse(row)
-    for name, known in DATA_FORMATS.items():
-        if known.fits(row):
-            return name, known.parse(row)
+    filled = {key for key, value in row.items() if value is not None}  # rows of one shape: null is what they lack
+    for keys in (filled, row):
+        for name, known in DATA_FORMATS.items():
+            if known.fits(keys):
+                return name, known.parse(row)
     raise ValueError(f"no format has the keys of this row: {_listed(row)}{_nearest(row)}")
 
 
