@@ -28,7 +28,7 @@ from edgelora.errors import ConfigError
 from edgelora.kernels import load
 from edgelora.peft.inject import kept_beside
 from edgelora.peft.methods import METHODS
-from edgelora.training import loop, settle
+from edgelora.training import exhausted, loop, settle
 from edgelora.training.adapter_footprint import adapter_numbers
 from edgelora.training.base_footprint import Model, base_bytes, held_bytes
 from edgelora.training.exhausted import explained
@@ -367,6 +367,22 @@ def test_memory_that_runs_out_is_explained_by_the_plan(tiny, tmp_path, monkeypat
     before, after = (total(model, settled(recompute=how), Load(m, m, how == "full"))
                      for how, m in (("off", 768), (less.recompute, n)))  # fmt: skip
     assert after < before
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "MPS backend out of memory (MPS allocated: 20.14 GiB). Tried to allocate 6.00 KiB on private pool.",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_memory_is_what_ran_out_however_a_device_says_it(monkeypatch, said):
+    monkeypatch.setattr(exhausted, "_exhausted", lambda *given: ConfigError(given[3], "", ""))
+    with pytest.raises(ConfigError) as caught, explained(None, None, 0):
+        raise RuntimeError(said)
+    assert caught.value.what == said.splitlines()[0]
 
 
 def test_an_error_that_is_not_of_memory_is_left_as_it_is():

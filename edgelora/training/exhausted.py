@@ -13,6 +13,7 @@ from edgelora.training.base_footprint import Model
 from edgelora.training.footprint import Load, footprint
 from edgelora.training.memory import SHARE, Machine, what_would_fit
 
+WORDS = ("out of memory", "allocate memory", "alloc_failed")  # of torch's CPU and MPS, CUDA and cuBLAS, in any case
 LESS = 0.2  # so much less of what a run takes, beside the process itself, is what is proposed
 
 
@@ -23,7 +24,8 @@ def explained(model: Model, config: TrainConfig, longest: int) -> Iterator[None]
         yield
     except (MemoryError, RuntimeError) as e:
         text = str(e)
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+        of_memory = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not of_memory and not any(words in text.lower() for words in WORDS):
             raise
         raise _exhausted(model, config, longest, text.splitlines()[0] if text else "no more memory") from e
 
