@@ -99,6 +99,7 @@ def test_parquet(tmp_path):
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "rows.parquet"
+    path.touch()
     error = refused(path)
     assert error.what == f"{path}: Parquet needs the package pyarrow"
     assert error.why == "it is an extra, because few need it"
@@ -120,6 +121,46 @@ def test_cells_hold_lists_and_labels(tmp_path):
     ids = tmp_path / "ids.tsv"
     ids.write_text("input_ids\tlabels\n[1, 2]\t[-100, 2]\n", encoding="utf-8")
     assert found(ids) == [(2, Tokenized((1, 2), (False, True)))]
+
+
+ASKED, GOOD, BAD = ({"role": r, "content": c} for r, c in [("user", "Hi"), ("assistant", "Hello"), ("assistant", "Go")])
+PAIR = Preference(*(Conversation((Message("user", "Hi"), Message("assistant", answer))) for answer in ("Hello", "Go")))
+# cells of a row, lists of messages among them → what the row is
+MESSAGES_IN_CELLS = {
+    "answers": ({"prompt": "Hi", "chosen": [GOOD], "rejected": [BAD]}, PAIR),
+    "whole conversations": ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, PAIR),
+    "ShareGPT's": (
+        {"prompt": [{"from": "human", "value": "Hi"}], "chosen": [{"from": "gpt", "value": "Hello"}], "rejected": "Go"},
+        PAIR,
+    ),
+    "a completion": ({"prompt": [ASKED], "completion": [GOOD]}, PAIR.chosen),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES_IN_CELLS)
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_answers_may_be_lists_of_messages(tmp_path, case, kind):
+    row, wanted = MESSAGES_IN_CELLS[case]
+    cells = {column: said if isinstance(said, str) else json.dumps(said) for column, said in row.items()}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pa = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
+        pq.write_table(pa.Table.from_pylist([cells]), path)
+    else:
+        path.write_text(table([cells], "\t" if kind == "tsv" else ","), encoding="utf-8", newline="")
+    ((_, read),) = found(path)
+    assert read == wanted
+
+
+@pytest.mark.parametrize(
+    "said", ['[{"name": "Hi"}]', "[1, 2]", "[]", "[1] says", '[{"role": "user"', '{"role": 1}', DEEP]
+)
+def test_an_answer_in_json_is_a_text(tmp_path, said):
+    path = tmp_path / "rows.csv"
+    path.write_text(table([{"prompt": "Hi", "completion": said}]), encoding="utf-8", newline="")
+    ((_, row),) = found(path)
+    assert row.answer == said
 
 
 def test_a_cell_may_span_lines_and_the_place_is_where_its_row_begins(tmp_path):

@@ -5,6 +5,7 @@ Reads no row as a format. Whatever the size of a file, one row of it is in memor
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -24,6 +25,8 @@ LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a 
 JSON_COLUMNS = (
     "messages", "conversations", "tools", "history", "input_ids", "labels", "loss_mask", "attention_mask",
 )  # fmt: skip
+# and what it may hold as a text, or as a list of messages
+SAID_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 ROW_KEYS = frozenset(key for known in DATA_FORMATS.values() for key in known.keys.split())
 
@@ -96,8 +99,19 @@ def _cells(cells: dict[str, str]) -> dict[str, Any] | ValueError:
             except (ValueError, RecursionError):
                 return ValueError(f"the cell `{column}` is not JSON")
         else:
-            row[column] = TRUTH.get(cell.strip().lower(), cell) if column == "label" else cell
+            row[column] = TRUTH.get(cell.strip().lower(), cell) if column == "label" else _said(column, cell)
     return row
+
+
+def _said(column: str, cell: Any) -> Any:
+    """The cell, or the messages that it holds as JSON."""
+    if column not in SAID_COLUMNS or not isinstance(cell, str) or not cell.lstrip().startswith("["):
+        return cell
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(cell)
+        if value and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value):
+            return value
+    return cell
 
 
 def _csv(path: Path) -> Iterator[Raw]:
@@ -142,7 +156,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
             for batch in file.iter_batches(batch_size=16):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Raw(number, _without_nulls(row))
+                    yield Raw(number, {column: _said(column, cell) for column, cell in _without_nulls(row).items()})
     except (pa.ArrowException, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
