@@ -96,6 +96,16 @@ def test_parquet(tmp_path):
         assert refused(tmp_path / "torn.parquet").what.endswith("torn.parquet: not a whole Parquet file")
 
 
+def test_parquet_in_gzip_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1"))
+    for named in (path, tmp_path):
+        error = refused(named)
+        assert error.what == f"{path}: Parquet in gzip is not read"
+        assert error.why == "a Parquet file is read from its end, and its columns are compressed already"
+        assert error.fix == f"gunzip {path}, and pass the .parquet file"
+
+
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "rows.parquet"
@@ -261,6 +271,7 @@ def test_a_folder_without_data(tmp_path):
     error = refused(tmp_path)
     assert error.what == f"{tmp_path}: cannot be read (a folder without data)"
     assert all(end in error.why for end in READERS)
+    assert error.why.endswith("; all but Parquet also with .gz")
 
 
 def link(path: Path, target: object) -> None:

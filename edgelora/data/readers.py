@@ -142,6 +142,12 @@ def _text(path: Path) -> Iterator[Raw]:
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
+    if path.suffix.lower() == ".gz":
+        raise DataError(
+            what=f"{path}: Parquet in gzip is not read",
+            why="a Parquet file is read from its end, and its columns are compressed already",
+            fix=f"gunzip {path}, and pass the .parquet file",
+        )
     try:
         pa, pq = import_module("pyarrow"), import_module("pyarrow.parquet")
     except ImportError as e:

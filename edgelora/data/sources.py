@@ -1,4 +1,4 @@
-"""Rows out of files, one at a time: JSONL, JSON, CSV, TSV, Parquet, plain text, gzip of them, and folders of all these.
+"""Rows out of files, one at a time: JSONL, JSON, CSV, TSV, plain text, gzip of them, Parquet, and folders of all these.
 
 Every fault of a file is reported at once, with its line. Whatever the size of a file, one row of it is in memory.
 """
@@ -125,7 +125,7 @@ def files_of(path: Path) -> list[Path]:
     if not found:
         raise DataError(
             what=f"{path}: cannot be read (a folder without data)",
-            why=f"files of a folder are read if their names end in {', '.join(READERS)}, or in one of these and .gz",
+            why=f"files of a folder are read if their names end in {', '.join(READERS)}; all but Parquet also with .gz",
             fix="name a file of rows, or a folder with such files in it",
         )
     return found
