@@ -343,6 +343,24 @@ def test_long_rows_are_refused_by_their_places_or_cut(base, tmp_path):
     assert data.counts == (2 + -(-(lengths[3] - 1) // 39),)  # the document became several rows
 
 
+@pytest.mark.parametrize("spare", [0, -1])
+def test_a_length_that_the_base_does_not_see_is_not_offered(base, tmp_path, spare):
+    path = write(tmp_path / "a.jsonl", row("a", "b " * 40), row("a", "b"))
+    longest = Encoder(base).encode(chat("a", "b " * 40)).tokens
+    with pytest.raises(DataError) as caught:
+        load_examples([path], Encoder(base, 40, context=longest + spare))
+    assert (caught.value.why, caught.value.fix) == {
+        0: (
+            "cutting them would teach answers that break off",
+            f"pass --max-length {longest} or --truncate, or shorten these rows",
+        ),
+        -1: (
+            f"the base sees no more than {longest - 1} tokens, and cutting them would teach answers that break off",
+            "pass --truncate, or shorten these rows",
+        ),
+    }[spare]
+
+
 def test_rows_that_the_template_refuses_are_named_at_once(base, tmp_path):
     picky = ChatTemplate(TEMPLATE.replace("{% for", "{% if messages[0].content == 'x' %}{{ 1/0 }}{% endif %}{% for", 1))
     speech = SimpleNamespace(tokenizer=base.tokenizer, template=picky)

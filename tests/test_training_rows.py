@@ -75,6 +75,16 @@ def test_what_was_read_and_cut_is_said_and_kept(read, tmp_path):
     assert json.loads(json.dumps(rows.facts))["warnings"] == [said[2]]
 
 
+@pytest.mark.parametrize(("method", "n"), [("lora", 0), ("prompt_tuning", 20)])
+def test_a_length_that_the_base_does_not_see_is_not_offered(base, read, method, n):
+    """Virtual tokens take their part of its context."""
+    most = base.context - n
+    with pytest.raises(DataError) as caught:
+        read([chat("a", "on " * base.context)], max_length=most, method=method)
+    assert caught.value.why.startswith(f"the base sees no more than {most} tokens, and ")
+    assert caught.value.fix == "pass --truncate, or shorten these rows"
+
+
 def test_held_out_rows_that_teach_nothing_are_refused(read, tmp_path):
     valid = write(tmp_path / "valid.jsonl", {"input_ids": [5, 6, 7], "labels": [-100] * 3})
     with pytest.raises(DataError) as caught:

@@ -213,7 +213,7 @@ class _Long:
     """Rows that are longer than is allowed and may not be cut."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._limit = None if encoder.truncate else encoder.max_length
+        self._limit, self._context = None if encoder.truncate else encoder.max_length, encoder.context
         self._count, self._longest, self._named = 0, 0, list[str]()
 
     def is_too_long(self, place: Place, encoded: Encoded) -> bool:
@@ -228,8 +228,10 @@ class _Long:
     def report(self) -> None:
         if self._count:
             more = f" and {self._count - len(self._named)} more" if self._count > len(self._named) else ""
+            seen_whole = self._context is None or self._longest <= self._context
+            why = "cutting them would teach answers that break off"
             raise DataError(
                 what=f"{self._count} rows are longer than {self._limit} tokens: {', '.join(self._named)}{more}",
-                why="cutting them would teach answers that break off",
-                fix=f"pass --max-length {self._longest} or --truncate, or shorten these rows",
+                why=why if seen_whole else f"the base sees no more than {self._context} tokens, and {why}",
+                fix=f"pass {f'--max-length {self._longest} or ' * seen_whole}--truncate, or shorten these rows",
             )

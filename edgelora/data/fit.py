@@ -56,12 +56,16 @@ class Encoded:
 @dataclass(frozen=True)
 class Encoder:
     """How rows become examples. Without `truncate` only documents are held to `max_length`: the caller refuses the
-    rest, naming the rows. Raises DataError for a row that cannot be encoded."""
+    rest, naming the rows. Raises DataError for a row that cannot be encoded.
+
+    context: the longest row that the base can see, which `max_length` may lie below; None where nobody asks.
+    """
 
     speech: Speech
     max_length: int | None = None
     truncate: bool = False
     loss_on: LossOn = "all"
+    context: int | None = None
 
     def encode(self, row: Row) -> Encoded:
         """The examples of a row, each at most `max_length` long where it may be cut."""

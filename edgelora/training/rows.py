@@ -17,6 +17,7 @@ from edgelora.data.order import Order
 from edgelora.errors import DataError
 from edgelora.files.contract import sha256_file
 from edgelora.progress import OnProgress, silent
+from edgelora.training.adapter_footprint import virtual_tokens
 from edgelora.training.invoked import require_invoked
 from edgelora.training.reading import Reading
 
@@ -62,7 +63,8 @@ def load_rows(
 
     Raises DataError for what is broken, too long, too little, or has nothing to learn.
     """
-    encoder = Encoder(base, config.max_length, config.truncate, config.loss_on)
+    context = base.context - virtual_tokens(config)
+    encoder = Encoder(base, config.max_length, config.truncate, config.loss_on, context)
     folder = next(p for p in config.out.absolute().parents if p.is_dir())  # for data that is larger than memory
     paths, held_out = [source.path for source in config.data], [] if config.valid is None else [config.valid]
     reading, load = Reading("read", [*paths, *held_out], on_progress), _loader(config.objective)
