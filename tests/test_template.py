@@ -350,3 +350,56 @@ def test_roles_that_a_template_refuses():
     assert caught.value.what == "the chat template refused a conversation: roles must alternate user/assistant"
     assert caught.value.fix.startswith("check the order of roles")
     assert ChatTemplate(STRICT).render(chat("a", "b")).text == "[a][b]"
+
+
+CONCATENATES = "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}"
+REFUSES = "{{ raise_exception('no') }}"
+QUESTION, CALLING = Message("user", "Hi"), Message("assistant", None, (CALL,))
+# template and messages → how the fix begins, and what is wanted of another template
+REFUSALS = {
+    "a call without words": (CONCATENATES, [QUESTION, CALLING], 'write "" for the `content` that is null', True),
+    "a call with words": (REFUSES, [QUESTION, replace(CALLING, content="")], "take tools, their calls", True),
+    "a tool's answer": (REFUSES, [QUESTION, Message("tool", "5")], "take tools, their calls and answers", True),
+    "two questions": (REFUSES, [QUESTION, QUESTION], "check the order of roles in your rows", False),
+    "a system message": (REFUSES, chat("a", "b", system="c"), "put what `system` says into the first message", False),
+    "nothing unusual": (REFUSES, chat("a", "b", "c"), "use a base with another chat template", False),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_the_fix_goes_by_what_the_conversation_has(case):
+    source, messages, begin, tools = REFUSALS[case]
+    with pytest.raises(DataError) as caught:
+        ChatTemplate(source).render(messages)
+    assert caught.value.what.startswith("the chat template refused a conversation: ")
+    assert caught.value.fix.startswith(begin)
+    assert "use a base with another chat template" in caught.value.fix
+    assert caught.value.fix.endswith(("that knows tool calls", "that knows them")) == tools
+
+
+def test_tools_that_a_template_refuses():
+    with pytest.raises(DataError) as caught:
+        ChatTemplate(REFUSES).render(chat("a", "b"), tools=[TOOL])
+    assert caught.value.fix.startswith("take tools, their calls and answers out of the row")
+
+
+def test_a_template_that_is_stopped_or_broken_has_no_word_of_roles():
+    with pytest.raises(DataError, match="was stopped") as caught:
+        ChatTemplate("{{ 'x' * 10 ** 9 }}").render([QUESTION])
+    assert caught.value.fix == "shorten the row, or use a base with another chat template"
+    with pytest.raises(DataError, match="does not parse") as caught:
+        ChatTemplate("{{ }}")
+    assert caught.value.fix == "use a base with another chat template"
+
+
+def test_memory_that_ran_out_is_no_refusal(monkeypatch):
+    def runs_out(*_, **__):
+        raise MemoryError
+
+    template = ChatTemplate(TEMPLATE)
+    monkeypatch.setattr(template, "_parts", runs_out)
+    with pytest.raises(MemoryError):
+        template.render([QUESTION])
+    monkeypatch.setattr("edgelora.data.template.Sandbox", runs_out)
+    with pytest.raises(MemoryError):
+        ChatTemplate(TEMPLATE)

@@ -24,6 +24,7 @@ from edgelora.data.tokenizer import Tokenizer
 from edgelora.errors import DataError
 
 MAX_SOURCE_CHARACTERS = 100_000  # the longest of a real model has 17,000
+OTHER_BASE = "use a base with another chat template"
 
 CHATML = (
     "{% for message in messages %}"
@@ -84,6 +85,8 @@ class ChatTemplate:
             raise _fault(f"the chat template does not parse: it has more than {MAX_SOURCE_CHARACTERS} characters")
         try:
             self._template = Sandbox(today).from_string(source)
+        except MemoryError:
+            raise
         except Exception as e:  # Jinja's, and Python's own: a number of 5000 digits is a ValueError
             raise _fault(f"the chat template does not parse: {e}") from e
 
@@ -104,9 +107,11 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
             )
         except LimitError as e:
-            raise _fault(f"the chat template was stopped: {e}") from e
+            raise _fault(f"the chat template was stopped: {e}", f"shorten the row, or {OTHER_BASE}") from e
+        except MemoryError:
+            raise
         except Exception as e:  # a template is a stranger's program: it can raise anything
-            raise _fault(f"the chat template refused a conversation: {e}") from e
+            raise _fault(f"the chat template refused a conversation: {e}", _what_to_do(messages, bool(tools))) from e
         text = "".join(parts)
         origin = "".join(map(origin_of, parts))
         return Rendered(text, origin, ids)
@@ -211,9 +216,20 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _fault(what: str) -> DataError:
-    return DataError(
-        what=what,
-        why="prompts and the loss mask come from the template inside the model file",
-        fix="check the order of roles in your rows (system, user, assistant, user, …), or use another base",
-    )
+def _what_to_do(messages: Sequence[Message], tools: bool) -> str:
+    """Where a template refuses these: what they have that not every template takes."""
+    if any(m.tool_calls and m.content is None for m in messages):
+        return f'write "" for the `content` that is null beside `tool_calls`, or {OTHER_BASE} that knows tool calls'
+    if tools or any(m.tool_calls or m.role == "tool" for m in messages):
+        return f"take tools, their calls and answers out of the row, or {OTHER_BASE} that knows them"
+    roles = [m.role for m in messages]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    if spoken != [("user", "assistant")[i % 2] for i in range(len(spoken))]:
+        return f"check the order of roles in your rows (system, user, assistant, user, …), or {OTHER_BASE}"
+    if spoken != roles:
+        return f"put what `system` says into the first message by `user`, or {OTHER_BASE}"
+    return OTHER_BASE
+
+
+def _fault(what: str, fix: str = OTHER_BASE) -> DataError:
+    return DataError(what=what, why="prompts and the loss mask come from the template inside the model file", fix=fix)
