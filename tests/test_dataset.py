@@ -198,6 +198,19 @@ def test_pairs_lose_ends_and_ids_too(base, tmp_path):
     assert (found.examples[0].input_ids.tolist(), found.cut) == ([5, 6, 7], Cut(7, 3, 0, 1))
 
 
+def test_a_pair_that_is_left_alike_is_left_out(base, tmp_path):
+    alike = {"prompt": "q", "chosen": "one " * 20 + "on", "rejected": "one " * 20 + "off"}
+    one_fits = {"prompt": "q", "chosen": "on", "rejected": "on and on and on"}
+    path, tally = write(tmp_path / "a.jsonl", alike, one_fits), Tally(base.tokenizer)
+    whole = [found.encoded.tokens for found in encode_rows(path, Encoder(base), "dpo")]
+    data = load_pairs([path], Encoder(base, 30, truncate=True), options=Options(on_row=tally.add))
+    first, second = (found.encoded for found in encode_rows(path, Encoder(base, 30, truncate=True), "dpo"))
+    assert (first.examples, first.cut) == ((), Cut(whole[0], 0, 2, 0))
+    assert (len(data), len(second.examples), second.cut) == (1, 2, None)
+    c = tally.result()
+    assert (c.rows, c.left_out, c.cut, c.lost_tokens, c.lost_turns, c.lost_ends) == (2, 1, 1, whole[0], 2, 0)
+
+
 # -- the data set -------------------------------------------------------------------------------------------------
 
 MIXED = [

@@ -104,13 +104,15 @@ class Encoder:
         return _encoded(len(whole), Cut(len(whole), len(kept), dropped - 1, 1), kept)
 
     def _ends_cut(self, *examples: Example) -> Encoded:
-        """One or two answers to a prompt: there are no turns to leave out."""
-        tokens = sum(map(len, examples))
-        if all(self._fits(len(e)) for e in examples):
-            return _encoded(tokens, None, *examples)
-        kept = [e[: self.max_length] for e in examples]
-        n_ends = sum(bool(e.loss_mask[self.max_length :].any()) for e in examples)
-        return _encoded(tokens, Cut(tokens, sum(map(len, kept)), 0, n_ends), *kept)
+        """One or two answers to a prompt: there are no turns to leave out. Two that are left alike teach nothing."""
+        tokens, kept, cut = sum(map(len, examples)), examples, None
+        if not all(self._fits(len(e)) for e in examples):
+            kept = tuple(e[: self.max_length] for e in examples)
+            n_ends = sum(bool(e.loss_mask[self.max_length :].any()) for e in examples)
+            cut = Cut(tokens, sum(map(len, kept)), 0, n_ends)
+        if len(kept) == 2 and np.array_equal(kept[0].input_ids, kept[1].input_ids):
+            return _left_out(tokens, cut)
+        return _encoded(tokens, cut, *kept)
 
     def _document(self, row: Document) -> Encoded:
         whole = encode_document(row, self.speech.tokenizer)
@@ -139,4 +141,8 @@ def _encoded(tokens: int, cut: Cut | None, *examples: Example) -> Encoded:
     """Without the examples, if one of them teaches nothing."""
     if all(e.n_loss_tokens for e in examples):
         return Encoded(examples, tokens, cut)
+    return _left_out(tokens, cut)
+
+
+def _left_out(tokens: int, cut: Cut | None) -> Encoded:
     return Encoded((), tokens, None if cut is None else Cut(cut.tokens, 0, cut.turns + cut.ends, 0))
