@@ -191,6 +191,8 @@ def test_a_cell_may_span_lines_and_the_place_is_where_its_row_begins(tmp_path):
         ('prompt,completion\na,b\n"c,d\n', 3, "not a table from here on"),
         ('prompt,completion\na,b\n"c"d,e\n', 3, "not a table from here on"),
         ("messages\n[1\n", 2, "the cell `messages` is not JSON"),
+        ('\n\n"prompt\n', 1, "not a table from here on"),
+        ("\nprompt,completion,completion\na,b,c\nd,e,f\n", 2, "the header has the column `completion` twice"),
     ],
 )
 def test_a_broken_table(tmp_path, text, number, why):
@@ -198,6 +200,12 @@ def test_a_broken_table(tmp_path, text, number, why):
     path.write_text(text, encoding="utf-8")
     (line,) = refused(path).what.split("\n  ")[1:]
     assert line.startswith(f"{path}:{number}: {why}")
+
+
+def test_blank_lines_of_a_table_are_left_out(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("\n ,\n\nprompt,completion,,\n\nHi,Hello,,\n\n\nHi,Hello,,\n", encoding="utf-8")
+    assert found(path) == [(6, PAIR.chosen), (9, PAIR.chosen)]
 
 
 # -- text ---------------------------------------------------------------------------------------------------------

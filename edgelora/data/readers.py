@@ -9,6 +9,7 @@ import contextlib
 import csv
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from io import TextIOWrapper
@@ -74,23 +75,30 @@ def _json(path: Path) -> Iterator[Raw]:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[Raw]:
-    """A table with a header; `None` stands for a missing cell, and for one too many."""
+    """A table with a header, which is the first line that is not blank."""
     csv.field_size_limit(LONGEST_CELL)
     with _open(path, newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        number = 1
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        number = 0
         try:
+            header = next((cells for cells in reader if any(map(str.strip, cells))), [])
+            if twice := [column for column, times in Counter(header).items() if times > 1 and column.strip()]:
+                yield Raw(reader.line_num, ValueError(f"the header has the column `{twice[0]}` twice"))
+                return
+            number = reader.line_num
             for cells in reader:
                 before, number = number + 1, reader.line_num
-                whole = None not in cells and None not in cells.values()
-                yield Raw(before, _cells(cells) if whole else ValueError("more or fewer cells than the header has"))
+                if cells:
+                    yield Raw(before, _row(header, cells))
         except csv.Error as e:
             yield Raw(number + 1, ValueError(f"not a table from here on: {e}"))
 
 
-def _cells(cells: dict[str, str]) -> dict[str, Any] | ValueError:
+def _row(header: list[str], cells: list[str]) -> dict[str, Any] | ValueError:
+    if len(cells) != len(header):
+        return ValueError("more or fewer cells than the header has")
     row: dict[str, Any] = {}
-    for column, cell in cells.items():
+    for column, cell in zip(header, cells, strict=True):
         if column in JSON_COLUMNS:
             if not cell.strip():
                 continue
