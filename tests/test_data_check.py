@@ -94,6 +94,15 @@ def test_one_token_answers_are_counted_without_the_end_of_the_turn(base, tmp_pat
     assert (c.one_token, c.warnings) == (2, ())  # labels are one token long: a fact, not a fault
 
 
+def test_what_has_no_answers_has_none_of_one_token(base, tmp_path):
+    assert len(base.tokenizer.encode("a").ids) == 1
+    ids = {"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}
+    rated = {"prompt": "q", "completion": "a", "label": False}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "light on"}
+    for rows, n in (([{"text": "a"}, ids, row("q", "a")], 1), ([rated], 1), ([pair], 1)):
+        assert found(base, tmp_path, *rows).check.one_token == n
+
+
 def test_overlap_with_the_held_out_rows(base, tmp_path):
     valid = write(tmp_path / "valid.jsonl", GOOD[2], row("another", "light on"), GOOD[0])
     checked = found(base, tmp_path, *GOOD, valid=valid)

@@ -152,7 +152,8 @@ class Tally:
             self._note("special", row.place)
         if any(not answer.strip() for answer in answers):
             self._note("empty", row.place)
-        self._counts["one_token"] += sum(self._short_answers(e) for e in row.encoded.examples)
+        if conversation_of(row.row) is not None:
+            self._counts["one_token"] += sum(self._short_answers(e) for e in row.encoded.examples)
 
     def result(self, held_out: Tally | None = None) -> Check:
         """What was found; the overlap is with the rows of `held_out`."""
