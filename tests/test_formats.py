@@ -27,6 +27,7 @@ GOOD = {
         ({"messages": [ROLE_USER, {**ROLE_SAYS, "weight": 0}]}, Conversation((ASKED, replace(SAID, weight=0.0)))),
         ({"messages": [ROLE_USER, {**ROLE_SAYS, "weight": 2.5}]}, Conversation((ASKED, replace(SAID, weight=2.5)))),
         ({"messages": [{**ROLE_USER, "weight": 0}, ROLE_SAYS]}, CHAT),
+        ({"messages": [ROLE_USER, {**ROLE_SAYS, "function_call": None}]}, CHAT),
         (
             {"messages": [ROLE_USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": json.dumps([TOOL])},
             Conversation((ASKED, Message("assistant", None, (CALL,))), tools=(TOOL,)),
@@ -149,6 +150,13 @@ BAD = {
     "alpaca with a number": ({"instruction": "Hi", "output": 3}, "`output` is not a text"),
     "alpaca with half a history": ({"instruction": "a", "output": "b", "history": [["q"]]}, "`history`"),
     "a completion that is null": ({"prompt": "Hi", "completion": None}, "`completion` is not a text"),
+    "OpenAI's older calls": (
+        {"messages": [ROLE_USER, {**ROLE_SAYS, "function_call": FUNCTION}]}, "`function_call` in a message",
+    ),
+    "older calls without words": (
+        {"prompt": "a", "completion": [{"role": "assistant", "content": None, "function_call": FUNCTION}]},
+        'write `"tool_calls": [{"type": "function", "function": …}]`',
+    ),
     "messages that are null": ({"messages": None}, "`messages` is not a list"),
     "half a surrogate pair": ({"prompt": "\ud83d", "completion": "a"}, "half of a surrogate pair"),
     "an empty text": ({"text": " \n"}, "`text` is empty"),

@@ -34,12 +34,12 @@ class DataFormat:
 
 def parse_chat(row: RawRow) -> Conversation:
     """`{"messages": [{"role", "content"}, …]}`, OpenAI's chat format, with `tools`, `tool_calls` and `weight`."""
-    return _conversation(row, parse_messages(row["messages"], "messages"))
+    return _conversation(row, _messages(row["messages"], "messages"))
 
 
 def parse_sharegpt(row: RawRow) -> Conversation:
     """`{"conversations": [{"from": "human", "value": …}, …]}`, with `system` and `tools` beside them in some files."""
-    messages = parse_messages(row["conversations"], "conversations")
+    messages = _messages(row["conversations"], "conversations")
     return _conversation(row, (*_system(row), *messages))
 
 
@@ -102,7 +102,16 @@ def _conversation(row: RawRow, messages: Sequence[Message]) -> Conversation:
 
 
 def _said(value: Any, field: str, role: str) -> tuple[Message, ...]:
-    return parse_messages(value, field) if isinstance(value, list) else (Message(role, _as_text(value, field)),)
+    return _messages(value, field) if isinstance(value, list) else (Message(role, _as_text(value, field)),)
+
+
+def _messages(value: Any, field: str) -> tuple[Message, ...]:
+    if isinstance(value, list) and any(isinstance(m, dict) and m.get("function_call") for m in value):
+        raise ValueError(
+            "`function_call` in a message is OpenAI's older form: write "
+            '`"tool_calls": [{"type": "function", "function": …}]` with what it holds'
+        )
+    return parse_messages(value, field)
 
 
 def _system(row: RawRow) -> tuple[Message, ...]:
