@@ -198,6 +198,43 @@ def test_pairs_lose_ends_and_ids_too(base, tmp_path):
     assert (found.examples[0].input_ids.tolist(), found.cut) == ([5, 6, 7], Cut(7, 3, 0, 1))
 
 
+# weights of three answers, in which of them max_length lies → what is learned, turns and ends that are lost
+LOST = {
+    "all": ((1, 1, 1), 1, "one<|im_end|>", 2, 0),
+    "the first": ((1, 0, 0), 1, "one<|im_end|>", 0, 0),
+    "the last, far away": ((0, 0, 1), 1, "", 1, 0),
+    "the last": ((0, 0, 1), 2, "six six", 0, 1),
+    "one that is cut": ((0, 1, 0.5), 1, "two two", 1, 1),
+    "one on each side": ((1, 0, 1), 2, "one<|im_end|>", 1, 0),
+    "none": ((0, 0, 0), 1, "", 0, 0),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_only_answers_that_are_learned_can_be_lost(base, case):
+    weights, cut_in, learned, turns, ends = LOST[case]
+    contents = ["a", "one", "b", "two two two", "c", "six six six"]
+    until_there = Encoder(base).encode(chat(*contents[: 2 * cut_in + 2])).examples[0]
+    max_length = len(until_there) - len(base.tokenizer.encode(contents[2 * cut_in + 1][-4:]).ids) - 2
+    found = Encoder(base, max_length, truncate=True).encode(chat(*contents, weights=weights))
+    assert (found.cut.turns, found.cut.ends) == (turns, ends)
+    assert "".join(said(base, example) for example in found.examples) == learned
+    assert found.cut.kept == sum(map(len, found.examples))
+
+
+def test_with_the_loss_on_the_last_answer_no_other_takes_its_place(base):
+    conversation = chat("a", "one", "b", "two two two")
+    whole = Encoder(base, loss_on="last").encode(conversation).examples[0]
+    start = int(np.argmax(whole.loss_mask))
+    for max_length in range(8, len(whole)):
+        found = Encoder(base, max_length, truncate=True, loss_on="last").encode(conversation)
+        if max_length <= start:
+            assert (found.examples, found.cut) == ((), Cut(len(whole), 0, 1, 0))
+        else:
+            assert same(found.examples[0], whole[:max_length])
+            assert found.cut == Cut(len(whole), max_length, 0, 1)
+
+
 def test_a_pair_that_is_left_alike_is_left_out(base, tmp_path):
     alike = {"prompt": "q", "chosen": "one " * 20 + "on", "rejected": "one " * 20 + "off"}
     one_fits = {"prompt": "q", "chosen": "on", "rejected": "on and on and on"}

@@ -1,7 +1,8 @@
 """Rows → examples of at most `max_length` tokens. What does not fit keeps whole turns where it can, and is counted.
 
-A conversation loses turns from its end; its system message and first question stay, and only where not even the first
-answer fits whole is that answer cut. A document is no answer that could break off: it becomes several examples.
+A conversation loses turns from its end, down to an answer that is learned; its system message and first question stay,
+and only where not even the first such answer fits whole is that answer cut. Where the last answer alone is learned, no
+other takes its place. A document is no answer that could break off: it becomes several examples.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edgelora.data.encode import Example, LossOn, encode_conversation, encode_document, encode_tokenized
+from edgelora.data.encode import Example, LossOn, encode_conversation, encode_document, encode_tokenized, turn_weights
 from edgelora.data.rows import Conversation, Document, Preference, Rated, Row
 from edgelora.data.template import ChatTemplate
 from edgelora.data.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class Speech(Protocol):
 class Cut(NamedTuple):
     """What a row lost. `kept` of `tokens` are left, 0 where nothing to learn was left and the row was left out.
 
-    `turns`: the assistant's turns that were left out whole; `ends`: answers that lost only their end.
+    Of the answers that are learned, `turns` were left out whole, and `ends` lost only their end.
     """
 
     tokens: int
@@ -95,12 +96,16 @@ class Encoder:
             return self._whole(replace(row, messages=row.messages[:end]))
 
         # where an answer says nothing there is nothing to learn up to it
-        ends = [i for i, m in enumerate(row.messages, 1) if m.role == "assistant" and m.says_something]
+        answers = zip(row.messages, turn_weights(row, self.loss_on), strict=True)
+        ends = [i for i, (message, weight) in enumerate(answers, 1) if weight > 0 and message.says_something]
+        if not ends:
+            return _left_out(len(whole), Cut(len(whole), 0, 0, 0))
         fitting = bisect.bisect_right(ends, self.max_length, key=lambda end: len(up_to(end)))
         dropped = len(ends) - fitting
-        if fitting and (kept := up_to(ends[fitting - 1])).n_loss_tokens:
+        if fitting:
+            kept = up_to(ends[fitting - 1])
             return _encoded(len(whole), Cut(len(whole), len(kept), dropped, 0), kept)
-        kept = up_to(ends[fitting])[: self.max_length]
+        kept = up_to(ends[0])[: self.max_length]
         return _encoded(len(whole), Cut(len(whole), len(kept), dropped - 1, 1), kept)
 
     def _ends_cut(self, *examples: Example) -> Encoded:
