@@ -24,6 +24,7 @@ def card(monkeypatch):
         "get_device_properties",
         lambda _: SimpleNamespace(name="Imagined 3060", total_memory=12_884_901_888),
     )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: calls.append(a))
     return calls
 
@@ -39,9 +40,10 @@ def test_the_setting_takes_what_is_understood_here(text, tmp_path):
     assert parse_size(config.max_gpu_memory) == SIZES[text]
 
 
-def test_a_process_is_held_to_its_share(card):
-    choice = hold_to("8GB", 1)
-    assert card == [(8e9 / 12_884_901_888, 1)]
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 2)])
+def test_a_process_is_held_to_its_share_of_the_card_it_computes_on(card, device, index):
+    choice = hold_to("8GB", device)
+    assert card == [(8e9 / 12_884_901_888, index)]
     assert (choice.value, choice.why) == ("8 GB", "asked for; Imagined 3060 has 12.88 GB")
 
 

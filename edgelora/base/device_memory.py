@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from edgelora.device import Choice
+from edgelora.device import Choice, card_of
 from edgelora.errors import ConfigError
 
 UNITS = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
@@ -26,26 +26,40 @@ def parse_size(text: str) -> int:
     return size
 
 
-def hold_to(max_gpu_memory: str, index: int = 0) -> Choice:
-    """Let torch's allocator take no more than `max_gpu_memory` of card `index`: beyond it, torch.OutOfMemoryError.
+def hold_to(max_gpu_memory: str, device: str = "cuda") -> Choice:
+    """Let torch's allocator take no more than `max_gpu_memory` of the card `device`: beyond it, torch.OutOfMemoryError.
 
     Counts what torch allocates, and keeps to allocate again, in this process: not the CUDA context (718 MB
     on an NVIDIA H100) and not what other libraries allocate themselves, such as bitsandbytes' paged optimizer.
-    Raises ConfigError if the text is no amount, there is no NVIDIA GPU, or the card is smaller.
+    Raises ConfigError as `held_bytes` does.
     """
+    size, index = held_bytes(max_gpu_memory, device), card_of(device)
+    card = torch.cuda.get_device_properties(index)
+    torch.cuda.set_per_process_memory_fraction(size / card.total_memory, index)
+    return Choice(f"{size / 1e9:g} GB", f"asked for; {card.name} has {card.total_memory / 1e9:.2f} GB")
+
+
+def held_bytes(max_gpu_memory: str, device: str = "cuda") -> int:
+    """What `hold_to` would leave of the card. Raises ConfigError if the text is no amount, `device` is no NVIDIA card
+    that is here, or it is smaller."""
     size = parse_size(max_gpu_memory)
+    if not device.startswith("cuda"):
+        raise ConfigError(
+            what=f"--max-gpu-memory {max_gpu_memory}: this run computes on {device}",
+            why="only CUDA can hold a process to a part of a card's memory",
+            fix="leave --max-gpu-memory out, or pass --device cuda where there is such a card",
+        )
     if not torch.cuda.is_available():
         raise ConfigError(
             what=f"--max-gpu-memory {max_gpu_memory}: there is no NVIDIA GPU here that torch can use",
             why="only CUDA can hold a process to a part of a card's memory",
             fix="leave --max-gpu-memory out, or install torch for CUDA where there is such a card",
         )
-    card = torch.cuda.get_device_properties(index)
+    card = torch.cuda.get_device_properties(card_of(device))
     if size > card.total_memory:
         raise ConfigError(
             what=f"--max-gpu-memory {max_gpu_memory}: {card.name} has {card.total_memory / 1e9:.2f} GB",
             why="a process cannot be given more than the card has",
             fix=f"pass at most --max-gpu-memory {card.total_memory // 10**7 / 100:g}GB, or leave it out",
         )
-    torch.cuda.set_per_process_memory_fraction(size / card.total_memory, index)
-    return Choice(f"{size / 1e9:g} GB", f"asked for; {card.name} has {card.total_memory / 1e9:.2f} GB")
+    return size

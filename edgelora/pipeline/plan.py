@@ -28,6 +28,7 @@ from edgelora.training.sample import MAX_TOKENS, Sampler
 from edgelora.training.settle import settle
 from edgelora.training.state import State
 from edgelora.training.where import where_of
+from edgelora.training.world import Alone
 
 MEASURED_STEPS = 3
 MEASURED_ROWS = 64  # of those held out
@@ -84,6 +85,7 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
     sampler = Sampler(config.samples, base, rows.system, MEASURED_TOKENS) if config.samples else None
     order = loaded.order(config)
     total = order.n_steps(config.epochs, config.max_steps)
+    Alone().use(config.device)
     with computing(choose_products(config.device), compute_threads()):
         decoder = build_decoder(base, config.base_dtype, COMPUTE[config.dtype], config.device)
         inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))

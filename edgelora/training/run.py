@@ -168,7 +168,7 @@ def _decoder(ready: Ready, world: World) -> Decoder:
     assert c.rank is not None
     assert c.alpha is not None
     if c.max_gpu_memory is not None:
-        hold_to(c.max_gpu_memory, world.local_rank)
+        hold_to(c.max_gpu_memory, c.device)
     if c.shard_base and isinstance(world, Processes):
         decoder = build_decoder(ready.base, c.base_dtype, COMPUTE[c.dtype])
         shard(decoder, world)

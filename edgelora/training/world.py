@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from edgelora.data.pack import Batch
+from edgelora.device import card_of
 
 T = TypeVar("T")
 
@@ -59,7 +61,9 @@ class Alone:
     local_rank, local_size = 0, 1
 
     def use(self, device: str) -> None:
-        pass
+        if device.startswith("cuda"):
+            # kernels are launched on the card that torch computes on, not on that of their tensors
+            torch.cuda.set_device(card_of(device))
 
     def share(self, batches: Sequence[Batch]) -> list[Batch | None]:
         return list(batches)
