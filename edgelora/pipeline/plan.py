@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from edgelora.base.decoder import COMPUTE, build_decoder
+from edgelora.base.device_memory import parse_size
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
 from edgelora.data.dataset import Dataset
-from edgelora.device import choose_products, compute_threads, computing
+from edgelora.device import choose_device, choose_products, compute_threads, computing
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
 from edgelora.progress import Progress
@@ -59,13 +60,17 @@ class Estimate:
 
 
 def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1) -> tuple[Base, Plan]:
-    """The plan of the run that `config` asks for. memory: bytes it may take in all; None for what is free.
+    """The plan of the run that `config` asks for. memory: bytes it may take in all, whatever `config` says of a card;
+    None for what is free, or for a card that is not here what it was to be held to.
 
     processes: how many torchrun would start on this machine; the plan is that of one of them. Raises ConfigError if
     nothing fits.
     """
     # a recipe has them, and no rows are held out yet
     config = config.model_copy(update={"patience": None, "keep_adapter": "last"})
+    if memory is None and config.max_gpu_memory is not None:
+        on_a_card = choose_device(config.device).value.startswith("cuda")
+        memory = None if on_a_card else parse_size(config.max_gpu_memory)
     base = open_base(config.base, config.chat_template)
     return base, settle(config, base, memory, processes, processes)
 

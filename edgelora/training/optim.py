@@ -59,6 +59,24 @@ def build_optimizer(named_parameters: Named, config: TrainConfig) -> Optimizer:
     return OPTIMIZERS[config.optimizer](list(groups.values()), config)
 
 
+def require_optimizer(name: str, device: str) -> None:
+    """Raise ConfigError if the optimizer cannot run on `device`."""
+    if name != "adamw8bit":
+        return
+    if not device.startswith("cuda"):
+        raise ConfigError(
+            what="optimizer adamw8bit: there is no CUDA device in this run",
+            why="it saves a graphics card's memory: moments in 8 bits, moved to the machine's own when space is short",
+            fix="take --optimizer adamw, or adafactor where memory is short",
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            what="optimizer adamw8bit: bitsandbytes is not installed",
+            why="its 8-bit kernels are an extra, for CUDA only",
+            fix="pip install 'edgelora[cuda]', or take --optimizer adamw",
+        )
+
+
 def _ratio(name: str, config: TrainConfig) -> float:
     """Of the learning rate, that of a parameter: LoRA+'s for B, and its share for a matrix that is saved whole."""
     row, last = METHODS[config.method], name.rpartition(".")[2]
@@ -103,19 +121,8 @@ def _adamw(groups: list[Group], config: TrainConfig) -> Optimizer:
 
 
 def _adamw8bit(groups: list[Group], config: TrainConfig) -> Optimizer:
-    devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
-    if devices != {"cuda"}:
-        raise ConfigError(
-            what="optimizer adamw8bit: there is no CUDA device in this run",
-            why="it saves a graphics card's memory: moments in 8 bits, moved to the machine's own when space is short",
-            fix="take --optimizer adamw, or adafactor where memory is short",
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            what="optimizer adamw8bit: bitsandbytes is not installed",
-            why="its 8-bit kernels are an extra, for CUDA only",
-            fix="pip install 'edgelora[cuda]', or take --optimizer adamw",
-        )
+    for device in {parameter.device.type for group in groups for _, parameter in group["params"]}:
+        require_optimizer("adamw8bit", device)
     bitsandbytes = importlib.import_module("bitsandbytes.optim")  # where it is installed; it bears no types
     optimizer: Optimizer = bitsandbytes.PagedAdamW8bit(groups, betas=_betas(config, "adamw8bit"))
     return optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgelora.base.device_memory import parse_size
+from edgelora.base.device_memory import held_bytes
 from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
@@ -18,6 +18,7 @@ from edgelora.training.base_footprint import Model
 from edgelora.training.defaults import choose
 from edgelora.training.invoked import invocation_of
 from edgelora.training.memory import Machine, Plan, plan, resident_bytes
+from edgelora.training.optim import require_optimizer
 from edgelora.training.original import original_of, why_original
 from edgelora.training.trained_tokens import tokens_of
 from edgelora.training.unused import refuse_unused
@@ -34,15 +35,15 @@ def settle(
 ) -> Plan:
     """The plan of a run, whose `config` leaves nothing open, as one of its `processes` sees it.
 
-    memory: bytes that this one may take in all; None: its part of what is free, which those `on_this_machine` share.
-    Raises ConfigError for what cannot be here or would do nothing, and if nothing fits.
+    memory: bytes that this one may take in all, on a machine that may be another one (`edgelora plan --memory`); None:
+    its part of what is free here, which those `on_this_machine` share. Raises ConfigError for what cannot be here or
+    would do nothing, and if nothing fits.
     """
     refuse_unused(config)
     shares = processes if config.shard_base else 1
     model, device = replace(Model.of(base), shares=shares), choose_device(config.device)
     dtype = choose_dtype(config.dtype, device.value)
-    given = parse_size(config.max_gpu_memory) if config.max_gpu_memory else memory
-    machine = machine_of(device.value, given, on_this_machine)
+    machine = here(config, device.value, on_this_machine) if memory is None else machine_of(device.value, memory)
     # of layers that are dealt out as much fits as into all processes together
     room = None if machine.budget is None else shares * machine.budget
     held = choose_base_dtype(config.base_dtype, base, room, dtype.value)
@@ -87,6 +88,16 @@ def choose_attention(head_dim: int, device: str, dtype: str = "f32") -> Choice:
     return Choice(
         "compiled", "flash attention for this CPU: over twice as fast as torch's products, and no scores in memory"
     )
+
+
+def here(config: TrainConfig, device: str, processes: int = 1) -> Machine:
+    """This machine as a run of `config` may use it. Raises ConfigError for what is asked of `device` and it has not."""
+    require_optimizer(config.optimizer, device)
+    machine = machine_of(device, None, processes)
+    if config.max_gpu_memory is None:
+        return machine
+    most = held_bytes(config.max_gpu_memory, device)
+    return replace(machine, budget=most if machine.budget is None else min(most, machine.budget))
 
 
 def machine_of(device: str, memory: int | None = None, processes: int = 1) -> Machine:
