@@ -353,11 +353,13 @@ def test_roles_that_a_template_refuses():
 
 
 CONCATENATES = "{% for m in messages %}{{ '[' + m.content + ']' }}{% endfor %}"
+CALLS_TOO = CONCATENATES.replace("{% endfor", "{{ m.tool_calls }}{% endfor")
 REFUSES = "{{ raise_exception('no') }}"
 QUESTION, CALLING = Message("user", "Hi"), Message("assistant", None, (CALL,))
-# template and messages → how the fix begins, and what is wanted of another template
+# template and messages → how the fix begins, and whether another template must know tools
 REFUSALS = {
-    "a call without words": (CONCATENATES, [QUESTION, CALLING], 'write "" for the `content` that is null', True),
+    "a call without words": (CALLS_TOO, [QUESTION, CALLING], 'write "" for the `content` that is null', False),
+    "a call that is not known": (CONCATENATES, [QUESTION, CALLING], "take tools, their calls", True),
     "a call with words": (REFUSES, [QUESTION, replace(CALLING, content="")], "take tools, their calls", True),
     "a tool's answer": (REFUSES, [QUESTION, Message("tool", "5")], "take tools, their calls and answers", True),
     "two questions": (REFUSES, [QUESTION, QUESTION], "check the order of roles in your rows", False),
@@ -374,7 +376,7 @@ def test_the_fix_goes_by_what_the_conversation_has(case):
     assert caught.value.what.startswith("the chat template refused a conversation: ")
     assert caught.value.fix.startswith(begin)
     assert "use a base with another chat template" in caught.value.fix
-    assert caught.value.fix.endswith(("that knows tool calls", "that knows them")) == tools
+    assert caught.value.fix.endswith("that knows them") == tools
 
 
 def test_tools_that_a_template_refuses():

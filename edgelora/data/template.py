@@ -111,7 +111,9 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as e:  # a template is a stranger's program: it can raise anything
-            raise _fault(f"the chat template refused a conversation: {e}", _what_to_do(messages, bool(tools))) from e
+            raise _fault(
+                f"the chat template refused a conversation: {e}", _what_to_do(messages, tools, self.source)
+            ) from e
         text = "".join(parts)
         origin = "".join(map(origin_of, parts))
         return Rendered(text, origin, ids)
@@ -216,10 +218,10 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _what_to_do(messages: Sequence[Message], tools: bool) -> str:
+def _what_to_do(messages: Sequence[Message], tools: Sequence[object], source: str) -> str:
     """Where a template refuses these: what they have that not every template takes."""
-    if any(m.tool_calls and m.content is None for m in messages):
-        return f'write "" for the `content` that is null beside `tool_calls`, or {OTHER_BASE} that knows tool calls'
+    if any(m.tool_calls and m.content is None for m in messages) and "tool_calls" in source:
+        return f'write "" for the `content` that is null beside `tool_calls`, or {OTHER_BASE}'
     if tools or any(m.tool_calls or m.role == "tool" for m in messages):
         return f"take tools, their calls and answers out of the row, or {OTHER_BASE} that knows them"
     roles = [m.role for m in messages]
