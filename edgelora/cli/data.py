@@ -65,7 +65,7 @@ def check(
         print(json.dumps(_as_json(found)))
     else:
         _print(found, output())
-    found.check.raise_faults()
+    found.raise_faults()
 
 
 def _paths(files: list[str]) -> list[Path]:

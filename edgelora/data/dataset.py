@@ -46,19 +46,21 @@ def silent(_: EncodedRow) -> None:
 
 
 def encode_rows(
-    path: Path, encoder: Encoder, objective: str | None = "sft", data_format: str = AUTO
+    path: Path, encoder: Encoder, objective: str | None = "sft", data_format: str = AUTO, is_asked: bool = True
 ) -> Iterator[EncodedRow]:
     """Each row of a file or folder, encoded, which is read once. objective: None for the one that the first row is for.
 
-    Raises DataError for what is broken in the file, and with up to 20 rows at once that cannot be encoded or are too
-    long; ConfigError for an unknown format.
+    is_asked: whether somebody asked for the objective; if not, it is that of the rows of another file. Raises DataError
+    for what is broken in the file, and with up to 20 rows at once that cannot be encoded or are too long; ConfigError
+    for an unknown format.
     """
     refused, long = _Refused(), _Long(encoder)
     learned_by = objective
     for place, known_as, row in read_rows(path, require_format(data_format)):
-        learned_by = learned_by or _learned_by(row)
+        learned_by = learned_by or objective_for(row)
         if not isinstance(row, LEARNS_FROM[learned_by][0]):
-            raise _of_another(place, known_as, learned_by, is_asked=objective is not None)
+            apart = "put these rows into a file of their own" if objective is None else "leave this file to another run"
+            raise _of_another(place, known_as, learned_by, None if objective is not None and is_asked else apart)
         try:
             encoded = encoder.encode(row)
         except DataError as e:
@@ -70,20 +72,20 @@ def encode_rows(
     long.report()
 
 
-def _learned_by(row: Row) -> str:
+def objective_for(row: Row) -> str:
     """The first objective that learns from such a row."""
     return next(name for name, (kinds, _) in LEARNS_FROM.items() if isinstance(row, kinds))
 
 
-def _of_another(place: Place, known_as: str, objective: str, is_asked: bool) -> DataError:
-    """What is raised for a row that `objective` does not learn from; it was asked for, or is that of the first row."""
+def _of_another(place: Place, known_as: str, objective: str, apart: str | None) -> DataError:
+    """What is raised for a row that `objective` does not learn from. apart: how it is kept from the rows before it,
+    whose objective it is; None where it was asked for."""
     name = LEARNS_FROM[objective][1]
     return DataError(
         what=f"{place}: a row of the format {known_as}",
-        why=f"{objective} learns from {name}" if is_asked else f"the first are {name}: no run learns from both",
-        fix="choose another objective (sft, dpo, ipo, orpo, kto), or other data" if is_asked
-        else "put these rows into a file of their own",
-    )  # fmt: skip
+        why=f"the first are {name}: no run learns from both" if apart else f"{objective} learns from {name}",
+        fix=apart or "choose another objective (sft, dpo, ipo, orpo, kto), or other data",
+    )
 
 
 class Dataset(Generic[Item]):

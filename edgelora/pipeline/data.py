@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgelora.base.model import Base
 from edgelora.data.check import Check, Tally, histogram
-from edgelora.data.dataset import EncodedRow, encode_rows
+from edgelora.data.dataset import EncodedRow, encode_rows, objective_for
 from edgelora.data.encode import Example, LossOn
 from edgelora.data.fit import Encoder
 from edgelora.data.formats import AUTO
@@ -54,6 +54,12 @@ class Checked:
     max_length: int
     shown: tuple[Shown, ...]
 
+    def raise_faults(self) -> None:
+        """Raise DataError for what training would refuse."""
+        self.check.raise_faults()
+        if self.valid is not None:
+            self.valid.raise_faults("held-out data: ")
+
     @property
     def histogram(self) -> list[tuple[int, int, int]]:
         """(from, to, rows): how many tokens rows have."""
@@ -70,26 +76,33 @@ def check_data(
     """Read and encode every row of files and folders as training would, one at a time, and count.
 
     Rows longer than max_length (None: the base's context) are cut as with --truncate, to see what that would cost.
-    Each file is read once, so it may be a pipe; its rows are for the objective that its first row is for. Raises
-    DataError for files that are broken, and ConfigError for an unknown format.
+    Each file is read once, so it may be a pipe; all rows are for the objective that the first one is for. Raises
+    DataError for files that are broken, and for rows of another objective; ConfigError for an unknown format.
     """
     ask = ask or Ask()
     max_length = min(ask.max_length or base.context, base.context)
     encoder = Encoder(base, max_length, truncate=True, loss_on=ask.loss_on)
     reading = Reading("check", [*paths, *([] if valid is None else [valid])], on_progress)
+    objective: str | None = None
+
+    def rows_of(path: Path) -> Iterator[EncodedRow]:
+        nonlocal objective
+        for row in encode_rows(path, encoder, objective, ask.data_format, is_asked=False):
+            objective = objective or objective_for(row.row)
+            reading.add()
+            yield row
+
     tally, shown = Tally(base.tokenizer), list[Shown]()
     for path in paths:
-        for row in encode_rows(path, encoder, None, ask.data_format):
+        for row in rows_of(path):
             tally.add(row)
-            reading.add()
             if len(shown) < ask.preview:
                 shown.append(_shown(row, base))
     held_out = None
     if valid is not None:
         held_out = Tally(base.tokenizer)
-        for row in encode_rows(valid, encoder, None, ask.data_format):
+        for row in rows_of(valid):
             held_out.add(row)
-            reading.add()
     return Checked(tally.result(held_out), held_out.result() if held_out else None, max_length, tuple(shown))
 
 
