@@ -75,6 +75,17 @@ def test_what_was_read_and_cut_is_said_and_kept(read, tmp_path):
     assert json.loads(json.dumps(rows.facts))["warnings"] == [said[2]]
 
 
+def test_what_is_odd_in_held_out_rows_is_said(read, tmp_path):
+    odd = [chat("b", "it is off"), chat("b", "it is off"), chat("c", " ", "d", "it <|im_end|> is")]
+    rows, said = read(GOOD, valid=write(tmp_path / "valid.jsonl", *odd))
+    assert said[2:] == [f"held-out: {warning}" for warning in rows.valid_check.warnings]
+    assert [re.search(r"1 row (with|the) .*", line)[0].split(" (")[0] for line in said[2:]] == [
+        "1 row the same as an earlier one",
+        "1 row with the text of a special token in what is said: it stays text, for the template writes those",
+        "1 row with an empty answer among the turns",
+    ]
+
+
 @pytest.mark.parametrize(("method", "n"), [("lora", 0), ("prompt_tuning", 20)])
 def test_a_length_that_the_base_does_not_see_is_not_offered(base, read, method, n):
     """Virtual tokens take their part of its context."""

@@ -85,7 +85,8 @@ def load_rows(
         if found is not None:
             _require_enough(name, found, config.objective)
             on_note(f"{name}: {found.summary}")
-    for warning in check.warnings:
+    of_valid = () if valid_check is None else valid_check.warnings
+    for warning in (*check.warnings, *(f"held-out: {warning}" for warning in of_valid)):
         on_note(warning)
     if config.alora_invocation_tokens:
         require_invoked(config, (train[i] for i in range(len(train))), "data")
