@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -108,6 +109,14 @@ def test_reading_tells_how_far_it_is(read, tmp_path, events):
     read([chat("a", str(i)) for i in range(500)], valid=valid)
     assert [(e.stage, e.step, e.total) for e in events] == [("read", n, 601) for n in (200, 400, 600)]
     assert all(e.eta_s >= 0 for e in events)
+
+
+def test_each_source_is_seen_by_its_weight(base, tmp_path):
+    a, b, c = (write(tmp_path / name, *GOOD, chat(name, "on")) for name in "abc")
+    config = TrainConfig(base=base.path, data=[f"{a}:2", b, f"{c}:0.5"], out=tmp_path / "mine", max_length=512)
+    order = load_rows(config, base, lambda _: None).order(config)
+    seen = Counter("abc"[number // 4] for step in range(7) for number in order.rows(step))
+    assert (order.epoch_rows, config.batch_rows, seen) == (14, 8, {"a": 32, "b": 16, "c": 8})
 
 
 def rated(answer, label=True):
