@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,12 @@ from edgelora.nn.vocabulary import Moved, Moves, NewRows, Vocabulary
 
 Adaptable: TypeAlias = Linear | Norm | Vocabulary
 """A layer that an adapter can change, by its `delta`."""
+
+
+class Noise(Protocol):
+    """Embeddings (T, d) of a row, of which segments have these lengths behind a shared `prefix` → those with noise."""
+
+    def __call__(self, x: Tensor, segment_lengths: list[int], *, prefix: int) -> Tensor: ...
 
 
 def final_norm(architecture: Architecture, config: ModelConfig, weight: Tensor) -> Norm:
@@ -71,8 +77,8 @@ class Decoder(nn.Module):
         """Whether a layer keeps its input alone, and is computed again in the backward pass."""
         self.offload = False
         """CUDA, with `recompute`: these inputs wait for the backward pass in the machine's memory."""
-        self.noise: Callable[[Tensor, list[int]], Tensor] | None = None
-        """While training, what is done to embeddings (T, d) of segments of these lengths (NEFTune)."""
+        self.noise: Noise | None = None
+        """While training, what is done to embeddings (NEFTune)."""
         self.awake: Awake | None = None
         """Hears of each row before the layers do, where an aLoRA waits for its invocation."""
         self.group: int | None = None
@@ -128,11 +134,7 @@ class Decoder(nn.Module):
         c = self.config
         if self.awake is not None:
             self.awake.see(input_ids, positions, segment_starts, prefix)
-        x: Tensor = self.model.embed_tokens(input_ids)
-        if c.embedding_multiplier != 1.0:
-            x = x * c.embedding_multiplier
-        if self.noise is not None:
-            x = self.noise(x, [b - a for a, b in itertools.pairwise([0, *segment_starts]) if b > a])
+        x = self._embedded(input_ids, segment_starts, prefix)
         virtual = self._virtual()
         row = virtual.before(Row(x, positions, segment_starts, prefix))
         tables = tables_of(c, row.positions, row.starts, row.prefix)
@@ -147,6 +149,16 @@ class Decoder(nn.Module):
                 x = run_again(run, x, [*layer.parameters(), *(past or ())]) if self.recompute else run(x)
         x = self.model.norm(x[virtual.rows :] if virtual.rows else x)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling
+
+    def _embedded(self, input_ids: Tensor, segment_starts: list[int], prefix: int) -> Tensor:
+        """(T, d), with noise where HF's embedding ends: what it multiplies `inputs_embeds` by is behind it."""
+        x: Tensor = self.model.embed_tokens(input_ids)
+        within = self.config.embedding_multiplier / self.embeds_scale
+        if within != 1.0:
+            x = x * within
+        if self.noise is not None:
+            x = self.noise(x, [b - a for a, b in itertools.pairwise(segment_starts)], prefix=prefix)
+        return x if self.embeds_scale == 1.0 else x * self.embeds_scale
 
     def _virtual(self) -> Virtual:
         """What stands before this row; where sequences grow, it is in their keys and values already."""
