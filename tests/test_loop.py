@@ -141,6 +141,17 @@ def test_warmup_takes_at_most_half_of_a_short_run(make):
     assert [e.learning_rate for e in run.watch.events] == pytest.approx([0.0005, 0.001, 0.001, 0.0005])
 
 
+@pytest.mark.parametrize("most", [0.01, 0.5, 1e9])
+def test_the_optimizer_sees_no_longer_gradient_than_was_asked(make, most):
+    """AdamW's mean gradient behind its first step is a tenth of what it saw."""
+    run = trained(make(examples(8), max_grad_norm=most))
+    means = [state["exp_avg"] for state in run.state.optimizer.state.values()]
+    seen = 10 * float(torch.stack([mean.norm() for mean in means]).norm())
+    norm = run.watch.events[0].grad_norm
+    assert 0.5 < norm < 1e9
+    assert seen == pytest.approx(min(norm, most), rel=1e-4)
+
+
 def test_loraplus_lets_b_learn_faster(make):
     run = trained(make(examples(8), method="loraplus", loraplus_ratio=16, learning_rate=1e-4))
     assert sorted(run.watch.rates[0]) == pytest.approx([1e-4, 16e-4])
@@ -332,6 +343,21 @@ def test_noise_is_where_something_is_learned_and_nowhere_else(make, monkeypatch,
     assert held_out_losses(noisy)[0] == held_out_losses(plain)[0]
 
 
+@pytest.mark.parametrize("alpha", [2.0, 9.0])
+def test_noise_is_as_strong_as_was_asked(make, monkeypatch, alpha):
+    """Within ±α/√(L·d), and of that many numbers one comes near."""
+    largest, real = [], loop.neftune
+
+    def seen(x, *asked, **options):
+        noisy = real(x, *asked, **options)
+        largest.append(float((noisy - x).abs().max()))
+        return noisy
+
+    monkeypatch.setattr(loop, "neftune", seen)
+    trained(make(examples(40, 40), neftune_alpha=alpha))
+    assert largest == pytest.approx([alpha / math.sqrt(40 * 256)] * 2, rel=1e-2)
+
+
 def test_labels_are_smoothed_while_learning_only(make):
     held = examples(12, seed=1)
     smooth, plain = (
@@ -422,9 +448,9 @@ def test_three_bad_steps_in_a_row_stop_the_run_with_the_last_good_state_kept(mak
     with pytest.raises(EdgeloraError) as e:
         train(run.job, run.state, run.watch)
     assert str(e.value).splitlines() == [
-        f"the loss was not a finite number in {MAX_BAD_STEPS} steps in a row (step 4)",
+        f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row (step 4)",
         "  why: the learning rate is too high for this model, or the base holds broken weights",
-        "  fix: try --learning-rate 0.001",  # a fifth of 5e-3
+        "  fix: try --learning-rate 0.001 --overwrite",  # a fifth of 5e-3
     ]
     assert run.watch.saved == [4]
     assert all(torch.equal(value, run.watch.weights[0][name]) for name, value in run.state.parameters.items())
