@@ -7,7 +7,17 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from edgelora.errors import ConfigError
 from edgelora.faults import in_words
@@ -34,13 +44,18 @@ class Source(NamedTuple):
     weight: float = 1.0
 
     def __str__(self) -> str:
-        return str(self.path) if self.weight == 1.0 else f"{self.path}:{self.weight:g}"
+        if self.weight == 1.0 and _source(str(self.path)) == self:
+            return str(self.path)
+        short = f"{self.weight:g}"
+        return f"{self.path}:{short if float(short) == self.weight else self.weight}"
 
 
 def _source(value: Any) -> Source:
     """`rows.jsonl` or `rows.jsonl:0.5`."""
     if isinstance(value, Source):
         return value
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{value!r} is no path; a weight stands behind one, as in rows.jsonl:0.5")
     path, colon, number = str(value).rpartition(":")
     try:
         source = Source(Path(path), float(number)) if colon and path else Source(Path(value))
@@ -112,6 +127,12 @@ def _names(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
+def _named(path: Path) -> Path:
+    if path.name in ("", ".."):
+        raise ValueError(f"{str(path)!r} has no name that a folder beside it could share")
+    return path
+
+
 class TrainConfig(BaseModel):
     """What `edgelora train` does. Called with what cannot be, or with unknown settings, it raises ConfigError."""
 
@@ -130,11 +151,19 @@ class TrainConfig(BaseModel):
                     fix="`edgelora train --print-config` prints each setting with what it is",
                 ) from e
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is none of its values")
+        return value
+
     base: Path
     """The base model: a .gguf file, or a Hugging Face folder."""
     data: Sources = Field(min_length=1)
     """Rows to learn: files or folders, each with `:weight` behind it where they are mixed."""
-    out: Path
+    out: Annotated[Path, AfterValidator(_named)]
     """The folder that the adapter becomes. What belongs to the run stands beside it, in OUT.run."""
     valid: Path | None = None
     """Held-out rows: their loss is measured every `eval_every` steps and at the end."""
@@ -291,7 +320,8 @@ class TrainConfig(BaseModel):
     tensorboard: bool = False
     """Write TensorBoard's event files too (extra `tensorboard`)."""
     seed: int = Field(0, ge=0)
-    """Same seed, data and machine: same adapter, bit for bit (CPU)."""
+    """Same seed, data and machine: same adapter, bit for bit (CPU). What is left open is chosen by the memory that is
+    free: where that is short, say micro_batch_tokens, max_length and base_dtype too."""
     resume: bool = False
     """Go on with the run that was begun at --out, exactly where it was."""
     overwrite: bool = False

@@ -112,20 +112,35 @@ class Pace:
     def __init__(self, total: int, first: int = 0) -> None:
         self.total, self.first, self.done, self.tokens = total, first, first, 0
         self.start, self._aside = time.perf_counter(), 0.0
+        self._measuring, self._measured = 0.0, 0
 
-    def step(self, tokens: int, steps: int = 1) -> tuple[float, float]:
-        """Count `steps` more with `tokens` in them; returns (tokens/s, seconds left)."""
+    def step(self, tokens: int, steps: int = 1, measurements: int = 0) -> tuple[float, float]:
+        """Count `steps` more with `tokens` in them; returns (tokens/s, seconds left).
+
+        measurements: how many there will be, each as long as those so far were.
+        """
         self.done += steps
         self.tokens += tokens
         elapsed = max(time.perf_counter() - self.start, 1e-9)
-        left = elapsed / (self.done - self.first) * (self.total - self.done)
-        return self.tokens / max(elapsed - self._aside, 1e-9), left
+        left = (elapsed - self._measuring) / (self.done - self.first) * (self.total - self.done)
+        left += measurements * self._measuring / max(self._measured, 1)
+        return self.tokens / max(elapsed - self._aside - self._measuring, 1e-9), left
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What happens inside (an evaluation, a checkpoint) takes of the time that is left, but slows no token."""
+        """What happens inside, such as a checkpoint, takes of the time that is left, but slows no token."""
         began = time.perf_counter()
         try:
             yield
         finally:
             self._aside += time.perf_counter() - began
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """A measurement slows no token either, and no step: how many are left is known."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._measuring += time.perf_counter() - began
+            self._measured += 1

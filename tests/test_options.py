@@ -253,6 +253,41 @@ def test_unknown_settings_are_refused_with_the_nearest_name(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("lr = 1e-4", "lr (did you mean learning_rate?)"),
+        ("output_dir = 'mine'", "output_dir (did you mean out?)"),
+        ("[train]\nrank = 4", "the table train (settings stand without one)"),
+    ],
+)
+def test_what_other_programs_write_is_answered_with_our_names(tmp_path, written, said):
+    (tmp_path / "train.toml").write_text(written, encoding="utf-8")
+    with pytest.raises(ConfigError) as fault:
+        read_toml(tmp_path / "train.toml", TrainConfig)
+    assert fault.value.what.endswith(f"unknown settings: {said}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"out": "."}, "out: '.' has no name"),
+        ({"out": "/"}, "out: '/' has no name"),
+        ({"out": ""}, "out: '.' has no name"),
+        ({"out": "a/.."}, "out: 'a/..' has no name"),
+        ({"rank": True}, "rank: true is none of its values"),
+        ({"epochs": False}, "epochs: false is none of its values"),
+        ({"data": None}, "data: None is no path"),
+        ({"data": {"path": "rows.jsonl"}}, "data: {'path': 'rows.jsonl'} is no path; a weight stands behind one"),
+        ({"data": [{"path": "rows.jsonl", "weight": 0.5}]}, "data: {'path': 'rows.jsonl', 'weight': 0.5} is no path"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_told_as_a_fault_of_its_setting(settings, told):
+    with pytest.raises(ConfigError) as fault:
+        TrainConfig(**{"base": "b", "data": "d", "out": "o", **settings})
+    assert fault.value.what.startswith(told)
+
+
 @pytest.mark.parametrize("content", [b"minutes = ", b"minutes = \xff", b"[minutes", b"a = 1\na = 2\n"])
 def test_what_is_no_toml_is_refused(tmp_path, content):
     (tmp_path / "recipe.toml").write_bytes(content)
@@ -280,6 +315,13 @@ def test_what_is_printed_has_each_setting_under_its_docstring():
 def test_what_is_printed_is_read_again_as_it_was(dish, salt, herbs):
     recipe = Recipe(dish=Path(dish or "x"), salt=salt, herbs=tuple(herbs))
     assert Recipe.model_validate(tomllib.loads(as_toml(recipe))) == recipe
+
+
+@given(st.floats(1e-6, 1000), st.sampled_from(["a.jsonl", "b:c.jsonl", "rows:0.5", "a:1"]))
+def test_a_weight_is_told_to_its_last_bit(weight, name):
+    """A command to go on with must ask for the very same run."""
+    config = TrainConfig(base="b", data=[Source(Path(name), weight)], out="o")
+    assert TrainConfig(base="b", data=str(config.data[0]), out="o").data == config.data
 
 
 def test_a_mixture_is_printed_as_it_is_typed():

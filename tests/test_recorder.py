@@ -51,6 +51,19 @@ def test_a_terminal_that_is_closed_does_not_end_the_step(recorder, asked):
         raise OSError(5, "Input/output error")
 
     ends = nullcontext() if asked else pytest.raises(OSError, match="Input/output")
-    with recorder(interrupt, on_progress=closed) as made, ends:
+    with recorder(interrupt, on_progress=closed) as made:
         made.stepped(Progress("train", 1, 9, loss=1.0), 10, 1.0)
+        assert made.asked_to_stop()  # once it is saved
+        with ends:
+            made.raise_lost()
     assert len(made.metrics()) == 1
+
+
+def test_a_base_that_was_measured_is_no_step_of_a_pace(recorder):
+    notes = []
+    with recorder(on_note=notes.append) as made:
+        made.stepped(Progress("train", 0, 9, held_out_loss=1.0), 0, 1.0)
+        for step in (1, 2, 3):
+            assert notes == []
+            made.stepped(Progress("train", step, 9, loss=1.0, eta_s=290.0), 10, 1.0)
+    assert notes == [NOTE]

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TEMPLATE
 from example_runs import example_rows
 from forked import Forked
 from gguf.constants import GGMLQuantizationType as Type
@@ -28,14 +28,16 @@ from test_atomic import Disk, tree
 from edgelora import cli
 from edgelora.cli.train import better_before
 from edgelora.config import TrainConfig
-from edgelora.errors import ConfigError, EdgeloraError, OutputError
+from edgelora.errors import ConfigError, EdgeloraError, FileFormatError, OutputError
 from edgelora.files.lock import locked
+from edgelora.files.manifest import MANIFEST, write_manifest
 from edgelora.kernels import load
 from edgelora.peft import pissa
 from edgelora.peft.methods import METHODS
 from edgelora.training import loop, ready, run
 from edgelora.training.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
-from edgelora.training.interrupt import STOPPING
+from edgelora.training.interrupt import STOPPING, at_once
+from edgelora.training.interrupt import Stopped as AskedToStop
 from edgelora.training.metrics import as_line, read_metrics
 from edgelora.training.run import run_training
 
@@ -229,8 +231,36 @@ def test_the_same_command_gives_the_same_adapter(settings, whole, tmp_path):
 
 
 def test_resume_where_nothing_is_begins_at_the_first_step(settings, whole, tmp_path):
-    run_training(settings(tmp_path / "mine", resume=True))
+    notes: list[str] = []
+    run_training(settings(tmp_path / "mine", resume=True), on_note=notes.append)
+    assert "nothing was saved here yet: the run begins at its first step" in notes
     assert outcome(tmp_path / "mine") == outcome(whole)
+
+
+def test_where_no_checkpoint_is_whole_no_other_run_takes_the_place_of_this_one(settings, again):
+    cut_back(again, 2)
+    for step in (1, 2):
+        alter_checkpoint(again, step)
+    before, notes = tree(again.parent), []
+    with pytest.raises(FileFormatError) as caught:
+        run_training(
+            TrainConfig(base=settings(again).base, data=settings(again).data, out=again, resume=True),
+            on_note=notes.append,
+        )
+    assert caught.value.what.endswith("checkpoints: no checkpoint that stands here can be used")
+    assert "--overwrite" in caught.value.fix
+    assert [note.partition(":")[0] for note in notes] == ["step-00000002", "step-00000001"]
+    assert unlocked(tree(again.parent)) == unlocked(before)
+
+
+@pytest.mark.parametrize("step", [6, STEPS], ids=["on the way", "at the end"])
+def test_a_run_goes_on_without_the_metrics_that_were_deleted(settings, again, step):
+    cut_back(again, step)
+    (run_folder(again) / "metrics.jsonl").unlink()
+    ended = run_training(settings(again, resume=True))
+    facts = json.loads((run_folder(again) / "run.json").read_text())["result"]
+    assert (ended.n_steps, ended.step, len(ended.losses)) == (STEPS, STEPS, STEPS - step)
+    assert (facts["steps"], facts["adapter_of_step"]) == (STEPS, STEPS)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(settings, whole, again):
@@ -296,7 +326,7 @@ def test_a_run_that_never_was_finite_stops_again(settings, whole, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
         for _ in range(2):
-            with pytest.raises(EdgeloraError, match=r"not a finite number in [34] steps in a row"):
+            with pytest.raises(EdgeloraError, match=r"not finite in [34] steps in a row"):
                 run_training(settings(out, resume=True), lambda p: heard.append(p.step))
     assert len(heard) - 1 <= 2 * loop.MAX_BAD_STEPS  # and the base before the first step
     found = read_checkpoint(newest(out))
@@ -374,6 +404,53 @@ def test_other_rows_are_refused(settings, data, again, tmp_path, name, told):
         run_training(settings(again, resume=True, **{name: tmp_path / "rows.jsonl"}))
 
 
+def test_another_share_of_the_rows_is_refused(settings, data, again):
+    """As when `:0.5` is forgotten, or added."""
+    cut_back(again, 6)
+    with pytest.raises(ConfigError) as caught:
+        run_training(settings(again, resume=True, data=f"{data[0]}:0.5"))
+    assert caught.value.what.endswith(f"data is {data[0]}:0.5, was {data[0]}")
+
+
+def test_what_was_chosen_may_be_said_and_what_it_was_is_told(settings, tmp_path):
+    config = settings(tmp_path / "mine", max_steps=2, learning_rate=None)
+    first = run_training(config)
+    chosen = json.loads((run_folder(config.out) / "run.json").read_text())["settled"]["learning_rate"]
+    again = run_training(settings(config.out, max_steps=2, learning_rate=chosen, resume=True))
+    assert again.losses == first.losses
+    with pytest.raises(ConfigError, match=f"learning_rate is 0.5, was {chosen}"):
+        run_training(settings(config.out, max_steps=2, learning_rate=0.5, resume=True))
+
+
+def test_a_chat_template_may_move_and_not_change(settings, make_tiny, tmp_path):
+    """It is said by its path, as rows are."""
+    base = make_tiny(Type.Q8_0, template=None).path
+    first, second = (tmp_path / f"{name}.jinja" for name in ("first", "second"))
+    first.write_text(TEMPLATE)
+    config = settings(tmp_path / "mine", base=base, chat_template=str(first), max_steps=4)
+    whole = run_training(config)
+    cut_back(config.out, 2)
+    first.rename(second)
+    changes = {"base": base, "chat_template": str(second), "max_steps": 4, "resume": True}
+    assert run_training(settings(config.out, **changes)).losses == whole.losses
+    second.write_text(TEMPLATE.replace("<|im_end|>", " <|im_end|>"))
+    with pytest.raises(ConfigError, match="the chat template changed"):
+        run_training(settings(config.out, **changes))
+
+
+def test_a_run_goes_on_where_its_device_is(settings, again):
+    """And not where torch has no such card, which it would be told of in the middle of the model."""
+    cut_back(again, 6)
+    state = checkpoint_path(run_folder(again) / "checkpoints", 6)
+    facts = json.loads((state / "state.json").read_text())
+    facts["facts"]["settled"]["device"] = "cuda"
+    (state / "state.json").write_text(json.dumps(facts))
+    (state / MANIFEST).unlink()
+    write_manifest(state)
+    with pytest.raises(ConfigError, match="--device cuda: there is none"):
+        run_training(settings(again, resume=True))
+
+
 @pytest.mark.parametrize("options", [{"seed": 1}, {"kind": Type.Q4_0}], ids=["weights", "quantization"])
 def test_another_base_is_refused(settings, make_tiny, again, options):
     cut_back(again, 6)
@@ -398,6 +475,24 @@ def test_without_resume_a_run_that_was_begun_is_not_trodden_on(settings, again):
         run_training(settings(again))
     assert "--resume" in caught.value.fix
     assert unlocked(tree(again.parent)) == unlocked(before)
+
+
+def test_who_listens_may_stop_a_run(settings, whole, tmp_path):
+    out = tmp_path / "mine"
+    with pytest.raises(AskedToStop, match="stopped behind step 3 of 12; nothing is lost") as caught:
+        run_training(settings(out), stop_when=lambda progress: progress.step == 3)
+    assert caught.value.why == "who listens to it wanted no more"
+    run_training(settings(out, resume=True))
+    assert outcome(out) == outcome(whole)
+
+
+def test_steps_of_the_run_that_is_to_be_replaced_are_not_told_as_saved(settings, again):
+    """Stopped while rows are read, before the first one is touched."""
+    other = at_once(settings(again, overwrite=True, rank=8))
+    assert other.what == "stopped at once, before the first step: what stands there is untouched"
+    assert other.fix == "give the same command again"
+    assert "until step 12 is saved" in at_once(settings(again, resume=True)).what
+    assert "until step 12 is saved" in at_once(settings(again)).what
 
 
 def test_overwrite_begins_again(settings, whole, again):

@@ -21,6 +21,14 @@ from pydantic.fields import FieldInfo
 from edgelora.errors import ConfigError
 from edgelora.faults import in_words, meant, unlike, values_of
 
+# what TRL, Axolotl and others call our settings
+ELSEWHERE = {
+    "lr": "learning_rate", "lr_scheduler_type": "schedule", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha",
+    "model": "base", "model_name_or_path": "base", "base_model": "base", "datasets": "data", "dataset": "data",
+    "output_dir": "out", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_seq_length": "max_length",
+    "batch_size": "batch_rows", "per_device_train_batch_size": "batch_rows", "sequence_len": "max_length",
+}  # fmt: skip
+
 
 def with_options(
     model: type[BaseModel], skip: set[str], panels: Mapping[str, str]
@@ -139,14 +147,21 @@ def read_toml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
         ) from e
     unknown = [name for name in settings if name not in model.model_fields]
     if unknown:
-        near = {name: difflib.get_close_matches(name, model.model_fields, 1) for name in unknown}
-        said = ", ".join(f"{name} (did you mean {found[0]}?)" if found else name for name, found in near.items())
+        said = ", ".join(_unlike_any(name, settings[name], model) for name in unknown)
         raise ConfigError(
             what=f"{path}: unknown settings: {said}",
             why="a misspelt setting would be silently ignored",
             fix="`edgelora train --print-config` prints them all",
         )
     return settings
+
+
+def _unlike_any(name: str, value: Any, model: type[BaseModel]) -> str:
+    """An unknown setting, with the one that was meant by it: another program's, or the nearest name."""
+    if isinstance(value, Mapping):
+        return f"the table {name} (settings stand without one)"
+    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, model.model_fields, 1)
+    return f"{name} (did you mean {near[0]}?)" if near and near[0] in model.model_fields else name
 
 
 def as_toml(config: BaseModel, blanks: Collection[str] = ()) -> str:

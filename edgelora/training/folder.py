@@ -41,6 +41,14 @@ class RunFolder:
         """That of the last checkpoint, or None if there is none. Reads names alone."""
         return max((int(path.name.split("-")[1]) for path in self.checkpoints.glob("step-*")), default=None)
 
+    def is_of(self, config: TrainConfig) -> bool:
+        """Whether run.json says that what stands here is what `config` asks for."""
+        try:
+            facts = json.loads(self.facts.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(facts, dict) and facts.get("asked") == config.model_dump(mode="json")
+
     @property
     def checkpoint_bytes(self) -> int:
         """What the checkpoints that stand here take of the disk."""
@@ -92,9 +100,9 @@ class RunFolder:
         """Raise OutputError if a run was begun here and nobody said what shall become of it."""
         if self.is_begun and not (config.resume or config.overwrite or self.out.exists()):
             raise OutputError(
-                what=f"{self.path}: a run was begun here and has not ended",
+                what=f"{self.path}: the checkpoints of a run stand here",
                 why="a new one would overwrite its checkpoints",
-                fix="pass --resume to go on with it, or --overwrite to start anew",
+                fix="pass --resume to go on with that run, or --overwrite to start anew",
             )
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:

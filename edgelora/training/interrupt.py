@@ -44,15 +44,22 @@ def resuming(config: TrainConfig, *more: str) -> str:
     return command("train", config.base, *map(str, config.data), "--out", config.out, "--resume", *more)
 
 
-def stopped(config: TrainConfig, step: int, total: int, exit_code: int) -> Stopped:
-    """What a first signal left, behind a step of `total`: everything."""
+def stopped(config: TrainConfig, step: int, total: int, interrupt: Interrupt) -> Stopped:
+    """What a first signal left, behind a step of `total`, or `stop_when`: everything."""
     what = f"stopped behind step {step} of {total}; nothing is lost"
-    return Stopped(what, asked_by(exit_code), how_to_go_on(config), exit_code)
+    why = "who listens to it wanted no more" if interrupt.asked is None else asked_by(interrupt.exit_code)
+    return Stopped(what, why, how_to_go_on(config), interrupt.exit_code)
 
 
 def at_once(config: TrainConfig, exit_code: int = 130) -> Stopped:
     """What a second signal left, or one before the first step: the last checkpoint, or nothing."""
-    why, step = asked_by(exit_code), RunFolder(config.out).newest_step
+    why, folder = asked_by(exit_code), RunFolder(config.out)
+    step = folder.newest_step
+    if step is not None and config.overwrite and not folder.is_of(config):
+        return Stopped(
+            "stopped at once, before the first step: what stands there is untouched", why,
+            "give the same command again", exit_code,
+        )  # fmt: skip
     if step is None:
         return Stopped(
             "stopped at once, before there was a checkpoint: nothing was saved", why, "give the same command again",

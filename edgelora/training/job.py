@@ -63,6 +63,16 @@ class Job:
     def eval_every(self) -> int:
         return eval_every(self.config, self.total)
 
+    def is_measured(self, step: int) -> bool:
+        """Whether something is measured behind this step: every `eval_every` steps, of the last one, of the base."""
+        asked = bool(len(self.held_out)) or self.sampler is not None
+        return asked and (step % self.eval_every == 0 or step == self.total)
+
+    def measurements_from(self, step: int) -> int:
+        """How many there will be behind this step and later ones."""
+        every, asked = self.eval_every, self.is_measured(self.total)
+        return math.ceil(self.total / every) - (step - 1) // every if asked else 0
+
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: the same whenever it is asked for."""
         assert self.config.micro_batch_tokens is not None

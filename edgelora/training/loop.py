@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -51,13 +51,14 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     """Train from where `state` is to the end; returns whether it came there (False: asked to stop, and saved).
 
     A step whose loss or gradient is not finite is skipped and counted; MAX_BAD_STEPS in a row end the run with an
-    error, the last good state saved. Deterministic on the CPU under config.seed, wherever it was stopped and resumed.
+    error, and what stood before them is kept. Deterministic on the CPU under config.seed, wherever it was stopped and
+    resumed.
     """
     clock = _Clock(job.total, state, watch)
     if state.micro and job.world.size > 1:
         _begin_again(state)
     if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
-        with clock.pace.aside():
+        with clock.pace.measuring():
             _tell_of_the_base(job, state, watch, clock)
     while state.step < job.total and not _is_enough(job, state):
         batches = job.world.share(job.batches(state.step))
@@ -68,8 +69,8 @@ def train(job: Job, state: State, watch: Watch) -> bool:
         numbers = over_all(job.objective.shows, state.numbers, job.world.sum)
         loss, norm, rate = _update(job, state)
         tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
-        speed, eta = clock.pace.step(tokens)
-        with clock.pace.aside():
+        speed, eta = clock.pace.step(tokens, measurements=job.measurements_from(state.step))
+        with clock.pace.measuring() if job.is_measured(state.step) else nullcontext():
             measured = measure(job, state, state.step)
         watch.stepped(
             Progress(
@@ -107,9 +108,9 @@ class NotFinite(EdgeloraError):
 def not_finite(when: str, learning_rate: float | None) -> NotFinite:
     """The error of a run that learns nothing, with a learning rate to try."""
     return NotFinite(
-        what=f"the loss was not a finite number {when}",
+        what=f"the loss or its gradient was not finite {when}",
         why="the learning rate is too high for this model, or the base holds broken weights",
-        fix=f"try --learning-rate {(learning_rate or 0) / 5:g}",
+        fix=f"try --learning-rate {(learning_rate or 0) / 5:g} --overwrite",
     )
 
 

@@ -29,7 +29,7 @@ def over_held_out(job: Job, state: State) -> tuple[float, dict[str, float]]:
 
 def measure(job: Job, state: State, step: int) -> dict[str, Any]:
     """The held-out loss and the answers to the fixed prompts, if their time has come."""
-    if step % job.eval_every and step != job.total:
+    if not job.is_measured(step):
         return {}
     measured: dict[str, Any] = {}
     if len(job.held_out):

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgelora.base.model import Base, open_base
 from edgelora.config import TrainConfig
-from edgelora.device import Choice, choose_products, processor_name
+from edgelora.device import Choice, choose_device, choose_products, processor_name
 from edgelora.errors import DataError, EdgeloraError
 from edgelora.peft.adapter import refuse_to_write
 from edgelora.peft.inject import chosen
@@ -112,6 +112,7 @@ def _settled(
     if earlier is None:
         planned = world.first(lambda: settle(asked, base, None, world.size, world.local_size))
         return planned.config, planned.choices
+    choose_device(earlier.settled.device)  # refuses one that is not here
     wishes = {name: getattr(asked, name) for name in FREE | PATHS}
     choices = {name: Choice(**choice) for name, choice in earlier.choices.items() if name != "processes"}
     return earlier.settled.model_copy(update=wishes), choices
@@ -151,6 +152,8 @@ def _digests(config: TrainConfig, base: Base, rows: Rows, original: Base | None)
     digests = {"base": base.base_file.sha256, "rows": rows.train.sha256, "held-out rows": rows.valid_sha256}
     if original is not None:
         digests["original"] = original.base_file.sha256
+    if config.chat_template is not None:
+        digests["chat template"] = base.template_sha256
     if config.orthogonal_to:
         digests["adapters of --orthogonal-to"] = avoided_sha256(config)
     return digests

@@ -43,6 +43,7 @@ class Recorder:
         self._folder, self._about, self._heard, self._interrupt = folder, about, heard, interrupt
         self._board = TensorBoardLog(folder.tensorboard, about.after) if about.config.tensorboard else None
         self._steps, self._enough, self._drawn = 0, False, time.perf_counter()
+        self._lost: OSError | None = None
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
@@ -60,12 +61,11 @@ class Recorder:
         self._log.append(metrics)
         if self._board is not None:
             self._board.append(metrics)
-        self._steps += 1
+        self._steps += progress.loss is not None
         try:
             self._tell(progress)
-        except OSError:  # a terminal that was closed: what is saved behind this step must not be lost with it
-            if self._interrupt.asked is None:
-                raise
+        except OSError as e:  # nobody hears any more: what was learned until this step must not be lost with it
+            self._lost = e
         self._enough = self._heard.stop_when is not None and self._heard.stop_when(progress)
 
     def _tell(self, progress: Progress) -> None:
@@ -77,20 +77,27 @@ class Recorder:
     def save(self, state: State) -> None:
         self._log.sync()
         best = None if state.best is None else state.best.step
-        snapshot, keep_last = state.snapshot(dict(self._about.facts)), self._about.config.keep_checkpoints
+        snapshot = state.snapshot(dict(self._about.facts))
+        # those of steps that taught nothing push out none of what stood before
+        keep_last = self._about.config.keep_checkpoints + state.in_a_row
         write_checkpoint(self._folder.checkpoints, snapshot, keep_last=keep_last, best=best)
         if time.perf_counter() - self._drawn > DRAW_EVERY_S:
             self.draw()
 
     def asked_to_stop(self) -> bool:
-        return self._enough or self._interrupt.asked is not None
+        return self._enough or self._lost is not None or self._interrupt.asked is not None
+
+    def raise_lost(self) -> None:
+        """Raise what ended the run where nobody asked it to stop: what should have heard of it, such as a pipe."""
+        if self._lost is not None and self._interrupt.asked is None:
+            raise self._lost
 
     def peak_bytes(self) -> int | None:
         return peak_memory_bytes()
 
     def draw(self) -> None:
         """`curve.png` as the run stands now."""
-        draw_curve(self._folder.curve, self.metrics(), self._about.title)
+        draw_curve(self._folder.curve, self.metrics(), self._about.title, self._about.config.objective)
         self._drawn = time.perf_counter()
 
     def metrics(self) -> list[Metrics]:
@@ -120,6 +127,9 @@ class Silent:
 
     def peak_bytes(self) -> int | None:
         return None
+
+    def raise_lost(self) -> None:
+        pass
 
     def draw(self) -> None:
         pass

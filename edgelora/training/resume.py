@@ -16,7 +16,7 @@ from edgelora.training.folder import RunFolder
 # what may be said otherwise when a run goes on: it changes no number
 FREE = {"out", "resume", "overwrite", "keep_adapter", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
 # these too, where they lead to the same files: their digests are compared instead
-PATHS = {"base", "data", "valid", "original", "orthogonal_to"}
+PATHS = {"base", "data", "valid", "original", "orthogonal_to", "chat_template"}
 ALONE = {"processes": "1"}  # where no choice says how many
 
 
@@ -42,10 +42,12 @@ class Earlier:
     def with_wishes(self, config: TrainConfig) -> TrainConfig:
         """What was asked of the earlier run, with what `config` may say otherwise. Raises ConfigError for the rest."""
         said = {name: getattr(config, name) for name in config.model_fields_set - FREE - PATHS}
-        other = {name: value for name, value in said.items() if value != getattr(self.asked, name)}
+        known = {name: (getattr(self.asked, name), getattr(self.settled, name)) for name in said}
+        other = [f"{name} is {v!r}, was {known[name][1]!r}" for name, v in said.items() if v not in known[name]]
+        if [source.weight for source in config.data] != [source.weight for source in self.asked.data]:
+            other.append(f"data is {_listed(config)}, was {_listed(self.asked)}")
         if other:
-            listed = "; ".join(f"{name} is {v!r}, was {getattr(self.asked, name)!r}" for name, v in other.items())
-            raise _another(listed)
+            raise _another("; ".join(other))
         wishes = {name: getattr(config, name) for name in config.model_fields_set & (FREE | PATHS)}
         return self.asked.model_copy(update=wishes)
 
@@ -69,16 +71,32 @@ class Earlier:
         return [*self.changed, *(f"behind step {self.snapshot.step}: {one}" for one in differences)]
 
     def require_same(self, digests: dict[str, str]) -> None:
-        """Raise ConfigError if the base, its original, the rows or those held out are others."""
+        """Raise ConfigError if the base, its original or template, the rows or those held out are others."""
         other = [name for name, digest in digests.items() if self.digests.get(name) != digest]
         if other:
             raise _another("; ".join(f"the {name} changed" for name in other))
 
 
 def earlier_run(folder: RunFolder, on_note: Callable[[str], None]) -> Earlier | None:
-    """The run in `folder` at its last whole checkpoint, None if it has none. `on_note` hears of damaged ones."""
+    """The run in `folder` at its last whole checkpoint, None if it has none. `on_note` hears of damaged ones.
+
+    Raises FileFormatError where all of them are: what would begin then is another run, in the place of this one.
+    """
     snapshot = read_latest(folder.checkpoints, on_note)
-    return None if snapshot is None else Earlier(snapshot)
+    if snapshot is not None:
+        return Earlier(snapshot)
+    if folder.is_begun:
+        raise FileFormatError(
+            what=f"{folder.checkpoints}: no checkpoint that stands here can be used",
+            why="each of them was changed since it was written",
+            fix="put a whole one back, or start anew with --overwrite",
+        )
+    on_note("nothing was saved here yet: the run begins at its first step")
+    return None
+
+
+def _listed(config: TrainConfig) -> str:
+    return " ".join(map(str, config.data))
 
 
 def _others(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -50,15 +50,17 @@ from edgelora.training.world import World
 class Run:
     """What a run ended in: the adapter, and what it measured on the way.
 
-    step: whose adapter it is; method: what kind. losses: of each step, mean over what it learned. held_out_loss: of
-    this adapter; best: the lowest of all steps; base_loss: the base's. seconds and peak_bytes: of all processes that
-    worked on it, this one from its start and those before it at their steps.
+    step: whose adapter it is; method: what kind. losses: of each of the `n_steps`, mean over what it learned (of the
+    last ones, where metrics.jsonl was deleted on the way). held_out_loss: of this adapter; best: the lowest of all
+    steps; base_loss: the base's. seconds and peak_bytes: of all processes that worked on it, this one from its start
+    and those before it at their steps.
     """
 
     out: Path
     folder: Path
     step: int
     method: Method
+    n_steps: int
     losses: list[float]
     held_out_loss: float | None
     skipped_steps: int
@@ -69,10 +71,6 @@ class Run:
     peak_bytes: int
     best: Best | None = None
     base_loss: float | None = None
-
-    @property
-    def n_steps(self) -> int:
-        return len(self.losses)
 
 
 def run_training(
@@ -120,7 +118,8 @@ def _trained(ready: Ready, world: World, started: float) -> Run:
         if not whole:
             recorder.draw()
             _agree(interrupt, world)
-            raise stopped(ready.asked, state.step, job.total, interrupt.exit_code)
+            recorder.raise_lost()
+            raise stopped(ready.asked, state.step, job.total, interrupt)
         run = world.first(lambda: _keep(ready, job, state, started))
         recorder.draw()
     if writes:
@@ -200,16 +199,16 @@ def _require_space(folder: RunFolder, state: State, job: Job) -> None:
 
 def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
     """Write the adapter: that of the last step, or the best one where it was asked for or the run was to stop at it."""
-    c, metrics = ready.config, read_metrics(ready.folder.metrics)
-    if all(m.step == 0 or m.skipped_steps == m.step for m in metrics):
+    c, metrics, n_steps, skipped = ready.config, read_metrics(ready.folder.metrics), state.step, state.skipped
+    if skipped == n_steps:
         raise not_finite("in any step", c.learning_rate)
     losses = [m.loss for m in metrics if m.loss is not None]
     held_out = next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
     step, held_out = _back_at_the_best(ready, state) or (state.step, held_out)
-    skipped, speed = metrics[-1].skipped_steps, metrics[-1].tokens_per_s or 0.0
-    peak_bytes = max(peak_memory_bytes(), *(m.peak_bytes or 0 for m in metrics))
+    speed = next((m.tokens_per_s for m in reversed(metrics) if m.tokens_per_s is not None), 0.0)
+    peak_bytes = max([peak_memory_bytes(), *(m.peak_bytes or 0 for m in metrics)])
     run = Run(
-        c.out, ready.folder.path, step, c.method, losses, held_out, skipped, speed, ready.choices,
+        c.out, ready.folder.path, step, c.method, n_steps, losses, held_out, skipped, speed, ready.choices,
         len(ready.rows.train), time.perf_counter() - started, peak_bytes, state.best, state.base_loss,
     )  # fmt: skip
     with averaged(state):
