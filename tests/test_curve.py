@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 
 from edgelora.errors import OutputError
 from edgelora.progress import Smoothed
-from edgelora.training.curve import Trial, draw_curve, sweep_plot
+from edgelora.training.curve import UNITS, Trial, draw_curve, sweep_plot
 from edgelora.training.metrics import Metrics
+from edgelora.training.objectives import OBJECTIVES
 
 RUN = [
     Metrics(0, 0.0, held_out_loss=3.0),
@@ -79,6 +80,24 @@ def test_a_sweep_shows_every_trial_as_it_was_ranked_and_the_stopped_dashed(drawn
         ("rank 16: not finite (stopped)", []),
     ]
     assert [line.get_linestyle() for line in axes.lines] == ["-", "--", "--"]
+
+
+@pytest.mark.parametrize(("objective", "unit"), [("sft", "nats per token"), ("dpo", "per pair"), ("kto", "per row")])
+def test_a_loss_is_told_with_what_it_is_a_mean_over(drawn, tmp_path, objective, unit):
+    draw_curve(tmp_path / "curve.png", RUN, "a run", objective)
+    sweep_plot(tmp_path / "sweep.png", [Trial("a", [(1, 2.0)], 2.0)], "a sweep", objective)
+    assert drawn[0].axes[0].get_ylabel() == f"loss ({unit})"
+    assert drawn[1].axes[0].get_ylabel() == f"held-out loss ({unit})"
+
+
+def test_a_single_step_is_seen_on_both_axes(drawn, tmp_path):
+    draw_curve(tmp_path / "curve.png", [Metrics(1, 0.1, 2.0, learning_rate=1e-4)], "a run")
+    upper, lower = drawn[0].axes
+    assert {line.get_marker() for line in (upper.lines[0], lower.lines[0])} == {"."}
+
+
+def test_every_objective_has_a_unit():
+    assert set(UNITS) == set(OBJECTIVES)
 
 
 # -- the file -----------------------------------------------------------------------------------------------------

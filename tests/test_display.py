@@ -40,11 +40,18 @@ def clock(monkeypatch):
     return now
 
 
+class Terminal(io.StringIO):
+    """What says of itself that people look at it."""
+
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def terminal():
     """A display on a terminal of 80 columns, and what is written to it."""
     shown = Display()
-    shown.console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, highlight=False)
+    shown.console = Console(file=Terminal(), force_terminal=True, width=80, color_system=None, highlight=False)
     return shown
 
 
@@ -87,9 +94,27 @@ def test_the_largest_numbers_fit(width):
 
 
 def test_a_narrow_terminal_cuts_and_never_wraps():
-    shown = lines(drawn(HUGE, HUGE, held_out=123.456), 40)
+    shown = lines(drawn(HUGE, HUGE, held_out=123.456, width=40), 40)
     assert len(shown) == 3
     assert all(len(line) <= 40 for line in shown)
+
+
+@pytest.mark.parametrize(("width", "bar"), [(40, 0), (56, 10), (80, 24), (200, 24)])
+def test_the_bar_leaves_room_for_how_far_it_is(width, bar):
+    shown = lines(drawn(STEP, STEP, width=width), width)
+    assert shown[0].count("━") == bar
+    assert shown[0].endswith("train 12/116 · epoch 0.21 · 2:41 left")
+
+
+@pytest.mark.parametrize(("name", "value", "file"), [("FORCE_COLOR", "1", io.StringIO), ("TERM", "dumb", Terminal)])
+def test_lines_are_plain_where_nothing_can_change_in_place(monkeypatch, name, value, file):
+    monkeypatch.setenv(name, value)
+    written = file()
+    monkeypatch.setattr("sys.stderr", written)
+    with Display() as display:
+        display.show(STEP)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue()).startswith("train 12/116 · epoch 0.21 · 2:41 left")
+    assert "\x1b[?25" not in written.getvalue()  # no cursor is hidden
 
 
 def test_an_evaluation_inside_a_training_leaves_its_numbers_where_they_are():

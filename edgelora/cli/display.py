@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_EVERY_S = 15.0
 BAR_CELLS = 24
+WORDS_CELLS = 46  # of the line that the bar stands on: `train 1234/5678 · epoch 1.23 · 1:23:45 left`
 
 
 def output() -> Console:
@@ -51,7 +52,8 @@ class Display:
         self._held_out: float | None = None
 
     def __enter__(self) -> Display:
-        if self.console.is_terminal:
+        # rich draws for programs too where FORCE_COLOR is set, and nothing at all on a dumb terminal
+        if self.console.file.isatty() and not self.console.is_dumb_terminal:
             self._live = Live(Text(""), console=self.console, refresh_per_second=8, transient=True)
             self._live.start()
         return self
@@ -71,7 +73,7 @@ class Display:
         for sample in progress.samples:
             self._print(answered(sample))
         if self._live:
-            self._live.update(drawn(progress, self._training, self._held_out))
+            self._live.update(drawn(progress, self._training, self._held_out, self.console.width))
         elif progress.held_out_loss is None and (
             progress.stage not in self._told or time.monotonic() - self._last > PLAIN_LINE_EVERY_S
         ):  # an evaluation has its line already
@@ -136,15 +138,16 @@ def listener(as_json: bool) -> Listener:
 # -- a moment in words --------------------------------------------------------------------------------------------
 
 
-def drawn(p: Progress, training: Progress | None, held_out: float | None = None) -> Text:
-    """The live lines. While a training evaluates, its own last numbers stay where they are."""
-    done = int(BAR_CELLS * min(p.step / max(p.total, 1), 1))
+def drawn(p: Progress, training: Progress | None, held_out: float | None = None, width: int = 80) -> Text:
+    """The live lines, for a terminal as wide. While a training evaluates, its own last numbers stay where they are."""
+    bar = max(0, min(BAR_CELLS, width - WORDS_CELLS))
+    done = int(bar * min(p.step / max(p.total, 1), 1))
     lines = [describe(p)]
     if training:
         lines = [place(p), learning(training, held_out), preferring(training.numbers), machine(training)]
     # cut, never wrapped: a line more or less would make all of them jump
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append("━" * done, "green").append("━" * (BAR_CELLS - done), "dim").append("  ")
+    text.append("━" * done, "green").append("━" * (bar - done), "dim").append("  " * (bar > 0))
     return text.append("\n".join(line for line in lines if line))
 
 

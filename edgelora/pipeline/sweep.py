@@ -180,7 +180,8 @@ def _draw(path: Path, config: TrainConfig, standings: Sequence[Standing]) -> Non
     for standing in standings:
         held_out = [(step, math.nan if loss is None else loss) for step, loss in standing.result.held_out]
         lines.append(curve.Trial(standing.trial.name, held_out, standing.loss, stopped=not standing.result.ended))
-    curve.sweep_plot(path, lines, f"{config.base.name} · {config.data[0].path.name} · {len(standings)} trials")
+    title = f"{config.base.name} · {config.data[0].path.name} · {len(standings)} trials"
+    curve.sweep_plot(path, lines, title, config.objective)
 
 
 def _take(best: Standing, out: Path) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SIZE_INCHES, DPI = (9.0, 5.4), 120
 # Okabe and Ito's colours, which people who see few colours can tell apart
 TRAINING, HELD_OUT, BEST, RATE = "#0072B2", "#D55E00", "#009E73", "#777777"
+# what the loss of an objective is a mean over
+UNITS = {"sft": "nats per token", "dpo": "per pair", "ipo": "per pair", "orpo": "per pair", "kto": "per row"}
 TRIALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
@@ -38,8 +40,8 @@ class Trial:
     stopped: bool = False
 
 
-def draw_curve(path: Path, metrics: Sequence[Metrics], title: str) -> None:
-    """Write the picture of a run, in the place of the last one.
+def draw_curve(path: Path, metrics: Sequence[Metrics], title: str, objective: str = "sft") -> None:
+    """Write the picture of a run with this objective, in the place of the last one.
 
     The training loss of each step light, its moving average strong; held-out losses as points, the best one marked;
     the learning rate below. Steps that were skipped are ticks on the lower edge. Raises OutputError.
@@ -49,9 +51,9 @@ def draw_curve(path: Path, metrics: Sequence[Metrics], title: str) -> None:
         _losses(upper, metrics)
         _begin_honestly(upper)
         upper.set_title(title, loc="left", fontsize=11)
-        upper.set_ylabel("loss (nats per token)")
+        upper.set_ylabel(f"loss ({UNITS[objective]})")
         rates = [(m.step, m.learning_rate) for m in metrics if m.learning_rate is not None]
-        lower.plot(*_columns(rates), color=RATE, linewidth=1.2)
+        lower.plot(*_columns(rates), marker=_marker(rates), color=RATE, linewidth=1.2)
         lower.set_ylim(bottom=0)
         lower.set_ylabel("learning\nrate", fontsize=8)
         lower.yaxis.set_major_formatter("{x:g}")
@@ -59,7 +61,7 @@ def draw_curve(path: Path, metrics: Sequence[Metrics], title: str) -> None:
         lower.set_xlabel("step")
 
 
-def sweep_plot(path: Path, trials: Sequence[Trial], title: str) -> None:
+def sweep_plot(path: Path, trials: Sequence[Trial], title: str, objective: str = "sft") -> None:
     """Write the held-out loss of every trial over its steps; those that were stopped early are dashed.
 
     `trials` come as they were ranked, the best one first, and so they stand in the legend. Raises OutputError.
@@ -75,19 +77,19 @@ def sweep_plot(path: Path, trials: Sequence[Trial], title: str) -> None:
             )  # fmt: skip
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
-        axes.set_ylabel("held-out loss (nats per token)")
+        axes.set_ylabel(f"held-out loss ({UNITS[objective]})")
         axes.legend(frameon=False, fontsize=8)
 
 
 @contextmanager
 def _picture(path: Path) -> Iterator[Figure]:
     """A figure that becomes the PNG at `path`. Needs no display, and no settings of the person's own change it."""
+    # what it says of fonts and of its own folders would stand in the middle of the display
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # what it says of fonts, on its first run and of letters that they lack, would stand in the middle of the display
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with staged(path, overwrite=True) as draft, matplotlib.rc_context(), warnings.catch_warnings(action="ignore"):
         matplotlib.rcdefaults()
         matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a file is no formula
@@ -103,8 +105,9 @@ def _picture(path: Path) -> Iterator[Figure]:
 def _losses(axes: Axes, metrics: Sequence[Metrics]) -> None:
     average = Smoothed()
     raw = _finite([(m.step, m.loss) for m in metrics if m.loss is not None])
-    few = "." if len(raw) < 20 else ""  # a single point has no line
-    axes.plot(*_columns(raw), marker=few, color=TRAINING, alpha=0.3, linewidth=0.9, label="training, each step")
+    axes.plot(
+        *_columns(raw), marker=_marker(raw), color=TRAINING, alpha=0.3, linewidth=0.9, label="training, each step"
+    )
     smooth = [(step, average.add(loss)) for step, loss in raw]
     axes.plot(*_columns(smooth), color=TRAINING, linewidth=2.0, label="training, smoothed")
     held_out = _finite([(m.step, m.held_out_loss) for m in metrics if m.held_out_loss is not None])
@@ -117,6 +120,11 @@ def _losses(axes: Axes, metrics: Sequence[Metrics]) -> None:
         edge = axes.get_xaxis_transform()
         axes.plot(skipped, [0] * len(skipped), "|", color="red", transform=edge, clip_on=False, label="skipped")
     axes.legend(frameon=False, fontsize=8)
+
+
+def _marker(points: Sequence[tuple[int, float]]) -> str:
+    """Of few points: a single one has no line."""
+    return "." if len(points) < 20 else ""
 
 
 def _begin_honestly(axes: Axes) -> None:
