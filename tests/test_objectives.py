@@ -501,6 +501,16 @@ def test_an_answer_that_is_certain_has_finite_odds_and_gradients():
     assert float(odds[2].detach()) == 0.0
 
 
+@pytest.mark.parametrize(("step_mean", "kl"), [(-1.0, 0.0), (0.5, 0.5), (math.nan, math.nan)])
+def test_kto_takes_no_kl_below_0_and_hides_none_that_is_no_number(adapted, step_mean, kl):
+    """Else a step whose estimate broke would be learned from as if there were none to subtract."""
+    objective, decoder = OBJECTIVES["kto"], adapted[0]
+    (batch,) = objective.pack(rows_for("kto", texts(3)), 500)
+    scored = objective.loss(decoder, batch, Settings(beta=0.1, step_mean=step_mean))
+    assert scored.numbers["kl"].value == pytest.approx(kl, nan_ok=True)
+    assert math.isnan(float(scored.loss.detach())) == math.isnan(kl)
+
+
 def test_kto_gives_each_prompt_the_answer_of_the_row_before_it():
     given = [([1, 1], [11, 12]), ([2, 2, 2], [21]), ([3], [31, 32, 33, 34, 35])]
     rows = [Labelled(example(*parts), True) for parts in given]

@@ -77,7 +77,7 @@ class KTO:
     def loss(self, decoder: Decoder, batch: Batch, settings: Settings) -> Scored:
         ratios, policy = log_ratios(decoder, batch)
         desirable = torch.from_numpy(_labelled(batch).desirable).to(ratios.device)
-        kl = max(0.0, settings.step_mean)
+        kl = max(settings.step_mean, 0.0)  # in this order NaN is NaN, and the step a bad one
         weights = settings.desirable_weight, settings.undesirable_weight
         losses = prospect_losses(ratios, desirable, kl, settings.beta, weights)
         return Scored(losses.sum(), {"kl": Mean(kl, 1)} | _shown(settings.beta * ratios, policy.log_p, desirable))
