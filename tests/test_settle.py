@@ -10,14 +10,17 @@ import pytest
 import torch
 from example_runs import configs, example_rows
 
+from edgelora.base.decoder import COMPUTE
 from edgelora.cli import run
 from edgelora.errors import ConfigError
+from edgelora.nn import gpu_attention
+from edgelora.nn.scores import Scores
 from edgelora.pipeline.plan import plan_run
 from edgelora.pipeline.sweep import run_sweep
 from edgelora.training import run as runs
 from edgelora.training import settle as module
 from edgelora.training.run import run_training
-from edgelora.training.settle import here
+from edgelora.training.settle import choose_attention, here
 
 GB = 10**9
 ON_A_CARD = {
@@ -108,6 +111,21 @@ def test_a_run_is_held_to_what_it_was_given(settings, tmp_path, monkeypatch):
     with pytest.raises(Held) as found:
         run_training(settings(tmp_path / "mine", max_gpu_memory="8GB"))
     assert found.value.args == ("8GB", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "has_triton", "value"),
+    [(64, "bf16", True, "flash"), (64, "bf16", False, "torch"), (60, "bf16", True, "torch"),
+     (512, "bf16", True, "torch"), (64, "f32", True, "torch")],
+)  # fmt: skip
+def test_attention_is_said_to_be_what_the_card_computes(monkeypatch, head_dim, dtype, has_triton, value):
+    asked = []
+    monkeypatch.setattr(module, "has_triton", lambda device: asked.append(device) or has_triton)
+    assert choose_attention(head_dim, "cuda:1", dtype).value == value
+    assert set(asked) <= {torch.device("cuda", 1)}
+    monkeypatch.setattr(gpu_attention, "has_triton", lambda _: has_triton)
+    q = torch.zeros(2, 1, head_dim, dtype=COMPUTE[dtype])
+    assert gpu_attention.usable(Scores(0.1), q) == (value == "flash")
 
 
 # -- a plan -------------------------------------------------------------------------------------------------------

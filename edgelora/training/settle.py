@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from edgelora.base.device_memory import held_bytes
 from edgelora.base.hold import choose_base_dtype
 from edgelora.base.model import Base
@@ -11,6 +13,7 @@ from edgelora.config import TrainConfig
 from edgelora.device import Choice, choose_device, choose_dtype, choose_products, free_memory_bytes
 from edgelora.kernels import load
 from edgelora.nn import compiled
+from edgelora.nn.gpu import has_triton
 from edgelora.nn.gpu_attention import WIDEST_HEAD
 from edgelora.peft.methods import METHODS
 from edgelora.training.avoided import avoided, why_avoided
@@ -73,7 +76,7 @@ def settle(
 
 def choose_attention(head_dim: int, device: str, dtype: str = "f32") -> Choice:
     """Who computes attention inside the segments of a packed row: compiled code, FlashAttention, or torch by tiles."""
-    if device.startswith("cuda") and dtype == "bf16" and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD:
+    if _has_flash(head_dim, device, dtype):
         return Choice("flash", "torch's FlashAttention over segments; bent scores (Gemma 2) are left to tiles")
     if device != "cpu":
         return Choice(
@@ -88,6 +91,13 @@ def choose_attention(head_dim: int, device: str, dtype: str = "f32") -> Choice:
     return Choice(
         "compiled", "flash attention for this CPU: over twice as fast as torch's products, and no scores in memory"
     )
+
+
+def _has_flash(head_dim: int, device: str, dtype: str) -> bool:
+    """What `gpu_attention.usable` asks of tensors, asked before there are any."""
+    if not device.startswith("cuda") or dtype != "bf16":
+        return False
+    return head_dim % 8 == 0 and head_dim <= WIDEST_HEAD and has_triton(torch.device(device))
 
 
 def here(config: TrainConfig, device: str, processes: int = 1) -> Machine:
@@ -106,8 +116,6 @@ def machine_of(device: str, memory: int | None = None, processes: int = 1) -> Ma
     Each of several `processes` has a card of its own, and its part of the machine's memory.
     """
     if device.startswith("cuda"):
-        import torch
-
         return Machine(device, torch.cuda.mem_get_info(device)[0] if memory is None else memory)
     mine, free_bytes = resident_bytes(), free_memory_bytes()
     # what this process has already is not free
