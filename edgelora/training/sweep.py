@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -15,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
 from edgelora.faults import in_words
+from edgelora.files.atomic import MOST_BYTES
 
 SHORT = {"lr": "learning_rate"}
 MEASURED_BY = (
@@ -151,8 +155,8 @@ def trials_of(config: TrainConfig, words: Iterable[str]) -> list[Trial]:
             why="every value is checked before the first trial begins",
             fix=f"write it as {EXAMPLE}; the settings are those of `edgelora train --help`",
         )
-    combined = (dict(zip(swept, values, strict=True)) for values in product(*swept.values()))
-    return [_trial(config, settings) for settings in combined]
+    combined = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    return [_trial(config, name, settings) for name, settings in zip(_names(combined), combined, strict=True)]
 
 
 def _fault(name: str, values: str) -> str | None:
@@ -167,15 +171,36 @@ def _fault(name: str, values: str) -> str | None:
     return ONE_FOR_ALL.get(name)
 
 
-def _trial(config: TrainConfig, settings: dict[str, Any]) -> Trial:
-    short = {full: name for name, full in SHORT.items()}
-    name = ",".join(f"{short.get(full, full)}={_as_word(value)}" for full, value in settings.items())
+def _trial(config: TrainConfig, name: str, settings: dict[str, Any]) -> Trial:
     own = {"out": config.out.with_name(f"{config.out.name}.sweep") / name, "resume": True, "overwrite": False}
     return Trial(name, settings, _with(config, settings | own))
 
 
 def _with(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate({name: getattr(config, name) for name in config.model_fields_set} | settings)
+
+
+# -- what they are called -----------------------------------------------------------------------------------------
+
+
+def _names(trials: Sequence[dict[str, Any]]) -> list[str]:
+    """A folder's name for each: its settings, and a digest of them where another is called so, or that is too long."""
+    short = {full: name for name, full in SHORT.items()}
+    names = [",".join(f"{short.get(full, full)}={_as_word(value)}" for full, value in t.items()) for t in trials]
+    # a run's own folder bears the name of its trial and `.run`
+    times = Counter(taken for name in names for taken in (name, f"{name}.run"))
+    return [
+        name if times[name] == times[f"{name}.run"] == 1 and len(os.fsencode(name)) <= MOST_BYTES
+        else _digested(name, settings)
+        for name, settings in zip(names, trials, strict=True)
+    ]  # fmt: skip
+
+
+def _digested(name: str, settings: dict[str, Any]) -> str:
+    """`name`, cut where it is too long, and what its settings are to no other trial."""
+    said = ",".join(f"{full}={value}" for full, value in settings.items())
+    digest = hashlib.sha256(os.fsencode(said)).hexdigest()[:8]
+    return f"{os.fsencode(name)[: MOST_BYTES - len(digest) - 1].decode(errors='ignore')}~{digest}"
 
 
 def _as_word(value: Any) -> str:
