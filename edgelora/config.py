@@ -159,6 +159,17 @@ class TrainConfig(BaseModel):
             raise ValueError(f"{str(value).lower()} is none of its values")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written_down(cls, value: Any) -> Any:
+        """run.json and each checkpoint say what was asked for, in UTF-8."""
+        for text in value if isinstance(value, list | tuple) else (value,):
+            try:
+                str(text).encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(f"{str(text)!a} is not in UTF-8: rename it") from e
+        return value
+
     base: Path
     """The base model: a .gguf file, or a Hugging Face folder."""
     data: Sources = Field(min_length=1)

@@ -136,8 +136,12 @@ def physical_cores() -> int:
     return max(1, len(pairs))
 
 
-def peak_memory_bytes() -> int:
-    """The most resident memory this process has had."""
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most memory this process has had: resident, or of a CUDA card what torch took from it."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_reserved(device)
     # Linux hands ru_maxrss of the parent down through fork and exec; VmHWM is the process's own
     if hwm := _proc_bytes("/proc/self/status", "VmHWM:"):
         return hwm

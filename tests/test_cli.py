@@ -484,5 +484,5 @@ def test_print_config_alone_leaves_blanks(capsys):
 def test_a_run_that_was_begun_is_not_overwritten_unasked(files, tmp_path, capsys):
     (tmp_path / "mine.run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert run(trains(files, tmp_path / "mine")) == 1
-    assert "a run was begun here and has not ended" in capsys.readouterr().err
+    assert "the checkpoints of a run stand here" in capsys.readouterr().err
     assert run(trains(files, tmp_path / "mine", "--overwrite")) == 0

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -33,7 +34,7 @@ from edgelora.training.adapter_footprint import adapter_numbers
 from edgelora.training.base_footprint import Model, base_bytes, held_bytes
 from edgelora.training.exhausted import explained
 from edgelora.training.footprint import LOST, Load, activation_bytes, attention_buffers, footprint, kept_by_a_layer
-from edgelora.training.memory import SHARE, SIZES, Machine, plan
+from edgelora.training.memory import SHARE, SIZES, Machine, over_rows, plan
 from edgelora.training.optim import build_optimizer, flatten_state
 from edgelora.training.run import run_training
 from edgelora.training.sharding import frozen, shard
@@ -439,6 +440,23 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch):
 def test_the_command_refuses_what_does_not_fit(tiny):
     done = run(tiny.path, "--memory", "200MB")
     assert isinstance(done.exception, ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "longest"),
+    [([60] * 100, 480, 60), ([60, 50], 110, 60), ([10, 200, 300, 100] * 9, 768, 300), ([900, 20], 900, 900)],
+    ids=["eight short ones", "fewer than a step has", "more than fits", "one too long"],
+)
+def test_of_rows_that_are_known_a_plan_has_the_largest_micro_batch(tiny, lengths, tokens, longest):
+    model = Model.of(open_base(tiny.path))
+    found = plan(model, settled(rank=4, device="cpu"), Machine("cpu", GB), 4096)
+    over = over_rows(found, model, np.array(lengths))
+    assert (over.load.tokens, over.load.longest) == (tokens, longest)
+    whole = footprint(model, found.config, over.load)
+    assert over.parts.activations == whole.activations
+    assert over.parts.total - whole.total == found.parts.process - whole.process
+    assert over.choices["micro_batch_tokens"].value == found.choices["micro_batch_tokens"].value
+    assert over.choices["micro_batch_tokens"].why.startswith(f"a step takes {over.parts.total / 1e9:.2f} GB of 1.0 GB")
 
 
 def test_the_table_of_what_fits_is_fresh(monkeypatch):

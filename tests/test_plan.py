@@ -64,7 +64,7 @@ def test_measurements_are_a_part_of_the_time(tiny, files, tmp_path, monkeypatch,
         patch.setattr(module, "held_out", passes)
         patch.setattr(module.Sampler, "__call__", answer)
         patch.setattr(module, "time", clock)
-        timed = estimate(found.config, base)
+        _, timed = estimate(found, base)
     n_tokens = module.load_rows(found.config, base, lambda _: None).valid.n_tokens
     assert taken == [9 if measured_rows == 64 else 3]  # at equal distances
     assert (timed.steps, timed.measurements) == (6, 4)
@@ -94,7 +94,7 @@ def test_the_steps_that_are_timed_are_those_of_the_run(tiny, files, tmp_path, mo
 
     monkeypatch.setattr(module._StopWatch, "stepped", heard)
     base, found = plan_run(config)
-    assert estimate(found.config, base).steps == 6
+    assert estimate(found, base)[1].steps == 6
     ran: list[Any] = []
     run_training(config, ran.append)
     assert len(timed) == 1 + module.MEASURED_STEPS

@@ -19,12 +19,12 @@ NOTE = "about 5 min to go, at the pace of the first 3 steps"
 
 @pytest.fixture
 def recorder(tmp_path):
-    """`recorder(interrupt=…, **listeners)`: one of a new run, which it writes down in tmp_path."""
+    """`recorder(interrupt=…, device=…, **listeners)`: one of a new run, which it writes down in tmp_path."""
 
-    def make(interrupt=None, **listeners):
+    def make(interrupt=None, device="cpu", **listeners):
         folder = RunFolder(tmp_path / "adapter")
-        folder.path.mkdir()
-        about = About(TrainConfig(base="base.gguf", data="rows.jsonl", out=folder.out), {}, "a run")
+        folder.path.mkdir(exist_ok=True)
+        about = About(TrainConfig(base="base.gguf", data="rows.jsonl", out=folder.out, device=device), {}, "a run")
         return Recorder(folder, about, Listeners(**listeners), interrupt or Interrupt())
 
     return make
@@ -57,6 +57,14 @@ def test_a_terminal_that_is_closed_does_not_end_the_step(recorder, asked):
         with ends:
             made.raise_lost()
     assert len(made.metrics()) == 1
+
+
+def test_memory_is_that_of_the_device(recorder, monkeypatch):
+    """Of a card what the plan speaks of, not what the process has beside it."""
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda device: {"cuda:1": 123}[device])
+    made = recorder(device="cuda:1")
+    assert made.peak_bytes() == 123
+    assert recorder(device="cpu").peak_bytes() > 1 << 20
 
 
 def test_a_base_that_was_measured_is_no_step_of_a_pace(recorder):

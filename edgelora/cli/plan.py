@@ -56,7 +56,7 @@ def plan(
     timed = None
     if data and processes == 1:
         with listener(as_json) as display:
-            timed = estimate(found.config, opened, display.note)
+            found, timed = estimate(found, opened, display.note)
     if as_json:
         time = None if timed is None else {**asdict(timed), "seconds": timed.seconds}
         print(json.dumps({**to_json(found), "time": time}))

@@ -19,9 +19,10 @@ from edgelora.device import choose_device, choose_products, compute_threads, com
 from edgelora.nn.decoder import Decoder
 from edgelora.peft.inject import inject
 from edgelora.progress import Progress
+from edgelora.training.base_footprint import Model
 from edgelora.training.job import Job, Numbered, measurements
 from edgelora.training.loop import train
-from edgelora.training.memory import Plan
+from edgelora.training.memory import Plan, over_rows
 from edgelora.training.objectives import objective_of
 from edgelora.training.objectives.objective import Objective, held_out
 from edgelora.training.rows import load_rows
@@ -75,14 +76,16 @@ def plan_run(config: TrainConfig, memory: int | None = None, processes: int = 1)
     return base, settle(config, base, memory, processes, processes)
 
 
-def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = lambda _: None) -> Estimate:
-    """Have the loop do the first steps of the run that `config` asks for, which is settled: one to warm up and
-    MEASURED_STEPS more. Then measure as the run would: the loss of some rows held out, and the first tokens of the
-    samples' answers.
+def estimate(found: Plan, base: Base, on_note: Callable[[str], None] = lambda _: None) -> tuple[Plan, Estimate]:
+    """The plan over the rows of the run, and its time.
+
+    Has the loop do the first steps: one to warm up and MEASURED_STEPS more. Then measures as the run would: the loss of
+    some rows held out, and the first tokens of the samples' answers.
 
     Nothing is written. `on_note` hears what is odd about the rows. Raises DataError for those that cannot be used, and
     NotFinite where nothing can be learned.
     """
+    config = found.config
     assert config.rank is not None
     assert config.alpha is not None
     loaded, objective = load_rows(config, base, on_note), objective_of(config)
@@ -103,7 +106,8 @@ def estimate(config: TrainConfig, base: Base, on_note: Callable[[str], None] = l
         answering = 0.0 if sampler is None else _seconds_samples(decoder, sampler, config.device)
     times = measurements(config, total) if passing or answering else 0
     seconds, tokens = watch.seconds[1:] or watch.seconds, watch.tokens[1:] or watch.tokens
-    return Estimate(len(rows), total, median(seconds), sum(tokens) / sum(seconds), times, passing, answering)
+    timed = Estimate(len(rows), total, median(seconds), sum(tokens) / sum(seconds), times, passing, answering)
+    return over_rows(found, Model.of(base), rows.lengths), timed
 
 
 class _StopWatch:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
@@ -85,6 +87,21 @@ def plan(model: Model, config: TrainConfig, machine: Machine, context: int, long
     raise _too_large(model, config, machine, tried[-1])
 
 
+def over_rows(found: Plan, model: Model, lengths: np.ndarray) -> Plan:
+    """The same plan, of the largest micro-batch that a step over rows of these lengths (n,), in tokens, can have."""
+    c, kind = found.config, found.config.device.partition(":")[0]
+    assert c.micro_batch_tokens is not None
+    longest, most = int(lengths.max()), int(np.sort(lengths)[-c.batch_rows :].sum())
+    load = Load(max(longest, min(c.micro_batch_tokens, most)), longest, found.load.recompute)
+    there = footprint(model, c, load, kind)
+    with_tokens = ("scratch", "logits", "activations", "offloaded")
+    parts = replace(found.parts, **{name: getattr(there, name) for name in with_tokens})
+    choices = dict(found.choices)
+    if "micro_batch_tokens" in choices:
+        choices["micro_batch_tokens"] = _of_size(c.micro_batch_tokens, kind, parts, found.budget)
+    return replace(found, load=load, parts=parts, choices=choices)
+
+
 def _before(config: TrainConfig, context: int) -> int:
     """How many virtual tokens stand before every row. Raises ConfigError where they leave none of the context."""
     n = virtual_tokens(config)
@@ -115,19 +132,15 @@ def _fitting(
     config, load, parts = tried[-1]
     size, most = config.micro_batch_tokens, tried[0][2].total
     assert size is not None
-    free = "" if machine.budget is None else f" of {machine.budget / 1e9:.1f} GB"
     choices: dict[str, Choice] = {}
     if asked.micro_batch_tokens is None:
-        why = f"a step takes {parts.total / 1e9:.2f} GB{free}"
-        if size == SIZES[machine.kind][0]:
-            why += "; with larger ones it would take more and be hardly faster"
-        choices["micro_batch_tokens"] = Choice(str(size), why)
+        choices["micro_batch_tokens"] = _of_size(size, machine.kind, parts, machine.budget)
     if asked.recompute == "auto":
         why = "all activations fit, and computing them again would take a third longer"
         if asked.offload:
             why = "offload moves the inputs of layers that are computed again"
         elif config.recompute == "full":
-            why = f"with all activations kept a step would take {most / 1e9:.2f} GB{free}"
+            why = f"with all activations kept a step would take {most / 1e9:.2f} GB{_of(machine.budget)}"
         choices["recompute"] = Choice(config.recompute, why)
     length = min(asked.max_length or _longest_row(model, config, machine, context), context)
     at_longest = footprint(model, config, _row(length, size, load.recompute), machine.kind, machine.process)
@@ -135,6 +148,18 @@ def _fitting(
         why = _why_that_length(asked, length, context)
         choices["max_length"] = Choice(str(length), f"{why}; one of that length takes {at_longest.total / 1e9:.2f} GB")
     return Plan(config.model_copy(update={"max_length": length}), choices, load, parts, at_longest, machine.budget)
+
+
+def _of_size(size: int, kind: str, parts: Footprint, budget: int | None) -> Choice:
+    """Why micro-batches are as large as they are."""
+    why = f"a step takes {parts.total / 1e9:.2f} GB{_of(budget)}"
+    if size == SIZES[kind][0]:
+        why += "; with larger ones it would take more and be hardly faster"
+    return Choice(str(size), why)
+
+
+def _of(budget: int | None) -> str:
+    return "" if budget is None else f" of {budget / 1e9:.1f} GB"
 
 
 def _why_that_length(asked: TrainConfig, length: int, context: int) -> str:

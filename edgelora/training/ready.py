@@ -16,8 +16,10 @@ from edgelora.peft.adapter import refuse_to_write
 from edgelora.peft.inject import chosen
 from edgelora.progress import OnProgress, Progress, silent
 from edgelora.training.avoided import avoided_sha256
+from edgelora.training.base_footprint import Model
 from edgelora.training.distributed import choose_threads
 from edgelora.training.folder import RunFolder
+from edgelora.training.memory import over_rows
 from edgelora.training.objectives import objective_of
 from edgelora.training.original import original_of
 from edgelora.training.resume import FREE, PATHS, Earlier, earlier_run, settings
@@ -70,20 +72,26 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     objective_of(asked)  # refuses settings that contradict each other
     base = open_base(asked.base, asked.chat_template)
     chosen(asked.method, base.linears, base.norms, where_of(asked))
-    settled, choices = _settled(asked, base, earlier, world)
-    if earlier is not None:
+    planned = None
+    if earlier is None:  # by the memory that is free here
+        planned = world.first(lambda: settle(asked, base, None, world.size, world.local_size))
+        settled, choices = planned.config, planned.choices
+    else:
+        settled, choices = _as_before(asked, earlier)
         heard.on_note(f"going on behind step {earlier.snapshot.step}")
     here = world.first(lambda: _computed_by(settled, base, world))
     changed = [] if earlier is None else earlier.differences(here, versions())
     for difference in changed:
         heard.on_note(difference)
-    choices = choices | here
+    choices = {**choices, **here}
     require_place(settled, base)
     world.use(settled.device)
     original = original_of(settled, base)
     hashing = _hashing(base, original)
     rows = load_rows(settled, base, heard.on_note, heard.on_progress)
     hashing.join()
+    if planned is not None and (size := "micro_batch_tokens") in choices:
+        choices[size] = over_rows(planned, Model.of(base), rows.train.lengths).choices[size]
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
         earlier.require_same(digests)
@@ -105,13 +113,8 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     return Ready(asked, settled, base, rows, choices, earlier, original, facts, folder, heard)
 
 
-def _settled(
-    asked: TrainConfig, base: Base, earlier: Earlier | None, world: World
-) -> tuple[TrainConfig, dict[str, Choice]]:
-    """What was left open, chosen by the memory that is free here; or as it was chosen for the earlier run."""
-    if earlier is None:
-        planned = world.first(lambda: settle(asked, base, None, world.size, world.local_size))
-        return planned.config, planned.choices
+def _as_before(asked: TrainConfig, earlier: Earlier) -> tuple[TrainConfig, dict[str, Choice]]:
+    """What was left open, as it was chosen for the earlier run."""
     choose_device(earlier.settled.device)  # refuses one that is not here
     wishes = {name: getattr(asked, name) for name in FREE | PATHS}
     choices = {name: Choice(**choice) for name, choice in earlier.choices.items() if name != "processes"}

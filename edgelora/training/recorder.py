@@ -54,7 +54,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, tb)
 
     def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:
         metrics = metrics_of(progress, tokens, seconds)
@@ -93,7 +93,7 @@ class Recorder:
             raise self._lost
 
     def peak_bytes(self) -> int | None:
-        return peak_memory_bytes()
+        return peak_memory_bytes(self._about.config.device)
 
     def draw(self) -> None:
         """`curve.png` as the run stands now."""

@@ -206,7 +206,7 @@ def _keep(ready: Ready, job: Job, state: State, started: float) -> Run:
     held_out = next((m.held_out_loss for m in reversed(metrics) if m.held_out_loss is not None), None)
     step, held_out = _back_at_the_best(ready, state) or (state.step, held_out)
     speed = next((m.tokens_per_s for m in reversed(metrics) if m.tokens_per_s is not None), 0.0)
-    peak_bytes = max([peak_memory_bytes(), *(m.peak_bytes or 0 for m in metrics)])
+    peak_bytes = max([peak_memory_bytes(c.device), *(m.peak_bytes or 0 for m in metrics)])
     run = Run(
         c.out, ready.folder.path, step, c.method, n_steps, losses, held_out, skipped, speed, ready.choices,
         len(ready.rows.train), time.perf_counter() - started, peak_bytes, state.best, state.base_loss,
