@@ -56,6 +56,7 @@ def settle(
     chosen |= of_invocation
     require_whole(settled, base)
     settled, of_optimizer = optimizer_of(settled, model, machine.budget)
+    refuse_unused(settled)  # whose optimizer may be another one
     chosen |= of_optimizer | size_of(settled, model) | rate_of_whole(settled, model)
     if (original := original_of(settled, base)) is not None:
         chosen["original"] = why_original(original, base, held.value)

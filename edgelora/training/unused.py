@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
@@ -14,6 +14,12 @@ OF_A_METHOD: dict[str, tuple[Callable[[Method], object], str]] = {
     "update_proj_gap": (lambda row: row.projects, "its optimizer sees whole gradients"),
 }
 """Settings of the step: which methods have a use for them, and why others have none."""
+OF_A_CHOICE: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "beta1": ("optimizer", ("adamw", "adamw8bit", "lion"), "it keeps no mean of gradients"),
+    "beta2": ("optimizer", ("adamw", "adamw8bit", "lion"), "how much it keeps follows from the number of the step"),
+    "decay_share": ("schedule", ("wsd",), "when its learning rate begins to fall is no matter of choice"),
+}
+"""Settings of the step: which values of another setting have a use for them, and why others have none."""
 HELD_OUT = "pass --valid ROWS, with rows that are not in the data, or leave it out"
 
 
@@ -47,10 +53,17 @@ def refuse_unused(config: TrainConfig) -> None:
             fix="leave it out, or train with --objective dpo, ipo, orpo or kto",
         )
     for name, (takes, why) in OF_A_METHOD.items():
-        given = getattr(config, name)
-        if given != TrainConfig.model_fields[name].default and not takes(METHODS[config.method]):
-            raise ConfigError(
-                what=f"--{name.replace('_', '-')} {given:g} with --method {config.method}",
-                why=why,
-                fix=f"leave it out, or take --method {', '.join(row.name for row in METHODS.values() if takes(row))}",
-            )
+        _require_user(config, name, "method", [row.name for row in METHODS.values() if takes(row)], why)
+    for name, (chooser, users, why) in OF_A_CHOICE.items():
+        _require_user(config, name, chooser, users, why)
+
+
+def _require_user(config: TrainConfig, name: str, chooser: str, users: Sequence[str], why: str) -> None:
+    """Raise ConfigError if `name` was given, and what `chooser` is has no use for it."""
+    given, chosen = getattr(config, name), getattr(config, chooser)
+    if given != TrainConfig.model_fields[name].default and chosen not in users:
+        raise ConfigError(
+            what=f"--{name.replace('_', '-')} {given:g} with --{chooser} {chosen}",
+            why=why,
+            fix=f"leave it out, or take --{chooser} {', '.join(users)}",
+        )
