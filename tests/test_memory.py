@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -442,20 +441,15 @@ def test_the_command_refuses_what_does_not_fit(tiny):
     assert isinstance(done.exception, ConfigError)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "tokens", "longest"),
-    [([60] * 100, 480, 60), ([60, 50], 110, 60), ([10, 200, 300, 100] * 9, 768, 300), ([900, 20], 900, 900)],
-    ids=["eight short ones", "fewer than a step has", "more than fits", "one too long"],
-)
-def test_of_rows_that_are_known_a_plan_has_the_largest_micro_batch(tiny, lengths, tokens, longest):
+def test_of_rows_that_are_known_a_plan_has_the_largest_micro_batch(tiny):
     model = Model.of(open_base(tiny.path))
     found = plan(model, settled(rank=4, device="cpu"), Machine("cpu", GB), 4096)
-    over = over_rows(found, model, np.array(lengths))
-    assert (over.load.tokens, over.load.longest) == (tokens, longest)
-    whole = footprint(model, found.config, over.load)
-    assert over.parts.activations == whole.activations
+    assert found.load.tokens == 768
+    over = over_rows(found, model, load := Load(110, 60, False))
+    whole = footprint(model, found.config, load)
+    assert (over.load, over.parts.activations) == (load, whole.activations)
     assert over.parts.total - whole.total == found.parts.process - whole.process
-    assert over.choices["micro_batch_tokens"].value == found.choices["micro_batch_tokens"].value
+    assert over.choices["micro_batch_tokens"].value == "768"
     assert over.choices["micro_batch_tokens"].why.startswith(f"a step takes {over.parts.total / 1e9:.2f} GB of 1.0 GB")
 
 

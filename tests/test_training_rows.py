@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
 from edgelora.errors import DataError
+from edgelora.training.objectives import objective_of
 from edgelora.training.rows import load_rows
 from edgelora.training.run import run_training
 
@@ -147,3 +150,20 @@ def test_kto_needs_rows_that_differ(base, tmp_path, rows, held_out, name):
 def test_kto_takes_two_rows_that_differ(read):
     rows, _ = read([rated("yes"), rated("no", False), rated("no")], objective="kto")
     assert (len(rows.train), rows.check.distinct) == (3, 2)
+
+
+@pytest.mark.parametrize("batch_rows", [2, 4])
+@pytest.mark.parametrize("system", ["", "Answer in as few words as there can be, and never in more than these."])
+def test_no_micro_batch_of_a_run_is_larger_than_the_heaviest(read, system, batch_rows):
+    """Of rows that begin alike that is less than their sum: the beginning is computed once."""
+    spoken = [chat(f"what is {i} and {i} " * (1 + i % 3), "it is two of them") for i in range(12)]
+    begins = [{"role": "system", "content": system}] if system else []
+    asked = {"batch_rows": batch_rows, "micro_batch_tokens": 400}
+    rows, _ = read([{"messages": [*begins, *row["messages"]]} for row in spoken], **asked)
+    config = TrainConfig(base="b", data="d", out="o", **asked)
+    heaviest, objective = rows.heaviest(config), objective_of(config)
+    steps = itertools.combinations([rows.train[i] for i in range(12)], batch_rows)
+    batches = [batch for step in steps for batch in objective.pack(list(step), 400)]
+    assert heaviest.tokens == max(len(batch.input_ids) for batch in batches)
+    assert heaviest.longest == max(rows.train.lengths)
+    assert heaviest.tokens < np.sort(rows.train.lengths)[-batch_rows:].sum()

@@ -107,7 +107,7 @@ def estimate(found: Plan, base: Base, on_note: Callable[[str], None] = lambda _:
     times = measurements(config, total) if passing or answering else 0
     seconds, tokens = watch.seconds[1:] or watch.seconds, watch.tokens[1:] or watch.tokens
     timed = Estimate(len(rows), total, median(seconds), sum(tokens) / sum(seconds), times, passing, answering)
-    return over_rows(found, Model.of(base), rows.lengths), timed
+    return over_rows(found, Model.of(base), loaded.heaviest(config)), timed
 
 
 class _StopWatch:

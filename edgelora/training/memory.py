@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.errors import ConfigError
@@ -87,12 +85,10 @@ def plan(model: Model, config: TrainConfig, machine: Machine, context: int, long
     raise _too_large(model, config, machine, tried[-1])
 
 
-def over_rows(found: Plan, model: Model, lengths: np.ndarray) -> Plan:
-    """The same plan, of the largest micro-batch that a step over rows of these lengths (n,), in tokens, can have."""
+def over_rows(found: Plan, model: Model, load: Load) -> Plan:
+    """The same plan, of the largest micro-batch that the rows of a run make, once they are known."""
     c, kind = found.config, found.config.device.partition(":")[0]
     assert c.micro_batch_tokens is not None
-    longest, most = int(lengths.max()), int(np.sort(lengths)[-c.batch_rows :].sum())
-    load = Load(max(longest, min(c.micro_batch_tokens, most)), longest, found.load.recompute)
     there = footprint(model, c, load, kind)
     with_tokens = ("scratch", "logits", "activations", "offloaded")
     parts = replace(found.parts, **{name: getattr(there, name) for name in with_tokens})

@@ -91,7 +91,7 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     rows = load_rows(settled, base, heard.on_note, heard.on_progress)
     hashing.join()
     if planned is not None and (size := "micro_batch_tokens") in choices:
-        choices[size] = over_rows(planned, Model.of(base), rows.train.lengths).choices[size]
+        choices[size] = over_rows(planned, Model.of(base), rows.heaviest(settled)).choices[size]
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
         earlier.require_same(digests)

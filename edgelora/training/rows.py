@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgelora.base.model import Base
 from edgelora.config import TrainConfig
 from edgelora.data.check import Check, Tally
@@ -18,7 +20,9 @@ from edgelora.errors import DataError
 from edgelora.files.contract import sha256_file
 from edgelora.progress import OnProgress, silent
 from edgelora.training.adapter_footprint import virtual_tokens
+from edgelora.training.footprint import Load
 from edgelora.training.invoked import require_invoked
+from edgelora.training.objectives import objective_of
 from edgelora.training.reading import Reading
 
 
@@ -50,6 +54,14 @@ class Rows:
     @property
     def valid_sha256(self) -> str:
         return self.valid.sha256 if isinstance(self.valid, Dataset) else ""
+
+    def heaviest(self, config: TrainConfig) -> Load:
+        """The micro-batch with the most tokens of a step over the longest rows, packed as the run packs them."""
+        assert config.micro_batch_tokens is not None
+        longest = np.argsort(self.train.lengths)[-config.batch_rows :]
+        batches = objective_of(config).pack([self.train[int(i)] for i in longest], config.micro_batch_tokens)
+        tokens = max(len(batch.input_ids) for batch in batches)
+        return Load(tokens, min(tokens, int(self.train.lengths.max())), config.recompute == "full")
 
     def order(self, config: TrainConfig) -> Order:
         """In which order they are learned, each source by its weight."""
