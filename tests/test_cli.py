@@ -270,6 +270,22 @@ def test_a_program_is_told_that_it_was_stopped_by_what_typer_returns(monkeypatch
     assert json.loads(capsys.readouterr().err)["why"] == "Ctrl-C"
 
 
+@pytest.mark.parametrize("said", ["", "Unable to allocate 9 GiB"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_memory_that_runs_out_anywhere_is_an_error_in_words(monkeypatch, capsys, said, options):
+    def greedy():
+        raise MemoryError(said)
+
+    monkeypatch.setattr("edgelora.pipeline.methods.described", greedy)
+    assert run(["methods", *options]) == 1
+    told = capsys.readouterr().err
+    what = "there was not enough memory" + f" ({said})" * bool(said)
+    assert json.loads(told)["what"] == what if options else told.startswith(f"error: {what}\n  why: ")
+    assert "Traceback" not in told
+    with pytest.raises(MemoryError):
+        run(["--debug", "methods"])
+
+
 @pytest.mark.parametrize(
     "line", ["train {base} {rows} --out {here} --json", "export {missing} {adapter} --json --out {out}"]
 )

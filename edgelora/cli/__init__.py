@@ -74,7 +74,7 @@ def _options(
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. An EdgeloraError is told in three lines: what, why, fix; or as JSON."""
+    """Run one command; returns the exit code. An error is told in three lines: what, why, fix; or as JSON."""
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in takewhile("--".__ne__, words)
     try:
@@ -89,6 +89,15 @@ def run(arguments: list[str] | None = None) -> int:
         Outliving.stopping = e.exit_code > 128
         _tell(e, f"{e}" if e.exit_code > 128 else f"error: {e}", as_json)
         return e.exit_code
+    except MemoryError as e:
+        if state.debug:
+            raise
+        said = f"there was not enough memory{f' ({e})' if str(e) else ''}"
+        error = EdgeloraError(
+            said, "the machine or a limit (`ulimit -v`) has no more", "free some, or give it less to do"
+        )
+        _tell(error, f"error: {error}", as_json)
+        return error.exit_code
     if code == 130:  # typer's own: stopped by Ctrl-C
         Outliving.stopping, line = True, "stopped; what was not finished was not written"
         _tell(EdgeloraError(line, "Ctrl-C", "give the same command again"), f"\n{line}", as_json)
