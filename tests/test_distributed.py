@@ -160,6 +160,7 @@ def test_torchrun_with_one_process_changes_no_bit(settings, tmp_path):
     done = run(1, "-m", "edgelora", *command(settings(tmp_path / "shared", shard_base=True)))
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr
+    assert "processes: 1 (it holds the whole base" in " ".join(done.stderr.split())
     assert outcome(tmp_path / "shared") == outcome(tmp_path / "alone")
 
 

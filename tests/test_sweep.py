@@ -312,7 +312,7 @@ def test_a_trial_whose_loss_is_no_number_loses(settings, tmp_path):
     assert (best["trial"], best["fault"], best["stopped_at"]) == ("weight_decay=0", None, None)
     assert (lost["held_out_loss"], lost["steps"]) == (None, 4)
     assert "not finite in 3 steps in a row" in lost["fault"]
-    assert any(line.startswith("weight_decay=1e+30: the loss was not a finite number") for line in said)
+    assert any(line.startswith("weight_decay=1e+30: the loss or its gradient was not finite") for line in said)
 
 
 # -- stopped, and gone on with ------------------------------------------------------------------------------------

@@ -131,6 +131,9 @@ def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Cho
     if world.size > 1:
         held = f"1/{world.size} of each layer" if config.shard_base else "the whole base"
         here["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")
+    elif config.shard_base:
+        why = "it holds the whole base, which --shard-base shares among those that torchrun starts"
+        here["processes"] = Choice("1", why)
     return here
 
 
