@@ -453,6 +453,13 @@ def test_of_rows_that_are_known_a_plan_has_the_largest_micro_batch(tiny):
     assert over.choices["micro_batch_tokens"].why.startswith(f"a step takes {over.parts.total / 1e9:.2f} GB of 1.0 GB")
 
 
+def test_every_recorded_peak_is_within_a_tenth_of_its_plan():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "memory.json").read_text(encoding="utf-8"))["cases"]
+    assert len(cases) >= 6
+    assert all(case["error"] == case["planned"] / case["measured"] - 1 for case in cases)
+    assert max(abs(case["error"]) for case in cases) <= 0.1
+
+
 def test_the_table_of_what_fits_is_fresh(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("memory_table", ROOT / "benchmarks" / "memory_table.py")

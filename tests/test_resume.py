@@ -482,7 +482,8 @@ def test_who_listens_may_stop_a_run(settings, whole, tmp_path):
     with pytest.raises(AskedToStop, match="stopped behind step 3 of 12; nothing is lost") as caught:
         run_training(settings(out), stop_when=lambda progress: progress.step == 3)
     assert caught.value.why == "who listens to it wanted no more"
-    run_training(settings(out, resume=True))
+    words = shlex.split(caught.value.fix.partition("go on with: ")[2])
+    assert cli.run(words[1:]) == 0  # the very command that is told
     assert outcome(out) == outcome(whole)
 
 
