@@ -180,6 +180,9 @@ def test_ten_measurements_are_made_where_nobody_says(make, n_steps, every):
 def test_as_many_measurements_are_made_as_are_reckoned_with(make, n_steps, every):
     run = trained(make(examples(*[4] * n_steps), held_out=examples(6, seed=1), eval_every=every))
     assert len(held_out_losses(run)) == measurements(run.job.config, run.job.total)
+    made = [e.step for e in run.watch.events if e.held_out_loss is not None]
+    for step in range(run.job.total + 1):  # the time left counts those that are to come
+        assert run.job.measurements_left(step) == sum(later > step for later in made)
 
 
 def test_no_held_out_rows_no_measurement(make):

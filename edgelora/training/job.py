@@ -68,10 +68,10 @@ class Job:
         asked = bool(len(self.held_out)) or self.sampler is not None
         return asked and (step % self.eval_every == 0 or step == self.total)
 
-    def measurements_from(self, step: int) -> int:
-        """How many there will be behind this step and later ones."""
+    def measurements_left(self, step: int) -> int:
+        """How many there will be once that of this step is done."""
         every, asked = self.eval_every, self.is_measured(self.total)
-        return math.ceil(self.total / every) - (step - 1) // every if asked else 0
+        return math.ceil(self.total / every) - step // every if asked and step < self.total else 0
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step: the same whenever it is asked for."""

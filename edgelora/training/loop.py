@@ -69,9 +69,9 @@ def train(job: Job, state: State, watch: Watch) -> bool:
         numbers = over_all(job.objective.shows, state.numbers, job.world.sum)
         loss, norm, rate = _update(job, state)
         tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
-        speed, eta = clock.pace.step(tokens, measurements=job.measurements_from(state.step))
         with clock.pace.measuring() if job.is_measured(state.step) else nullcontext():
             measured = measure(job, state, state.step)
+        speed, eta = clock.pace.step(tokens, measurements=job.measurements_left(state.step))
         watch.stepped(
             Progress(
                 "train", state.step, job.total, loss=loss, learning_rate=rate, tokens_per_s=speed, eta_s=eta,
