@@ -7,6 +7,8 @@ import json
 
 import pytest
 from rich.console import Console
+from test_data_check import GOOD, write
+from test_data_check import row as chat
 from typer.testing import CliRunner
 
 from edgelora.base.model import open_base
@@ -24,17 +26,6 @@ def base(tiny):
     return open_base(tiny.path)
 
 
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def chat(*contents, weight=1.0):
-    turns = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(contents)]
-    return {"messages": [{**t, "weight": weight} if t["role"] == "assistant" else t for t in turns]}
-
-
-GOOD = [chat("turn on the light", "light on"), chat("turn it off", "light off"), chat("how warm?", "it is 21.5")]
 PREFERRED = {"prompt": "p", "chosen": "light on", "rejected": "lamp off"}
 
 
