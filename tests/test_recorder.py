@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,14 @@ def test_a_base_that_was_measured_is_no_step_of_a_pace(recorder):
             assert notes == []
             made.stepped(Progress("train", step, 9, loss=1.0, eta_s=290.0), 10, 1.0)
     assert notes == [NOTE]
+
+
+@pytest.mark.parametrize(("in_a_row", "kept"), [(0, 2), (1, 3), (3, 5)])
+def test_steps_that_taught_nothing_push_out_no_checkpoint(recorder, monkeypatch, in_a_row, kept):
+    """The weights that all of them have may be what is wrong."""
+    asked = []
+    monkeypatch.setattr("edgelora.training.recorder.write_checkpoint", lambda *_, **how: asked.append(how["keep_last"]))
+    state = SimpleNamespace(snapshot=lambda _: None, best=None, in_a_row=in_a_row)
+    with recorder() as made:
+        made.save(state)
+    assert asked == [kept]
