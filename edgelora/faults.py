@@ -61,6 +61,14 @@ MEANT: dict[str, dict[str, Meant]] = {
     },
 }  # fmt: skip
 
+# what TRL, Axolotl and others call our settings
+ELSEWHERE = {
+    "lr": "learning_rate", "lr_scheduler_type": "schedule", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha",
+    "model": "base", "model_name_or_path": "base", "base_model": "base", "datasets": "data", "dataset": "data",
+    "output_dir": "out", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_seq_length": "max_length",
+    "batch_size": "batch_rows", "per_device_train_batch_size": "batch_rows", "sequence_len": "max_length",
+}  # fmt: skip
+
 
 def in_words(model: type[BaseModel], fault: ErrorDetails) -> str:
     """What is wrong with a setting: `it is 0, and must be at least 1`; in pydantic's words where that is rare."""
@@ -68,8 +76,7 @@ def in_words(model: type[BaseModel], fault: ErrorDetails) -> str:
     if kind == "literal_error" and (values := values_of(model.model_fields[name])):
         return unlike(name, values, value)
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name, model.model_fields, 1)
-        return f"there is no such setting{f', did you mean {near[0]}?' if near else ''}"
+        return no_such_setting(name, model)
     if kind == "missing":
         return "it has to be said"
     if kind in MUST:
@@ -98,6 +105,18 @@ def unlike(name: str, values: Collection[str], text: object) -> str:
     near = difflib.get_close_matches(str(text), values, 1)
     listed = LISTED.get(name, f"it is one of {', '.join(values)}")
     return f"{text} is none of its values{f', did you mean {near[0]}?' if near else ':'} {listed}"
+
+
+def no_such_setting(name: str, model: type[BaseModel]) -> str:
+    """What to say of a name that `model` has not."""
+    near = meant_setting(name, model)
+    return f"there is no such setting{f', did you mean {near}?' if near else ''}"
+
+
+def meant_setting(name: str, model: type[BaseModel]) -> str | None:
+    """The setting of `model` that is meant by a name which it has not: another program's for it, or the nearest one."""
+    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, model.model_fields, 1)
+    return near[0] if near and near[0] in model.model_fields else None
 
 
 def values_of(field: FieldInfo) -> tuple[str, ...]:

@@ -124,23 +124,19 @@ class Pace:
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         left = (elapsed - self._measuring) / (self.done - self.first) * (self.total - self.done)
         left += measurements * self._measuring / max(self._measured, 1)
-        return self.tokens / max(elapsed - self._aside - self._measuring, 1e-9), left
+        return self.tokens / max(elapsed - self._aside, 1e-9), left
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens inside, such as a checkpoint, takes of the time that is left, but slows no token."""
+    def aside(self, measures: bool = False) -> Iterator[None]:
+        """What happens inside, such as a checkpoint, takes of the time that is left, but slows no token.
+
+        measures: it is a measurement, which slows no step either: how many are left is known.
+        """
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._aside += time.perf_counter() - began
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """A measurement slows no token either, and no step: how many are left is known."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._measuring += time.perf_counter() - began
-            self._measured += 1
+            seconds = time.perf_counter() - began
+            self._aside += seconds
+            if measures:
+                self._measuring, self._measured = self._measuring + seconds, self._measured + 1

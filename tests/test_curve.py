@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -148,4 +149,17 @@ def test_matplotlib_is_loaded_for_the_first_picture_and_never_its_windows(tmp_pa
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "c.png")], capture_output=True, text=True, timeout=60, check=False
     )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_matplotlib_says_of_its_own_folders_is_in_nobodys_way(tmp_path):
+    """As where a home is read-only: each line of stderr is an event for a program that listens."""
+    code = (
+        "import sys; from pathlib import Path; from edgelora.training.curve import draw_curve\n"
+        "draw_curve(Path(sys.argv[1]), [], 'a')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "c.png")], capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "MPLCONFIGDIR": "/proc/none"},
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

@@ -66,11 +66,11 @@ def test_what_happens_aside_takes_time_but_slows_no_token(clock):
 def test_a_measurement_slows_no_step_and_counts_as_often_as_it_will_come(clock):
     """Of the base before the first step, too: it comes once, not with every step."""
     pace = Pace(10)
-    with pace.measuring():
+    with pace.aside(measures=True):
         clock[0] += 30.0
     clock[0] += 2.0
     assert pace.step(100, measurements=2) == (50.0, 9 * 2.0 + 2 * 30.0)
-    with pace.measuring():
+    with pace.aside(measures=True):
         clock[0] += 50.0
     clock[0] += 2.0
     assert pace.step(100, measurements=1) == (50.0, 8 * 2.0 + 40.0)

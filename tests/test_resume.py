@@ -487,6 +487,21 @@ def test_who_listens_may_stop_a_run(settings, whole, tmp_path):
     assert outcome(out) == outcome(whole)
 
 
+def test_a_pipe_that_closes_ends_a_run_behind_a_saved_step(settings, whole, tmp_path):
+    """As `| head` does, though no checkpoint was due."""
+    out = tmp_path / "mine"
+
+    def closed(progress: Any) -> None:
+        if progress.stage == "train" and progress.step == 3:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        run_training(settings(out, save_every=1000), closed)
+    assert newest(out).name == "step-00000003"
+    run_training(settings(out, resume=True))
+    assert outcome(out) == outcome(whole)
+
+
 def test_steps_of_the_run_that_is_to_be_replaced_are_not_told_as_saved(settings, again):
     """Stopped while rows are read, before the first one is touched."""
     other = at_once(settings(again, overwrite=True, rank=8))

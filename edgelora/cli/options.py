@@ -5,7 +5,6 @@ What is not given on the command line is left to a TOML file or to the model, so
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Collection, Mapping
@@ -19,15 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from edgelora.errors import ConfigError
-from edgelora.faults import in_words, meant, unlike, values_of
-
-# what TRL, Axolotl and others call our settings
-ELSEWHERE = {
-    "lr": "learning_rate", "lr_scheduler_type": "schedule", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha",
-    "model": "base", "model_name_or_path": "base", "base_model": "base", "datasets": "data", "dataset": "data",
-    "output_dir": "out", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_seq_length": "max_length",
-    "batch_size": "batch_rows", "per_device_train_batch_size": "batch_rows", "sequence_len": "max_length",
-}  # fmt: skip
+from edgelora.faults import in_words, meant, meant_setting, unlike, values_of
 
 
 def with_options(
@@ -160,8 +151,8 @@ def _unlike_any(name: str, value: Any, model: type[BaseModel]) -> str:
     """An unknown setting, with the one that was meant by it: another program's, or the nearest name."""
     if isinstance(value, Mapping):
         return f"the table {name} (settings stand without one)"
-    near = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, model.model_fields, 1)
-    return f"{name} (did you mean {near[0]}?)" if near and near[0] in model.model_fields else name
+    near = meant_setting(name, model)
+    return f"{name} (did you mean {near}?)" if near else name
 
 
 def as_toml(config: BaseModel, blanks: Collection[str] = ()) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SIZE_INCHES, DPI = (9.0, 5.4), 120
 # Okabe and Ito's colours, which people who see few colours can tell apart
 TRAINING, HELD_OUT, BEST, RATE = "#0072B2", "#D55E00", "#009E73", "#777777"
-# what the loss of an objective is a mean over
+# what the loss of an objective is a mean over; by name, since a sweep draws without torch
 UNITS = {"sft": "nats per token", "dpo": "per pair", "ipo": "per pair", "orpo": "per pair", "kto": "per row"}
 TRIALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

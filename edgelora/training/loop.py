@@ -58,7 +58,7 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     if state.micro and job.world.size > 1:
         _begin_again(state)
     if state.step == 0 and state.micro == 0 and job.eval_every <= job.total:
-        with clock.pace.measuring():
+        with clock.pace.aside(measures=True):
             _tell_of_the_base(job, state, watch, clock)
     while state.step < job.total and not _is_enough(job, state):
         batches = job.world.share(job.batches(state.step))
@@ -69,7 +69,7 @@ def train(job: Job, state: State, watch: Watch) -> bool:
         numbers = over_all(job.objective.shows, state.numbers, job.world.sum)
         loss, norm, rate = _update(job, state)
         tokens = int(job.world.sum([float(sum(b.n_tokens for b in batches if b is not None))])[0])
-        with clock.pace.measuring() if job.is_measured(state.step) else nullcontext():
+        with clock.pace.aside(measures=True) if job.is_measured(state.step) else nullcontext():
             measured = measure(job, state, state.step)
         speed, eta = clock.pace.step(tokens, measurements=job.measurements_left(state.step))
         watch.stepped(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from edgelora.config import TrainConfig
 from edgelora.errors import ConfigError
-from edgelora.faults import in_words
+from edgelora.faults import in_words, no_such_setting
 from edgelora.files.atomic import MOST_BYTES
 
 SHORT = {"lr": "learning_rate"}
@@ -162,8 +161,7 @@ def trials_of(config: TrainConfig, words: Iterable[str]) -> list[Trial]:
 def _fault(name: str, values: str) -> str | None:
     field = TrainConfig.model_fields.get(name)
     if field is None:
-        near = difflib.get_close_matches(name, [*TrainConfig.model_fields, *SHORT], 1)
-        return "there is no such setting" + (f", did you mean {near[0]}?" if near else "")
+        return no_such_setting(name, TrainConfig)
     if not values:
         return "no values"
     if get_origin(field.annotation) is tuple and name not in ONE_FOR_ALL:
