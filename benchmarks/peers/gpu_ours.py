@@ -31,6 +31,7 @@ from edgelora.nn.frozen import Frozen
 from edgelora.nn.linear import Weight
 from edgelora.peft.inject import inject
 from edgelora.progress import Progress
+from edgelora.training.interrupt import Interrupt
 from edgelora.training.job import Job
 from edgelora.training.loop import train
 from edgelora.training.objectives import objective_of
@@ -106,7 +107,7 @@ class Step(Silent):
     """Told by the training loop that a step is over: it goes on when the benchmark wants another."""
 
     def __init__(self, turn: Turnstile, device: str) -> None:
-        super().__init__()
+        super().__init__(Interrupt())
         self.turn, self.losses = turn, list[float]()
         turn.handlers = {"peaks": lambda _: peaks(device)}
 
