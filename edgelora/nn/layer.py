@@ -115,12 +115,17 @@ class MLP(nn.Module):
 
 
 class Residual(torch.autograd.Function):
-    """x + m y: the residual stream x (T, d), float32, and what a block adds to it, in the dtype of its products."""
+    """x + m y: the residual stream x (T, d), float32, and what a block adds to it, in the dtype of its products.
+
+    read: whether the values are, beside their gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, multiplier: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, multiplier: float, read: bool = True) -> Tensor:
         ctx.multiplier, ctx.dtype = multiplier, y.dtype
         out = room_like(x)
+        if not read:
+            return out
         if compiled.usable(x) and compiled.usable(y) and x.dtype == torch.float32:
             rows, columns = x.numel() // x.shape[-1], x.shape[-1]
             narrow = compiled.NARROW[y.dtype]
@@ -131,10 +136,10 @@ class Residual(torch.autograd.Function):
         return torch.add(x, y, alpha=multiplier, out=out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (dx,) = grads
         dy = dx if ctx.multiplier == 1.0 else dx * ctx.multiplier
-        return dx, dy if dy.dtype == ctx.dtype else room_like(dy, ctx.dtype).copy_(dy), None
+        return dx, dy if dy.dtype == ctx.dtype else room_like(dy, ctx.dtype).copy_(dy), None, None
 
 
 def _mixture(architecture: Architecture, config: ModelConfig, frozen: Frozen, layer: int) -> Mixture:
@@ -170,11 +175,14 @@ class Layer(nn.Module):
         attend = partial(self.self_attn, tables=tables, starts=starts, prefix=prefix, past=past)
         x = self._around(x, norms.before_attention, attend, norms.after_attention)
         mlp: nn.Module | partial[Tensor] = self.mlp
-        if is_replay() and norms.after_mlp is None and isinstance(mlp, MLP):
+        read = not (is_replay() and norms.after_mlp is None and isinstance(mlp, MLP))
+        if not read:
             mlp = partial(mlp, read=False)  # the largest product of a layer, on which no gradient in it depends
-        return self._around(x, norms.before_mlp, mlp, norms.after_mlp)
+        return self._around(x, norms.before_mlp, mlp, norms.after_mlp, read)
 
-    def _around(self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None) -> Tensor:
+    def _around(
+        self, x: Tensor, before: str | None, block: nn.Module | partial[Tensor], after: str | None, read: bool = True
+    ) -> Tensor:
         saved: AbstractContextManager[None] = nullcontext()
         normed = x.to(self.compute)
         if before is not None:
@@ -186,4 +194,4 @@ class Layer(nn.Module):
             y = block(normed)
         if after is not None:
             y = getattr(self, after)(y)
-        return Residual.apply(x, y, self.multiplier)
+        return Residual.apply(x, y, self.multiplier, read)

@@ -94,7 +94,7 @@ class Linear(nn.Module):
 
 
 class Unread(NamedTuple):
-    """A weight whose product nobody reads: zeros stand for it, and its gradients are what they would be."""
+    """A weight whose product nobody reads: anything stands for it, and its gradients are what they would be."""
 
     weight: Weight
 
@@ -175,7 +175,7 @@ class LoraLinears(torch.autograd.Function):
         down, ys = x @ a.T, []  # (T, Σ r)
         for weight, scale, b, part in zip(weights, scales, bs, down.split(ranks, 1), strict=True):
             if isinstance(weight, Unread):
-                ys.append(x.new_zeros(len(x), len(b)))
+                ys.append(x.new_empty(len(x), len(b)))
                 continue
             y = room(len(x), len(b), dtype=x.dtype, device=x.device)
             torch.mm(x, weight.dequantize(x.dtype).T, out=y)
