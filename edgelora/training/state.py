@@ -46,7 +46,25 @@ class State:
         self.base_loss: float | None = None
         self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
         self.partial = self.seconds = 0.0
+        self._shares: list[Tensor] = []
         self.numbers: dict[str, Mean] = {}
+
+    @property
+    def partial(self) -> float:
+        """The loss of the micro-batches so far. Waits for a card that still computes one of them."""
+        for share in self._shares:
+            self._partial += float(share)
+        self._shares = []
+        return self._partial
+
+    @partial.setter
+    def partial(self, loss: float) -> None:
+        self._shares, self._partial = [], loss
+
+    def add(self, share: Tensor) -> None:
+        """Of a micro-batch, whose gradients are summed: its share of the loss of the step. It is read later."""
+        self._shares.append(share.detach())
+        self.micro += 1
 
     def snapshot(self, facts: dict[str, Any]) -> Snapshot:
         """This moment, and `facts` of the run beside it. The tensors are the live ones: write them before the next."""
