@@ -34,7 +34,7 @@ SPEED, MEMORY = 1.8, 0.6  # at least and at most, times the peer at the same lim
 FREE = "free"  # held to nothing
 
 # Layers computed again, their inputs in the machine's memory: `edgelora train --recompute full --offload`.
-LEAN = {"recompute": True, "offload": True, "optimizer": "adamw"}
+LEAN = {"recompute": True, "offload": True, "graphs": True, "optimizer": "adamw"}
 
 # name → (program in peers/, settings)
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -311,6 +311,8 @@ class TrainConfig(BaseModel):
     shard_base: bool = False
     """Under torchrun: each process holds a share of the base and gathers it layer by layer, for one that no card holds.
     """
+    cuda_graphs: bool = True
+    """CUDA: record passes through the layers and repeat them, which spares Python launching every kernel."""
     max_gpu_memory: str | None = Field(None, pattern=r"^\d+(\.\d+)?\s*(GB|GiB|MB|MiB)$")
     """CUDA: hold the process to this much of the card's memory, such as `8GB`."""
 

@@ -26,7 +26,7 @@ from edgelora.training.defaults import choose
 from edgelora.training.ema import Ema
 from edgelora.training.lion import Lion
 from edgelora.training.neftune import neftune
-from edgelora.training.optim import OPTIMIZERS, build_optimizer, flatten_state, load_state, set_share
+from edgelora.training.optim import OPTIMIZERS, build_optimizer, clip, flatten_state, load_state, set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.settle import settle
 
@@ -583,3 +583,23 @@ sys.exit(" ".join(name for name in ("torch._dynamo", "sympy") if name in sys.mod
 def test_a_step_does_without_torchs_compiler(name):
     done = subprocess.run([sys.executable, "-c", STEP, name], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_gradients_in_one_tensor_are_cut_by_their_length_together():
+    """As torch cuts them one by one; a tensor that has other parts too is not touched but for these."""
+    draw = torch.Generator().manual_seed(0)
+
+    def parameters(others, in_one):
+        made = [torch.nn.Parameter(torch.zeros(size)) for size in ((3, 4), (7,), (2, 2))]
+        flat = torch.randn(23 + others, generator=draw.manual_seed(0))
+        for parameter, part in zip(made, flat.split([12, 7, 4, *[others] * (others > 0)]), strict=False):
+            parameter.grad = part.view(parameter.shape) if in_one else part.view(parameter.shape).clone()
+        return made, flat
+
+    for most in (0.5, 100.0):
+        for others in (0, 5):
+            (one, flat), (several, before) = parameters(others, True), parameters(others, False)
+            assert clip(one, most) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(several, most)))
+            for a, b in zip(one, several, strict=True):
+                torch.testing.assert_close(a.grad, b.grad)
+            assert torch.equal(flat[23:], before[23:])

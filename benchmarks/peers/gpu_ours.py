@@ -19,6 +19,7 @@ from torch import Tensor
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
 from edgelora.base import ggml
+from edgelora.base.device_memory import grow_in_place
 from edgelora.base.host_rows import HostRows
 from edgelora.base.nf4 import quantize_nf4
 from edgelora.base.torch_blocks import DeviceBlocks
@@ -135,6 +136,8 @@ def prepared(settings: dict[str, Any], row: Tensor) -> tuple[Job, State, dict[st
     decoder = build(settings)
     inject(decoder, config.method, RANK, ALPHA, config.seed)
     decoder.to(device)
+    if settings["graphs"]:
+        decoder.record_passes(tokens)
     example = Example(row.numpy(), np.arange(tokens) > 0)
     job = Job(decoder, objective_of(config), [example], Order([1], 1, config.seed), config)
     weights = [*(linear.weight for linear in decoder.linears.values()), decoder.head]
@@ -144,6 +147,7 @@ def prepared(settings: dict[str, Any], row: Tensor) -> tuple[Job, State, dict[st
 
 
 def main(settings: dict[str, Any]) -> None:
+    grow_in_place(settings["device"])
     turn, row = Turnstile(), begun(settings)
     try:
         job, state, turn.facts = prepared(settings, row)

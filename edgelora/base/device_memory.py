@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+import sys
 
 import torch
 
@@ -24,6 +27,15 @@ def parse_size(text: str) -> int:
             fix="write it as in --max-gpu-memory 8GB",
         )
     return size
+
+
+def grow_in_place(device: str) -> None:
+    """Have torch's allocator enlarge what it has taken of a card, where it would take another piece beside it: rows of
+    ever other lengths leave few holes then. Whoever has set PYTORCH_CUDA_ALLOC_CONF is left alone."""
+    said = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    is_linux = sys.platform == "linux" and "microsoft" not in platform.release().lower()  # of Windows: not there
+    if device.startswith("cuda") and is_linux and not said:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def hold_to(max_gpu_memory: str, device: str = "cuda") -> Choice:

@@ -96,6 +96,7 @@ class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: list[int], prefix: int, how: Scores) -> Tensor:
         ctx.how = [0, *starts] if prefix else starts, prefix, how
+        assert not isinstance(starts, gpu_attention.Borders) or gpu_attention.usable(how, q, k, v)
         if compiled.usable(q, k, v):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             out, lse = flash.Problem(q, k, v, *ctx.how).forward()

@@ -7,8 +7,8 @@ they are. It runs one packed row of tokens at a time and knows neither files nor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -18,18 +18,21 @@ from torch import Tensor, nn
 
 from edgelora.architectures.config import Architecture, ModelConfig
 from edgelora.architectures.names import FINAL_NORM
+from edgelora.nn import gpu_attention
 from edgelora.nn.awake import Awake
 from edgelora.nn.frozen import Frozen
-from edgelora.nn.layer import Attention, Layer
+from edgelora.nn.gpu import has_triton
+from edgelora.nn.graphs import Graphs
+from edgelora.nn.layer import MLP, Attention, Layer
 from edgelora.nn.linear import Linear, Weight
 from edgelora.nn.loss import LinearCrossEntropy, Target, logits, put_logits
 from edgelora.nn.norm import Norm
 from edgelora.nn.offload import Offload
 from edgelora.nn.primitives import bound_primitives
 from edgelora.nn.recompute import run_again
-from edgelora.nn.rotary import tables_of
+from edgelora.nn.rotary import Tables, tables_of
 from edgelora.nn.trained_head import TrainedHeadCrossEntropy
-from edgelora.nn.virtual import NOTHING, Before, Row, Virtual
+from edgelora.nn.virtual import NOTHING, Before, KeysValues, Row, Virtual
 from edgelora.nn.vocabulary import Moved, Moves, NewRows, Vocabulary
 
 Adaptable: TypeAlias = Linear | Norm | Vocabulary
@@ -63,6 +66,33 @@ def adaptable(part: nn.Module, prefix: str = "") -> dict[str, Adaptable]:
     return {f"{prefix}{dot}{n}": m for n, m in part.named_modules() if isinstance(m, Adaptable)}
 
 
+def through(
+    layers: nn.ModuleList, recompute: bool, offload: bool, awake: Awake | None, x: Tensor, tables: Tables,
+    starts: list[int], prefix: int = 0, pasts: Sequence[KeysValues | None] | None = None,
+) -> Tensor:  # fmt: skip
+    """What the last of these layers makes of x (T, d). pasts: of each, the keys and values before the row."""
+    with Offload() if offload else nullcontext():
+        for layer, past in zip(layers, pasts or [None] * len(layers), strict=True):
+            run: Callable[[Tensor], Tensor] = partial(layer, tables=tables, starts=starts, prefix=prefix, past=past)
+            if awake is not None and recompute:
+                run = awake.remembered(run)
+            x = run_again(run, x, [*layer.parameters(), *(past or ())]) if recompute else run(x)
+    return x
+
+
+def recordable(layers: nn.ModuleList, compute: torch.dtype, device: torch.device) -> bool:
+    """Whether a pass through these launches the same kernels for any numbers, and waits for none.
+
+    FlashAttention does, tile by tile Python looks at where segments begin; a mixture looks at its router.
+    """
+    return has_triton(device) and all(
+        isinstance(layer, Layer) and isinstance(layer.mlp, MLP)
+        and gpu_attention.takes(layer.self_attn.scores, layer.self_attn.head_dim, compute)
+        and all(norm.delta is None for norm in layer.modules() if isinstance(norm, Norm))
+        for layer in layers
+    )  # fmt: skip
+
+
 class Decoder(nn.Module):
     """A causal language model over frozen weights. `linears` and `norms` are the layers that adapters attach to."""
 
@@ -85,6 +115,8 @@ class Decoder(nn.Module):
         """The group of every layer's attention, whose segments must then share nothing."""
         self.before: Before | None = None
         """Virtual tokens before every sequence, whose embeddings are what HF calls `inputs_embeds`."""
+        self.graphs: Graphs | None = None
+        """Passes through the layers that are recorded (`record_passes`)."""
         self.embeds_scale = config.embedding_multiplier if architecture.scales_embeds else 1.0
         """What such embeddings are multiplied by."""
 
@@ -138,17 +170,33 @@ class Decoder(nn.Module):
         virtual = self._virtual()
         row = virtual.before(Row(x, positions, segment_starts, prefix))
         tables = tables_of(c, row.positions, row.starts, row.prefix)
-        x = row.x
-        with Offload() if self.offload else nullcontext():
-            for layer, past in zip(self.model.layers, virtual.of_layers(c.num_hidden_layers), strict=True):
-                run: Callable[[Tensor], Tensor] = partial(
-                    layer, tables=tables, starts=row.starts, prefix=row.prefix, past=past
-                )
-                if self.awake is not None and self.recompute:
-                    run = self.awake.remembered(run)
-                x = run_again(run, x, [*layer.parameters(), *(past or ())]) if self.recompute else run(x)
-        x = self.model.norm(x[virtual.rows :] if virtual.rows else x)
+        found = None
+        if self.graphs is not None and virtual is NOTHING and self.awake is None and self.group is None:
+            found = self.graphs(row.x, tables, row.starts, row.prefix)
+        if found is None:
+            found = self._through(row.x, tables, row.starts, row.prefix, virtual.of_layers(c.num_hidden_layers))
+        x = self.model.norm(found[virtual.rows :] if virtual.rows else found)
         return x if c.logits_scaling == 1.0 else x / c.logits_scaling
+
+    def record_passes(self, longest_row: int) -> None:
+        """From now on, passes through the layers are recorded as CUDA graphs, where their work is always the same.
+
+        Call it when the decoder is on its card, with its adapter. Does nothing where that cannot be: see `recordable`.
+        longest_row: about how many tokens a packed row has at most.
+        """
+        layers, device = self.model.layers, self.model.norm.weight.device
+        linears = [module for module in layers.modules() if isinstance(module, Linear)]
+        if recordable(layers, self.compute, device):
+            self.graphs = Graphs(self._through, linears, device, self.recompute and self.offload, longest_row)
+
+    @property
+    def _through(self) -> Callable[..., Tensor]:
+        """`through` its layers, as it is set up now."""
+        return partial(through, self.model.layers, self.recompute, self.offload, self.awake)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Train in here: where passes are recorded, everything has to be on one stream."""
+        return nullcontext() if self.graphs is None else self.graphs.running()
 
     def _embedded(self, input_ids: Tensor, segment_starts: list[int], prefix: int) -> Tensor:
         """(T, d), with noise where HF's embedding ends: what it multiplies `inputs_embeds` by is behind it."""

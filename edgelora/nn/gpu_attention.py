@@ -8,8 +8,9 @@ the same tile by tile.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ def usable(how: Scores, *tensors: Tensor) -> bool:
     """Whether it takes these: narrow numbers on an Ampere card or a later one, and scores that are not bent."""
     q = tensors[0]
     return (
-        has_triton(q.device) and how.softcap is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
-        and all(x.dtype == q.dtype and x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+        has_triton(q.device) and takes(how, q.shape[-1], q.dtype) and all(x.dtype == q.dtype for x in tensors)
     )  # fmt: skip
+
+
+def takes(how: Scores, head_dim: int, dtype: torch.dtype) -> bool:
+    """As `usable`, asked before there are any tensors."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    return narrow and how.softcap is None and head_dim % 8 == 0 and head_dim <= WIDEST_HEAD
 
 
 class Segments(NamedTuple):
@@ -42,31 +48,53 @@ class Segments(NamedTuple):
     rows: Tensor | None
 
 
-@lru_cache(maxsize=16)  # every layer asks for the same
-def segments(borders: tuple[int, ...], prefix: int, device: torch.device) -> Segments:
+class Places(NamedTuple):
+    """`Segments` before they are on a card."""
+
+    queries: list[int]
+    keys: list[int]
+    longest_query: int
+    longest_key: int
+    rows: list[int] | None
+
+
+def places_of(borders: Sequence[int], prefix: int) -> Places:
     """Of a packed row; with a prefix, it is the first of the segments."""
-
-    def on_device(values: Any) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int32, device=device)
-
-    lengths = [b - a for a, b in itertools.pairwise(borders)]
-    queries = on_device(borders)
+    queries = [*borders]
+    lengths = [b - a for a, b in itertools.pairwise(queries)]
     if not prefix:
-        return Segments(queries, queries, max(lengths), max(lengths), None)
+        return Places(queries, queries, max(lengths), max(lengths), None)
     seen = [lengths[0], *(prefix + n for n in lengths[1:])]
     rows = [*range(prefix)]
-    for begin, end in itertools.pairwise(borders[1:]):
+    for begin, end in itertools.pairwise(queries[1:]):
         rows += [*range(prefix), *range(begin, end)]
-    keys = on_device(itertools.accumulate(seen, initial=0))
-    return Segments(queries, keys, max(lengths), max(seen), torch.tensor(rows, device=device))
+    return Places(queries, [*itertools.accumulate(seen, initial=0)], max(lengths), max(seen), rows)
+
+
+class Borders(list[int]):
+    """Borders of segments that stand on the card, where they can become others: who has these asks no further."""
+
+    def __init__(self, places: Segments, n_tokens: int) -> None:
+        super().__init__([0, n_tokens])
+        self.places = places
+
+
+@lru_cache(maxsize=16)  # every layer asks for the same
+def segments(borders: tuple[int, ...], prefix: int, device: torch.device) -> Segments:
+    """`places_of` on the device."""
+    row = places_of(borders, prefix)
+    queries = torch.tensor(row.queries, dtype=torch.int32, device=device)
+    keys = queries if row.rows is None else torch.tensor(row.keys, dtype=torch.int32, device=device)
+    rows = None if row.rows is None else torch.tensor(row.rows, device=device)
+    return Segments(queries, keys, row.longest_query, row.longest_key, rows)
 
 
 class Problem:
     """A packed row's attention: q (T, H, d), k and v (T, KV, d), as `flash.Problem`."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, borders: list[int], prefix: int, how: Scores) -> None:
-        self.places = segments(tuple(borders), prefix, q.device)
-        self.n_tokens, self.prefix = len(k), prefix
+        self.places = borders.places if isinstance(borders, Borders) else segments(tuple(borders), prefix, q.device)
+        self.n_tokens = len(k)
         rows = self.places.rows
         self.q = q
         self.k, self.v = (x if rows is None else x[rows] for x in (k, v))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgelora.nn import compiled, gpu, products
+from edgelora.nn.card_pool import lent
 from edgelora.nn.linear import Weight
 from edgelora.nn.products import Sum
 from edgelora.nn.scores import bent, slope_of_bent
@@ -75,18 +77,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = hidden.new_empty(len(hidden))
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_own: list[Tensor] = []
-        for part, buffer in parts(hidden, head):
-            z = logits_of(hidden[part], head, how, buffer)
-            if rows is not None:
-                put_logits(z, hidden[part], _ids(how), rows, how.softcap)
-            nll[part], d_z = nll_of(z, labels[part], how, hidden.dtype)
-            if rows is not None:
-                d_own.append(d_z[:, how.ids].to(hidden.dtype))  # (P, k)
-                d_z[:, how.ids] = 0
-            if d_hidden is not None:
-                accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
+        with lent() if rows is None else nullcontext():  # all that is made in here is gone behind it
+            for part, buffer in parts(hidden, head):
+                z = logits_of(hidden[part], head, how, buffer)
                 if rows is not None:
-                    d_hidden[part].addmm_(d_own[-1], rows)
+                    put_logits(z, hidden[part], _ids(how), rows, how.softcap)
+                nll[part], d_z = nll_of(z, labels[part], how, hidden.dtype)
+                if rows is not None:
+                    d_own.append(d_z[:, how.ids].to(hidden.dtype))  # (P, k)
+                    d_z[:, how.ids] = 0
+                if d_hidden is not None:
+                    accumulate(d_hidden[part], d_z, head, how.compute or hidden.dtype)
+                    if rows is not None:
+                        d_hidden[part].addmm_(d_own[-1], rows)
         ctx.save_for_backward(d_hidden, *((hidden, torch.cat(d_own)) if d_own else ()))
         return nll
 

@@ -81,8 +81,14 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self._last: _Away | None = None
 
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        if self._last is not None and torch.cuda.is_current_stream_capturing():
+            self._last.leave()  # a graph ends when all of its streams have come together, and keeps nothing on the card
+
     def _pack(self, x: Tensor) -> Any:
-        if not x.is_cuda or x.nbytes < SMALLEST:
+        recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not x.is_cuda or (x.nbytes < SMALLEST and not recorded):
             return x
         if self._last is not None:
             self._last.leave()

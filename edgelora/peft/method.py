@@ -107,6 +107,8 @@ class Method:
     starts_in_weight: bool = False
     """Whether A and B begin as a part of the weight, which the base keeps and they take away again: all of it, also of
     what A does not see of x."""
+    repeats: bool = False
+    """Whether a pass with it launches the same for any row, over nothing but two matrices for each layer."""
     peft_type: str = "LORA"
     """What PEFT calls it; a method that PEFT lacks is EDGELORA (see `peft/kinds.py`)."""
     before: Callable[[ModelConfig, VirtualTokens], Before] | None = None

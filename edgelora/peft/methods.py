@@ -45,6 +45,7 @@ METHODS: dict[str, Method] = {
         exits=("adapter", "merged"),
         fresh=lora.fresh,
         drops="lora_dropout",
+        repeats=True,
     ),
     "rslora": Method(
         name="rslora",
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
         drops="lora_dropout",
         settings={"use_rslora": True},
         defaults=rslora.DEFAULTS,
+        repeats=True,
     ),
     "loraplus": Method(
         name="loraplus",
@@ -64,6 +66,7 @@ METHODS: dict[str, Method] = {
         fresh=lora.fresh,
         drops="lora_dropout",
         faster=("lora_B",),
+        repeats=True,
     ),
     "dora": Method(
         name="dora",
@@ -110,6 +113,7 @@ METHODS: dict[str, Method] = {
         fresh=lora.fresh,  # of a base that is not quantized nothing was taken away
         drops="lora_dropout",
         from_original=loftq.from_original,
+        repeats=True,
     ),
     "lora_xs": Method(
         name="lora_xs",

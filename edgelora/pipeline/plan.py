@@ -21,6 +21,7 @@ from edgelora.peft.inject import inject
 from edgelora.progress import Progress
 from edgelora.training.base_footprint import Model
 from edgelora.training.job import Job, Numbered, measurements
+from edgelora.training.launches import RECORDED, choose_launches, longest_row
 from edgelora.training.loop import train
 from edgelora.training.memory import Plan, over_rows
 from edgelora.training.objectives import objective_of
@@ -99,6 +100,8 @@ def estimate(found: Plan, base: Base, on_note: Callable[[str], None] = lambda _:
         inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
         decoder.to(config.device)
         decoder.recompute, decoder.offload = config.recompute == "full", config.offload
+        if choose_launches(config, base.architecture, base.config).value == RECORDED:
+            decoder.record_passes(longest_row(config, rows.lengths))
         watch = _StopWatch()
         # the loop measures nothing in between: that is timed by itself
         train(Job(decoder, objective, rows, order, config), State(decoder.named_parameters(), config), watch)

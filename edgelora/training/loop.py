@@ -22,7 +22,7 @@ from edgelora.training.job import Job
 from edgelora.training.measure import measure
 from edgelora.training.neftune import neftune
 from edgelora.training.objectives.objective import added, mean_losses, over_all
-from edgelora.training.optim import set_share
+from edgelora.training.optim import clip, set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.state import State
 from edgelora.training.where import group_of
@@ -54,6 +54,11 @@ def train(job: Job, state: State, watch: Watch) -> bool:
     error, and what stood before them is kept. Deterministic on the CPU under config.seed, wherever it was stopped and
     resumed.
     """
+    with job.decoder.running():
+        return _train(job, state, watch)
+
+
+def _train(job: Job, state: State, watch: Watch) -> bool:
     clock = _Clock(job.total, state, watch)
     if state.micro and job.world.size > 1:
         _begin_again(state)
@@ -165,9 +170,8 @@ def _accumulate(job: Job, state: State, batches: Sequence[Batch | None]) -> Iter
             if scored is None:
                 return
             torch.autograd.backward(scored.loss)
-        state.partial += float(scored.loss.detach())
         state.numbers = added(state.numbers, [scored.numbers])
-        state.micro += 1
+        state.add(scored.loss)
         yield
 
 
@@ -204,7 +208,7 @@ def _update(job: Job, state: State) -> tuple[float, float, float]:
     set_share(state.optimizer, share)
     job.world.sum_gradients(parameters)
     job.method.around.regularize(job.deltas)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    norm = clip(parameters, config.max_grad_norm)
     (loss,) = job.world.sum([state.partial])
     if math.isfinite(norm) and math.isfinite(loss):
         state.optimizer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,25 @@ def set_share(optimizer: Optimizer, share: float) -> None:
     """Make `share` of its peak the learning rate of every group (see `schedule.share_at`)."""
     for group in optimizer.param_groups:
         group["lr"] = share * group["initial_lr"]
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients so that together they are no longer than `max_norm`; returns how long they were."""
+    whole = _in_one(parameters)
+    if whole is None:
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    norm = torch.linalg.vector_norm(whole)
+    whole.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch does it
+    return float(norm)
+
+
+def _in_one(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """The tensor whose parts all gradients are (`nn/graphs.py`), if there is one, and it has no other parts."""
+    grads = [parameter.grad for parameter in parameters]
+    whole = None if grads[0] is None else grads[0]._base
+    if whole is None or any(grad is None or grad._base is not whole for grad in grads):
+        return None
+    return whole if whole.numel() == sum(parameter.numel() for parameter in parameters) else None
 
 
 def _betas(config: TrainConfig, optimizer: str) -> tuple[float, float]:

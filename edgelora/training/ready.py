@@ -19,6 +19,7 @@ from edgelora.training.avoided import avoided_sha256
 from edgelora.training.base_footprint import Model
 from edgelora.training.distributed import choose_threads
 from edgelora.training.folder import RunFolder
+from edgelora.training.launches import choose_launches
 from edgelora.training.memory import over_rows
 from edgelora.training.objectives import objective_of
 from edgelora.training.original import original_of
@@ -128,6 +129,9 @@ def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Cho
         "attention": choose_attention(base.config.head_dim, config.device, config.dtype),
         "threads": choose_threads(world),
     }
+    if config.device.startswith("cuda"):
+        has_flash = here["attention"].value == "flash"
+        here["launches"] = choose_launches(config, base.architecture, base.config, has_flash, world.size)
     if world.size > 1:
         held = f"1/{world.size} of each layer" if config.shard_base else "the whole base"
         here["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")

@@ -13,8 +13,9 @@ from edgelora.errors import ConfigError, FileFormatError
 from edgelora.training.checkpoint import Snapshot, read_latest
 from edgelora.training.folder import RunFolder
 
-# what may be said otherwise when a run goes on: it changes no number
-FREE = {"out", "resume", "overwrite", "keep_adapter", "save_every", "keep_checkpoints", "tensorboard", "shard_base"}
+# what may be said otherwise when a run goes on: it changes no number, or the last bits of a card's
+FREE = {"out", "resume", "overwrite", "keep_adapter", "save_every", "keep_checkpoints", "tensorboard", "shard_base",
+        "cuda_graphs"}  # fmt: skip
 # these too, where they lead to the same files: their digests are compared instead
 PATHS = {"base", "data", "valid", "original", "orthogonal_to", "chat_template"}
 ALONE = {"processes": "1"}  # where no choice says how many

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.base.decoder import COMPUTE, build_decoder
-from edgelora.base.device_memory import hold_to
+from edgelora.base.device_memory import grow_in_place, hold_to
 from edgelora.config import Method, TrainConfig
 from edgelora.data.encode import encode_text
 from edgelora.device import Choice, computing, peak_memory_bytes
@@ -32,6 +32,7 @@ from edgelora.training.exhausted import explained
 from edgelora.training.folder import RunFolder
 from edgelora.training.interrupt import SIGNALS, STOPPING, Interrupt, interruptible, stopped
 from edgelora.training.job import Job
+from edgelora.training.launches import RECORDED, longest_row
 from edgelora.training.loop import not_finite, train
 from edgelora.training.measure import averaged
 from edgelora.training.metrics import read_metrics
@@ -166,6 +167,7 @@ def _decoder(ready: Ready, world: World) -> Decoder:
     c = ready.config
     assert c.rank is not None
     assert c.alpha is not None
+    grow_in_place(c.device)
     if c.max_gpu_memory is not None:
         hold_to(c.max_gpu_memory, c.device)
     if c.shard_base and isinstance(world, Processes):
@@ -181,7 +183,10 @@ def _decoder(ready: Ready, world: World) -> Decoder:
         start_orthogonally(decoder, avoided(c, ready.base))
         if c.prompt_tuning_init_text is not None:
             begin_as(decoder, encode_text(c.prompt_tuning_init_text, ready.base.tokenizer))
-    return decoder.to(c.device)
+    decoder.to(c.device)
+    if "launches" in ready.choices and ready.choices["launches"].value == RECORDED:
+        decoder.record_passes(longest_row(c, ready.rows.train.lengths))
+    return decoder
 
 
 def _require_space(folder: RunFolder, state: State, job: Job) -> None:
