@@ -1,6 +1,6 @@
 """QLoRA of a Llama-3-8B shape on one NVIDIA GPU: tokens/s and peak memory against transformers + PEFT + bitsandbytes.
 
-    .venv/bin/python benchmarks/gpu.py [--together] [--rounds 3] [--out benchmarks/results/gpu.json]
+    .venv/bin/python benchmarks/gpu.py [--together] [--ragged] [--rounds 3] [--out benchmarks/results/gpu.json]
 
 Random weights of the model's shape, built on the GPU without a checkpoint: NF4 on both sides, Q4_K on ours. LoRA of
 rank 16 on every linear layer, rows of 2048 tokens, recomputation on both sides. What waits in the machine's memory is
@@ -28,13 +28,13 @@ import torch
 from peers.channel import Side
 from peers.gpu import SHAPES
 
-from edgelora.device import physical_cores
+from edgelora.device import physical_cores, processor_name
 
 SPEED, MEMORY = 1.8, 0.6  # at least and at most, times the peer at the same limit
 FREE = "free"  # held to nothing
 
 # Layers computed again, their inputs in the machine's memory: `edgelora train --recompute full --offload`.
-LEAN = {"recompute": True, "offload": True, "graphs": True, "optimizer": "adamw"}
+LEAN = {"recompute": True, "offload": True, "graphs": True, "optimizer": "adamw", "warm_up": 4}
 
 # name → (program in peers/, settings)
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,17 +44,27 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "stack, embedding and head in bf16": ("gpu_stack", {"lean": True}),
 }
 PEERS = [name for name, (program, _) in SIDES.items() if program == "gpu_stack"]
+
+# Chats of many lengths over a small model, with passes recorded as CUDA graphs and launched one kernel at a time.
+SMALL = {
+    "shape": "smollm2-135m", "tokens": 8192, "held": "nf4", "ragged": True, "warm_up": 60, "recompute": False,
+    "offload": False, "optimizer": "adamw",
+}  # fmt: skip
+RAGGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "recorded": ("gpu_ours", {**SMALL, "graphs": True}),
+    "launched": ("gpu_ours", {**SMALL, "graphs": False}),
+}
 Sides = dict[str, list[dict[str, Any]]]  # what each side took, round after round
 VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
 def started(name: str, hold: str, args: argparse.Namespace, folder: Path) -> Side:
     """A side, built and warmed up, or out of memory."""
-    program, settings = SIDES[name]
+    program, settings = (SIDES | RAGGED)[name]
     where = {"shape": args.shape, "device": args.device, "tokens": args.tokens}
-    if args.tried and program == "gpu_ours":
-        where["offload"] = False
-    given = {**settings, **where, "hold": None if hold == FREE else hold}
+    given = {**where, **settings, "hold": None if hold == FREE else hold}
+    if args.tried:
+        given |= {**where, "offload": False, "warm_up": 2}
     return Side(program, given, folder / name.replace(" ", "-"), physical_cores())
 
 
@@ -130,10 +140,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(args: argparse.Namespace, card: str, found: dict[str, Sides]) -> None:
+def write(args: argparse.Namespace, card: str, found: dict[str, Sides], small: Sides) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"card": card, "shape": args.shape, "tokens": args.tokens, "rounds": args.rounds, "versions": versions()}
-    args.out.write_text(json.dumps({**about, "rows": rows(found), "visits": found}, indent=2) + "\n", encoding="utf-8")
+    about = {
+        "card": card, "processor": processor_name(), "shape": args.shape, "tokens": args.tokens, "rounds": args.rounds,
+        "versions": versions(),
+    }  # fmt: skip
+    result = {**about, "rows": rows(found), "ragged": speeds(small), "visits": {**found, "ragged": small}}
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def speeds(small: Sides) -> dict[str, float]:
+    """Median tokens/s of each way over ragged rows."""
+    return {name: median(visit["tokens_per_s"] for visit in visits) for name, visits in small.items()}
 
 
 def main() -> int:
@@ -144,6 +163,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--together", action="store_true", help="all sides of a limit live at once: on a large card")
+    parser.add_argument("--ragged", action="store_true", help="chats over a small model, recorded and launched, too")
     parser.add_argument("--try", dest="tried", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -155,6 +175,7 @@ def main() -> int:
     card = "no GPU: numbers say nothing" if args.tried else torch.cuda.get_device_name()
     print(f"{card}; {args.shape}, {args.tokens} tokens; {', '.join(f'{n} {v}' for n, v in versions().items())}\n")
     found: dict[str, Sides] = {}
+    small: Sides = {}
     with tempfile.TemporaryDirectory() as folder:
         for hold in args.hold.split(","):
             groups = [SIDES] if args.together else [[name] for name in SIDES]
@@ -162,11 +183,17 @@ def main() -> int:
             for names in groups:
                 found[hold] |= visits(names, hold, args, Path(folder))
             if args.out:  # what was measured is kept, whatever comes next
-                write(args, card, found)
+                write(args, card, found, small)
+        if args.ragged:
+            small = visits(RAGGED, FREE, args, Path(folder))
+            if args.out:
+                write(args, card, found, small)
     table = rows(found)
     if args.tried:
         table = [{key: value for key, value in row.items() if key != "met"} for row in table]
     show(table)
+    for name, speed in speeds(small).items():
+        print(f"\nragged rows, {name}: {speed:.0f} tokens/s")
     return 0 if all(row.get("met", True) for row in table) else 1
 
 

@@ -146,7 +146,12 @@ def test_every_data_format_stands_in_the_readme():
 def test_every_option_of_train_that_the_readme_names_is_one():
     said = README.split("## Training")[1].split("\n## ")[0] + README.split("## Your data")[1].split("\n## ")[0]
     commands = typer.main.get_command(app).commands
-    known = {option for name in ("train", "plan") for one in commands[name].params for option in one.opts}
+    known = {
+        option
+        for name in ("train", "plan")
+        for one in commands[name].params
+        for option in (*one.opts, *one.secondary_opts)
+    }
     known |= {"--base", "--preview", "--nproc-per-node"}
     named = set(re.findall(r"--[a-z][a-z-]+", said))
     assert named - known == set()

@@ -12,15 +12,18 @@ from collections import Counter
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
+from test_vectors import family  # noqa: F401
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.nn import compiled, flash, gpu_attention
-from edgelora.nn.graphs import MOST, OFTEN, Graphs, Recorded, Shape, padded, stamp_of
+from edgelora.nn.graphs import MOST, OFTEN, Graphs, Recorded, stamp_of
 from edgelora.nn.linear import Linear
+from edgelora.nn.shapes import Shape
 from edgelora.peft import dropout
 from edgelora.peft.inject import inject
 from edgelora.peft.methods import METHODS
+from edgelora.peft.targets import Where
 from edgelora.training.optim import clip
 
 STEP = 16  # of rows of up to 256 tokens
@@ -66,12 +69,12 @@ def by_places(monkeypatch):
     monkeypatch.setattr(gpu_attention, "usable", lambda *_: True)
     monkeypatch.setattr(gpu_attention, "Problem", ByPlaces)
     monkeypatch.setattr(flash, "Problem", ByPlaces)
-    monkeypatch.setattr(Recorded, "record", lambda *_: None)
+    monkeypatch.setattr(Recorded, "record", lambda *_: "")
 
 
-def adapted(base, method="lora"):
+def adapted(base, method="lora", where=()):
     decoder = build_decoder(base, "blocks", torch.float32, "cpu")
-    inject(decoder, method, 4, 8.0, 0)
+    inject(decoder, method, 4, 8.0, 0, where)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -80,15 +83,16 @@ def adapted(base, method="lora"):
 
 
 def with_graphs(decoder):
-    linears = [module for module in decoder.model.layers.modules() if isinstance(module, Linear)]
-    decoder.graphs = Graphs(decoder._through, linears, torch.device("cpu"), lends=False, longest_row=16 * STEP)
+    decoder.graphs = Graphs(
+        decoder._through, decoder.model.layers, torch.device("cpu"), lends=False, longest_row=16 * STEP
+    )
     return decoder
 
 
 def backward(decoder, number, lengths, prefix):
     """The loss of a row, whose gradients are added to those of its step."""
     n = prefix + sum(lengths)
-    ids = torch.randint(512, (n,), generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(200, (n,), generator=torch.Generator().manual_seed(number))
     positions = torch.cat([torch.arange(prefix), *(prefix + torch.arange(one) for one in lengths)])
     hidden = decoder(ids, positions, list(itertools.accumulate(lengths, initial=prefix)), prefix)
     loss = decoder.nll(hidden[:-1], ids[1:]).sum()
@@ -108,8 +112,13 @@ def assert_same_steps(one, two, rows, at_once=3):
             a.grad = b.grad = None
 
 
+def row_of(lengths, prefix):
+    starts = [*itertools.accumulate(lengths, initial=prefix)]
+    return gpu_attention.places_of([0, *starts] if prefix else starts, prefix)
+
+
 def shape_of(lengths, prefix, step=STEP):
-    return Shape.of([*itertools.accumulate(lengths, initial=prefix)], prefix, False, step)
+    return Shape.of(row_of(lengths, prefix), False, step)
 
 
 def test_shapes_are_few_and_rows_little_longer():
@@ -132,15 +141,15 @@ def test_shapes_are_few_and_rows_little_longer():
 def test_a_row_fits_its_shape(seed, prefix):
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 300, (int(torch.randint(1, 20, (), generator=draw)),), generator=draw).tolist()
-    starts = list(itertools.accumulate(lengths, initial=prefix))
-    shape = Shape.of(starts, prefix, False, STEP)
-    queries, keys, rows = padded(starts, prefix, shape)
+    shape = shape_of(lengths, prefix)
+    queries, keys, longest, _, rows = shape.padded(row_of(lengths, prefix))
+    assert longest == shape.longest
     assert len(queries) == len(keys) == shape.segments + 1
     assert queries == sorted(queries)
     assert keys == sorted(keys)
     assert queries[-1] == shape.tokens
     assert keys[-1] == (shape.keys or shape.tokens)
-    assert len(rows) == shape.keys
+    assert len(rows or []) == shape.keys
     segments = [
         (b - a, d - c) for (a, b), (c, d) in zip(itertools.pairwise(queries), itertools.pairwise(keys), strict=True)
     ]
@@ -156,8 +165,23 @@ def test_rows_in_shapes_have_the_gradients_of_rows_as_they_are(make_tiny, tied, 
     base = open_base(make_tiny(Type.Q8_0, tied=tied).path)
     plain, other = adapted(base), with_graphs(adapted(base))
     plain.recompute = other.recompute = recompute
-    assert_same_steps(plain, other, ROWS * 2)
+    assert_same_steps(plain, other, ROWS * OFTEN)
     assert other.graphs.count == len({shape_of(*row) for row in ROWS})
+
+
+@pytest.mark.parametrize(
+    ("where", "is_recorded"),
+    [
+        (Where(bias="all"), True), (Where(modules_to_save=("lm_head",)), True),
+        (Where(("q_proj",), modules_to_save=("embed_tokens",)), True), (Where(modules_to_save=("k_proj",)), False),
+    ],
+    ids=["biases", "head", "embedding", "a layer"],
+)  # fmt: skip
+def test_what_is_trained_beside_a_lora_has_its_gradients(family, where, is_recorded):  # noqa: F811
+    base = open_base(family("qwen2").folder)
+    plain, other = adapted(base, where=where), with_graphs(adapted(base, where=where))
+    assert_same_steps(plain, other, ROWS * OFTEN)
+    assert (other.graphs.count > 0) == is_recorded
 
 
 def test_a_shape_that_came_once_is_not_recorded(tiny):
@@ -195,11 +219,11 @@ def test_another_pass_before_the_first_has_gone_backward(tiny):
 def test_other_weights_are_recorded_anew(tiny):
     base = open_base(tiny.path)
     plain, other = adapted(base), with_graphs(adapted(base))
-    assert_same_steps(plain, other, ROWS[:1] * 3, at_once=1)
+    assert_same_steps(plain, other, ROWS[:1] * (OFTEN + 1), at_once=1)
     for decoder in (plain, other):
         module = decoder.model.layers[0].mlp.down_proj
         module.delta.lora_A = torch.nn.Parameter(module.delta.lora_A.detach() * 2)
-    assert_same_steps(plain, other, ROWS[:1] * 3, at_once=1)
+    assert_same_steps(plain, other, ROWS[:1] * (OFTEN + 1), at_once=1)
 
 
 def test_gradients_that_were_there_are_added_to(tiny):
@@ -220,11 +244,16 @@ def test_what_cannot_be_recorded_is_launched(tiny, monkeypatch, caplog):
     def fails(*_):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(Recorded, "record", fails)
+    monkeypatch.undo()
+    for name in ("usable", "Problem"):  # as `by_places` has them, but for what is recorded
+        monkeypatch.setattr(gpu_attention, name, ByPlaces if name == "Problem" else lambda *_: True)
+    monkeypatch.setattr(compiled, "usable", lambda *_: False)
+    monkeypatch.setattr(flash, "Problem", ByPlaces)
+    monkeypatch.setattr(Recorded, "_backward", fails)
     base = open_base(tiny.path)
     plain, other = adapted(base), with_graphs(adapted(base))
     with caplog.at_level(logging.WARNING):
-        assert_same_steps(plain, other, ROWS * 2)
+        assert_same_steps(plain, other, ROWS * OFTEN)
     assert [record.message for record in caplog.records] == [
         "layers are launched one kernel at a time: they could not be recorded as CUDA graphs (no room)"
     ]

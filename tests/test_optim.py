@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
@@ -20,12 +21,13 @@ from edgelora.peft.defaults import NO_SOURCE
 from edgelora.peft.inject import inject
 from edgelora.peft.methods import METHODS, pair
 from edgelora.peft.targets import Where
-from edgelora.training import optim
+from edgelora.training import offloaded_adamw, optim
 from edgelora.training.adafactor import Adafactor
 from edgelora.training.defaults import choose
 from edgelora.training.ema import Ema
 from edgelora.training.lion import Lion
 from edgelora.training.neftune import neftune
+from edgelora.training.offloaded_adamw import OffloadedAdamW
 from edgelora.training.optim import OPTIMIZERS, build_optimizer, clip, flatten_state, load_state, set_share
 from edgelora.training.schedule import share_at
 from edgelora.training.settle import settle
@@ -603,3 +605,51 @@ def test_gradients_in_one_tensor_are_cut_by_their_length_together():
             for a, b in zip(one, several, strict=True):
                 torch.testing.assert_close(a.grad, b.grad)
             assert torch.equal(flat[23:], before[23:])
+
+
+class Stream:
+    """Of a card that does at once what it is asked for."""
+
+    def wait_stream(self, _): ...
+
+    def wait_event(self, event):
+        assert event == "gone"
+
+    def record_event(self):
+        return "gone"
+
+    def synchronize(self): ...
+
+
+def test_moments_that_travel_in_pieces_are_those_that_stay(monkeypatch):
+    """Matrices that are longer than a piece, two groups, a step without a gradient, a state that is kept and put back;
+    the streams of a card in tests/test_cuda.py."""
+    monkeypatch.setattr(offloaded_adamw, "PIECE", 700)
+    monkeypatch.setattr(offloaded_adamw, "_streams", lambda _: (Stream(), Stream()))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+
+    def built(how):
+        draw = torch.Generator().manual_seed(0)
+        made = {str(n): torch.nn.Parameter(torch.randn(20, 10 + 25 * n, generator=draw)) for n in range(5)}
+        named = list(made.items())
+        groups = [{"params": named[:3], "lr": 1e-2}, {"params": named[3:], "lr": 4e-2, "weight_decay": 0.0}]
+        return made, how(groups, weight_decay=0.1, fused=True)
+
+    (stays, one), (travels, two) = built(torch.optim.AdamW), built(OffloadedAdamW)
+    for step in range(6):
+        draw = torch.Generator().manual_seed(step)
+        grads = [torch.randn(parameter.shape, generator=draw) for parameter in stays.values()]
+        for parameters, optimizer in ((stays, one), (travels, two)):
+            for n, (parameter, grad) in enumerate(zip(parameters.values(), grads, strict=True)):
+                parameter.grad = None if (n, step) == (3, 1) else grad.clone()
+            optimizer.step()
+        if step == 3:
+            kept = {name: tensor.clone() for name, tensor in flatten_state(two).items()}
+            for name, tensor in flatten_state(one).items():
+                torch.testing.assert_close(tensor, kept[name], rtol=1e-6, atol=1e-9)
+            load_state(two, kept)
+    assert len(two._pieces) == 9  # 2100 and 4300 numbers
+    assert [len(piece.parts) for piece in two._pieces][:3] == [2, 2, 1]
+    for a, b in zip(stays.values(), travels.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -11,11 +11,17 @@ from torch import Tensor
 from edgelora.base.device_memory import hold_to
 from peers.channel import Turnstile
 
-# by the names of config.json; `tiny` is for trying the benchmark itself out, also without a GPU
+# by the names of config.json (SmolLM2 with a head of its own); `tiny` is for trying the benchmark itself out, also
+# without a GPU
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152, "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
     },
     "tiny": {

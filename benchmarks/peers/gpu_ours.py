@@ -53,6 +53,9 @@ from peers.gpu import (
     peaks,
 )  # fmt: skip
 
+# chat rows: log-normal around 160 tokens, clipped, behind what all templates begin with; the second half is learned
+RAGGED_ROWS, AROUND, SPREAD, SHORTEST, LONGEST, SHARED = 1024, 160, 0.6, 50, 500, 24
+RAGGED_BATCH = 32  # rows of a step
 SEEDED_ROWS = 64  # of random blocks: quantizing billions of weights to Q4_K would take the CPU minutes
 
 
@@ -107,29 +110,39 @@ def build(settings: dict[str, Any]) -> Decoder:
 class Step(Silent):
     """Told by the training loop that a step is over: it goes on when the benchmark wants another."""
 
-    def __init__(self, turn: Turnstile, device: str) -> None:
+    def __init__(self, turn: Turnstile, device: str, warm_up: int = WARM_UP) -> None:
         super().__init__(Interrupt())
-        self.turn, self.losses = turn, list[float]()
+        self.turn, self.losses, self.warm_up = turn, list[float](), warm_up
         turn.handlers = {"peaks": lambda _: peaks(device)}
 
     def stepped(self, progress: Progress, tokens: int, seconds: float) -> None:  # noqa: ARG002
         assert progress.loss is not None
-        if len(self.losses) >= WARM_UP:
+        if len(self.losses) >= self.warm_up:
             self.turn.end(tokens=tokens)
         self.losses.append(progress.loss)
-        if len(self.losses) == WARM_UP:
-            self.turn.facts["losses"] = self.losses[:]
-        if len(self.losses) >= WARM_UP:
+        if len(self.losses) == self.warm_up:
+            self.turn.facts["losses"] = self.losses[:WARM_UP]
+        if len(self.losses) >= self.warm_up:
             self.turn.begin()
 
 
+def ragged(vocabulary: int) -> list[Example]:
+    """Rows as chats are: of many lengths, and all begun alike."""
+    draw = np.random.default_rng(0)
+    lengths = np.clip(draw.lognormal(np.log(AROUND), SPREAD, RAGGED_ROWS), SHORTEST, LONGEST).astype(int)
+    shared = draw.integers(vocabulary, size=SHARED)
+    rows = (np.concatenate([shared, draw.integers(vocabulary, size=n)]) for n in lengths)
+    return [Example(row, np.arange(len(row)) > len(row) // 2) for row in rows]
+
+
 def prepared(settings: dict[str, Any], row: Tensor) -> tuple[Job, State, dict[str, Any]]:
-    """What `edgelora train` hands to its loop, over one row of tokens, all but the first of which are learned."""
-    device, tokens = settings["device"], len(row)
+    """What `edgelora train` hands to its loop, over one row of tokens, all but the first of which are learned; or over
+    `ragged` ones, packed into micro-batches of as many tokens."""
+    device, tokens, is_ragged = settings["device"], len(row), settings.get("ragged", False)
     config = TrainConfig(
         base=Path("none"), data=Path("none"), out=Path("none"), rank=RANK, alpha=ALPHA, learning_rate=LEARNING_RATE,
         max_grad_norm=MAX_GRAD_NORM, optimizer=settings["optimizer"], offload=settings["offload"], schedule="constant",
-        warmup_steps=0, batch_rows=1,
+        warmup_steps=0, batch_rows=RAGGED_BATCH if is_ragged else 1,
         micro_batch_tokens=tokens, max_length=tokens, epochs=10_000, device=device, dtype="bf16",
         eval_every=1_000_000,
     )  # fmt: skip
@@ -138,8 +151,10 @@ def prepared(settings: dict[str, Any], row: Tensor) -> tuple[Job, State, dict[st
     decoder.to(device)
     if settings["graphs"]:
         decoder.record_passes(tokens)
-    example = Example(row.numpy(), np.arange(tokens) > 0)
-    job = Job(decoder, objective_of(config), [example], Order([1], 1, config.seed), config)
+    rows = [Example(row.numpy(), np.arange(tokens) > 0)]
+    if is_ragged:
+        rows = ragged(SHAPES[settings["shape"]]["vocab_size"])
+    job = Job(decoder, objective_of(config), rows, Order([len(rows)], config.batch_rows, config.seed), config)
     weights = [*(linear.weight for linear in decoder.linears.values()), decoder.head]
     facts = {"frozen_bytes": sum(weight.size_bytes for weight in weights)}
     state = State(decoder.named_parameters(), config)
@@ -151,7 +166,7 @@ def main(settings: dict[str, Any]) -> None:
     turn, row = Turnstile(), begun(settings)
     try:
         job, state, turn.facts = prepared(settings, row)
-        train(job, state, Step(turn, settings["device"]))
+        train(job, state, Step(turn, settings["device"], settings.get("warm_up", WARM_UP)))
     except torch.OutOfMemoryError as e:
         out_of_memory(turn, e)
 

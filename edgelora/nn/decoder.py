@@ -71,7 +71,8 @@ def through(
     starts: list[int], prefix: int = 0, pasts: Sequence[KeysValues | None] | None = None,
 ) -> Tensor:  # fmt: skip
     """What the last of these layers makes of x (T, d). pasts: of each, the keys and values before the row."""
-    with Offload() if offload else nullcontext():
+    everything = isinstance(starts, gpu_attention.Borders)  # nothing of a recorded pass stays on the card
+    with Offload(0 if everything else None) if offload else nullcontext():
         for layer, past in zip(layers, pasts or [None] * len(layers), strict=True):
             run: Callable[[Tensor], Tensor] = partial(layer, tables=tables, starts=starts, prefix=prefix, past=past)
             if awake is not None and recompute:
@@ -83,7 +84,8 @@ def through(
 def recordable(layers: nn.ModuleList, compute: torch.dtype, device: torch.device) -> bool:
     """Whether a pass through these launches the same kernels for any numbers, and waits for none.
 
-    FlashAttention does, tile by tile Python looks at where segments begin; a mixture looks at its router.
+    FlashAttention is such a kernel. Where attention goes tile by tile, Python looks at where segments begin; and in a
+    mixture it looks at what the router says.
     """
     return has_triton(device) and all(
         isinstance(layer, Layer) and isinstance(layer.mlp, MLP)
@@ -185,9 +187,8 @@ class Decoder(nn.Module):
         longest_row: about how many tokens a packed row has at most.
         """
         layers, device = self.model.layers, self.model.norm.weight.device
-        linears = [module for module in layers.modules() if isinstance(module, Linear)]
         if recordable(layers, self.compute, device):
-            self.graphs = Graphs(self._through, linears, device, self.recompute and self.offload, longest_row)
+            self.graphs = Graphs(self._through, layers, device, self.recompute and self.offload, longest_row)
 
     @property
     def _through(self) -> Callable[..., Tensor]:

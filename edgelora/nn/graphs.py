@@ -2,10 +2,10 @@
 
 A step of an 8B model launches five thousand kernels, and Python takes longer to launch them than a large card takes to
 run them; of a small model that is so on any card. A graph has its sizes and addresses for good, so rows are copied into
-one of a few `Shape`s, each a little longer than they are. What is behind the end of a row is a segment of its own, of
-zeros: nothing attends to it, and no gradient comes from it.
+one of a few shapes (`shapes.py`).
 
-Memory is the allocator's, in a pool of its own: all graphs run in the same, one after the other.
+Memory is the allocator's, in a pool of its own: all graphs run in the same, one after the other. Rows whose shape is
+not recorded are launched, and need theirs beside it.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgelora.nn import card_pool
-from edgelora.nn.gpu_attention import Borders, Segments, places_of
+from edgelora.nn.gpu_attention import Borders, Places, Segments, places_of
+from edgelora.nn.linear import Linear
 from edgelora.nn.rotary import Tables
+from edgelora.nn.shapes import Shape, multiple, step_of
 
-if TYPE_CHECKING:
-    from edgelora.nn.linear import Linear
-
-OFTEN = 2  # the time a shape comes at which it is recorded, which takes as long as three passes
-MOST = 12  # shapes whose graphs are kept
-SIZES = 16  # of rows: each is longer than it was by less than a sixteenth of the longest, or an eighth
+# The time a shape comes at which it is recorded, which takes as long as three passes. Never the first: what a launched
+# pass allocates once and for all must be there before.
+OFTEN = 3
+MOST = 32  # shapes whose graphs are kept
 
 log = logging.getLogger(__name__)
 
@@ -38,54 +38,8 @@ Run = Callable[[Tensor, Tables, list[int]], Tensor]
 """x (T, d), tables and borders of a packed row → what the last layer gives (T, d)."""
 
 
-class Shape(NamedTuple):
-    """What a graph is recorded for: so many tokens, keys (where segments share a beginning, else 0) and segments, none
-    of these longer than `longest`; and whether x has a gradient."""
-
-    tokens: int
-    keys: int
-    segments: int
-    longest: int
-    learns: bool
-
-    @classmethod
-    def of(cls, starts: Sequence[int], prefix: int, learns: bool, step: int) -> Shape:
-        """The smallest that a row with these borders and shared beginning fits into. Tokens are a multiple of `step`.
-
-        The others cost little where they are too many, programs that end as they begin: so they are few and coarse.
-        """
-        row = places_of([0, *starts] if prefix else starts, prefix)
-        n_queries, n_keys = row.queries[-1], row.keys[-1]
-        # behind a shared beginning something must stand: a segment without a query has no gradient to write
-        tokens = _multiple(n_queries + 1 if prefix else n_queries, step)
-        keys = _multiple(n_keys + tokens - n_queries, 4 * step) if prefix else 0
-        rest = max(tokens - n_queries, keys - n_keys)
-        segments = len(row.queries) - 1 + (rest > 0)
-        longest = max(row.longest_query, row.longest_key, rest)
-        return cls(tokens, keys, _power_of_four(segments), min(_power_of_four(longest), max(tokens, keys)), learns)
-
-
-def _multiple(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _power_of_four(n: int) -> int:
-    return 1 << -(-(n - 1).bit_length() // 2) * 2
-
-
-def padded(starts: Sequence[int], prefix: int, shape: Shape) -> tuple[list[int], list[int], list[int]]:
-    """Borders of queries and of keys (n + 1,) as `shape` has them, and which rows the keys (M,) are."""
-    row = places_of([0, *starts] if prefix else starts, prefix)
-    more = shape.segments + 1 - len(row.queries)
-    queries = row.queries + [shape.tokens] * more
-    if not shape.keys:
-        return queries, queries, []
-    rows = row.rows or []
-    return queries, row.keys + [shape.keys] * more, rows + [0] * (shape.keys - len(rows))
-
-
 class Graphs:
-    """Runs a decoder's layers, by a graph where one fits. `linears`: those in them; `run`: a pass without a graph.
+    """Runs a decoder's layers, by a graph where one fits. `run`: a pass through them without one.
 
     None of it is for what draws or looks at numbers: dropout, mixtures, an adapter that is no product (`stamp_of`). A
     pass backward adds to the gradients of parameters itself: ask for it by `torch.autograd.backward`, not by `grad`.
@@ -94,13 +48,12 @@ class Graphs:
     what must be kept is elsewhere. longest_row: about how many tokens a row has at most.
     """
 
-    def __init__(
-        self, run: Run, linears: Sequence[Linear], device: torch.device, lends: bool, longest_row: int
-    ) -> None:
-        self._run, self._linears, self._device = run, linears, device
-        self._step = max(16, (1 << (longest_row - 1).bit_length()) // SIZES)
-        self._lends = lends
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, run: Run, layers: nn.Module, device: torch.device, lends: bool, longest_row: int) -> None:
+        self._run, self._layers, self._device = run, layers, device
+        self._linears = [module for module in layers.modules() if isinstance(module, Linear)]
+        self._step, self._lends = step_of(longest_row), lends
+        self._longest = multiple(longest_row + 1, self._step)
+        self._stream = _stream(device) if device.type == "cuda" else None
         self.pool: Any = torch.cuda.MemPool() if device.type == "cuda" else None
         self._recorded: OrderedDict[Shape, Recorded] = OrderedDict()
         self._seen: Counter[Shape] = Counter()
@@ -124,33 +77,38 @@ class Graphs:
             return
         outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
-        with torch.cuda.stream(self._stream), card_pool.lends(self._spare):
-            yield
-        outside.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream), card_pool.lends(self._spare):
+                yield
+        finally:
+            outside.wait_stream(self._stream)
 
     def __call__(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> Tensor | None:
         """What the layers make of x (T, d), or None where no graph does."""
-        if self._broken or not torch.is_grad_enabled() or self._is_open():
+        if self._broken or not torch.is_grad_enabled():
+            return None
+        if self._is_open():
+            assert not self._lends, "a pass would take the machine's memory that one before it still needs"
             return None
         if (stamp := stamp_of(self._linears)) is None:
             return None
-        if stamp != self._stamp:  # what is recorded reads memory that is no longer theirs
+        if self._sums is None or stamp != self._stamp:  # what is recorded reads memory that is no longer theirs
             self._recorded.clear()
-            self._stamp, self._sums = stamp, _Sums(stamp.parameters)
-        assert self._sums is not None
+            self._stamp, self._sums = stamp, _Sums(list(self._layers.parameters()))
         self._sums.place()
-        shape = Shape.of(starts, prefix, x.requires_grad, self._step)
+        row = places_of([0, *starts] if prefix else starts, prefix)
+        shape = Shape.of(row, x.requires_grad, self._step)
         self._seen[shape] += 1
         if shape not in self._recorded and self._seen[shape] >= OFTEN:
-            self._record(shape, x, tables, starts, prefix)
+            self._record(shape, x, tables, row)
         if shape not in self._recorded:
             return None
         self._recorded.move_to_end(shape)
         recorded = self._recorded[shape]
-        recorded.put(x, tables, starts, prefix)
+        recorded.put(x, tables, row)
         token = _Token()
         self._open = weakref.ref(token)
-        out: Tensor = _Repeated.apply(x, stamp.parameters[0], recorded, self._sums, token)
+        out: Tensor = _Repeated.apply(x, self._sums.parameters[0], recorded, self._sums, token)
         return out
 
     def _spare(self) -> Any:
@@ -162,26 +120,24 @@ class Graphs:
         token = None if self._open is None else self._open()
         return token is not None and not token.over
 
-    def _record(self, shape: Shape, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> None:
+    def _record(self, shape: Shape, x: Tensor, tables: Tables, row: Places) -> None:
         if self._rows is None or len(self._rows[0]) < shape.tokens:
             self._recorded.clear()  # they read and write where no row of this length fits
-            row = x.new_empty(max(shape.tokens, SIZES * self._step), x.shape[1])
+            place = x.new_empty(max(shape.tokens, self._longest), x.shape[1])
             # what went in has left the card, where it is offloaded: what comes out may take its place
-            self._rows = row, row if self._lends else torch.empty_like(row)
+            self._rows = place, place if self._lends else torch.empty_like(place)
         recorded = Recorded(self._run, shape, self._rows, tables)
-        recorded.put(x.detach(), tables, starts, prefix)
-        try:
-            recorded.record(self.pool, self._stream)
-        except RuntimeError as e:  # out of memory is one
-            log.warning("layers are launched one kernel at a time: they could not be recorded as CUDA graphs (%s)", e)
+        recorded.put(x.detach(), tables, row)
+        if why := recorded.record(self.pool, self._stream):
+            log.warning("layers are launched one kernel at a time: they could not be recorded as CUDA graphs (%s)", why)
             self._broken = True
             self._recorded.clear()
             self._rows = self.pool = None
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             return
-        while len(self._recorded) >= MOST:
-            self._recorded.popitem(last=False)
+        if len(self._recorded) >= MOST:
+            self._seen[self._recorded.popitem(last=False)[0]] = 0
         self._recorded[shape] = recorded
 
 
@@ -191,18 +147,13 @@ class _Token:
     over = False
 
 
-@dataclass(frozen=True)
-class Stamp:
-    """What recordings read beside their rows: other weights, adapters or scales need other recordings."""
-
-    read: tuple[tuple[int | float, ...], ...]
-    parameters: list[nn.Parameter] = field(compare=False)
+Stamp = tuple[tuple[int | float, ...], ...]
+"""What recordings read beside their rows: other weights, adapters or scales need other recordings."""
 
 
 def stamp_of(linears: Sequence[Linear]) -> Stamp | None:
-    """None where some layer has an adapter that is more than two trained matrices, or none has one."""
+    """None where an adapter is no product with two trained matrices, or there is none."""
     read: list[tuple[int | float, ...]] = []
-    parameters: list[nn.Parameter] = []
     for linear in linears:
         if linear.delta is None:
             read.append((id(linear.weight),))
@@ -210,16 +161,15 @@ def stamp_of(linears: Sequence[Linear]) -> Stamp | None:
         pair = linear.delta.factors
         if pair is None or not isinstance(pair.a, nn.Parameter) or not isinstance(pair.b, nn.Parameter):
             return None
-        parameters += [pair.a, pair.b]
         read.append((id(linear.weight), pair.a.data_ptr(), pair.b.data_ptr(), pair.scale))
-    return Stamp(tuple(read), parameters) if parameters else None
+    return tuple(read) if any(len(one) > 1 for one in read) else None
 
 
 class _Sums:
     """Where the gradients of a step are added up, always in the same place."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         sizes = [parameter.numel() for parameter in parameters]
         self._flat = torch.zeros(sum(sizes), device=parameters[0].device)
         parts = zip(self._flat.split(sizes), parameters, strict=True)
@@ -227,12 +177,17 @@ class _Sums:
 
     def place(self) -> None:
         """Make them the gradients of their parameters, with what is in these already."""
-        if all(parameter.grad is view for parameter, view in zip(self._parameters, self._views, strict=True)):
+        if all(parameter.grad is view for parameter, view in zip(self.parameters, self._views, strict=True)):
             return
-        if all(parameter.grad is None for parameter in self._parameters):
+        if all(parameter.grad is None for parameter in self.parameters):
             self._flat.zero_()
-        for parameter, view in zip(self._parameters, self._views, strict=True):
-            if parameter.grad is not None and parameter.grad is not view:
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                parameter.grad = view
+            return
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad is not view:
                 view.copy_(parameter.grad)
             parameter.grad = view
 
@@ -255,12 +210,14 @@ class Recorded:
         keys = torch.zeros_like(queries) if shape.keys else queries
         of_keys = torch.zeros(shape.keys, dtype=torch.int64, device=device) if shape.keys else None
         self._places = Segments(queries, keys, shape.longest, shape.longest, of_keys)
-        self._put: tuple[tuple[int, ...], int] | None = None
+        self._put: Places | None = None
+        self._graph: Tensor | None = None
+        """What `_forward` gave, with autograd's graph, until `_backward` has gone through it."""
         self.forward: Callable[[], None] = self._forward
         self.backward: Callable[[], None] = self._backward
 
     @torch.no_grad()
-    def put(self, x: Tensor, tables: Tables, starts: list[int], prefix: int) -> None:
+    def put(self, x: Tensor, tables: Tables, row: Places) -> None:
         """Copy a row in. Behind it there are zeros."""
         n = len(x)
         self.x[:n].copy_(x)
@@ -268,26 +225,33 @@ class Recorded:
         for rope, pair in tables.items():
             for place, table in zip(self._tables[rope], pair, strict=True):
                 place[:n].copy_(table)
-        if self._put == (tuple(starts), prefix):
+        if self._put == row:
             return
-        self._put = tuple(starts), prefix
-        places, queries, *of_keys = self._places, *padded(starts, prefix, self._shape)
-        places.queries.copy_(torch.tensor(queries, dtype=torch.int32))
-        if places.rows is not None:
-            places.keys.copy_(torch.tensor(of_keys[0], dtype=torch.int32))
-            places.rows.copy_(torch.tensor(of_keys[1]))
+        self._put, there, whole = row, self._places, self._shape.padded(row)
+        there.queries.copy_(torch.tensor(whole.queries, dtype=torch.int32))
+        if there.rows is not None:
+            there.keys.copy_(torch.tensor(whole.keys, dtype=torch.int32))
+            there.rows.copy_(torch.tensor(whole.rows))
 
-    def record(self, pool: Any, stream: Any) -> None:
-        """Run once, so that everything is compiled and at hand, then have CUDA write down what is launched."""
-        self._forward()
-        self.out.zero_()
-        self._backward()
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward, pool=pool.id, stream=stream):
+    def record(self, pool: Any, stream: Any) -> str:
+        """Run once, so that everything is compiled and at hand, then have CUDA write down what is launched.
+
+        Returns why that could not be, if it could not.
+        """
+        try:
             self._forward()
-        with torch.cuda.graph(backward, pool=pool.id, stream=stream):
+            self.out.zero_()
             self._backward()
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(forward, pool=pool.id, stream=stream):
+                self._forward()
+            with torch.cuda.graph(backward, pool=pool.id, stream=stream):
+                self._backward()
+        except RuntimeError as e:  # out of memory is one
+            self._graph = None
+            return str(e)
         self.forward, self.backward = forward.replay, backward.replay
+        return ""
 
     def _forward(self) -> None:
         with torch.enable_grad():
@@ -296,9 +260,16 @@ class Recorded:
 
     def _backward(self) -> None:
         """`out` holds the gradient now of what it was: no layer asks what it gave."""
+        assert self._graph is not None
         self.x.grad = None
         torch.autograd.backward(self._graph, self.out)
-        del self._graph
+        self._graph = None
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """On which everything is recorded and repeated."""
+    return torch.cuda.Stream(device)
 
 
 class _Repeated(torch.autograd.Function):

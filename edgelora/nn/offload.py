@@ -75,11 +75,15 @@ class _Away:
 
 
 class Offload(torch.autograd.graph.saved_tensors_hooks):
-    """What is saved for a backward pass in here leaves the card as it is saved, and comes back one ahead of its use."""
+    """What is saved for a backward pass in here leaves the card as it is saved, and comes back one ahead of its use.
 
-    def __init__(self) -> None:
+    smallest: bytes from which on it does.
+    """
+
+    def __init__(self, smallest: int | None = None) -> None:
         super().__init__(self._pack, self._unpack)
         self._last: _Away | None = None
+        self._smallest = SMALLEST if smallest is None else smallest
 
     def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
@@ -87,8 +91,7 @@ class Offload(torch.autograd.graph.saved_tensors_hooks):
             self._last.leave()  # a graph ends when all of its streams have come together, and keeps nothing on the card
 
     def _pack(self, x: Tensor) -> Any:
-        recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not x.is_cuda or (x.nbytes < SMALLEST and not recorded):
+        if not x.is_cuda or x.nbytes < self._smallest:
             return x
         if self._last is not None:
             self._last.leave()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -21,7 +21,7 @@ from edgelora.peft.inject import inject
 from edgelora.progress import Progress
 from edgelora.training.base_footprint import Model
 from edgelora.training.job import Job, Numbered, measurements
-from edgelora.training.launches import RECORDED, choose_launches, longest_row
+from edgelora.training.launches import RECORDED, choose_launches
 from edgelora.training.loop import train
 from edgelora.training.memory import Plan, over_rows
 from edgelora.training.objectives import objective_of
@@ -100,8 +100,6 @@ def estimate(found: Plan, base: Base, on_note: Callable[[str], None] = lambda _:
         inject(decoder, config.method, config.rank, config.alpha, config.seed, where_of(config))
         decoder.to(config.device)
         decoder.recompute, decoder.offload = config.recompute == "full", config.offload
-        if choose_launches(config, base.architecture, base.config).value == RECORDED:
-            decoder.record_passes(longest_row(config, rows.lengths))
         watch = _StopWatch()
         # the loop measures nothing in between: that is timed by itself
         train(Job(decoder, objective, rows, order, config), State(decoder.named_parameters(), config), watch)
@@ -110,7 +108,11 @@ def estimate(found: Plan, base: Base, on_note: Callable[[str], None] = lambda _:
     times = measurements(config, total) if passing or answering else 0
     seconds, tokens = watch.seconds[1:] or watch.seconds, watch.tokens[1:] or watch.tokens
     timed = Estimate(len(rows), total, median(seconds), sum(tokens) / sum(seconds), times, passing, answering)
-    return over_rows(found, Model.of(base), loaded.heaviest(config)), timed
+    over = over_rows(found, Model.of(base), loaded.heaviest(config))
+    if config.device.startswith("cuda"):
+        launches = choose_launches(over, Model.of(base), over.choices["attention"].value == "flash")
+        over = replace(over, choices=over.choices | {"launches": launches})
+    return over, timed
 
 
 class _StopWatch:
@@ -174,7 +176,9 @@ def lines(found: Plan, timed: Estimate | None = None) -> list[tuple[str, str]]:
         told.append(("there are", f"{found.budget / 1e9:.2f} GB"))
     if timed is not None:
         each = f"{timed.steps} steps of {timed.seconds_per_step:.2f} s over {timed.rows} rows"
-        told.append(("time", f"{timed.seconds / 60:.1f} minutes: {each}, {timed.tokens_per_s:.0f} tokens/s"))
+        launches = found.choices.get("launches")  # what is timed here is launched one by one
+        at_most = "at most " * (launches is not None and launches.value == RECORDED)
+        told.append(("time", f"{at_most}{timed.seconds / 60:.1f} minutes: {each}, {timed.tokens_per_s:.0f} tokens/s"))
         parts = ((timed.seconds_held_out, "for rows held out"), (timed.seconds_samples, "at most for samples"))
         if timed.measurements:
             taking = ", ".join(f"{seconds:.2f} s {what}" for seconds, what in parts if seconds)

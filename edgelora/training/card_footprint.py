@@ -6,19 +6,18 @@ from math import prod
 
 from edgelora.config import TrainConfig
 from edgelora.nn.loss import VOCABULARY_ROWS_CUDA, positions
+from edgelora.nn.shapes import multiple, step_of
 from edgelora.peft.methods import METHODS
 from edgelora.training.adapter_footprint import adapter_numbers, held_beside, optimizer_bytes, trains_head
 from edgelora.training.base_footprint import Model, base_bytes
 from edgelora.training.footprint import CUDA_CONTEXT, LOST, Footprint, Load, kept_by_a_layer, remade_bytes, tile_bytes
-from edgelora.training.launches import RECORDED, choose_launches
 from edgelora.training.offloaded_adamw import VISITING
 
 
 def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None = None) -> Footprint:
     """`footprint` where buffers are given back as soon as they are read: the peak is that of one of two moments.
 
-    They are the loss, and the backward pass of a layer. Recorded passes have memory of their own, which the loss shares
-    if nothing but the inputs of layers is kept from the one to the other, and these are elsewhere (`offload`).
+    They are the loss, and the backward pass of a layer. Recorded passes have memory of their own (`nn/graphs.py`).
     """
     c, tokens, wide = model.config, load.tokens, 4 if config.dtype == "f32" else 2
     one, inputs = kept_by_a_layer(model, config, copied=False) + 4 * c.num_attention_heads, 4 * c.hidden_size
@@ -31,22 +30,25 @@ def on_a_card(model: Model, config: TrainConfig, load: Load, process: int | None
     rows = positions(tokens, model.head[0][0], "cuda")
     slice_of_head = min(model.head[0][0], VOCABULARY_ROWS_CUDA) * c.hidden_size
     logits, head = 4 * rows * model.head[0][0], (wide + (8 if trains_head(model, config) else 0)) * slice_of_head
-    at_the_loss = logits + head + tokens * (3 * inputs + wide * c.hidden_size) - (tokens * one if load.recompute else 0)
+    at_the_loss = logits + head + tokens * (3 * inputs + wide * c.hidden_size)
+    if load.recompute:
+        at_the_loss -= tokens * one  # no layer is computed again then
     moments = optimizer_bytes(model, config)
     away = config.offload and config.optimizer == "adamw" and not METHODS[config.method].projects
-    lossy, recorded = at_the_loss > passing + dense, choose_launches(config, model.architecture, c).value == RECORDED
-    beside = recorded and not (load.recompute and config.offload)
-    of_the_loss, of_a_layer = lossy or beside, beside or not lossy
-    activations = kept + of_the_loss * (at_the_loss - logits - head) + of_a_layer * passing
-    activations = int(activations * (1 + LOST["cuda"][config.dtype])) + (2 * tokens * inputs if recorded else 0)
+    lossy, lost = at_the_loss > passing + dense, 1 + LOST["cuda"][config.dtype]
+    activations = int((kept + (at_the_loss - logits - head if lossy else passing)) * lost)
+    if load.recorded:  # one whose shape is new is launched beside what is held for those that are recorded
+        longer = multiple(tokens + 1, step_of(tokens)) / tokens
+        rows = inputs * tokens * (1 if load.recompute and config.offload else 2)
+        activations += int(longer * (rows + (kept + passing) * lost)) + dense
     return Footprint(
         process=CUDA_CONTEXT if process is None else process,
         base=base_bytes(model, config.base_dtype, "cuda"),
         adapter=4 * (numbers * (2 if config.ema_decay else 1) + held_beside(model, config)),
         gradients=4 * numbers,
         optimizer=min(moments, VISITING) if away else moments,
-        scratch=of_the_loss * head + of_a_layer * dense + remade_bytes(model, config),
-        logits=of_the_loss * logits,
+        scratch=(head if lossy else dense) + remade_bytes(model, config),
+        logits=logits if lossy else 0,
         activations=activations,
         offloaded=tokens * inputs * c.num_hidden_layers + (moments if away else 0) if config.offload else 0,
     )

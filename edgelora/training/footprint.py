@@ -40,11 +40,15 @@ LOST = {"cpu": {"f32": 0.0, "bf16": 0.28}, "cuda": {"f32": 0.1, "bf16": 0.1}, "m
 
 @dataclass(frozen=True)
 class Load:
-    """What a micro-batch is: its tokens, those of its longest row, and whether layers are computed again."""
+    """What a micro-batch is: its tokens, those of its longest row, and whether layers are computed again.
+
+    recorded: whether passes over such ones are CUDA graphs.
+    """
 
     tokens: int
     longest: int
     recompute: bool
+    recorded: bool = False
 
 
 @dataclass(frozen=True)

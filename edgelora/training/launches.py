@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from edgelora.architectures.config import Architecture, ModelConfig
+from edgelora.architectures.names import EMBEDDING, HEAD
 from edgelora.config import TrainConfig
 from edgelora.device import Choice
 from edgelora.peft.methods import METHODS
+from edgelora.training.base_footprint import Model
+from edgelora.training.footprint import footprint
+from edgelora.training.memory import Machine, Plan
 
 RECORDED, ONE_BY_ONE = "recorded", "one by one"
 
@@ -18,26 +23,36 @@ def longest_row(config: TrainConfig, lengths: np.ndarray) -> int:
     return max(config.micro_batch_tokens, int(lengths.max()))
 
 
-def choose_launches(
-    config: TrainConfig, architecture: Architecture, model: ModelConfig, has_flash: bool = True, processes: int = 1
-) -> Choice:
-    """Whether passes through the layers are recorded as CUDA graphs (`nn/graphs.py`), for a settled config.
+def choose_launches(found: Plan, model: Model, has_flash: bool, processes: int = 1) -> Choice:
+    """Whether passes through the layers are recorded as CUDA graphs (`nn/graphs.py`) in a run of this plan.
 
-    has_flash: whether FlashAttention is there, for numbers that are as narrow as it takes them.
+    has_flash: whether FlashAttention computes attention there.
     """
+    config = found.config
+    beside = [name for name in config.modules_to_save if name not in (_last(EMBEDDING), _last(HEAD))]
     why = None
     if not config.cuda_graphs:
         why = "cuda_graphs is off"
     elif processes > 1:
-        why = "passes are not recorded where several processes share a step"
-    elif config.dtype != "bf16" or not has_flash or model.attn_logit_softcapping is not None:
+        why = "with several processes no passes are recorded: that was never tried"
+    elif not has_flash or model.config.attn_logit_softcapping is not None:
         why = "attention goes tile by tile, and Python looks where segments begin"
-    elif architecture.experts is not None:
+    elif model.architecture.experts is not None:
         why = "each row goes to other experts, which Python reads"
     elif not METHODS[config.method].repeats:
         why = f"only of a plain LoRA are passes recorded, which the method {config.method} is not"
     elif config.lora_dropout:
         why = "dropout is drawn anew for each pass"
-    if why is not None:
-        return Choice(ONE_BY_ONE, why)
-    return Choice(RECORDED, "rows of a length that comes again are one CUDA graph: Python launches kernels too slowly")
+    elif beside or config.bias != "none":
+        why = "only of a LoRA alone are passes recorded, and other parts of layers are trained beside it"
+    if why is None:
+        taken = footprint(model, config, replace(found.load, recorded=True), "cuda").total
+        room = Machine("cuda", found.budget).room
+        if room is None or taken <= room:
+            return Choice(RECORDED, "rows of a shape that comes again are one CUDA graph: Python launches too slowly")
+        why = f"recorded ones have memory of their own: they would take {taken / 1e9:.2f} GB of {room / 1e9:.2f}"
+    return Choice(ONE_BY_ONE, why)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

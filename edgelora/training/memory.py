@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -76,10 +75,10 @@ def plan(model: Model, config: TrainConfig, machine: Machine, context: int, long
     _check_offload(config, machine)
     room = machine.room
     tried: list[tuple[TrainConfig, Load, Footprint]] = []
-    for graphs, (recompute, size) in itertools.product(_launches(config, machine), [*_ways(config, machine)]):
+    for recompute, size in _ways(config, machine):
         row = min(longest or config.max_length or size, context)
         load = Load(max(size, row), max(row, min(size, context)), recompute == "full")
-        settled = config.model_copy(update={"recompute": recompute, "micro_batch_tokens": size, "cuda_graphs": graphs})
+        settled = config.model_copy(update={"recompute": recompute, "micro_batch_tokens": size})
         tried.append((settled, load, footprint(model, settled, load, machine.kind, machine.process)))
         if room is None or tried[-1][2].total <= room:
             return _fitting(model, config, machine, context, tried)
@@ -122,11 +121,6 @@ def _ways(config: TrainConfig, machine: Machine) -> Iterator[tuple[Recompute, in
     yield from (("full", size) for size in asked or (*SIZES[machine.kind], *SMALLER))
 
 
-def _launches(config: TrainConfig, machine: Machine) -> tuple[bool, ...]:
-    """Whether to record passes: not where what that takes besides is not there."""
-    return (True, False) if config.cuda_graphs and machine.kind == "cuda" else (config.cuda_graphs,)
-
-
 def _fitting(
     model: Model, asked: TrainConfig, machine: Machine, context: int, tried: list[tuple[TrainConfig, Load, Footprint]]
 ) -> Plan:
@@ -144,9 +138,6 @@ def _fitting(
         elif config.recompute == "full":
             why = f"with all activations kept a step would take {most / 1e9:.2f} GB{_of(machine.budget)}"
         choices["recompute"] = Choice(config.recompute, why)
-    if config.cuda_graphs != asked.cuda_graphs:
-        why = f"with recorded passes, which have memory of their own, a step would take more{_of(machine.budget)}"
-        choices["cuda_graphs"] = Choice("off", why)
     length = min(asked.max_length or _longest_row(model, config, machine, context), context)
     at_longest = footprint(model, config, _row(length, size, load.recompute), machine.kind, machine.process)
     if length != asked.max_length:

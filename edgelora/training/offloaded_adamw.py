@@ -6,19 +6,19 @@ home. So the card has two pieces of them at most. bitsandbytes' paged moments mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PIECE = 2 << 20  # parameters whose moments travel together, 16 MiB of them; more where one matrix has more
-
-VISITING = 2 * 2 * 4 * PIECE  # bytes of moments on the card at once
+PIECE = 2 << 20  # parameters whose moments travel together, 16 MiB of them
+PLACES = 2  # for pieces on the card
+VISITING = PLACES * len(MOMENTS) * 4 * PIECE  # bytes of them
 
 
 class OffloadedAdamW(torch.optim.AdamW):
@@ -32,100 +32,127 @@ class OffloadedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None
-        self._pieces = self._pieces or [*self._cut()]
-        device = self._pieces[0].visitors.device
+        self._pieces = self._pieces or self._cut()
+        device = self._pieces[0].visitors[0].device
         here, (coming, going) = torch.cuda.current_stream(device), _streams(device)
         coming.wait_stream(going)  # what the last step sent home
-        for piece in self._pieces:
+        coming.wait_stream(here)
+        for number, piece in enumerate(self._pieces):
             with torch.cuda.stream(coming):
-                if piece.before is not None and piece.before.gone is not None:
-                    coming.wait_event(piece.before.gone)  # its place is free
-                piece.visitors.copy_(piece.home, non_blocking=True)
+                if number >= PLACES:
+                    coming.wait_event(self._pieces[number - PLACES].gone)  # its place is free
+                piece.come()
             here.wait_stream(coming)
             piece.update()
             going.wait_stream(here)
             with torch.cuda.stream(going):
-                piece.home.copy_(piece.visitors, non_blocking=True)
+                piece.go()
             piece.gone = going.record_event()
 
     def wait(self) -> None:
         """Until what the last step left is in the machine's memory."""
         if self._pieces:
-            _streams(self._pieces[0].visitors.device)[1].synchronize()
+            _streams(self._pieces[0].visitors[0].device)[1].synchronize()
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         self._pieces = []  # torch puts the moments beside their parameters
 
-    def _cut(self) -> Iterator[_Piece]:
-        """Have all moments in the machine's memory, and a place on the card for two pieces of them."""
-        cut = [(group, parameters) for group in self.param_groups for parameters in pieces(group["params"])]
-        device = cut[0][1][0].device
-        largest = max(sum(parameter.numel() for parameter in parameters) for _, parameters in cut)
-        places = [torch.empty(2 * largest, device=device) for _ in cut[:2]]
-        made: list[_Piece] = []
-        for number, (group, parameters) in enumerate(cut):
-            size = 2 * sum(parameter.numel() for parameter in parameters)
-            home = torch.zeros(size, pin_memory=device.type == "cuda")
-            for parameter, *moments in zip(parameters, *_moments(home, parameters), strict=True):
-                state = self.state[parameter]
-                state.setdefault("step", torch.zeros((), device=device))
-                for name, moment in zip(MOMENTS, moments, strict=True):
-                    if name in state:
-                        moment.copy_(state[name])
-                    state[name] = moment
-            steps = [self.state[parameter]["step"] for parameter in parameters]
-            before = made[number - 2] if number > 1 else None
-            made.append(_Piece(group, parameters, steps, home, places[number % 2][:size], before))
-            yield made[-1]
+    def _cut(self) -> list[_Piece]:
+        """Have all moments in the machine's memory, and places on the card for some of them."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        device, total = parameters[0].device, sum(parameter.numel() for parameter in parameters)
+        home = [torch.zeros(total, pin_memory=device.type == "cuda") for _ in MOMENTS]
+        of_parameters = (torch.split(flat, [parameter.numel() for parameter in parameters]) for flat in home)
+        for parameter, *moments in zip(parameters, *of_parameters, strict=True):
+            state = self.state[parameter]
+            state.setdefault("step", torch.zeros((), device=device))
+            for name, moment in zip(MOMENTS, moments, strict=True):
+                if name in state:
+                    moment.copy_(state[name].view(-1))
+                state[name] = moment.view(parameter.shape)
+        places = [torch.empty(len(MOMENTS), min(PIECE, total), device=device) for _ in range(PLACES)]
+        cut, at = list[_Piece](), 0
+        for group in self.param_groups:
+            for parts in pieces(group["params"], PIECE):
+                size = sum(part.size for part in parts)
+                # a step counts what has been learned of a parameter: each part counts for itself
+                steps = [self.state[part.of]["step"] for part in parts]
+                steps = [step.clone() if part.begin else step for part, step in zip(parts, steps, strict=True)]
+                place = places[len(cut) % PLACES][:, :size]
+                cut.append(_Piece(group, parts, steps, [flat[at : at + size] for flat in home], [*place]))
+                at += size
+        return cut
+
+
+class Part(NamedTuple):
+    """The numbers [begin, begin + size) of a parameter."""
+
+    of: nn.Parameter
+    begin: int
+    size: int
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The same of x, which is shaped like the parameter; x itself where that is all."""
+        return x if self.size == x.numel() else x.reshape(-1)[self.begin : self.begin + self.size]
 
 
 @dataclass
 class _Piece:
-    """Parameters of one group whose moments travel together. before: the piece that is in their place before them."""
+    """Parts of parameters of one group whose moments travel together: `home` and on the card, the flat tensors of each
+    of MOMENTS."""
 
     group: dict[str, Any]
-    parameters: list[nn.Parameter]
+    parts: list[Part]
     steps: list[Tensor]
-    home: Tensor
-    visitors: Tensor
-    before: _Piece | None
+    home: list[Tensor]
+    visitors: list[Tensor]
     gone: Any = None
     """The event behind which they are at home again."""
 
     def __post_init__(self) -> None:
-        self._moments = _moments(self.visitors, self.parameters)
+        sizes = [part.size for part in self.parts]
+        self._averages, self._squares = (
+            [one.view(part.cut(part.of).shape) for one, part in zip(torch.split(flat, sizes), self.parts, strict=True)]
+            for flat in self.visitors
+        )
+
+    def come(self) -> None:
+        for there, here in zip(self.home, self.visitors, strict=True):
+            here.copy_(there, non_blocking=True)
+
+    def go(self) -> None:
+        for there, here in zip(self.home, self.visitors, strict=True):
+            there.copy_(here, non_blocking=True)
 
     def update(self) -> None:
-        """A step of these parameters, with the moments that are on the card."""
+        """A step of these parts, with the moments that are on the card."""
         group, (beta1, beta2) = self.group, self.group["betas"]
-        learned = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        averages, squares = ([moments[i] for i in learned] for moments in self._moments)
+        learned = [i for i, part in enumerate(self.parts) if part.of.grad is not None]
+        parts, grads = [self.parts[i] for i in learned], [self.parts[i].of.grad for i in learned]
         adamw(
-            [self.parameters[i] for i in learned], [self.parameters[i].grad for i in learned],  # type: ignore[misc]
-            averages, squares, [], [self.steps[i] for i in learned], fused=True, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            [part.cut(part.of) for part in parts],
+            [part.cut(grad) for part, grad in zip(parts, grads, strict=True) if grad is not None],
+            [self._averages[i] for i in learned], [self._squares[i] for i in learned], [],
+            [self.steps[i] for i in learned], fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
 
-def pieces(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters in a row, cut where their moments fill a piece."""
-    piece: list[nn.Parameter] = []
+def pieces(parameters: Sequence[nn.Parameter], size: int) -> Iterator[list[Part]]:
+    """All numbers of these parameters, one after the other, `size` of them in each piece but the last."""
+    piece, room = list[Part](), size
     for parameter in parameters:
-        if piece and sum(one.numel() for one in piece) + parameter.numel() > PIECE:
-            yield piece
-            piece = []
-        piece.append(parameter)
-    yield piece
-
-
-def _moments(flat: Tensor, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
-    """Those that lie in `flat`: first the averages of all parameters, then those of their squares."""
-    sizes = [parameter.numel() for parameter in parameters]
-    return [
-        [part.view(parameter.shape) for part, parameter in zip(half.split(sizes), parameters, strict=True)]
-        for half in flat.view(2, -1)
-    ]
+        begin, total = 0, parameter.numel()
+        while begin < total:
+            taken = min(room, total - begin)
+            piece.append(Part(parameter, begin, taken))
+            begin, room = begin + taken, room - taken
+            if not room:
+                yield piece
+                piece, room = [], size
+    if piece:
+        yield piece
 
 
 @cache

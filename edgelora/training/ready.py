@@ -91,8 +91,13 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
     hashing = _hashing(base, original)
     rows = load_rows(settled, base, heard.on_note, heard.on_progress)
     hashing.join()
-    if planned is not None and (size := "micro_batch_tokens") in choices:
-        choices[size] = over_rows(planned, Model.of(base), rows.heaviest(settled)).choices[size]
+    if planned is not None:
+        planned = over_rows(planned, Model.of(base), rows.heaviest(settled))
+        if (size := "micro_batch_tokens") in choices:
+            choices[size] = planned.choices[size]
+        if settled.device.startswith("cuda"):
+            has_flash = choices["attention"].value == "flash"
+            choices["launches"] = choose_launches(planned, Model.of(base), has_flash, world.size)
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
         earlier.require_same(digests)
@@ -129,9 +134,6 @@ def _computed_by(config: TrainConfig, base: Base, world: World) -> dict[str, Cho
         "attention": choose_attention(base.config.head_dim, config.device, config.dtype),
         "threads": choose_threads(world),
     }
-    if config.device.startswith("cuda"):
-        has_flash = here["attention"].value == "flash"
-        here["launches"] = choose_launches(config, base.architecture, base.config, has_flash, world.size)
     if world.size > 1:
         held = f"1/{world.size} of each layer" if config.shard_base else "the whole base"
         here["processes"] = Choice(str(world.size), f"torchrun started them; each holds {held}")

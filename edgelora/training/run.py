@@ -84,8 +84,9 @@ def run_training(
     """Train and write the adapter to config.out (PEFT's format and `edgelora.json`), the run's own files beside it.
 
     Raises EdgeloraError for every fault of the input before the first step. Asked to stop (Ctrl-C, SIGTERM, SIGHUP), it
-    ends the step, saves and raises Stopped; with config.resume it goes on there, bit for bit. `stop_when` is asked
-    behind each step and stops the run in the same way. The adapter's folder stands only when the run has ended well.
+    ends the step, saves and raises Stopped; with config.resume it goes on there, on a CPU bit for bit. `stop_when` is
+    asked behind each step and stops the run in the same way. The adapter's folder stands only when the run has ended
+    well.
     """
     with joined() as world:
         heard = Listeners(on_progress, on_choice, on_note, stop_when) if world.rank == 0 else Listeners()
@@ -184,7 +185,7 @@ def _decoder(ready: Ready, world: World) -> Decoder:
         if c.prompt_tuning_init_text is not None:
             begin_as(decoder, encode_text(c.prompt_tuning_init_text, ready.base.tokenizer))
     decoder.to(c.device)
-    if "launches" in ready.choices and ready.choices["launches"].value == RECORDED:
+    if c.cuda_graphs and "launches" in ready.choices and ready.choices["launches"].value == RECORDED:
         decoder.record_passes(longest_row(c, ready.rows.train.lengths))
     return decoder
 

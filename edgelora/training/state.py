@@ -32,6 +32,9 @@ class State:
     beside: tensors that are not trained, and that a resumed run must find as they were.
     """
 
+    _partial: float
+    _shares: list[Tensor]
+
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -46,7 +49,6 @@ class State:
         self.base_loss: float | None = None
         self.step = self.micro = self.skipped = self.in_a_row = self.stale = 0
         self.partial = self.seconds = 0.0
-        self._shares: list[Tensor] = []
         self.numbers: dict[str, Mean] = {}
 
     @property
@@ -59,7 +61,8 @@ class State:
 
     @partial.setter
     def partial(self, loss: float) -> None:
-        self._shares, self._partial = [], loss
+        self._partial = loss
+        self._shares = []
 
     def add(self, share: Tensor) -> None:
         """Of a micro-batch, whose gradients are summed: its share of the loss of the step. It is read later."""
