@@ -90,7 +90,7 @@ GPU_LIMITS = """
 What limits a step there, by torch's profiler on the same kind of machine, not recorded: of 220 ms over NF4 the card
 computed 200 (products 126, FlashAttention 26, weights out of their blocks 17); for 8 it waited for AdamW's moments, for
 10 until Python had put away a step and begun the next. Launched one by one, the 5,200 kernels of a step took 370 ms
-there, for the most part Python's. In an earlier session, beside a faster processor, launched ones took 243 ms and the
+there, for the most part Python's. In the record before, beside a faster processor, launched ones took 243 ms and the
 fastest peer 411. So ratios move with the processor: what is recorded hardly does, the peers do. Q4_K was not profiled,
 and `torch.compile` not measured there: what it would save, launches and passes over memory, graphs and kernels in
 Triton save.
