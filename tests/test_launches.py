@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from example_runs import example_rows
 from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
+from edgelora.training import settle
 from edgelora.training.base_footprint import Model
+from edgelora.training.folder import RunFolder
 from edgelora.training.footprint import Load, footprint
 from edgelora.training.launches import ONE_BY_ONE, RECORDED, choose_launches
 from edgelora.training.memory import Machine, plan
+from edgelora.training.ready import Listeners, make_ready
+from edgelora.training.world import Alone
 
 GB = 10**9
 
@@ -57,6 +64,28 @@ def test_why_one_is_not(model, given, why):
     choice = choose_launches(found, model, has_flash=True)
     assert choice.value == ONE_BY_ONE
     assert why in choice.why
+
+
+def test_a_run_says_how_it_launches(tiny, tmp_path, monkeypatch):
+    """On a card that is only said to be there, up to where the base would be moved onto it."""
+    card = SimpleNamespace(name="a card", total_memory=24 * GB, major=9)
+    for name, found in {
+        "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1,
+        "mem_get_info": lambda _: (20 * GB, 24 * GB), "get_device_properties": lambda _: card,
+        "set_device": lambda _: None, "is_bf16_supported": lambda **_: True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, found)
+    monkeypatch.setattr(settle, "has_triton", lambda _: True)
+    rows, said = example_rows(tmp_path / "rows.jsonl", 0, 24), {}
+
+    def ready(**given):
+        config = TrainConfig(base=tiny.path, data=rows, out=tmp_path / "mine", device="cuda", rank=4, **given)
+        heard = Listeners(on_choice=lambda name, choice: said.update({name: choice.value}))
+        return make_ready(config, RunFolder(config.out), heard, Alone())
+
+    assert ready(dtype="bf16").choices["launches"].value == said["launches"] == RECORDED
+    assert ready(dtype="bf16", offload=True).facts["choices"]["launches"]["value"] == RECORDED
+    assert ready(dtype="f32").choices["launches"].value == said["launches"] == ONE_BY_ONE
 
 
 def test_machines_and_models_on_which_none_is(model):
