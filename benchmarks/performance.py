@@ -84,21 +84,24 @@ fits there. Medians of {rounds} rounds.
 Memory is what torch's allocator had in use at most, and what it took from the card. Of our passes, which are recorded
 as CUDA graphs, what is in use was counted while they were recorded: they lie in what was taken. What waits in the
 machine's memory is in neither: our layers' inputs and AdamW's moments (`--offload`), the peers' paged 8-bit moments.
+Our allocator enlarges what it has taken (expandable segments), the peers' is as torch has it.
 """
 
 GPU_LIMITS = """
 What limits a step there, by torch's profiler on the same kind of machine, not recorded: of 220 ms over NF4 the card
 computed 200 (products 126, FlashAttention 26, weights out of their blocks 17); for 8 it waited for AdamW's moments, for
 10 until Python had put away a step and begun the next. Launched one by one, the 5,200 kernels of a step took 370 ms
-there, for the most part Python's. In the record before, beside a faster processor, launched ones took 243 ms and the
-fastest peer 411. So ratios move with the processor: what is recorded hardly does, the peers do. Q4_K was not profiled,
-and `torch.compile` not measured there: what it would save, launches and passes over memory, graphs and kernels in
-Triton save.
+there, for the most part Python's. When the record before was made, launched ones took 243 ms by the same profiler, and
+the fastest peer 411 in that record: what waits for Python is as fast as the processor. Q4_K was not profiled, and
+`torch.compile` not measured there: what it would save, launches and passes over memory, graphs and kernels in Triton
+save.
 """
 
 GPU_RAGGED = """
 Chats of 50 to 500 tokens behind a common beginning, 32 in a step, packed, over a model of SmolLM2-135M's shape in NF4:
-{recorded:,.0f} tokens/s with recorded passes, {launched:,.0f} with launched ones, {times:.1f} times as many.
+{recorded[median]:,.0f} tokens/s with recorded passes (rounds: {recorded[rounds]}; in a slow one shapes are still being
+recorded), {launched[median]:,.0f} with launched ones ({launched[rounds]}): {times:.1f} times as many, in
+{recorded[taken]:.1f} GB of the card against {launched[taken]:.1f}.
 """
 
 BUDGET = """## The same bytes, spent where they matter
@@ -286,9 +289,16 @@ def gpu(result: Mapping[str, Any]) -> str:
         "",
     ]
     text = GPU.format(**result) + "\n" + markdown(head, map(row, result["rows"])) + "\n" + GPU_LIMITS
-    return text + GPU_RAGGED.format(
-        **result["ragged"], times=result["ragged"]["recorded"] / result["ragged"]["launched"]
-    )
+    ways = {
+        name: {
+            "median": median,
+            "rounds": ", ".join(f"{visit['tokens_per_s']:,.0f}" for visit in result["visits"]["ragged"][name]),
+            "taken": max(visit["reserved_bytes"] for visit in result["visits"]["ragged"][name]) / 1e9,
+        }
+        for name, median in result["ragged"].items()
+    }
+    times = result["ragged"]["recorded"] / result["ragged"]["launched"]
+    return text + GPU_RAGGED.format(**ways, times=times)
 
 
 def written() -> str:

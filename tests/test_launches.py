@@ -13,11 +13,12 @@ from gguf.constants import GGMLQuantizationType as Type
 
 from edgelora.base.model import open_base
 from edgelora.config import TrainConfig
+from edgelora.device import Choice
 from edgelora.training import settle
 from edgelora.training.base_footprint import Model
 from edgelora.training.folder import RunFolder
 from edgelora.training.footprint import Load, footprint
-from edgelora.training.launches import ONE_BY_ONE, RECORDED, choose_launches
+from edgelora.training.launches import ONE_BY_ONE, RECORDED, choose_launches, launches_again
 from edgelora.training.memory import Machine, plan
 from edgelora.training.ready import Listeners, make_ready
 from edgelora.training.world import Alone
@@ -97,6 +98,13 @@ def test_machines_and_models_on_which_none_is(model):
         choose_launches(found, model, has_flash=True, processes=2),
     ):
         assert choice.value == ONE_BY_ONE
+
+
+def test_a_run_that_goes_on_launches_as_it_did_unless_that_cannot_be():
+    before, config = Choice(RECORDED, "as it began"), settled()
+    assert launches_again(before, config) == before
+    assert launches_again(before, config, processes=2).value == ONE_BY_ONE
+    assert launches_again(before, config.model_copy(update={"cuda_graphs": False})).value == ONE_BY_ONE
 
 
 def test_none_is_where_there_is_no_memory_for_it(model):

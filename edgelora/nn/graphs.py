@@ -121,14 +121,18 @@ class Graphs:
         return token is not None and not token.over
 
     def _record(self, shape: Shape, x: Tensor, tables: Tables, row: Places) -> None:
-        if self._rows is None or len(self._rows[0]) < shape.tokens:
-            self._recorded.clear()  # they read and write where no row of this length fits
-            place = x.new_empty(max(shape.tokens, self._longest), x.shape[1])
-            # what went in has left the card, where it is offloaded: what comes out may take its place
-            self._rows = place, place if self._lends else torch.empty_like(place)
-        recorded = Recorded(self._run, shape, self._rows, tables)
-        recorded.put(x.detach(), tables, row)
-        if why := recorded.record(self.pool, self._stream):
+        try:
+            if self._rows is None or len(self._rows[0]) < shape.tokens:
+                self._recorded.clear()  # they read and write where no row of this length fits
+                place = x.new_empty(max(shape.tokens, self._longest), x.shape[1])
+                # what went in has left the card, where it is offloaded: what comes out may take its place
+                self._rows = place, place if self._lends else torch.empty_like(place)
+            recorded = Recorded(self._run, shape, self._rows, tables)
+            recorded.put(x.detach(), tables, row)
+            why = recorded.record(self.pool, self._stream)
+        except torch.OutOfMemoryError as e:
+            why = str(e)
+        if why:
             log.warning("layers are launched one kernel at a time: they could not be recorded as CUDA graphs (%s)", why)
             self._broken = True
             self._recorded.clear()

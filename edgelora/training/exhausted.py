@@ -38,7 +38,8 @@ def _exhausted(model: Model, config: TrainConfig, longest: int, said: str) -> Co
     room = parts.process + (1 - LESS) * (parts.total - parts.process)
     less = what_would_fit(model, config, config, load, Machine(config.device, int(room / SHARE)))
     again = f"{less} --overwrite" if less.startswith("pass") else less
-    go_on = "--resume --no-cuda-graphs" if device.kind == "cuda" and config.cuda_graphs else "--resume"
+    graphs = device.kind == "cuda" and config.cuda_graphs
+    go_on = "--resume" + ", with --no-cuda-graphs too where passes are recorded" * graphs
     return ConfigError(
         what=f"there was not enough memory for a step ({said})",
         why=f"the plan reckoned with {parts.total / 1e9:.2f} GB for {load.tokens} tokens (in MB: {parts.in_words()}); "

@@ -30,11 +30,9 @@ def choose_launches(found: Plan, model: Model, has_flash: bool, processes: int =
     """
     config = found.config
     beside = [name for name in config.modules_to_save if name not in (_last(EMBEDDING), _last(HEAD))]
-    why = None
-    if not config.cuda_graphs:
-        why = "cuda_graphs is off"
-    elif processes > 1:
-        why = "with several processes no passes are recorded: that was never tried"
+    why = _asked_otherwise(config, processes)
+    if why is not None:
+        pass
     elif not has_flash or model.config.attn_logit_softcapping is not None:
         why = "attention goes tile by tile, and Python looks where segments begin"
     elif model.architecture.experts is not None:
@@ -52,6 +50,18 @@ def choose_launches(found: Plan, model: Model, has_flash: bool, processes: int =
             return Choice(RECORDED, "rows of a shape that comes again are one CUDA graph: Python launches too slowly")
         why = f"recorded ones have memory of their own: they would take {taken / 1e9:.2f} GB of {room / 1e9:.2f}"
     return Choice(ONE_BY_ONE, why)
+
+
+def launches_again(before: Choice, config: TrainConfig, processes: int = 1) -> Choice:
+    """What a run that goes on does, of which `before` was chosen when it began."""
+    why = _asked_otherwise(config, processes)
+    return before if why is None else Choice(ONE_BY_ONE, why)
+
+
+def _asked_otherwise(config: TrainConfig, processes: int) -> str | None:
+    if not config.cuda_graphs:
+        return "cuda_graphs is off"
+    return None if processes == 1 else "with several processes no passes are recorded: that was never tried"
 
 
 def _last(name: str) -> str:

@@ -27,7 +27,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pieces: list[_Piece] = []
-        """None of them: the moments are beside their parameters, or nowhere yet."""
+        """None of them: the moments are as a checkpoint had them, or nowhere yet."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -55,8 +55,13 @@ class OffloadedAdamW(torch.optim.AdamW):
             _streams(self._pieces[0].visitors[0].device)[1].synchronize()
 
     def load_state_dict(self, state_dict: Any) -> None:
-        super().load_state_dict(state_dict)
-        self._pieces = []  # torch puts the moments beside their parameters
+        """As torch does, but that moments stay where they are: all of them need not fit on the card."""
+        given, self._pieces = state_dict["state"], []
+        rest = {n: {name: one for name, one in state.items() if name not in MOMENTS} for n, state in given.items()}
+        super().load_state_dict({**state_dict, "state": rest})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for n, state in given.items():
+            self.state[parameters[n]] |= {name: state[name] for name in MOMENTS if name in state}
 
     def _cut(self) -> list[_Piece]:
         """Have all moments in the machine's memory, and places on the card for some of them."""

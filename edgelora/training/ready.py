@@ -19,7 +19,7 @@ from edgelora.training.avoided import avoided_sha256
 from edgelora.training.base_footprint import Model
 from edgelora.training.distributed import choose_threads
 from edgelora.training.folder import RunFolder
-from edgelora.training.launches import choose_launches
+from edgelora.training.launches import choose_launches, launches_again
 from edgelora.training.memory import over_rows
 from edgelora.training.objectives import objective_of
 from edgelora.training.original import original_of
@@ -98,6 +98,8 @@ def make_ready(config: TrainConfig, folder: RunFolder, heard: Listeners, world: 
         if settled.device.startswith("cuda"):
             has_flash = choices["attention"].value == "flash"
             choices["launches"] = choose_launches(planned, Model.of(base), has_flash, world.size)
+    elif "launches" in choices:
+        choices["launches"] = launches_again(choices["launches"], settled, world.size)
     digests = _digests(settled, base, rows, original)
     if earlier is not None:
         earlier.require_same(digests)

@@ -185,7 +185,7 @@ def _decoder(ready: Ready, world: World) -> Decoder:
         if c.prompt_tuning_init_text is not None:
             begin_as(decoder, encode_text(c.prompt_tuning_init_text, ready.base.tokenizer))
     decoder.to(c.device)
-    if c.cuda_graphs and "launches" in ready.choices and ready.choices["launches"].value == RECORDED:
+    if "launches" in ready.choices and ready.choices["launches"].value == RECORDED:
         decoder.record_passes(longest_row(c, ready.rows.train.lengths))
     return decoder
 

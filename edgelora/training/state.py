@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from edgelora.config import TrainConfig
@@ -103,6 +104,8 @@ class State:
             if self.ema:
                 self.ema.load(groups["ema"])
             self._count(snapshot)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, ValueError, TypeError, RuntimeError) as e:
             raise FileFormatError(
                 what=f"the checkpoint of step {snapshot.step} does not fit this run ({type(e).__name__}: {e})",
