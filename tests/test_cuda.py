@@ -10,6 +10,7 @@ import pytest
 import torch
 from example_runs import configs, example_rows
 from gguf.constants import GGMLQuantizationType as Type
+from packed_rows import adapted, backward
 
 from edgelora.architectures import ARCHITECTURES, ModelConfig, Rope
 from edgelora.architectures.names import EMBEDDING, HEAD, tensor_shapes
@@ -90,16 +91,6 @@ def test_what_flash_attention_cannot_do_is_left_to_the_tiles():
 # -- the decoder
 
 
-def adapted(base, device, compute, how="blocks"):
-    decoder = build_decoder(base, how, compute, device)
-    inject(decoder, "lora", 4, 8.0, 0)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return decoder.to(device)
-
-
 def gradients(decoder, device, prefix=PREFIX):
     """The loss and every gradient of a packed row."""
     ids = torch.randint(512, (N,), generator=torch.Generator().manual_seed(3)).to(device)
@@ -114,9 +105,9 @@ def gradients(decoder, device, prefix=PREFIX):
 )
 def test_gradients_are_those_of_the_cpu(make_tiny, kind, how):
     base = open_base(make_tiny(kind, tied=kind != Type.Q6_K).path)
-    exact_loss, exact = gradients(adapted(base, "cpu", torch.float32, how), "cpu")
+    exact_loss, exact = gradients(adapted(base, how=how), "cpu")
     for compute, loss_off, off in [(torch.float32, 1e-5, 1e-3), (torch.bfloat16, 5e-3, 5e-2)]:
-        loss, found = gradients(adapted(base, "cuda", compute, how), "cuda")
+        loss, found = gradients(adapted(base, compute, how=how, device="cuda"), "cuda")
         assert abs(float(loss) - float(exact_loss)) < loss_off
         assert max(map(off_by, found, exact)) < off
 
@@ -127,7 +118,7 @@ def test_recomputing_and_moving_change_no_bit(make_tiny, monkeypatch):
 
     monkeypatch.setattr(gpu_attention, "usable", lambda *_: False)
     monkeypatch.setattr(offload, "SMALLEST", 0)
-    decoder = adapted(open_base(make_tiny(Type.Q4_K).path), "cuda", torch.bfloat16)
+    decoder = adapted(open_base(make_tiny(Type.Q4_K).path), torch.bfloat16, device="cuda")
     loss, kept = gradients(decoder, "cuda")
     for decoder.recompute, decoder.offload in [(True, False), (True, True), (False, True)]:
         again_loss, again = gradients(decoder, "cuda")
@@ -141,27 +132,17 @@ def test_recorded_passes_have_the_gradients_of_launched_ones(make_tiny, monkeypa
     needs_triton()
     monkeypatch.setattr("edgelora.nn.offload.SMALLEST", 0)
     base = open_base(make_tiny(Type.Q4_K).path)
-    launched, recorded = (adapted(base, "cuda", torch.bfloat16) for _ in range(2))
+    launched, recorded = (adapted(base, torch.bfloat16, device="cuda") for _ in range(2))
     for decoder in (launched, recorded):
         decoder.recompute, decoder.offload = recompute, offload
     recorded.record_passes(512)
     rows = [([200], 0), ([203], 0), ([60, 100], 0), ([70, 200, 1], PREFIX), ([75, 190, 3], PREFIX), ([205], 0)] * OFTEN
 
-    def loss_of(decoder, number, lengths, prefix):
-        n = prefix + sum(lengths)
-        ids = torch.randint(512, (n,), generator=torch.Generator().manual_seed(number)).cuda()
-        positions = torch.cat([torch.arange(prefix), *(prefix + torch.arange(one) for one in lengths)]).cuda()
-        starts = list(itertools.accumulate(lengths, initial=prefix))
-        hidden = decoder(ids, positions, starts, prefix)
-        loss = decoder.nll(hidden[:-1], ids[1:]).sum()
-        torch.autograd.backward(loss)
-        return loss.detach()
-
     for step in range(0, len(rows), 3):
         losses = []
         for decoder in (launched, recorded):
             with decoder.running():
-                losses.append([loss_of(decoder, step + i, *row) for i, row in enumerate(rows[step : step + 3])])
+                losses.append([backward(decoder, step + i, *row) for i, row in enumerate(rows[step : step + 3])])
         assert all(off_by(a, b) < 1e-3 for a, b in zip(*losses, strict=True))
         for one, two in zip(launched.parameters(), recorded.parameters(), strict=True):
             assert off_by(two.grad, one.grad) < 2e-2

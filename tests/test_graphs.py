@@ -12,11 +12,12 @@ from collections import Counter
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType as Type
+from packed_rows import adapted, backward
 from test_vectors import family  # noqa: F401
 
 from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
-from edgelora.nn import compiled, flash, gpu_attention
+from edgelora.nn import compiled, flash, gpu_attention, graphs
 from edgelora.nn.graphs import MOST, OFTEN, Graphs, Recorded, stamp_of
 from edgelora.nn.linear import Linear
 from edgelora.nn.shapes import Shape
@@ -72,32 +73,11 @@ def by_places(monkeypatch):
     monkeypatch.setattr(Recorded, "record", lambda *_: "")
 
 
-def adapted(base, method="lora", where=()):
-    decoder = build_decoder(base, "blocks", torch.float32, "cpu")
-    inject(decoder, method, 4, 8.0, 0, where)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return decoder
-
-
 def with_graphs(decoder):
     decoder.graphs = Graphs(
         decoder._through, decoder.model.layers, torch.device("cpu"), lends=False, longest_row=16 * STEP
     )
     return decoder
-
-
-def backward(decoder, number, lengths, prefix):
-    """The loss of a row, whose gradients are added to those of its step."""
-    n = prefix + sum(lengths)
-    ids = torch.randint(200, (n,), generator=torch.Generator().manual_seed(number))
-    positions = torch.cat([torch.arange(prefix), *(prefix + torch.arange(one) for one in lengths)])
-    hidden = decoder(ids, positions, list(itertools.accumulate(lengths, initial=prefix)), prefix)
-    loss = decoder.nll(hidden[:-1], ids[1:]).sum()
-    torch.autograd.backward(loss)
-    return loss.detach()
 
 
 def assert_same_steps(one, two, rows, at_once=3):
@@ -179,22 +159,26 @@ def test_rows_in_shapes_have_the_gradients_of_rows_as_they_are(make_tiny, tied, 
 )  # fmt: skip
 def test_what_is_trained_beside_a_lora_has_its_gradients(family, where, is_recorded):  # noqa: F811
     base = open_base(family("qwen2").folder)
-    plain, other = adapted(base, where=where), with_graphs(adapted(base, where=where))
+    plain, other = adapted(base, targets=where), with_graphs(adapted(base, targets=where))
     assert_same_steps(plain, other, ROWS * OFTEN)
     assert (other.graphs.count > 0) == is_recorded
 
 
-def test_a_shape_that_came_once_is_not_recorded(tiny):
+def test_a_shape_that_came_once_is_not_recorded(tiny, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 4)
     decoder = with_graphs(adapted(open_base(tiny.path)))
     for time in range(1, OFTEN + 2):
         backward(decoder, 0, [50], 0)
         assert decoder.graphs.count == (time >= OFTEN)
     with torch.no_grad():  # what is measured is launched as it comes
         decoder(torch.arange(50), torch.arange(50), [0, 50])
-    for n in range(64, 64 + 16 * (MOST + 3), 16):
+    for n in (64, 80, 96, 112, 128):
         for _ in range(OFTEN):
             backward(decoder, 0, [n], 0)
-    assert decoder.graphs.count <= MOST
+    assert decoder.graphs.count == 4
+    for time in range(1, OFTEN + 1):  # the first has made room, and has to come as often again
+        backward(decoder, 0, [50], 0)
+        assert (shape_of([50], 0) in decoder.graphs._recorded) == (time == OFTEN)
 
 
 def test_another_pass_before_the_first_has_gone_backward(tiny):

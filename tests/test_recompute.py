@@ -6,15 +6,15 @@ import itertools
 
 import pytest
 import torch
+from packed_rows import adapted
 from test_architectures import family, ids  # noqa: F401  (a fixture)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgelora.base.decoder import build_decoder
 from edgelora.base.model import open_base
 from edgelora.nn.recompute import run_again
-from edgelora.peft.inject import inject, without_adapter
+from edgelora.peft.inject import without_adapter
 
 PREFIX, TAILS = 9, (7, 20, 1)
 ROW = torch.cat([ids(PREFIX), *(ids(n) for n in TAILS)])
@@ -28,17 +28,6 @@ def gradients(decoder, *, recompute, offload=False):
     labels = ROW.roll(-1)
     loss = decoder.nll(decoder(ROW, POSITIONS, STARTS, PREFIX), labels).mean()
     return loss.detach(), torch.autograd.grad(loss, list(decoder.parameters()))
-
-
-def adapted(base, compute=torch.float32, method="lora", targets=(), how="blocks"):
-    """A decoder whose adapter is not zero."""
-    decoder = build_decoder(base, how, compute)
-    inject(decoder, method, 4, 8.0, 0, targets)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw), alpha=0.05)
-    return decoder
 
 
 def assert_same(decoder, **how):

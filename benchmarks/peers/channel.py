@@ -111,8 +111,8 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # waits for it, and closes its pipes
+            self._process.kill()
 
 
 def run_once(program: str, settings: Mapping[str, Any]) -> None:

@@ -28,23 +28,9 @@ def choose_launches(found: Plan, model: Model, has_flash: bool, processes: int =
 
     has_flash: whether FlashAttention computes attention there.
     """
-    config = found.config
-    beside = [name for name in config.modules_to_save if name not in (_last(EMBEDDING), _last(HEAD))]
-    why = _asked_otherwise(config, processes)
-    if why is not None:
-        pass
-    elif not has_flash or model.config.attn_logit_softcapping is not None:
-        why = "attention goes tile by tile, and Python looks where segments begin"
-    elif model.architecture.experts is not None:
-        why = "each row goes to other experts, which Python reads"
-    elif not METHODS[config.method].repeats:
-        why = f"only of a plain LoRA are passes recorded, which the method {config.method} is not"
-    elif config.lora_dropout:
-        why = "dropout is drawn anew for each pass"
-    elif beside or config.bias != "none":
-        why = "only of a LoRA alone are passes recorded, and other parts of layers are trained beside it"
+    why = _asked_otherwise(found.config, processes) or _other_each_time(found.config, model, has_flash)
     if why is None:
-        taken = footprint(model, config, replace(found.load, recorded=True), "cuda").total
+        taken = footprint(model, found.config, replace(found.load, recorded=True), "cuda").total
         room = Machine("cuda", found.budget).room
         if room is None or taken <= room:
             return Choice(RECORDED, "rows of a shape that comes again are one CUDA graph: Python launches too slowly")
@@ -62,6 +48,21 @@ def _asked_otherwise(config: TrainConfig, processes: int) -> str | None:
     if not config.cuda_graphs:
         return "cuda_graphs is off"
     return None if processes == 1 else "with several processes no passes are recorded: that was never tried"
+
+
+def _other_each_time(config: TrainConfig, model: Model, has_flash: bool) -> str | None:
+    """Why a pass does not launch the same for any row, or reads more than a LoRA's own matrices."""
+    if not has_flash or model.config.attn_logit_softcapping is not None:
+        return "attention goes tile by tile, and Python looks where segments begin"
+    if model.architecture.experts is not None:
+        return "each row goes to other experts, which Python reads"
+    if not METHODS[config.method].repeats:
+        return f"only of a plain LoRA are passes recorded, which the method {config.method} is not"
+    if config.lora_dropout:
+        return "dropout is drawn anew for each pass"
+    if config.bias != "none" or {*config.modules_to_save} - {_last(EMBEDDING), _last(HEAD)}:
+        return "only of a LoRA alone are passes recorded, and other parts of layers are trained beside it"
+    return None
 
 
 def _last(name: str) -> str:

@@ -14,7 +14,8 @@ from edgelora.device import Choice, choose_device, choose_dtype, choose_products
 from edgelora.kernels import load
 from edgelora.nn import compiled
 from edgelora.nn.gpu import has_triton
-from edgelora.nn.gpu_attention import WIDEST_HEAD
+from edgelora.nn.gpu_attention import takes
+from edgelora.nn.scores import Scores
 from edgelora.peft.methods import METHODS
 from edgelora.training.avoided import avoided, why_avoided
 from edgelora.training.base_footprint import Model
@@ -98,7 +99,7 @@ def _has_flash(head_dim: int, device: str, dtype: str) -> bool:
     """What `gpu_attention.usable` asks of tensors, asked before there are any."""
     if not device.startswith("cuda") or dtype != "bf16":
         return False
-    return head_dim % 8 == 0 and head_dim <= WIDEST_HEAD and has_triton(torch.device(device))
+    return takes(Scores(1.0), head_dim, torch.bfloat16) and has_triton(torch.device(device))
 
 
 def here(config: TrainConfig, device: str, processes: int = 1) -> Machine:
